@@ -1,0 +1,66 @@
+"""Who is at fault: `RequestError` is the caller's, `EngineError` is ours.
+
+Nothing here knows HTTP: `server/app.py` alone turns these into status codes.
+"""
+
+from __future__ import annotations
+
+
+class MyserveError(Exception):
+    """The root of every error that myserve raises on purpose."""
+
+
+class RequestError(MyserveError, ValueError):
+    """The caller asked for something that cannot be done as asked.
+
+    `param` names the field at fault, `code` is a stable machine-readable word.
+
+    >>> raise RequestError("temperature must be in [0, 100], got -1", param="temperature")
+    Traceback (most recent call last):
+    ...
+    myserve.errors.RequestError: temperature must be in [0, 100], got -1
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class ContextLengthError(RequestError):
+    """The prompt, or the prompt and `max_tokens`, do not fit the model's context."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class ModelNotFoundError(RequestError):
+    """The request names a model that this server does not serve."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="model", code="model_not_found")
+
+
+class UnsupportedModelError(RequestError):
+    """A model that the engine cannot run exactly, and why."""
+
+
+class EngineError(MyserveError, RuntimeError):
+    """Something of ours failed; the request was fine."""
+
+
+class NonFiniteLogitsError(EngineError):
+    """The model gave NaN or +inf logits for one row. That row fails; its batch goes on."""
+
+
+class OverloadedError(EngineError):
+    """The queue is full. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDeadError(EngineError):
+    """The engine's thread has died; nothing more can be served until it restarts."""
