@@ -1,0 +1,108 @@
+"""What every test may lean on: tiny random models of each architecture, with a tokenizer trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. Hello, hello world! One, two, three, four.",
+    "Zß🦄你好，世界 é e\u0301 naïve Übergröße данные 日本語テキスト 👩‍👩‍👧‍👦 🇩🇪",
+    "Solve: 2+2= 4. Say a color: red, green, blue. Count to three: one, two, three.",
+    "user assistant system tool user\n assistant\n",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCAB_SIZE = 384  # 256 bytes, the special tokens and about a hundred merges
+
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,  # random, but not flat: the argmax and the nucleus mean something
+}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 8}
+ARCHITECTURES: dict[str, dict[str, object]] = {
+    "llama": SMALL,
+    "qwen2": SMALL,
+    "qwen3": SMALL,
+    "mistral": SMALL | {"sliding_window": 24},
+    "gemma2": SMALL | {"sliding_window": 24, "query_pre_attn_scalar": 8},
+    "gemma3_text": SMALL | {"sliding_window": 24, "query_pre_attn_scalar": 8},
+    "olmo2": SMALL,
+    "gpt2": {
+        "vocab_size": VOCAB_SIZE,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    },
+    "qwen3_moe": SMALL | MOE | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "mixtral": SMALL | {"num_experts_per_tok": 2, "num_local_experts": 4},
+    "olmoe": SMALL | MOE,
+}
+
+
+@cache
+def trained_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 384 tokens: complete over bytes, so that any text round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_tiny_model(arch: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a random model of `arch` with its tokenizer, as `save_pretrained` writes any model."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(arch, **ARCHITECTURES[arch])
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model.save_pretrained(folder)
+    trained_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_model("llama")` is a folder with a two-layer random model, made once a session."""
+
+    @cache
+    def make(arch: str) -> Path:
+        return make_tiny_model(arch, tmp_path_factory.mktemp(arch))
+
+    return make
