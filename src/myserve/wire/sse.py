@@ -1,0 +1,133 @@
+"""Server-sent events, both ways: what `encode_event` writes, `SSEDecoder` reads, wherever the bytes are cut."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+DONE_DATA = "[DONE]"
+DONE = b"data: [DONE]\n\n"
+
+_ANY_NEWLINE = re.compile(rb"\r\n|\r|\n")
+
+
+class ServerSentEvent(NamedTuple):
+    """One event of a stream. `event` is "message" unless the sender named it.
+
+    >>> ServerSentEvent('{"a": 1}').json()
+    {'a': 1}
+    >>> ServerSentEvent("[DONE]").is_done
+    True
+    """
+
+    data: str
+    event: str = "message"
+    id: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.data == DONE_DATA
+
+    def json(self) -> Any:
+        """The data as a JSON value; `json.JSONDecodeError` (a ValueError) when it is none."""
+        return json.loads(self.data)
+
+
+def encode_event(data: str | bytes, event: str | None = None) -> bytes:
+    r"""One event, ready for the socket. Data of several lines becomes several `data:` fields (the standard's way).
+
+    >>> encode_event('{"a": 1}')
+    b'data: {"a": 1}\n\n'
+    >>> encode_event("two\nlines", event="error")
+    b'event: error\ndata: two\ndata: lines\n\n'
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    if b"\n" in raw or b"\r" in raw:
+        raw = b"\ndata: ".join(_ANY_NEWLINE.split(raw))
+    head = b"" if event is None else b"event: " + event.encode() + b"\n"
+    return head + b"data: " + raw + b"\n\n"
+
+
+class SSEDecoder:
+    r"""Bytes in, whole events out. A chunk may end anywhere: inside a UTF-8 character, between `\r` and `\n`.
+
+    Follows the WHATWG standard's grammar: LF, CR and CRLF line ends, a byte order mark, comments, several
+    `data:` fields joined by newlines, no event without data, and an unfinished event at the end is dropped
+    (`pending` says that there was one: the stream was cut).
+
+    >>> decoder = SSEDecoder()
+    >>> decoder.feed(b'data: {"text": "h\xc3')
+    []
+    >>> [event.data for event in decoder.feed(b'\xa9"}\r\n\r\ndata: [DONE]\n\n')]
+    ['{"text": "hé"}', '[DONE]']
+    >>> decoder.pending
+    False
+    """
+
+    __slots__ = ("_after_cr", "_at_start", "_buffer", "_last_id")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()  # newlines are all \n in here
+        self._after_cr = False
+        self._at_start = True
+        self._last_id: str | None = None
+
+    @property
+    def pending(self) -> bool:
+        """True when bytes of an unfinished event are held."""
+        return bool(self._buffer.strip(b"\n"))
+
+    def feed(self, chunk: bytes) -> list[ServerSentEvent]:
+        """The events that `chunk` completes, in order."""
+        # A search for the blank line starts where the last one ended: many small chunks stay linear.
+        searched = max(0, len(self._buffer) - 1)
+        self._buffer += self._with_lf_only(chunk)
+        if self._at_start and not self._drop_byte_order_mark():
+            return []
+        if self._buffer.find(b"\n\n", searched) < 0:
+            return []
+        *blocks, rest = bytes(self._buffer).split(b"\n\n")
+        self._buffer = bytearray(rest)
+        return [event for event in map(self._parse, blocks) if event is not None]
+
+    def _with_lf_only(self, chunk: bytes) -> bytes:
+        if not chunk:
+            return chunk
+        if self._after_cr and chunk.startswith(b"\n"):
+            chunk = chunk[1:]  # the second half of a CRLF that was cut in two
+            self._after_cr = False
+            if not chunk:
+                return chunk
+        self._after_cr = chunk.endswith(b"\r")
+        if b"\r" not in chunk:  # what our own server sends
+            return chunk
+        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _drop_byte_order_mark(self) -> bool:
+        """False while the first bytes may still become a byte order mark."""
+        mark = b"\xef\xbb\xbf"
+        if len(self._buffer) < len(mark) and mark.startswith(self._buffer):
+            return False
+        if self._buffer.startswith(mark):
+            del self._buffer[: len(mark)]
+        self._at_start = False
+        return True
+
+    def _parse(self, block: bytes) -> ServerSentEvent | None:
+        if block.startswith(b"data: ") and b"\n" not in block:  # nearly every event is this
+            return ServerSentEvent(block[6:].decode("utf-8", "replace"), "message", self._last_id)
+        data: list[str] = []
+        name = ""
+        for line in block.decode("utf-8", "replace").split("\n"):
+            field, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if field == "data":
+                data.append(value)
+            elif field == "event":
+                name = value
+            elif field == "id" and "\0" not in value:
+                self._last_id = value
+        if not data:
+            return None
+        return ServerSentEvent("\n".join(data), name or "message", self._last_id)
