@@ -65,11 +65,17 @@ class Delta:
 
     A token whose text is held back (an unfinished UTF-8 character, a possible stop string) comes with the
     delta that releases it. `finish_reason` is set on the last delta of a choice and only there.
+
+    `tokens` are the tokens of `text`. `stop_tokens` are the ones that ended the completion and have no text in it:
+    the EOS or stop id, or what spelled a stop string. They were sampled, so `tokens + stop_tokens` over all deltas
+    is the completion as the policy drew it, and what `usage` counts; a token that a stop string cuts in two stands
+    in `tokens`, for a part of its text is in `text`.
     """
 
     index: int
     text: str = ""
     tokens: tuple[TokenOutput, ...] = ()
+    stop_tokens: tuple[TokenOutput, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or the stop string that matched; None for EOS or length
     error: Exception | None = None  # with finish_reason "error"
