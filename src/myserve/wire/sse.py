@@ -1,4 +1,4 @@
-"""Server-sent events, both ways: what `encode_event` writes, `SSEDecoder` reads, wherever the bytes are cut."""
+"""Server-sent events, both ways: what `encode_event` writes, `SSEDecoder` reads, however cut."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ServerSentEvent(NamedTuple):
 
 
 def encode_event(data: str | bytes, event: str | None = None) -> bytes:
-    r"""One event, ready for the socket. Data of several lines becomes several `data:` fields (the standard's way).
+    r"""One event, ready for the socket. Data of several lines becomes several `data:` fields.
 
     >>> encode_event('{"a": 1}')
     b'data: {"a": 1}\n\n'

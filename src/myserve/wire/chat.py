@@ -1,0 +1,102 @@
+"""The chat request, as OpenAI types it, with the extensions of `GenerationRequest`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from myserve.wire.fields import UNSUPPORTED, GenerationRequest, WireModel
+
+Role = Literal["developer", "system", "user", "assistant", "tool"]
+
+
+class ContentPart(WireModel):
+    """A piece of a message. Text is the only kind that a language model without eyes and ears reads.
+
+    >>> ContentPart(type="text", text="hi").as_text()
+    'hi'
+    """
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _is_text(self) -> ContentPart:
+        if self.type not in ("text", "refusal"):
+            raise ValueError(f"content parts of type {self.type!r} are not supported; send type 'text'")
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a content part of type {self.type!r} needs a string in {self.type!r}")
+        return self
+
+    def as_text(self) -> str:
+        return self.text or self.refusal or ""
+
+
+class ChatMessage(WireModel):
+    """One turn. Only an assistant's content may be null (it may have called tools and said nothing).
+
+    >>> parts = (ContentPart(type="text", text="a"), ContentPart(type="text", text="b"))
+    >>> ChatMessage(role="user", content=parts).text
+    'ab'
+    >>> ChatMessage(role="assistant", content=None).text
+    ''
+    """
+
+    role: Role
+    content: str | tuple[ContentPart, ...] | None = None
+    name: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message with role {self.role!r} needs content: a string or text parts")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one string; parts are joined with nothing between: no character is invented."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.as_text() for part in self.content)
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """`POST /v1/chat/completions`.
+
+    >>> ChatCompletionRequest(model="m", messages=(ChatMessage(role="user", content="hi"),)).messages[0].text
+    'hi'
+    """
+
+    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **UNSUPPORTED,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+        "moderation": (),
+        "chat_template": (),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "documents": ([],),
+        "echo": (False,),
+        "echo_last": (),
+        "best_of": (1,),
+        "suffix": ("",),
+    }
+
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None

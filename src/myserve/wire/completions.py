@@ -1,0 +1,60 @@
+"""The completion request: a prompt as text or token ids, one or many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+from pydantic import Discriminator, Field, Tag
+
+from myserve.wire.fields import UNSUPPORTED, GenerationRequest, TokenIds
+
+
+def _kind(prompt: object) -> str | None:
+    """Which of the four forms this is, by its first element: trying all would read a long prompt thrice."""
+    if isinstance(prompt, str):
+        return "text"
+    if isinstance(prompt, list | tuple):
+        first = prompt[0] if prompt else None
+        if isinstance(first, str):
+            return "texts"
+        return "ids_list" if isinstance(first, list | tuple) else "ids"
+    return None
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[tuple[str, ...], Field(fail_fast=True), Tag("texts")]
+    | Annotated[TokenIds, Field(min_length=1), Tag("ids")]
+    | Annotated[tuple[Annotated[TokenIds, Field(min_length=1)], ...], Field(fail_fast=True), Tag("ids_list")],
+    Discriminator(
+        _kind,
+        custom_error_type="prompt_type",
+        custom_error_message="must be a string, a list of strings, a list of token ids, or a list of those",
+    ),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`.
+
+    >>> CompletionRequest(model="m", prompt=((1, 2), (3,))).prompts
+    [(1, 2), (3,)]
+    >>> CompletionRequest(model="m", prompt="hi").prompts
+    ['hi']
+    """
+
+    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {**UNSUPPORTED, "suffix": ("",)}
+
+    prompt: Prompt
+    best_of: int | None = None
+    echo: bool | None = None
+    echo_last: Annotated[int, Field(ge=0)] | None = None
+    logprobs: bool | int | None = None
+
+    @property
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """The prompts one by one: token ids stay ids, they are never decoded and encoded again."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)

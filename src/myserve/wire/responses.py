@@ -1,0 +1,153 @@
+"""What goes back, as typed dicts: a dict is what is sent, so no object is built per token in vain."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+FinishReason = Literal["stop", "length"]
+
+
+class ErrorBody(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(TypedDict):
+    error: ErrorBody
+
+
+class TopLogprob(TypedDict):
+    token: str
+    bytes: list[int] | None
+    logprob: float
+    token_id: int
+
+
+class TokenLogprob(TypedDict):
+    """OpenAI's four fields, and what a trainer asks for."""
+
+    token: str
+    bytes: list[int] | None  # the vocabulary's own bytes; None for a special token that the text leaves out
+    logprob: float | None  # None only for the first token of an echoed prompt
+    top_logprobs: list[TopLogprob]
+    token_id: int
+    sampling_logprob: NotRequired[float | None]  # not for prompt tokens: nobody drew them
+    text_offset: NotRequired[int]  # in characters, completions only
+    token_id_logprobs: NotRequired[list[dict[str, Any]]]
+    kept: NotRequired[dict[str, Any]]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: NotRequired[None]
+
+
+class LegacyLogprobs(TypedDict):
+    """The completions route's older form: four parallel lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class RawOutput(TypedDict):
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+
+
+class ChoiceExtras(TypedDict, total=False):
+    """Our fields beside OpenAI's, on every choice."""
+
+    stop_reason: int | str | None
+    seed: int
+    weight_version: int
+    weight_version_spans: list[dict[str, int]]  # only when the weights changed inside the completion
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[str, Any] | None]
+    raw_output: RawOutput
+
+
+class Message(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(ChoiceExtras):
+    index: int
+    message: Message
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    logprobs: NotRequired[ChatLogprobs]  # the seed document's place: the first choice's
+    prompt_token_ids: NotRequired[list[int]]
+    perf_metrics: NotRequired[dict[str, int | float | str]]
+
+
+class ChatDelta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str
+    logprobs: ChatLogprobs  # the seed document's place
+
+
+class ChatChunkChoice(ChoiceExtras):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]
+    perf_metrics: NotRequired[dict[str, int | float | str]]
+
+
+class CompletionChoice(ChoiceExtras):
+    index: int
+    text: str
+    logprobs: LegacyLogprobs | ChatLogprobs | None
+    finish_reason: FinishReason | None  # None in a stream's chunks before the last
+
+
+class Completion(TypedDict):
+    """A whole completion, and a stream's chunk: the same shape."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+    perf_metrics: NotRequired[dict[str, int | float | str]]
