@@ -1,0 +1,150 @@
+"""What may be asked of this model: every check that needs the model's own numbers, and the requests that pass."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..core.params import SamplingParams
+from ..core.sampling import RowState
+from ..errors import ContextLengthError, RequestError
+from .request import Request
+from .stream import RequestStream
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The numbers of a model that a request is checked against."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """One call of `submit`: what was asked, and the requests that it became. `stream` is set once, right after."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    facts: ModelFacts
+    seed: int
+    sample_index: int
+    num_prior_tokens: int
+    loop: asyncio.AbstractEventLoop
+    requests: list[Request] = field(default_factory=list)
+    stream: RequestStream = field(init=False)
+
+    def row_state(self, index: int, device: object) -> RowState:
+        """The sampling state of choice `index`. Prior tokens count as its completion, not as its prompt."""
+        begun = len(self.prompt_token_ids) - self.num_prior_tokens
+        return RowState(
+            self.params,
+            seed=self.seed,
+            sample_index=self.sample_index + index,
+            prompt_token_ids=self.prompt_token_ids[:begun],
+            completion_token_ids=self.prompt_token_ids[begun:],
+            vocab_size=self.facts.vocab_size,
+            eos_token_ids=self.facts.eos_token_ids,
+            device=device,
+        )
+
+
+def admit(
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    facts: ModelFacts,
+    *,
+    n: int,
+    request_id: str,
+    priority: int,
+    arrival: int,
+    cache_root: Hashable,
+    sample_index: int,
+    num_prior_tokens: int,
+    now: float,
+) -> Submission:
+    """Check everything, draw a seed if none is given, and make the n requests. Raises RequestError."""
+    if n < 1:
+        raise RequestError(f"n must be at least 1, got {n}", param="n")
+    prompt = checked_prompt(prompt_token_ids, facts.vocab_size)
+    if not 0 <= num_prior_tokens < len(prompt):
+        raise RequestError(
+            f"num_prior_tokens must be in [0, {len(prompt) - 1}], for the prompt has {len(prompt)} tokens; "
+            f"got {num_prior_tokens}",
+            param="num_prior_tokens",
+        )
+    max_tokens = checked_max_tokens(len(prompt), params.max_tokens, facts.max_model_len)
+    check_ids_in_vocabulary(params, facts.vocab_size)
+    submission = Submission(
+        prompt,
+        params,
+        facts,
+        seed=secrets.randbits(64) if params.seed is None else params.seed,
+        sample_index=sample_index,
+        num_prior_tokens=num_prior_tokens,
+        loop=asyncio.get_running_loop(),
+    )
+    for index in range(n):
+        request = Request(
+            id=f"{request_id}/{index}",
+            prompt_token_ids=prompt,
+            max_tokens=max_tokens,
+            index=index,
+            stop_ids=frozenset(() if params.ignore_eos else facts.eos_token_ids) | frozenset(params.stop_token_ids),
+            priority=priority,
+            arrival=arrival,
+            cache_root=cache_root,
+            needs_prompt_logits=params.prompt_logprobs is not None and index == 0,
+        )
+        request.times.arrived = now
+        submission.requests.append(request)
+    submission.requests[0].siblings = submission.requests[1:]
+    return submission
+
+
+def checked_prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
+    """The prompt as a list of ids of this vocabulary; a prompt of text must have been tokenized before."""
+    prompt = list(token_ids)
+    if not prompt:
+        raise RequestError("the prompt has no tokens; give at least one", param="prompt")
+    check_in_vocabulary(prompt, vocab_size, "prompt")
+    return prompt
+
+
+def checked_max_tokens(num_prompt_tokens: int, asked: int | None, max_model_len: int) -> int:
+    """How many tokens may be drawn: what was asked, or the rest of the context."""
+    room = max_model_len - num_prompt_tokens
+    if room < 1:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt_tokens} tokens and the context is {max_model_len} long; "
+            "shorten the prompt so that at least one token fits",
+            param="prompt",
+        )
+    if asked is not None and asked > room:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {asked}, together more than the context of "
+            f"{max_model_len}; ask for at most {room}, or leave max_tokens out",
+            param="max_tokens",
+        )
+    return room if asked is None else asked
+
+
+def check_ids_in_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Every id that a parameter names must be one of the model's."""
+    check_in_vocabulary(params.logit_bias, vocab_size, "logit_bias")
+    check_in_vocabulary(params.allowed_token_ids or (), vocab_size, "allowed_token_ids")
+    check_in_vocabulary(params.stop_token_ids, vocab_size, "stop_token_ids")
+    check_in_vocabulary(params.logprob_token_ids, vocab_size, "logprob_token_ids")
+    for word in params.bad_words_ids:
+        check_in_vocabulary(word, vocab_size, "bad_words")
+
+
+def check_in_vocabulary(token_ids: Iterable[int], vocab_size: int, param: str) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{param} names token id {token_id}; this model's ids are 0 to {vocab_size - 1}", param=param
+            )

@@ -1,0 +1,265 @@
+"""The loop: requests in, steps on a thread of its own, tokens out. It plans nothing and computes nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from itertools import count
+
+from ..core.params import SamplingParams
+from ..errors import EngineDeadError, OverloadedError
+from .admission import ModelFacts, Submission, admit
+from .blocks import BlockPool
+from .config import EngineConfig
+from .detokenizer import Detokenizer
+from .model_runner import ModelRunner, StepResult
+from .outputs import RequestMetrics
+from .request import Request
+from .results import outcome_of, request_metrics
+from .scheduler import Batch, Limits, Scheduler
+from .stream import Outcome, RequestStream
+from .token_bytes import TokenBytes
+from .weights import LoadedModel, load
+
+Mail = list[tuple[RequestStream, Outcome]]
+
+
+class Engine:
+    """Many requests on one model.
+
+    `submit` from any event loop; the engine's thread starts with the first request, or with `start()`.
+    Every public method may be called from any thread.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        self.config = config
+        self.tokenizer = loaded.tokenizer
+        self.token_bytes = TokenBytes(loaded.tokenizer, loaded.vocab_size)
+        self.weight_version = 0
+        self.runner = ModelRunner(loaded, config)
+        cache = self.runner.kv_cache
+        longest = min(loaded.max_model_len, cache.num_blocks * cache.block_size)
+        self.facts = ModelFacts(
+            loaded.vocab_size, min(longest, config.max_model_len or longest), loaded.eos_token_ids
+        )
+        self.scheduler = Scheduler(
+            BlockPool(cache.num_blocks, cache.block_size),
+            Limits(
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+                config.prefill_chunk,
+                self.facts.max_model_len,
+            ),
+        )
+        self._arrivals = count()
+        self._owner: dict[Request, Submission] = {}  # whoever has not ended; the engine's thread alone writes it
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._fatal: BaseException | None = None
+        self._num_open = 0  # choices that were submitted and have not ended; under the lock
+        self._mean_duration = 0.0  # seconds from arrival to end, a moving average
+
+    @classmethod
+    def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> Engine:
+        """Load a path or hub id, in the calling thread. Raises UnsupportedModelError for what cannot be batched."""
+        config = config or EngineConfig()
+        return cls(load(model, config), config)
+
+    # ---- for callers
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and completion together that one request may have."""
+        return self.facts.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.facts.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion unless `ignore_eos`."""
+        return self.facts.eos_token_ids
+
+    @property
+    def is_alive(self) -> bool:
+        """False once a step has failed in a way that was not one request's own, or after `shutdown`."""
+        return self._fatal is None and not self._stopping
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        sample_index: int = 0,
+        num_prior_tokens: int = 0,
+    ) -> RequestStream:
+        """Ask for `n` completions of one prompt; call it inside a running event loop.
+
+        Choice i draws with sample index `sample_index + i`. The last `num_prior_tokens` ids of the prompt count as a
+        completion already begun: its draws go on where it was cut off, as if it had never been.
+        Raises RequestError for what cannot be asked, OverloadedError when the queue is full, EngineDeadError.
+        """
+        arrival = next(self._arrivals)
+        submission = admit(
+            prompt_token_ids,
+            params,
+            self.facts,
+            n=n,
+            request_id=request_id or f"req-{arrival}",
+            priority=priority,
+            arrival=arrival,
+            # no two requests agree on a fresh object, so without prefix caching nothing is ever found
+            cache_root=(cache_salt, self.weight_version) if self.config.prefix_caching else object(),
+            sample_index=sample_index,
+            num_prior_tokens=num_prior_tokens,
+            now=time.monotonic(),
+        )
+        self._reserve(n)
+        submission.stream = self._stream_of(submission, request_id or f"req-{arrival}")
+        self._post(lambda: self._add(submission))
+        self.start()
+        return submission.stream
+
+    def start(self) -> None:
+        """Start the engine's thread; nothing happens where it runs already."""
+        with self._wake:
+            if self._thread is None and not self._stopping:
+                self._thread = threading.Thread(target=self._run, name="myserve-engine", daemon=True)
+                self._thread.start()
+
+    def shutdown(self) -> None:
+        """End the thread; whoever is in flight gets an EngineDeadError. The engine cannot be started again."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    # ---- the engine's thread
+
+    def step(self) -> bool:
+        """Plan, run, take in, hand out. False when there was nothing to do."""
+        batch = self.scheduler.schedule(time.monotonic())
+        if not batch.pieces:
+            return False
+        result = self.runner.run(batch)
+        ended = self.scheduler.update(batch, result.token_ids, time.monotonic())
+        self._hand_out(batch, result, dict(ended))
+        return True
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_inbox()
+                if not self.step():
+                    self._wait_for_work()
+            self._fail_everyone(EngineDeadError("the engine was shut down"))
+        except BaseException as error:
+            self._fatal = error
+            self._fail_everyone(EngineDeadError(f"the engine stopped: {type(error).__name__}: {error}"))
+            raise
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _wait_for_work(self) -> None:
+        with self._wake:
+            self._wake.wait_for(lambda: bool(self._inbox) or self._stopping)
+
+    def _add(self, submission: Submission) -> None:
+        for request in submission.requests:
+            row = submission.row_state(request.index, self.runner.device)
+            self.runner.add(request, row, submission.params)
+            self._owner[request] = submission
+        self.scheduler.add(submission.requests[0])
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.scheduler.abort(request)
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        if self._owner.pop(request, None) is None:
+            return
+        self.runner.remove(request)
+        with self._wake:
+            self._num_open -= 1
+            self._mean_duration += 0.1 * (time.monotonic() - request.times.arrived - self._mean_duration)
+
+    def _hand_out(self, batch: Batch, result: StepResult, ended: dict[Request, str]) -> None:
+        """One message to each event loop for the whole step: a loop wakes once a step, not once a token."""
+        mail: defaultdict[asyncio.AbstractEventLoop, Mail] = defaultdict(list)
+        now = time.time()
+        for (request, _), draw in zip(batch.draws, result.draws, strict=True):
+            owner = self._owner[request]
+            outcome = outcome_of(request, draw, ended.get(request), owner, self.weight_version, now)
+            mail[owner.loop].append((owner.stream, outcome))
+        for request, scores in result.prompt_logprobs.items():
+            owner = self._owner[request]
+            mail[owner.loop].insert(0, (owner.stream, Outcome(request.index, prompt_logprobs=scores)))
+        for request in ended:
+            self._forget(request)
+        for loop, letters in mail.items():
+            self._send(loop, letters)
+
+    def _send(self, loop: asyncio.AbstractEventLoop, letters: Mail) -> None:
+        def receive_all() -> None:
+            for stream, outcome in letters:
+                stream.receive(outcome)
+
+        try:
+            loop.call_soon_threadsafe(receive_all)
+        except RuntimeError:  # the loop is closed: nobody is left to read what its requests would still make
+            self._abort([request for request, owner in self._owner.items() if owner.loop is loop])
+
+    def _fail_everyone(self, error: Exception) -> None:
+        self._take_inbox()
+        for request, owner in list(self._owner.items()):
+            outcome = Outcome(request.index, finish_reason="error", error=error)
+            self._forget(request)
+            self._send(owner.loop, [(owner.stream, outcome)])
+
+    # ---- between the threads
+
+    def _post(self, deed: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(deed)
+            self._wake.notify()
+
+    def _reserve(self, n: int) -> None:
+        """Count `n` choices in, or say that there is no room."""
+        with self._wake:
+            if not self.is_alive:
+                raise EngineDeadError(f"the engine has stopped ({self._fatal or 'shut down'})")
+            if self._num_open + n > self.config.max_queue:
+                share = (self._num_open + n - self.config.max_queue) / self.config.max_num_seqs
+                raise OverloadedError(
+                    f"{self._num_open} completions wait or run, and no more than {self.config.max_queue} may; "
+                    "try again later",
+                    retry_after=max(1.0, share * self._mean_duration),
+                )
+            self._num_open += n
+
+    def _stream_of(self, submission: Submission, request_id: str) -> RequestStream:
+        requests = submission.requests
+
+        def abort(indices: list[int]) -> None:
+            self._post(lambda: self._abort([requests[i] for i in indices]))
+
+        def metrics(index: int) -> RequestMetrics:
+            return request_metrics(requests[index], time.monotonic(), self._num_open)
+
+        detokenizers = [Detokenizer(self.token_bytes, submission.params) for _ in requests]
+        return RequestStream(request_id, submission.seed, detokenizers, abort=abort, metrics=metrics)

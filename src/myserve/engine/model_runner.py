@@ -1,0 +1,162 @@
+"""A Batch into tensors, through the model, into drawn tokens. All device work is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.logprobs import prompt_logprobs
+from ..core.params import SamplingParams
+from ..core.sampling import RowState, Sampled, Sampler
+from ..errors import NonFiniteLogitsError
+from .attention import PagedContext
+from .config import EngineConfig
+from .exact import make_exact
+from .kv_cache import KVCache
+from .outputs import PromptLogprob
+from .request import Request
+from .scheduler import Batch, Piece
+from .weights import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """For each of the batch's draws, a sample or its row's error; and prompt logprobs that became complete."""
+
+    draws: list[Sampled | NonFiniteLogitsError]
+    prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
+
+    @property
+    def token_ids(self) -> list[int | None]:
+        """The drawn ids; None where a row failed."""
+        return [draw.token_id if isinstance(draw, Sampled) else None for draw in self.draws]
+
+
+class ModelRunner:
+    """Runs one model. Keeps, for each live request, its sampling state, and the prompt logprobs gathered so far."""
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.model = loaded.model
+        self.device = loaded.device
+        self.exact_report = make_exact(loaded.model, mode=config.exact)
+        self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, loaded.device, config)
+        self.sampler = Sampler()
+        self._rows: dict[Request, RowState] = {}
+        self._scored: dict[Request, list[PromptLogprob]] = {}
+        self._alternatives: dict[Request, int] = {}  # prompt_logprobs=k of those who asked
+
+    def add(self, request: Request, row: RowState, params: SamplingParams) -> None:
+        """Take up a request's sampling state."""
+        self._rows[request] = row
+        if request.needs_prompt_logits and params.prompt_logprobs is not None:
+            self._alternatives[request] = params.prompt_logprobs
+            self._scored[request] = [PromptLogprob(request.prompt_token_ids[0], None)]
+
+    def remove(self, request: Request) -> None:
+        self._rows.pop(request, None)
+        self._scored.pop(request, None)
+        self._alternatives.pop(request, None)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepResult:
+        """One packed forward, then a draw for each row that is complete."""
+        wanted = self._wanted_positions(batch)
+        logits = self._forward(batch, wanted)  # [len(wanted), V]
+        self.kv_cache.copy(batch.copies)
+        row_of = {position: row for row, position in enumerate(wanted)}
+        scored = self._score_prompts(batch, logits, row_of)
+        return StepResult(self._draw(batch, logits, row_of), scored)
+
+    def _forward(self, batch: Batch, wanted: list[int]) -> Tensor:
+        tokens = [t for p in batch.pieces for t in p.request.token_ids[p.start : p.start + p.count]]
+        positions = [i for p in batch.pieces for i in range(p.start, p.start + p.count)]
+        out = self.model(
+            input_ids=torch.tensor([tokens], device=self.device),  # [1, T]
+            position_ids=torch.tensor([positions], device=self.device),  # [1, T]
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, device=self.device),
+            paged=self._paged_context(batch, positions),
+        )
+        return out.logits[0]  # [len(wanted), V]
+
+    def _paged_context(self, batch: Batch, positions: list[int]) -> PagedContext:
+        """Where each packed row writes its keys, and which blocks each request reads."""
+        size = self.kv_cache.block_size
+        tables = [p.request.block_table for p in batch.pieces]
+        owners = [table for p, table in zip(batch.pieces, tables, strict=True) for _ in range(p.count)]
+        slots = [table[i // size] * size + i % size for table, i in zip(owners, positions, strict=True)]
+        width = max(len(table) for table in tables)
+        starts = [0]
+        for piece in batch.pieces:
+            starts.append(starts[-1] + piece.count)
+        return PagedContext(
+            layers=self.kv_cache.layers,
+            slot_mapping=torch.tensor(slots, dtype=torch.int64, device=self.device),
+            block_tables=torch.tensor(
+                [table + [0] * (width - len(table)) for table in tables], dtype=torch.int32, device=self.device
+            ),
+            query_start=torch.tensor(starts, dtype=torch.int32, device=self.device),
+            context_lens=torch.tensor(
+                [p.start + p.count for p in batch.pieces], dtype=torch.int32, device=self.device
+            ),
+        )
+
+    def _wanted_positions(self, batch: Batch) -> list[int]:
+        """Packed rows whose logits are needed: the last of each piece that draws, and all of a scored prompt."""
+        drawing = {index for _, index in batch.draws}
+        wanted: list[int] = []
+        start = 0
+        for index, piece in enumerate(batch.pieces):
+            if piece.request in self._scored and piece.start < piece.request.num_prompt_tokens:
+                wanted.extend(range(start, start + piece.count))
+            elif index in drawing:
+                wanted.append(start + piece.count - 1)
+            start += piece.count
+        return wanted or [start - 1]  # a model cannot be asked for no logits
+
+    def _score_prompts(
+        self, batch: Batch, logits: Tensor, row_of: dict[int, int]
+    ) -> dict[Request, tuple[PromptLogprob, ...]]:
+        complete: dict[Request, tuple[PromptLogprob, ...]] = {}
+        start = 0
+        for piece in batch.pieces:
+            if piece.request in self._scored and piece.start < piece.request.num_prompt_tokens:
+                self._score_piece(piece, logits[row_of[start] : row_of[start] + piece.count])
+                if len(self._scored[piece.request]) == piece.request.num_prompt_tokens:
+                    complete[piece.request] = tuple(self._scored.pop(piece.request))
+            start += piece.count
+        return complete
+
+    def _score_piece(self, piece: Piece, logits: Tensor) -> None:  # logits [count, V]
+        """Row i gives the logprob of token i + 1; the rows behind the prompt's end score nothing."""
+        request, gathered = piece.request, self._scored[piece.request]
+        first = max(piece.start, len(gathered) - 1)  # a preempted prompt is not scored twice
+        targets = request.prompt_token_ids[first + 1 : piece.start + piece.count + 1]
+        if targets:
+            rows = logits[first - piece.start : first - piece.start + len(targets)]
+            gathered.extend(
+                PromptLogprob(*scored)
+                for scored in prompt_logprobs(rows, targets, self._alternatives[request])
+            )
+
+    def _draw(self, batch: Batch, logits: Tensor, row_of: dict[int, int]) -> list[Sampled | NonFiniteLogitsError]:
+        if not batch.draws:
+            return []
+        last_rows: list[int] = []
+        end = 0
+        for piece in batch.pieces:
+            end += piece.count
+            last_rows.append(end - 1)
+        picked = [row_of[last_rows[piece]] for _, piece in batch.draws]
+        if picked != list(range(logits.shape[0])):
+            logits = logits[torch.tensor(picked, device=logits.device)]
+        rows = [self._rows[request] for request, _ in batch.draws]
+        draws = self.sampler.sample(logits, rows)  # [len(draws), V]
+        for row, draw in zip(rows, draws, strict=True):
+            if isinstance(draw, Sampled):
+                row.append(draw.token_id)
+        return draws

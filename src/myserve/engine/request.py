@@ -1,0 +1,126 @@
+"""One completion's life, as a table: a move that the table has not is a bug of ours, never a state of affairs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class State(Enum):
+    HELD = "held"  # one of n: waits for the prompt that its leader prefills
+    WAITING = "waiting"  # has no blocks: new, or preempted
+    RUNNING = "running"  # has blocks; takes part in steps
+    FINISHED = "finished"  # stop, length, abort or error; owns nothing
+
+
+class Event(Enum):
+    ADMIT = "admit"
+    FORK = "fork"  # the leader's prompt is computed: share its blocks
+    RELEASE = "release"  # the leader cannot be followed (no room, or it was aborted): queue like anyone
+    PREEMPT = "preempt"
+    FINISH = "finish"
+    ABORT = "abort"
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.HELD, Event.FORK): State.RUNNING,
+    (State.HELD, Event.RELEASE): State.WAITING,
+    (State.HELD, Event.ABORT): State.FINISHED,
+    (State.WAITING, Event.ADMIT): State.RUNNING,
+    (State.WAITING, Event.ABORT): State.FINISHED,
+    (State.RUNNING, Event.PREEMPT): State.WAITING,
+    (State.RUNNING, Event.FINISH): State.FINISHED,
+    (State.RUNNING, Event.ABORT): State.FINISHED,
+}
+
+
+@dataclass(slots=True)
+class Times:
+    """When things happened to a request, on the clock of whoever passes `now` in. Seconds."""
+
+    arrived: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One choice of one submitted prompt: token ids, limits, and where it stands. No tensors.
+
+    `num_computed_tokens` of its `token_ids` have their keys and values in `block_table`; the rest is still to run.
+
+    >>> r = Request(id="r", prompt_token_ids=[1, 2, 3], max_tokens=4)
+    >>> r.apply(Event.ADMIT); r.append(9); r.state, r.num_tokens, r.num_output_tokens
+    (<State.RUNNING: 'running'>, 4, 1)
+    >>> r.apply(Event.ADMIT)
+    Traceback (most recent call last):
+    ...
+    AssertionError: request r: no way from running by admit
+    """
+
+    id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    index: int = 0  # the choice, among the n of one submission
+    stop_ids: frozenset[int] = frozenset()
+    priority: int = 0  # lower runs first
+    arrival: int = 0  # submission order, which breaks ties of priority
+    cache_root: Hashable = None  # what a cached prefix must agree on beside its tokens: salt, weight version
+    needs_prompt_logits: bool = False  # prompt logprobs: every position must be run, so no cached prefix
+    siblings: list[Request] = field(default_factory=list)  # held until this one's prompt is computed
+
+    state: State = State.WAITING
+    token_ids: list[int] = field(init=False)  # prompt, then completion
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, at its first admission
+    num_preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    content_ids: list[int] = field(default_factory=list)  # the prefix cache's names of the full blocks
+    times: Times = field(default_factory=Times)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Known tokens that have not been run: one when decoding, many when prefilling."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is State.FINISHED
+
+    def order(self) -> tuple[int, int, int]:
+        """Who goes first, and, read backwards, who is preempted first."""
+        return (self.priority, self.arrival, self.index)
+
+    def apply(self, event: Event) -> None:
+        """Move along the table."""
+        target = TRANSITIONS.get((self.state, event))
+        assert target is not None, f"request {self.id}: no way from {self.state.value} by {event.value}"
+        self.state = target
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+
+    def finish_reason(self, max_model_len: int) -> str | None:
+        """Why this request ends with the token that it has just got, if it does."""
+        if self.token_ids[-1] in self.stop_ids:
+            return "stop"
+        if self.num_output_tokens >= self.max_tokens or self.num_tokens >= max_model_len:
+            return "length"
+        return None

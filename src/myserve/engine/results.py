@@ -1,0 +1,65 @@
+"""From what the runner drew and the scheduler decided to what a caller is told: pure, and the same for every route."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from ..core.sampling import Sampled
+from ..errors import NonFiniteLogitsError
+from .admission import Submission
+from .outputs import FinishReason, KeptSet, RequestMetrics, TokenOutput
+from .request import Request
+from .stream import Outcome
+
+
+def outcome_of(
+    request: Request,
+    draw: Sampled | NonFiniteLogitsError,
+    ended: str | None,
+    owner: Submission,
+    weight_version: int,
+    now: float,
+) -> Outcome:
+    """What one draw means to the choice that it was made for. `now` in unix seconds."""
+    if not isinstance(draw, Sampled):
+        return Outcome(request.index, finish_reason="error", error=draw)
+    stopped = ended == "stop"
+    is_eos = draw.token_id in owner.facts.eos_token_ids and draw.token_id not in owner.params.stop_token_ids
+    return Outcome(
+        request.index,
+        token=token_output(draw, weight_version, now),
+        finish_reason=cast("FinishReason | None", ended),
+        stop_reason=draw.token_id if stopped and not is_eos else None,
+        hides_token=stopped and not owner.params.include_stop_str_in_output,
+    )
+
+
+def token_output(draw: Sampled, weight_version: int, now: float) -> TokenOutput:
+    kept = draw.kept
+    return TokenOutput(
+        draw.token_id,
+        draw.logprob,
+        draw.sampling_logprob,
+        top_logprobs=draw.top_logprobs,
+        token_id_logprobs=draw.token_id_logprobs,
+        kept=None if kept is None else KeptSet(kept.token_ids, kept.mass, kept.entropy),
+        weight_version=weight_version,
+        time=now,
+    )
+
+
+def request_metrics(request: Request, now: float, num_concurrent_requests: int) -> RequestMetrics:
+    """A request's durations at its end. What never happened took no time."""
+    times = request.times
+    admitted = now if times.admitted is None else times.admitted
+    first = now if times.first_token is None else times.first_token
+    last = first if times.last_token is None else times.last_token
+    return RequestMetrics(
+        prompt_tokens=request.num_prompt_tokens,
+        cached_tokens=request.num_cached_tokens,
+        prefill_queue_duration=admitted - times.arrived,
+        prefill_duration=first - admitted,
+        generation_duration=last - first,
+        time_to_first_token=first - times.arrived,
+        num_concurrent_requests=num_concurrent_requests,
+    )
