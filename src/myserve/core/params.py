@@ -2,47 +2,212 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from myserve.errors import RequestError
+
 NoiseKind = Literal["counter", "torch"]
 LogprobsMode = Literal["raw", "processed"]
+
+MAX_STOP_STRINGS = 16
+MAX_TOP_LOGPROBS = 1024  # the server's routes have OpenAI's own, smaller limits
+MAX_LOGIT_BIAS = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one completion is drawn. (CONTRACT: the fields are fixed; docs and validation are the core's to write.)"""
+    """How one completion is drawn: a frozen value that holds nothing but what passed validation.
 
-    # length and stopping
-    max_tokens: int | None = None  # None: to the end of the context
+    Token ids are checked here for being ids at all, and against the model's vocabulary when a request meets
+    its model (`check_vocabulary`). Raises `RequestError` with the field, the value and the range.
+
+    >>> SamplingParams(temperature=0.7, top_p=0.9).top_k is None
+    True
+    >>> SamplingParams(top_p=1.5)
+    Traceback (most recent call last):
+    ...
+    myserve.errors.RequestError: top_p must be in [0, 1], got 1.5
+    """
+
+    # -- length and stopping --
+    max_tokens: int | None = None
+    """How many tokens may be drawn, >= 1; None: up to the end of the model's context."""
     min_tokens: int = 0
+    """Until so many tokens are out, EOS and stop ids cannot be drawn; 0 <= min_tokens <= max_tokens."""
     stop: tuple[str, ...] = ()
+    """At most 16 non-empty strings; the first to appear in the text ends it."""
     stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the completion as EOS does."""
     ignore_eos: bool = False
+    """EOS is then a token like any other."""
     include_stop_str_in_output: bool = False
+    """Keep the matched stop string, or stop token, in the output."""
     skip_special_tokens: bool = True
-    # constraints
+    """Leave special tokens out of the text (never out of the ids)."""
+    # -- constraints --
     allowed_token_ids: tuple[int, ...] | None = None
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # bad_words, tokenized by who owns the tokenizer
+    """Only these can be drawn; None: all."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that may not be completed, within the prompt's end and the completion together."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    # penalties
+    """Added to the logits by id; values beyond [-100, 100] count as the nearer end, as OpenAI documents."""
+    # -- penalties --
     repetition_penalty: float = 1.0
+    """In (0, 100]; over the ids of prompt and completion: z > 0 becomes z / r, else z * r. 1: off."""
     frequency_penalty: float = 0.0
+    """In [-2, 2]; f times a token's count in the completion is subtracted from its logit."""
     presence_penalty: float = 0.0
-    # the shape of the distribution
+    """In [-2, 2]; subtracted once from every token that the completion has."""
+    # -- the shape of the distribution --
     temperature: float = 1.0
+    """In [0, 100]; 0: the most likely token, the lowest id among equals, no randomness."""
     top_k: int | None = None
+    """Keep the tokens that are no less likely than the k-th; None, 0, -1: off."""
     top_p: float = 1.0
+    """In [0, 1]; keep the smallest set of likeliest tokens with at least this mass. 1: off; 0: one token."""
     min_p: float = 0.0
+    """In [0, 1]; keep tokens at least min_p times as likely as the likeliest. 0: off."""
     typical_p: float = 1.0
+    """In (0, 1]; keep the tokens whose surprise is nearest the entropy, up to this mass. 1: off."""
     top_n_sigma: float | None = None
-    # the draw
-    seed: int | None = None  # None: the engine draws a random 64-bit one and reports it
+    """> 0; keep tokens whose logit is within so many standard deviations of the largest. None: off."""
+    # -- the draw --
+    seed: int | None = None
+    """In [-2**63, 2**64), taken modulo 2**64; None: the engine draws one and reports it."""
     noise: NoiseKind = "counter"
-    # what is reported
+    """"counter": a pure function of seed, sample index, position and id. "torch": transformers' stream."""
+    # -- what is reported --
     top_logprobs: int = 0
+    """How many alternatives to report with every token, 0 to 1024."""
     logprobs_mode: LogprobsMode = "raw"
+    """Alternatives from the model's own distribution ("raw") or from the one drawn from ("processed")."""
     logprob_token_ids: tuple[int, ...] = ()
+    """Ids whose logprob is reported at every position, whatever is drawn."""
     kept: bool = False
-    prompt_logprobs: int | None = None  # None: off; k: the k best alternatives beside each prompt token
+    """Report the support of every draw, with its mass and the entropy."""
+    prompt_logprobs: int | None = None
+    """Report the prompt's logprobs with so many alternatives, 0 to 1024; None: do not."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, None)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_stop(self.stop)
+        _ids("stop_token_ids", self.stop_token_ids)
+        if self.allowed_token_ids is not None:
+            _ids("allowed_token_ids", self.allowed_token_ids)
+            if not self.allowed_token_ids:
+                raise RequestError(
+                    "allowed_token_ids must name at least one id, got none", param="allowed_token_ids"
+                )
+        for word in self.bad_words_ids:
+            _ids("bad_words_ids", word)
+            if not word:
+                raise RequestError("bad_words_ids must not hold an empty sequence", param="bad_words_ids")
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        if self.top_k is not None:
+            _integer("top_k", self.top_k, -1, None)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
+        if self.top_n_sigma is not None:
+            _number("top_n_sigma", self.top_n_sigma, 0.0, 1e6, open_low=True)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**64 - 1)
+        _one_of("noise", self.noise, ("counter", "torch"))
+        _integer("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        _one_of("logprobs_mode", self.logprobs_mode, ("raw", "processed"))
+        _ids("logprob_token_ids", self.logprob_token_ids)
+        if self.prompt_logprobs is not None:
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise `RequestError` for an id that a model of `vocab_size` tokens does not have.
+
+        >>> SamplingParams(logit_bias={7: 1.0}).check_vocabulary(4)
+        Traceback (most recent call last):
+        ...
+        myserve.errors.RequestError: logit_bias names token id 7; the model's ids are 0 to 3
+        """
+        named: tuple[tuple[str, tuple[int, ...]], ...] = (
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("bad_words_ids", tuple(token for word in self.bad_words_ids for token in word)),
+            ("logit_bias", tuple(self.logit_bias)),
+            ("logprob_token_ids", self.logprob_token_ids),
+        )
+        for name, ids in named:
+            worst = max(ids, default=0)
+            if worst >= vocab_size:
+                raise RequestError(
+                    f"{name} names token id {worst}; the model's ids are 0 to {vocab_size - 1}", param=name
+                )
+
+
+def _range(low: float, high: float | None, open_low: bool) -> str:
+    if high is None:
+        return f"at least {low}"
+    return (
+        f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+        if isinstance(low, float)
+        else f"in [{low}, {high}]"
+    )
+
+
+def _integer(name: str, value: int, low: int, high: int | None) -> None:
+    # bool is an int to Python; `"n": true` is a mistake to everybody else
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be an integer, got {value!r}", param=name)
+    if value < low or (high is not None and value > high):
+        raise RequestError(f"{name} must be {_range(low, high, False)}, got {value}", param=name)
+
+
+def _number(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name} must be a number, got {value!r}", param=name)
+    # written so that NaN fails: every comparison with it is false
+    if not (low <= value <= high) or (open_low and value == low):
+        raise RequestError(f"{name} must be {_range(low, high, open_low)}, got {value}", param=name)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = " or ".join(repr(choice) for choice in choices)
+        raise RequestError(f"{name} must be {listed}, got {value!r}", param=name)
+
+
+def _ids(name: str, ids: tuple[int, ...]) -> None:
+    if not isinstance(ids, tuple):
+        raise RequestError(f"{name} must be a tuple of token ids, got {ids!r}", param=name)
+    for token_id in ids:
+        _integer(name, token_id, 0, 2**31 - 1)
+
+
+def _check_stop(stop: tuple[str, ...]) -> None:
+    if not isinstance(stop, tuple) or not all(isinstance(text, str) for text in stop):
+        raise RequestError(f"stop must be a tuple of strings, got {stop!r}", param="stop")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise RequestError(
+            f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}", param="stop"
+        )
+    if "" in stop:
+        raise RequestError("stop must not hold an empty string: it would match before any text", param="stop")
+
+
+def _checked_bias(bias: Mapping[int, float]) -> dict[int, float]:
+    checked = {}
+    for token_id, value in bias.items():
+        _integer("logit_bias", token_id, 0, 2**31 - 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise RequestError(
+                f"logit_bias must map ids to finite numbers, got {value!r} for {token_id}", param="logit_bias"
+            )
+        checked[token_id] = min(max(float(value), -MAX_LOGIT_BIAS), MAX_LOGIT_BIAS)
+    return checked

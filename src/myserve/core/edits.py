@@ -1,0 +1,74 @@
+"""Stages 1 to 4 for a batch: what the rows ask for as flat edits, one tensor a stage, none a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from myserve.core.rows import RowState
+from myserve.core.stages import (
+    Edits,
+    add_bias_,
+    allow_only_,
+    forbid_,
+    penalise_counts_,
+    penalise_repetition_,
+)
+
+
+def edit(raw: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """The scores [B, V] after stages 1 to 4: `raw` itself where no row asks for any, else a copy."""
+    if not any(row.edits_scores for row in rows):
+        return raw
+    scores = raw.clone(memory_format=torch.contiguous_format)
+    _constrain(scores, rows)
+    _bias(scores, rows)
+    _penalise(scores, rows)
+    return scores
+
+
+def _constrain(scores: Tensor, rows: Sequence[RowState]) -> None:
+    V, device = scores.shape[1], scores.device
+    limited = [
+        (b, row.params.allowed_token_ids) for b, row in enumerate(rows) if row.params.allowed_token_ids
+    ]
+    if limited:
+        at = [b * V + token_id for b, allowed in limited for token_id in set(allowed)]
+        allow_only_(
+            scores, torch.tensor(at, device=device), torch.tensor([b for b, _ in limited], device=device)
+        )
+    forbidden = [b * V + token_id for b, row in enumerate(rows) for token_id in row.forbidden_token_ids()]
+    if forbidden:
+        forbid_(scores, torch.tensor(forbidden, device=device))
+
+
+def _bias(scores: Tensor, rows: Sequence[RowState]) -> None:
+    V, device = scores.shape[1], scores.device
+    biases = [(b * V + i, value) for b, row in enumerate(rows) for i, value in row.params.logit_bias.items()]
+    if biases:
+        at, value = zip(*biases, strict=True)
+        add_bias_(scores, Edits(torch.tensor(at, device=device), torch.tensor(value, device=device)))
+
+
+def _penalise(scores: Tensor, rows: Sequence[RowState]) -> None:
+    V, device = scores.shape[1], scores.device
+    penalised = [(b, row) for b, row in enumerate(rows) if len(row.history)]
+    if not penalised:
+        return
+    lengths = torch.tensor([len(row.history) for _, row in penalised], device=device)
+    first = torch.tensor([b * V for b, _ in penalised], device=device)
+    at = torch.cat([row.history.ids() for _, row in penalised]) + first.repeat_interleave(lengths)
+    counts = torch.cat([row.history.counts() for _, row in penalised])
+
+    def beside(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=device).repeat_interleave(lengths)
+
+    repetition = [row.params.repetition_penalty for _, row in penalised]
+    if any(r != 1.0 for r in repetition):
+        penalise_repetition_(scores, Edits(at, beside(repetition)))
+    frequency = [row.params.frequency_penalty for _, row in penalised]
+    presence = [row.params.presence_penalty for _, row in penalised]
+    if any(frequency) or any(presence):
+        penalise_counts_(scores, Edits(at, counts), beside(frequency), beside(presence))

@@ -1,0 +1,150 @@
+"""Three numbers that are never mixed: the raw logprob, the behaviour logprob, and the draw's support.
+
+Logprobs are float32 numbers: the score's distance from the row's largest, less the log of the row's mass (see
+`numerics`: exact sums). Equal logits give equal bits whether a token was drawn, scored in a prompt or in a
+trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from myserve.core.numerics import exp, log_mass, quanta, weights_of
+from myserve.core.stages import entropy_of, kth_largest
+from myserve.errors import NonFiniteLogitsError
+
+PROMPT_CHUNK = 64  # rows: bounds the float32 copies of a long prompt's logits
+
+TopLogprobs = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The support of a draw: ids, mass under softmax(z/T), and the entropy of softmax(z/T) in nats."""
+
+    token_ids: tuple[int, ...]
+    mass: float
+    entropy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One prompt token's raw logprob given the tokens before it; None where its probability is 0."""
+
+    token_id: int
+    logprob: float | None
+    top_logprobs: TopLogprobs = ()  # (id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class Normaliser:
+    """What turns a row's scores into logprobs: the largest score, and the log of the mass relative to it."""
+
+    largest: float
+    log_mass: float
+
+    def logprob(self, score: float) -> float:
+        """The logprob, rounded to float32, of a token with this finite score.
+
+        >>> Normaliser(largest=2.0, log_mass=math.log(4)).logprob(2.0)
+        -1.3862943649291992
+        """
+        return to_float32((score - self.largest) - self.log_mass)
+
+    def maybe_logprob(self, score: float) -> float | None:
+        """The same; None for a score of -inf, which has no finite logprob."""
+        return self.logprob(score) if score > -math.inf else None
+
+
+def to_float32(value: float) -> float:
+    """The nearest float32, as a Python float."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def normalisers(scores: Tensor) -> list[Normaliser]:
+    """Of float32 scores [R, V] with a finite maximum in every row."""
+    largest = scores.amax(-1, keepdim=True)
+    totals = quanta(exp(scores - largest)).sum(-1)
+    return [
+        Normaliser(top, log_mass(total))
+        for top, total in zip(largest[:, 0].tolist(), totals.tolist(), strict=True)
+    ]
+
+
+def top_tokens(scores: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """The k[r] best (id, score) of each row, best first, the lower id among equals; never one at -inf."""
+    wanted = torch.tensor([max(count, 1) for count in k], device=scores.device).unsqueeze(1)
+    edge = kth_largest(scores, wanted)
+    # by value, not by topk's indices: which of several equal scores topk returns depends on the largest k
+    # asked for
+    chosen = ((scores >= edge) & (scores > -torch.inf)).nonzero()
+    values = scores[chosen[:, 0], chosen[:, 1]].tolist()
+    best: list[list[tuple[int, float]]] = [[] for _ in k]
+    for (row, token_id), value in zip(chosen.tolist(), values, strict=True):
+        best[row].append((token_id, value))
+    return [sorted(row, key=_best_first)[:count] for row, count in zip(best, k, strict=True)]
+
+
+def _best_first(entry: tuple[int, float]) -> tuple[float, int]:
+    return -entry[1], entry[0]
+
+
+def top_logprobs(best: Sequence[tuple[int, float]], normaliser: Normaliser) -> TopLogprobs:
+    """(id, logprob) of `top_tokens`' entries of one row."""
+    return tuple((token_id, normaliser.logprob(score)) for token_id, score in best)
+
+
+def kept_sets(scaled: Tensor, behaviour: Tensor) -> list[Kept]:
+    """The support of each row of `behaviour`, measured under softmax(`scaled`); both [R, V].
+
+    >>> kept_sets(torch.zeros(1, 4), torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]))
+    [Kept(token_ids=(0, 2), mass=0.5, entropy=1.3862943611198904)]
+    """
+    largest, weights = weights_of(scaled)
+    share = quanta(weights)
+    total = share.sum(-1, keepdim=True)
+    entropy = entropy_of(largest, scaled, weights, total)[:, 0].tolist()
+    inside = behaviour > -torch.inf
+    mass = torch.where(inside, share, 0).sum(-1).tolist()
+    return [
+        Kept(tuple(row.nonzero()[:, 0].tolist()), part / whole, h)
+        for row, part, whole, h in zip(inside, mass, total[:, 0].tolist(), entropy, strict=True)
+    ]
+
+
+def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], k: int = 0) -> list[Scored]:
+    """The raw logprob of `target_ids[t]` under `logits[t]`, with the k best alternatives beside it.
+
+    `logits` [T, V] of any float dtype: row t is what the model says after the tokens before target t. Raises
+    `NonFiniteLogitsError` naming the row if one holds NaN or +inf.
+
+    >>> prompt_logprobs(torch.zeros(1, 4), [3], k=1)
+    [Scored(token_id=3, logprob=-1.3862943649291992, top_logprobs=((0, -1.3862943649291992),))]
+    """
+    scored: list[Scored] = []
+    for start in range(0, len(target_ids), PROMPT_CHUNK):
+        chunk = logits[start : start + PROMPT_CHUNK].to(torch.float32)
+        targets = list(target_ids[start : start + PROMPT_CHUNK])
+        _require_finite(chunk, start)
+        values = chunk.gather(1, torch.tensor(targets, device=chunk.device).unsqueeze(1))[:, 0].tolist()
+        best = top_tokens(chunk, [k] * len(targets)) if k else [[]] * len(targets)
+        scored += [
+            Scored(token_id, normaliser.maybe_logprob(value), top_logprobs(alternatives, normaliser))
+            for token_id, value, alternatives, normaliser in zip(
+                targets, values, best, normalisers(chunk), strict=True
+            )
+        ]
+    return scored
+
+
+def _require_finite(logits: Tensor, start: int) -> None:
+    for row, largest in enumerate(logits.amax(-1).tolist(), start):
+        if not math.isfinite(largest):
+            raise NonFiniteLogitsError(
+                f"the model's logits at prompt position {row} are not finite (max {largest})"
+            )

@@ -1,0 +1,153 @@
+"""RowState: what a completion's sampling remembers. It grows by `append` and is never rebuilt."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from myserve.core.noise import CounterKey, CounterNoise, TorchNoise
+from myserve.core.params import SamplingParams
+from myserve.errors import RequestError
+
+CPU = torch.device("cpu")
+
+
+class RowState:
+    """One completion's sampling state, from its first token to its last.
+
+    `completion_token_ids` starts it in mid-completion, as if each of them had been drawn and appended: for a
+    completion that goes on elsewhere. (A preempted one just keeps its RowState.)
+
+    >>> row = RowState(SamplingParams(frequency_penalty=0.5), seed=7, sample_index=0, prompt_token_ids=[1, 2],
+    ...                vocab_size=8, eos_token_ids=[0])
+    >>> row.append(5); row.append(5)
+    >>> row.num_completion_tokens, row.position, row.history.counts().tolist()
+    (2, 4, [2.0])
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        seed: int,
+        sample_index: int,
+        prompt_token_ids: Sequence[int],
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        device: torch.device = CPU,
+        completion_token_ids: Sequence[int] = (),
+    ) -> None:
+        params.check_vocabulary(vocab_size)
+        if not 0 <= sample_index < 2**32:
+            raise RequestError(f"a sample index must be in [0, 2**32), got {sample_index}", param="n")
+        self.params = params
+        self.vocab_size = vocab_size
+        self.position = len(prompt_token_ids)  # of the next token, in prompt and completion together
+        self.num_completion_tokens = 0
+        self.bad_words = BadWords(params.bad_words_ids, prompt_token_ids) if params.bad_words_ids else None
+        self.end_token_ids = tuple(dict.fromkeys((*eos_token_ids, *params.stop_token_ids)))
+        self.history = History(
+            prompt_token_ids if params.repetition_penalty != 1.0 else (),
+            vocab_size,
+            device,
+            active=_penalised(params),
+        )
+        self._always_edits = bool(params.allowed_token_ids or params.bad_words_ids or params.logit_bias)
+        self._counter_noise = CounterNoise(seed, sample_index)
+        self.torch_noise: TorchNoise | None = None
+        if params.noise == "torch" and params.temperature > 0:
+            self.torch_noise = TorchNoise(seed, sample_index, device)
+            self.torch_noise.skip(len(completion_token_ids), vocab_size)
+        for token_id in completion_token_ids:
+            self.append(token_id)
+
+    @property
+    def edits_scores(self) -> bool:
+        """Whether any of stages 1 to 4 may change this row's next scores."""
+        return (
+            self._always_edits or len(self.history) > 0 or self.num_completion_tokens < self.params.min_tokens
+        )
+
+    @property
+    def counter_key(self) -> CounterKey:
+        """The counter noise of the next draw."""
+        return self._counter_noise.at(self.position)
+
+    def append(self, token_id: int) -> None:
+        """Take in the token that was drawn."""
+        self.position += 1
+        self.num_completion_tokens += 1
+        self.history.append(token_id)
+        if self.bad_words is not None:
+            self.bad_words.append(token_id)
+
+    def forbidden_token_ids(self) -> Iterable[int]:
+        """What may not come next: ends of the completion while it is too short, last ids of bad words."""
+        if self.num_completion_tokens < self.params.min_tokens:
+            yield from (token_id for token_id in self.end_token_ids if token_id < self.vocab_size)
+        if self.bad_words is not None:
+            yield from self.bad_words.completions()
+
+
+class History:
+    """Which ids a completion (for the repetition penalty, its prompt too) has, and how often.
+
+    On the device, one entry a distinct id: a step costs the tokens seen, not the vocabulary, and adds one
+    number.
+    """
+
+    def __init__(
+        self, prompt_token_ids: Sequence[int], vocab_size: int, device: torch.device, *, active: bool
+    ) -> None:
+        self._active = active
+        prompt = [i for i in dict.fromkeys(prompt_token_ids) if 0 <= i < vocab_size] if active else []
+        self._slots = {token_id: slot for slot, token_id in enumerate(prompt)}
+        self._vocab_size = vocab_size
+        capacity = max(64, 2 * len(prompt)) if active else 0
+        self._ids = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(capacity, dtype=torch.float32, device=device)
+        self._ids[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def append(self, token_id: int) -> None:
+        if not self._active:
+            return
+        slot = self._slots.setdefault(token_id, len(self._slots))
+        if slot == len(self._ids):
+            self._ids = torch.cat((self._ids, torch.zeros_like(self._ids)))
+            self._counts = torch.cat((self._counts, torch.zeros_like(self._counts)))
+        self._ids[slot] = token_id
+        self._counts[slot] += 1
+
+    def ids(self) -> Tensor:
+        """int64 [N], distinct."""
+        return self._ids[: len(self._slots)]
+
+    def counts(self) -> Tensor:
+        """float32 [N], beside `ids`; 0 for ids that only the prompt has."""
+        return self._counts[: len(self._slots)]
+
+
+class BadWords:
+    """Which ids would complete a forbidden sequence: remembers a tail as long as the longest needs."""
+
+    def __init__(self, words: Sequence[tuple[int, ...]], prompt_token_ids: Sequence[int]) -> None:
+        self._words = words
+        longest = max(map(len, words)) - 1
+        self._tail = deque(prompt_token_ids[-longest:] if longest else (), maxlen=longest)
+
+    def append(self, token_id: int) -> None:
+        self._tail.append(token_id)
+
+    def completions(self) -> list[int]:
+        tail = tuple(self._tail)
+        return [word[-1] for word in self._words if len(word) == 1 or tail[-(len(word) - 1) :] == word[:-1]]
+
+
+def _penalised(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)

@@ -1,0 +1,260 @@
+"""From logits to tokens: the batched `Sampler` for rows with nothing in common, and the seed's `sample_next`.
+
+Law: what a row gets depends on its logits and its RowState alone. Rows are put side by side only where the
+arithmetic is known to treat each as if it were alone (`numerics`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from myserve.core.behaviour import scale, truncate
+from myserve.core.edits import edit
+from myserve.core.logprobs import (
+    Kept,
+    Normaliser,
+    TopLogprobs,
+    kept_sets,
+    normalisers,
+    top_logprobs,
+    top_tokens,
+)
+from myserve.core.noise import draw_counter, draw_torch
+from myserve.core.numerics import weights_of
+from myserve.core.params import SamplingParams
+from myserve.core.rows import RowState
+from myserve.errors import NonFiniteLogitsError
+
+__all__ = [
+    "RowState",
+    "Sampled",
+    "Sampler",
+    "SamplerCfg",
+    "SamplingParams",
+    "apply_penalties",
+    "sample_next",
+    "top_k_top_p_filter",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One drawn token with every number that belongs to it."""
+
+    token_id: int
+    logprob: float  # of the model's own distribution: log-softmax of the raw logits
+    sampling_logprob: float  # of the distribution that the draw used
+    top_logprobs: TopLogprobs = ()  # (id, logprob), best first, of the distribution that logprobs_mode names
+    token_id_logprobs: tuple[
+        tuple[int, float | None], ...
+    ] = ()  # for logprob_token_ids; None: out of the support
+    kept: Kept | None = None
+
+
+class Sampler:
+    """Draws one token a row, each under its own parameters, noise and history.
+
+    >>> params = SamplingParams(temperature=0.0)
+    >>> row = RowState(params, seed=0, sample_index=0, prompt_token_ids=[0], vocab_size=3, eos_token_ids=[])
+    >>> drawn, = Sampler().sample(torch.tensor([[0.0, 1.0, 1.0]]), [row])
+    >>> drawn.token_id, drawn.logprob, drawn.sampling_logprob
+    (1, -0.8619948029518127, 0.0)
+    """
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[Sampled | NonFiniteLogitsError]:
+        """Draw from `logits` [B, V] (raw, any float dtype), row b under `rows[b]`; append nothing to them.
+
+        A row whose logits hold NaN or +inf, or whose constraints forbid every token, gets an error in its
+        place.
+        """
+        raw = logits.to(torch.float32)
+        edited = edit(raw, rows)
+        errors = _row_errors(raw, edited, rows)
+        if not any(errors):
+            return list(_draw(raw, edited, rows))
+        sound = [b for b, error in enumerate(errors) if error is None]
+        drawn = iter(_draw(raw[sound], edited[sound], [rows[b] for b in sound]) if sound else ())
+        return [next(drawn) if error is None else error for error in errors]
+
+
+def _row_errors(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> list[NonFiniteLogitsError | None]:
+    # a maximum is NaN if any score is, and +inf if any score is
+    raw_largest = raw.amax(-1).tolist()
+    edited_largest = raw_largest if edited is raw else edited.amax(-1).tolist()
+    return [
+        _row_error(raw_top, edited_top, row.position)
+        for raw_top, edited_top, row in zip(raw_largest, edited_largest, rows, strict=True)
+    ]
+
+
+def _row_error(raw_largest: float, edited_largest: float, position: int) -> NonFiniteLogitsError | None:
+    if not math.isfinite(raw_largest):
+        return NonFiniteLogitsError(
+            f"the model's logits for position {position} are not finite (their maximum is {raw_largest}); "
+            "this completion cannot go on"
+        )
+    if not math.isfinite(edited_largest):
+        return NonFiniteLogitsError(
+            f"no token is left to draw for position {position}: allowed_token_ids, bad_words_ids and "
+            "min_tokens together forbid every one"
+        )
+    return None
+
+
+def _draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> list[Sampled]:
+    """`sample` for rows that all have a token to draw."""
+    params = [row.params for row in rows]
+    scaled = scale(edited, params)
+    behaviour = truncate(scaled, params)
+    tokens = _race(behaviour, rows)
+    raw_norms = normalisers(raw)
+    norms = raw_norms if behaviour is raw else normalisers(behaviour)
+    chosen = torch.tensor(tokens, device=raw.device).unsqueeze(1)
+    raw_scores = raw.gather(1, chosen)[:, 0].tolist()
+    scores = behaviour.gather(1, chosen)[:, 0].tolist()
+    reports = _reports(raw, raw_norms, scaled, behaviour, norms, params)
+    return [
+        Sampled(token_id, raw_norm.logprob(raw_score), norm.logprob(score), *report)
+        for token_id, raw_norm, raw_score, norm, score, report in zip(
+            tokens, raw_norms, raw_scores, norms, scores, reports, strict=True
+        )
+    ]
+
+
+def _race(behaviour: Tensor, rows: Sequence[RowState]) -> list[int]:
+    """The token that each row draws."""
+    _, weights = weights_of(behaviour)
+    tokens = [0] * len(rows)
+    counter = [b for b, row in enumerate(rows) if row.torch_noise is None]
+    if counter:
+        drawn = draw_counter(weights[counter], [rows[b].counter_key for b in counter])
+        for b, token_id in zip(counter, drawn.tolist(), strict=True):
+            tokens[b] = token_id
+    sources = {b: row.torch_noise for b, row in enumerate(rows) if row.torch_noise is not None}
+    if sources:
+        drawn = draw_torch(weights[list(sources)], list(sources.values()))
+        for b, token_id in zip(sources, drawn.tolist(), strict=True):
+            tokens[b] = token_id
+    return tokens
+
+
+Report = tuple[TopLogprobs, tuple[tuple[int, float | None], ...], Kept | None]
+
+
+def _reports(
+    raw: Tensor,
+    raw_norms: Sequence[Normaliser],
+    scaled: Tensor,
+    behaviour: Tensor,
+    norms: Sequence[Normaliser],
+    params: Sequence[SamplingParams],
+) -> list[Report]:
+    """What each row asked to be told beside its token: alternatives, named ids, the support."""
+    top: list[TopLogprobs] = [()] * len(params)
+    named: list[tuple[tuple[int, float | None], ...]] = [()] * len(params)
+    kept: list[Kept | None] = [None] * len(params)
+    for mode, scores, row_norms in (("raw", raw, raw_norms), ("processed", behaviour, norms)):
+        asked = [b for b, p in enumerate(params) if p.top_logprobs and p.logprobs_mode == mode]
+        best = top_tokens(scores[asked], [params[b].top_logprobs for b in asked]) if asked else []
+        for b, entries in zip(asked, best, strict=True):
+            top[b] = top_logprobs(entries, row_norms[b])
+        for b in [b for b, p in enumerate(params) if p.logprob_token_ids and p.logprobs_mode == mode]:
+            ids = params[b].logprob_token_ids
+            values = scores[b, list(ids)].tolist()
+            named[b] = tuple((i, row_norms[b].maybe_logprob(z)) for i, z in zip(ids, values, strict=True))
+    asked = [b for b, p in enumerate(params) if p.kept]
+    for b, support in zip(asked, kept_sets(scaled[asked], behaviour[asked]) if asked else (), strict=True):
+        kept[b] = support
+    return list(zip(top, named, kept, strict=True))
+
+
+# -- the seed's surface --------------------------------------------------------------------------------------
+
+
+@dataclass
+class SamplerCfg:
+    """The seed's small twin of `SamplingParams`: one configuration for a whole batch.
+
+    >>> SamplerCfg(temperature=0.7, top_p=0.9).top_k is None
+    True
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        self.params()
+
+    def params(self) -> SamplingParams:
+        """The same as `SamplingParams`, which validates it."""
+        return SamplingParams(**vars(self))
+
+
+@torch.no_grad()
+def apply_penalties(
+    logits: Tensor,  # [B, V]
+    generated_ids: Tensor,  # [B, T]
+    presence_penalty: float,
+    frequency_penalty: float,
+) -> Tensor:
+    """z - f * count - p * [count > 0] over the ids it is given: the completion, without the prompt.
+
+    >>> apply_penalties(torch.zeros(1, 3), torch.tensor([[2, 2]]), 0.5, 1.0)
+    tensor([[ 0.0000,  0.0000, -2.5000]])
+    """
+    if presence_penalty == 0.0 and frequency_penalty == 0.0:
+        return logits
+    V = logits.shape[-1]
+    known = (generated_ids >= 0) & (generated_ids < V)
+    counts = torch.zeros_like(logits, dtype=torch.float32)
+    counts.scatter_add_(1, generated_ids.clamp(0, V - 1), known.to(torch.float32))
+    return logits.to(torch.float32) - frequency_penalty * counts - presence_penalty * (counts > 0)
+
+
+@torch.no_grad()
+def top_k_top_p_filter(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """`logits` [B, V] as float32 with -inf for what top-k, then top-p remove.
+
+    >>> top_k_top_p_filter(torch.tensor([[3.0, 1.0, 2.0]]), 2, 1.0)
+    tensor([[3., -inf, 2.]])
+    """
+    params = SamplingParams(top_k=top_k, top_p=top_p)
+    return truncate(logits.to(torch.float32), [params] * logits.shape[0])
+
+
+@torch.no_grad()
+def sample_next(
+    logits: Tensor,  # [B, V] of the last step
+    cfg: SamplerCfg,
+    generated_ids: Tensor,  # [B, T] what the penalties count: the completion so far
+    gen: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(next ids [B], their logprobs [B], all logprobs [B, V]) of the behaviour distribution; torch noise.
+
+    One generator serves the whole batch, as in `transformers.generate`; None is torch's global one. At
+    temperature 0 it takes the largest score, and the logprobs are those of the distribution before the choice
+    (T = 1).
+    """
+    logits = apply_penalties(
+        logits.to(torch.float32), generated_ids, cfg.presence_penalty, cfg.frequency_penalty
+    )
+    if cfg.temperature == 0.0:
+        logprobs = F.log_softmax(logits, dim=-1)
+        next_ids = logits.argmax(-1, keepdim=True)
+    else:
+        params = [cfg.params()] * logits.shape[0]
+        behaviour = truncate(scale(logits, params), params)
+        logprobs = F.log_softmax(behaviour, dim=-1)
+        next_ids = torch.multinomial(F.softmax(behaviour, dim=-1), num_samples=1, generator=gen)
+    return next_ids.squeeze(-1), logprobs.gather(-1, next_ids).squeeze(-1), logprobs
