@@ -105,6 +105,7 @@ class BlockPool:
         key = (parent, tuple(token_ids))
         assert len(key[1]) == self.block_size, "only full blocks are published"
         if key not in self._name_of:
+            self._forget(block)  # its name may hang on a parent that was evicted and came back under a new one
             self._name_of[key] = next(self._names)
             self._block_of[key] = block
             self._key_of[block] = key
