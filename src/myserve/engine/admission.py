@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from ..core.params import SamplingParams
-from ..core.sampling import RowState
+from ..core.rows import RowState
+from ..core.stopping import StopIds
 from ..errors import ContextLengthError, RequestError
 from .request import Request
 from .stream import RequestStream
@@ -33,11 +36,12 @@ class Submission:
     seed: int
     sample_index: int
     num_prior_tokens: int
+    ends: StopIds
     loop: asyncio.AbstractEventLoop
     requests: list[Request] = field(default_factory=list)
     stream: RequestStream = field(init=False)
 
-    def row_state(self, index: int, device: object) -> RowState:
+    def row_state(self, index: int, device: torch.device) -> RowState:
         """The sampling state of choice `index`. Prior tokens count as its completion, not as its prompt."""
         begun = len(self.prompt_token_ids) - self.num_prior_tokens
         return RowState(
@@ -77,7 +81,10 @@ def admit(
             param="num_prior_tokens",
         )
     max_tokens = checked_max_tokens(len(prompt), params.max_tokens, facts.max_model_len)
-    check_ids_in_vocabulary(params, facts.vocab_size)
+    params.check_vocabulary(facts.vocab_size)
+    ends = StopIds(
+        eos_token_ids=facts.eos_token_ids, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
+    )
     submission = Submission(
         prompt,
         params,
@@ -85,6 +92,7 @@ def admit(
         seed=secrets.randbits(64) if params.seed is None else params.seed,
         sample_index=sample_index,
         num_prior_tokens=num_prior_tokens,
+        ends=ends,
         loop=asyncio.get_running_loop(),
     )
     for index in range(n):
@@ -93,7 +101,7 @@ def admit(
             prompt_token_ids=prompt,
             max_tokens=max_tokens,
             index=index,
-            stop_ids=frozenset(() if params.ignore_eos else facts.eos_token_ids) | frozenset(params.stop_token_ids),
+            stop_ids=ends,
             priority=priority,
             arrival=arrival,
             cache_root=cache_root,
@@ -110,7 +118,11 @@ def checked_prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
     prompt = list(token_ids)
     if not prompt:
         raise RequestError("the prompt has no tokens; give at least one", param="prompt")
-    check_in_vocabulary(prompt, vocab_size, "prompt")
+    for token_id in prompt:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"the prompt holds token id {token_id}; this model's ids are 0 to {vocab_size - 1}", param="prompt"
+            )
     return prompt
 
 
@@ -131,20 +143,3 @@ def checked_max_tokens(num_prompt_tokens: int, asked: int | None, max_model_len:
         )
     return room if asked is None else asked
 
-
-def check_ids_in_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    """Every id that a parameter names must be one of the model's."""
-    check_in_vocabulary(params.logit_bias, vocab_size, "logit_bias")
-    check_in_vocabulary(params.allowed_token_ids or (), vocab_size, "allowed_token_ids")
-    check_in_vocabulary(params.stop_token_ids, vocab_size, "stop_token_ids")
-    check_in_vocabulary(params.logprob_token_ids, vocab_size, "logprob_token_ids")
-    for word in params.bad_words_ids:
-        check_in_vocabulary(word, vocab_size, "bad_words")
-
-
-def check_in_vocabulary(token_ids: Iterable[int], vocab_size: int, param: str) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(
-                f"{param} names token id {token_id}; this model's ids are 0 to {vocab_size - 1}", param=param
-            )

@@ -35,7 +35,8 @@ class Detokenizer:
         self._table = table
         self._hidden = table.special_ids if params.skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._matcher = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        self._matcher = StopMatcher(params.stop)
+        self._shows_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
         self._held: deque[tuple[TokenOutput, int]] = deque()  # tokens and the character at which each ends
@@ -53,10 +54,7 @@ class Detokenizer:
         self._held.append((token, UNKNOWN))
         if not self._decoder.getstate()[0]:
             self._settle_ends()
-        # text of the first min_tokens cannot stop a completion that may not stop yet
-        safe, matched = self._matcher.feed(text) if self._num_tokens > self._min_tokens else (text, None)
-        self._text += safe
-        self._safe += len(safe)
+        matched = self._scan(text) if self._num_tokens > self._min_tokens else self._pass(text)
         return self._release_all(matched) if matched is not None else self._release_whole_tokens()
 
     def end(self, stop_token: TokenOutput | None = None) -> Released:
@@ -64,13 +62,23 @@ class Detokenizer:
         tail = self._decoder.decode(b"", final=True)  # half a character becomes U+FFFD
         self._decoded += len(tail)
         self._settle_ends()
-        safe, matched = self._matcher.feed(tail)
-        safe += "" if matched is not None else self._matcher.flush()
-        self._text += safe
-        self._safe += len(safe)
+        matched = self._scan(tail)
+        if matched is None:
+            self._pass(self._matcher.flush())
         released = self._release_all(matched)
         stop_tokens = released.stop_tokens + ((stop_token,) if stop_token else ())
         return Released(released.text, released.tokens, stop_tokens, matched)
+
+    def _scan(self, text: str) -> str | None:
+        """Let the text through up to what may be the beginning of a stop string; the one that ends it, if one does."""
+        safe, matched = self._matcher.feed(text)
+        self._pass(safe + matched if matched is not None and self._shows_stop else safe)
+        return matched
+
+    def _pass(self, text: str) -> None:
+        """This much can no longer change. (Text of the first min_tokens is never scanned: it may not stop yet.)"""
+        self._text += text
+        self._safe += len(text)
 
     def _settle_ends(self) -> None:
         """No character is pending, so every held token whose end was open ends here."""

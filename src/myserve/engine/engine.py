@@ -206,6 +206,12 @@ class Engine:
             owner = self._owner[request]
             outcome = outcome_of(request, draw, ended.get(request), owner, self.weight_version, now)
             mail[owner.loop].append((owner.stream, outcome))
+        for request, error in result.failed_prompts.items():
+            owner = self._owner[request]
+            outcome = Outcome(request.index, finish_reason="error", error=error)
+            mail[owner.loop].insert(0, (owner.stream, outcome))
+            ended[request] = "error"
+            self.scheduler.abort(request)
         for request, scores in result.prompt_logprobs.items():
             owner = self._owner[request]
             mail[owner.loop].insert(0, (owner.stream, Outcome(request.index, prompt_logprobs=scores)))

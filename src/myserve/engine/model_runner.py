@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..core.logprobs import prompt_logprobs
 from ..core.params import SamplingParams
-from ..core.sampling import RowState, Sampled, Sampler
+from ..core.rows import RowState
+from ..core.sampling import Sampled, Sampler
 from ..errors import NonFiniteLogitsError
 from .attention import PagedContext
 from .config import EngineConfig
@@ -23,10 +24,11 @@ from .weights import LoadedModel
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """For each of the batch's draws, a sample or its row's error; and prompt logprobs that became complete."""
+    """For each of the batch's draws, a sample or its row's error; and the prompts whose scores are complete, or broke."""
 
     draws: list[Sampled | NonFiniteLogitsError]
     prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
+    failed_prompts: dict[Request, NonFiniteLogitsError]
 
     @property
     def token_ids(self) -> list[int | None]:
@@ -68,8 +70,8 @@ class ModelRunner:
         logits = self._forward(batch, wanted)  # [len(wanted), V]
         self.kv_cache.copy(batch.copies)
         row_of = {position: row for row, position in enumerate(wanted)}
-        scored = self._score_prompts(batch, logits, row_of)
-        return StepResult(self._draw(batch, logits, row_of), scored)
+        scored, failed = self._score_prompts(batch, logits, row_of)
+        return StepResult(self._draw(batch, logits, row_of), scored, failed)
 
     def _forward(self, batch: Batch, wanted: list[int]) -> Tensor:
         tokens = [t for p in batch.pieces for t in p.request.token_ids[p.start : p.start + p.count]]
@@ -120,16 +122,20 @@ class ModelRunner:
 
     def _score_prompts(
         self, batch: Batch, logits: Tensor, row_of: dict[int, int]
-    ) -> dict[Request, tuple[PromptLogprob, ...]]:
+    ) -> tuple[dict[Request, tuple[PromptLogprob, ...]], dict[Request, NonFiniteLogitsError]]:
         complete: dict[Request, tuple[PromptLogprob, ...]] = {}
+        failed: dict[Request, NonFiniteLogitsError] = {}
         start = 0
         for piece in batch.pieces:
             if piece.request in self._scored and piece.start < piece.request.num_prompt_tokens:
-                self._score_piece(piece, logits[row_of[start] : row_of[start] + piece.count])
+                try:
+                    self._score_piece(piece, logits[row_of[start] : row_of[start] + piece.count])
+                except NonFiniteLogitsError as error:
+                    failed[piece.request] = error
                 if len(self._scored[piece.request]) == piece.request.num_prompt_tokens:
                     complete[piece.request] = tuple(self._scored.pop(piece.request))
             start += piece.count
-        return complete
+        return complete, failed
 
     def _score_piece(self, piece: Piece, logits: Tensor) -> None:  # logits [count, V]
         """Row i gives the logprob of token i + 1; the rows behind the prompt's end score nothing."""
@@ -139,7 +145,7 @@ class ModelRunner:
         if targets:
             rows = logits[first - piece.start : first - piece.start + len(targets)]
             gathered.extend(
-                PromptLogprob(*scored)
+                PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs)
                 for scored in prompt_logprobs(rows, targets, self._alternatives[request])
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -64,7 +64,7 @@ class Request:
     prompt_token_ids: list[int]
     max_tokens: int
     index: int = 0  # the choice, among the n of one submission
-    stop_ids: frozenset[int] = frozenset()
+    stop_ids: Container[int] = ()
     priority: int = 0  # lower runs first
     arrival: int = 0  # submission order, which breaks ties of priority
     cache_root: Hashable = None  # what a cached prefix must agree on beside its tokens: salt, weight version

@@ -24,12 +24,11 @@ def outcome_of(
     if not isinstance(draw, Sampled):
         return Outcome(request.index, finish_reason="error", error=draw)
     stopped = ended == "stop"
-    is_eos = draw.token_id in owner.facts.eos_token_ids and draw.token_id not in owner.params.stop_token_ids
     return Outcome(
         request.index,
         token=token_output(draw, weight_version, now),
         finish_reason=cast("FinishReason | None", ended),
-        stop_reason=draw.token_id if stopped and not is_eos else None,
+        stop_reason=owner.ends.reason(draw.token_id) if stopped else None,
         hides_token=stopped and not owner.params.include_stop_str_in_output,
     )
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import UnsupportedModelError
-from .attention import ATTENTION_NAME
+from . import attention
 from .config import EngineConfig
 
 
@@ -27,6 +27,7 @@ class LoadedModel:
 
 def load(model: str, config: EngineConfig) -> LoadedModel:
     """Load `model` with our attention in place of its own."""
+    attention.register()
     device = torch.device(resolve_device(config.device))
     hf_config = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     refuse_what_cannot_be_packed(hf_config)
@@ -35,7 +36,7 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
         model,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
-        attn_implementation=ATTENTION_NAME,
+        attn_implementation=attention.NAME,
     )
     if not getattr(loaded, "_supports_attention_backend", False):
         raise UnsupportedModelError(
