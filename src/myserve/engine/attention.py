@@ -1,0 +1,264 @@
+"""Paged attention in one fixed order, for prefill and decode alike.
+
+On a CPU it is our own kernel (`kernels`); elsewhere each request's pages are gathered and given to PyTorch.
+transformers calls `paged_forward`, which finds what it needs in a keyword of the model's own call:
+
+    register_attention()
+    model.set_attn_implementation(ATTENTION_NAME)
+    model(input_ids, position_ids=position_ids, use_cache=False, paged=context)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .kernels import ATTEND, BLOCK_SIZE, STORE, TILE_ROWS, launch, padded
+from .lanes import LANES, PARTITION
+
+ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says
+_SMALL = (
+    1 << 17
+)  # products of a query with a key's number: below that, waking a second thread costs more than it saves
+
+
+@dataclass(frozen=True, slots=True)
+class PagedContext:
+    """Where the packed tokens of one step lie in the cache: the same for every layer but the tensors.
+
+    Rows of different requests follow each other without padding; a request's rows are the last positions of
+    its context.
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]]  # (K, V) of each layer, as `allocate_layer` makes them
+    slot_mapping: Tensor  # [T] int64: block * BLOCK_SIZE + offset of each token; negative: not kept
+    block_tables: Tensor  # [R, max_blocks] int32
+    query_start: Tensor  # [R + 1] int32: request r owns the rows query_start[r] .. query_start[r + 1]
+    context_lens: Tensor  # [R] int32: keys of each request, its new ones included
+
+
+def allocate_layer(
+    num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """K and V of one layer, zeroed, [num_blocks, ...]: `cache[b]` is block b, so that a block is copied as a row.
+
+    On a CPU a block is [num_kv_heads, BLOCK_SIZE * dim] in the kernel's own order, dim in whole vectors; bfloat16
+    stays, all else is kept in float32. Elsewhere it is [BLOCK_SIZE, num_kv_heads, head_dim] in `dtype`.
+
+    >>> [tuple(t.shape) for t in allocate_layer(10, 2, 8, torch.bfloat16)]
+    [(10, 2, 512), (10, 2, 512)]
+    """
+    if torch.device(device).type != "cpu":
+        shape: tuple[int, ...] = (num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
+    else:
+        shape = (num_blocks, num_kv_heads, BLOCK_SIZE * padded(head_dim))
+        dtype = _cpu_cache_dtype(dtype)
+    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+
+def bytes_per_block(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """What a block of one layer takes, K and V together, in bytes; on other devices than a CPU at most that.
+
+    >>> bytes_per_block(8, 128, torch.bfloat16) // 1024
+    128
+    """
+    return 2 * num_kv_heads * BLOCK_SIZE * int(padded(head_dim)) * _cpu_cache_dtype(dtype).itemsize
+
+
+def _cpu_cache_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def store_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Writes new keys and values [T, Hkv, D] to their slots [T]."""
+    if key.device.type != "cpu":
+        kept = slot_mapping >= 0
+        for new, cache in ((key, key_cache), (value, value_cache)):
+            cache.flatten(0, 1)[slot_mapping[kept]] = new[kept].to(cache.dtype)
+        return
+    key, value = (_rows(x, key_cache.dtype) for x in (key, value))
+    tokens, heads, head_dim = key.shape
+    tickets = torch.zeros(2, dtype=torch.int64)
+    size = key.element_size()
+    record = _filled(
+        STORE,
+        source_keys=key.data_ptr(), key_token=size * key.stride(0), key_head=size * key.stride(1),
+        source_values=value.data_ptr(), value_token=size * value.stride(0), value_head=size * value.stride(1),
+        slots=slot_mapping.data_ptr(), keys=key_cache.data_ptr(), values=value_cache.data_ptr(),
+        tickets=tickets.data_ptr(), tokens=tokens, kv_heads=heads, head_dim=head_dim,
+    )  # fmt: skip
+    launch("store", key.dtype, record, torch.get_num_threads() if key.numel() > _SMALL else 1)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v over each request's own pages, causal; query and result [T, H, D], sums in float32.
+
+    `window`: a query sees its own position and the `window - 1` before it (0: all). `softcap` c: scores become
+    c * tanh(score / c) (Gemma 2). `sinks` [H]: a score a head that takes weight and gives none (gpt-oss).
+    A row's bits depend on its query and its keys alone: not on the other rows, on how its context came into the
+    cache, on `context_lens` of others, nor on the number of threads.
+    """
+    if query.device.type != "cpu":
+        return _gathered_attention(
+            query, key_cache, value_cache, block_tables, query_start, context_lens,
+            scale=scale, window=window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+    rows = _rows(query, key_cache.dtype)
+    tokens, heads, head_dim = rows.shape
+    kv_heads, size = key_cache.shape[1], rows.element_size()
+    group = heads // kv_heads
+    out = torch.empty(tokens, heads, head_dim, dtype=rows.dtype)
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    work = int(context_lens.sum()) * heads * head_dim * max(1, tokens // len(context_lens))
+    threads = torch.get_num_threads() if work > _SMALL else 1
+    scratch_bytes = _scratch_bytes(group, head_dim)
+    scratch = torch.empty(threads * scratch_bytes + 64, dtype=torch.uint8)
+    tickets = torch.zeros(2, dtype=torch.int64)  # thread, item
+    record = _filled(
+        ATTEND,
+        query=rows.data_ptr(), query_token=size * rows.stride(0), query_head=size * rows.stride(1),
+        out=out.data_ptr(), keys=key_cache.data_ptr(), values=value_cache.data_ptr(),
+        tables=block_tables.data_ptr(), table_row=4 * block_tables.stride(0), query_start=query_start.data_ptr(),
+        context_lens=context_lens.data_ptr(), sinks=0 if sinks is None else sinks.data_ptr(),
+        scratch=scratch.data_ptr() + -scratch.data_ptr() % 64, scratch_bytes=scratch_bytes,
+        tickets=tickets.data_ptr(), requests=len(context_lens), kv_heads=kv_heads, group=group, head_dim=head_dim,
+        window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    launch("attend", rows.dtype, record, threads)
+    return out.to(query.dtype)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the cache's element type, each [D] contiguous: all that the kernel asks of strides."""
+    x = x.detach().to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _filled(kind: np.dtype[np.void], **fields: float) -> np.ndarray[Any, np.dtype[np.void]]:
+    record = np.zeros(1, kind)
+    record[0] = tuple(fields[name] for name in kind.names or ())
+    return record
+
+
+def _scratch_bytes(group: int, head_dim: int) -> int:
+    """What one thread needs: key addresses, then peak, alpha, 16 partial sums, query, sum and scores of each row."""
+    rows = -(-max(1, TILE_ROWS // group) * group // 4) * 4
+    return 64 * (1 + -(-4 * rows * (2 + LANES + 2 * int(padded(head_dim)) + PARTITION) // 64))
+
+
+def _gathered_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The plain way, request by request, never padded: for devices that our kernel does not run on."""
+    out = torch.empty_like(query)
+    starts, lens = query_start.tolist(), context_lens.tolist()
+    for r, length in enumerate(lens):
+        rows = slice(starts[r], starts[r + 1])
+        blocks = block_tables[r, : -(-length // BLOCK_SIZE)].long()
+        key, value = (c[blocks].flatten(0, 1)[:length].transpose(0, 1) for c in (key_cache, value_cache))
+        out[rows] = dense_attention(
+            query[rows].transpose(0, 1), key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
+        ).transpose(0, 1)
+    return out
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention by its definition, in the inputs' own precision: query [H, Q, D], the last Q of key [Hkv, K, D].
+
+    >>> x = torch.eye(2).reshape(1, 2, 2)
+    >>> dense_attention(x, x, x, scale=1.0)[0, 0]
+    tensor([1., 0.])
+    """
+    group, (queries, keys) = query.shape[0] // key.shape[0], (query.shape[1], key.shape[1])
+    key, value = (x.repeat_interleave(group, dim=0) for x in (key, value))
+    scores = (query @ key.transpose(1, 2)) * scale  # [H, Q, K]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(keys, device=query.device)
+    distance = position[keys - queries :, None] - position
+    hidden = (distance < 0) | (distance >= window) if window else distance < 0
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, queries, 1)], dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights[..., :keys].to(value.dtype) @ value
+
+
+def paged_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged: PagedContext,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: stores this layer's keys and values, then attends.
+
+    query [1, H, T, D], key and value [1, Hkv, T, D]; gives [1, T, H, D].
+    """
+    key_cache, value_cache = paged.layers[_layer_index(module)]
+    store_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), key_cache, value_cache, paged.slot_mapping)
+    out = paged_attention(
+        query[0].transpose(0, 1), key_cache, value_cache, paged.block_tables, paged.query_start, paged.context_lens,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window or 0, softcap=softcap or 0.0, sinks=s_aux,
+    )  # fmt: skip
+    return out[None], None
+
+
+def _layer_index(module: torch.nn.Module) -> int:
+    index = module.layer_idx
+    assert isinstance(index, int), f"{type(module).__name__} does not know its layer"
+    return index
+
+
+def register_attention() -> None:
+    """Makes `attn_implementation="myserve_paged"` known to transformers; no mask is built for it."""
+    AttentionInterface.register(ATTENTION_NAME, paged_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)

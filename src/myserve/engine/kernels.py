@@ -1,0 +1,300 @@
+"""The CPU kernels: a query row's numbers are a function of its own keys, whatever is computed beside it.
+
+The loops around `lanes`: which rows share a tile, which thread takes which tile. None of that shows in the bits.
+Threads are torch's own OpenMP team, entered through `GOMP_parallel`: a second pool would fight it for the cores.
+
+`python -m myserve.engine.kernels` compiles everything into Numba's cache, so that a server starts at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, from_dtype, njit, types
+
+from . import lanes
+from .lanes import (
+    LANES,
+    PARTITION,
+    divide_and_round,
+    lane_sum,
+    multiply,
+    size_of,
+    softmax_step,
+    take_ticket,
+    view,
+    widen,
+)
+
+BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
+TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
+
+Address = int  # of a byte
+Kind = Any  # a value whose type is an element's: uint16 (bfloat16's bits) or float32
+Record = Any  # ATTEND or STORE
+
+
+def _record(*names: str) -> np.dtype[np.void]:
+    reals = {"scale", "softcap"}
+    return np.dtype([(name, np.float32 if name in reals else np.int64) for name in names], align=True)
+
+
+# What a kernel is told: addresses; strides in bytes; counts. Caches are [num_blocks, kv_heads, block]; a block
+# of K is [dim, BLOCK_SIZE], of V [BLOCK_SIZE, dim]; in bfloat16 two rows lie interleaved: [rows / 2, columns, 2].
+ATTEND = _record(
+    "query", "query_token", "query_head", "out", "keys", "values", "tables", "table_row", "query_start",
+    "context_lens", "sinks", "scratch", "scratch_bytes", "tickets", "requests", "kv_heads", "group",
+    "head_dim", "window", "scale", "softcap",
+)  # fmt: skip
+STORE = _record(
+    "source_keys", "key_token", "key_head", "source_values", "value_token", "value_head", "slots", "keys",
+    "values", "tickets", "tokens", "kv_heads", "head_dim",
+)  # fmt: skip
+
+
+@njit(error_model="numpy")
+def padded(dim: int) -> int:
+    """The head dimension as the cache has it: whole vectors, zeros behind."""
+    return (dim + LANES - 1) // LANES * LANES
+
+
+@njit(error_model="numpy")
+def _scores(
+    kind: Kind, rows: int, query: Address, dim: int, keys: Address, scores: Address, ahead: int
+) -> None:
+    """scores[r, key] = sum over d of query[r, d] * K[d, key], for one partition; `keys`: an address per 16."""
+    q_row, s_row, k_row = 4 * dim, 4 * PARTITION, 4 * BLOCK_SIZE
+    for done in range(0, rows, 4):
+        q, s = query + done * q_row, scores + done * s_row
+        if rows - done > 2:
+            multiply(kind, 4, 4, q, q_row, keys, k_row, dim, s, s_row, ahead, 0)
+        else:
+            multiply(kind, 2, 4, q, q_row, keys, k_row, dim, s, s_row, ahead, 0)
+
+
+@njit(error_model="numpy")
+def _mix(
+    kind: Kind, rows: int, weights: Address, keys: int, values: Address, dim: int, out: Address, ahead: int,
+    alpha: Address,
+) -> None:  # fmt: skip
+    """out[r, d] = alpha[r] * out[r, d] + sum over keys of weights[r, key] * V[key, d], over one block."""
+    w_row, row = 4 * PARTITION, 4 * dim
+    for done in range(0, rows, 4):
+        w, o, f = weights + done * w_row, out + done * row, alpha + 4 * done
+        d = 0  # a tile takes as many columns as its sums leave registers for
+        if rows - done > 2:
+            for d in range(0, dim - 63, 64):
+                multiply(kind, 4, 4, w, w_row, values + 4 * d, row, keys, o + 4 * d, row, ahead, f)
+            for d in range(dim // 64 * 64, dim, 16):
+                multiply(kind, 4, 1, w, w_row, values + 4 * d, row, keys, o + 4 * d, row, ahead, f)
+        else:
+            for d in range(0, dim - 127, 128):
+                multiply(kind, 2, 8, w, w_row, values + 4 * d, row, keys, o + 4 * d, row, ahead, f)
+            for d in range(dim // 128 * 128, dim, 16):
+                multiply(kind, 2, 1, w, w_row, values + 4 * d, row, keys, o + 4 * d, row, ahead, f)
+
+
+@njit(error_model="numpy")
+def _read_row(kind: Kind, source: Address, count: int, target: Address) -> None:
+    whole = count // LANES * LANES
+    for d in range(0, whole, LANES):
+        widen(kind, 16, source + size_of(kind) * d, target + 4 * d)
+    for d in range(whole, count):
+        widen(kind, 1, source + size_of(kind) * d, target + 4 * d)
+
+
+@njit(error_model="numpy")
+def _write_row(kind: Kind, source: Address, divisor: np.float32, count: int, target: Address) -> None:
+    whole = count // LANES * LANES
+    for d in range(0, whole, LANES):
+        divide_and_round(kind, 16, source + 4 * d, divisor, target + size_of(kind) * d)
+    for d in range(whole, count):
+        divide_and_round(kind, 1, source + 4 * d, divisor, target + size_of(kind) * d)
+
+
+@njit(error_model="numpy")
+def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scratch: Address) -> None:
+    """One work item: some positions of one request, the query rows of one KV head, over all their keys."""
+    query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
+    context_lens = carray(view(a.context_lens, np.int32(0)), a.requests)
+    table = carray(view(a.tables + request * a.table_row, np.int32(0)), a.table_row // 4)
+    element, dim = size_of(kind), padded(a.head_dim)
+    block_bytes = BLOCK_SIZE * dim * element
+    step = max(1, TILE_ROWS // a.group)
+    token, end_token = query_start[request] + tile * step, query_start[request + 1]
+    positions = min(step, end_token - token)
+    position = context_lens[request] - (end_token - token)  # of the tile's first row
+    rows = positions * a.group
+
+    room = (rows + 3) // 4 * 4  # whole register tiles; the rows beyond are zeros and are dropped
+    groups = carray(view(scratch, np.int64(0)), PARTITION // LANES)
+    peaks = scratch + 64
+    alphas = peaks + 4 * room
+    totals = alphas + 4 * room
+    query = totals + 4 * room * LANES
+    out = query + 4 * room * dim
+    scores = out + 4 * room * dim
+    state = carray(view(peaks, np.float32(0)), room * (2 + LANES + 2 * dim))
+    state[:] = np.float32(0.0)
+    for r in range(rows):
+        t, h = token + r // a.group, head * a.group + r % a.group
+        _read_row(kind, a.query + t * a.query_token + h * a.query_head, a.head_dim, query + 4 * r * dim)
+        state[r] = np.float32(-np.inf)
+        if a.sinks != 0:  # a sink is a score without a value: it is there before the first key
+            widen(np.float32(0), 1, a.sinks + 4 * h, peaks + 4 * r)
+            state[2 * room + LANES * r] = np.float32(1.0)
+
+    last = position + positions  # the first key that no row of the tile sees
+    first = max(0, position + 1 - a.window) if a.window > 0 else 0
+    for key in range(first // PARTITION * PARTITION, last, PARTITION):
+        for g in range(PARTITION // LANES):
+            at = min(
+                key + LANES * g, last - 1
+            )  # lanes beyond the end repeat the last ones: read, never weighed
+            block = np.int64(table[at // BLOCK_SIZE]) * a.kv_heads + head
+            groups[g] = a.keys + block * block_bytes + at % BLOCK_SIZE // LANES * 64
+        _scores(kind, rows, query, dim, scratch, scores, a.values - a.keys)
+        for r in range(rows):
+            end = position + r // a.group + 1
+            begin = max(0, end - a.window) if a.window > 0 else 0
+            softmax_step(
+                scores + 4 * r * PARTITION, begin - key, end - key, a.scale, a.softcap,
+                peaks + 4 * r, alphas + 4 * r, totals + 4 * r * LANES,
+            )  # fmt: skip
+        for at in range(key, min(key + PARTITION, last), BLOCK_SIZE):
+            values = a.values + (np.int64(table[at // BLOCK_SIZE]) * a.kv_heads + head) * block_bytes
+            following = np.int64(table[min(at + PARTITION, last - 1) // BLOCK_SIZE]) * a.kv_heads + head
+            _mix(
+                kind, rows, scores + 4 * (at - key), min(BLOCK_SIZE, last - at), values, dim, out,
+                a.keys + following * block_bytes - values, alphas,
+            )  # fmt: skip
+            state[room : room + rows] = np.float32(1.0)  # alpha has been applied: once a partition
+
+    for r in range(rows):
+        t, h = token + r // a.group, head * a.group + r % a.group
+        target = a.out + element * (t * a.kv_heads * a.group + h) * a.head_dim
+        _write_row(kind, out + 4 * r * dim, lane_sum(totals + 4 * r * LANES), a.head_dim, target)
+
+
+@njit(error_model="numpy")
+def _attend(a: Record, kind: Kind) -> None:
+    """One thread's share of the items (request, KV head, tile), the longest tiles of a request first."""
+    query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
+    scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
+    step = max(1, TILE_ROWS // a.group)
+    before = request = 0
+    item = take_ticket(a.tickets + 8)
+    while request < a.requests:
+        tiles = (query_start[request + 1] - query_start[request] + step - 1) // step
+        if item < before + tiles * a.kv_heads:
+            local = item - before
+            _attend_tile(a, kind, request, local // tiles, tiles - 1 - local % tiles, scratch)
+            item = take_ticket(a.tickets + 8)
+        else:
+            before += tiles * a.kv_heads
+            request += 1
+
+
+@njit(error_model="numpy")
+def _store(a: Record, element: Kind) -> None:
+    """One thread's share of the heads: keys and values to the slots of their tokens; negative slots are nobody's."""
+    slots = carray(view(a.slots, np.int64(0)), a.tokens)
+    dim, pair = padded(a.head_dim), 4 // size_of(element)  # rows that lie interleaved
+    block_elements = BLOCK_SIZE * dim
+    head = take_ticket(a.tickets + 8)
+    while head < a.kv_heads:
+        for t in range(a.tokens):
+            if slots[t] >= 0:
+                at, offset = (
+                    (slots[t] // BLOCK_SIZE * a.kv_heads + head) * block_elements,
+                    slots[t] % BLOCK_SIZE,
+                )
+                k = carray(view(a.keys + at * size_of(element), element), block_elements)
+                v = carray(view(a.values + at * size_of(element), element), block_elements)
+                key = carray(view(a.source_keys + t * a.key_token + head * a.key_head, element), a.head_dim)
+                value = carray(
+                    view(a.source_values + t * a.value_token + head * a.value_head, element), a.head_dim
+                )
+                for d in range(dim):
+                    inside = d < a.head_dim
+                    k[d // pair * BLOCK_SIZE * pair + offset * pair + d % pair] = key[d] if inside else 0
+                    v[offset // pair * dim * pair + d * pair + offset % pair] = value[d] if inside else 0
+        head = take_ticket(a.tickets + 8)
+
+
+@functools.cache
+def _entries() -> dict[tuple[str, torch.dtype], Any]:
+    """The C entry points, compiled or read from Numba's cache at first use."""
+    # In a closure cell, because Numba's cache key covers a function's cells but no file other than its own.
+    source = zlib.crc32(Path(lanes.__file__).read_bytes())
+
+    def attend_bfloat16(a: Any) -> None:
+        if source >= 0:
+            _attend(carray(a, 1)[0], np.uint16(0))
+
+    def attend_float32(a: Any) -> None:
+        if source >= 0:
+            _attend(carray(a, 1)[0], np.float32(0))
+
+    def store_bfloat16(a: Any) -> None:
+        if source >= 0:
+            _store(carray(a, 1)[0], np.uint16(0))
+
+    def store_float32(a: Any) -> None:
+        if source >= 0:
+            _store(carray(a, 1)[0], np.float32(0))
+
+    return {
+        ("attend", torch.bfloat16): _compile(attend_bfloat16, ATTEND),
+        ("attend", torch.float32): _compile(attend_float32, ATTEND),
+        ("store", torch.bfloat16): _compile(store_bfloat16, STORE),
+        ("store", torch.float32): _compile(store_float32, STORE),
+    }
+
+
+def _compile(function: Callable[[Any], None], record: np.dtype[np.void]) -> Any:
+    signature = types.void(types.CPointer(from_dtype(record)))
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:  # no place on this machine that Numba may write its cache to
+        return cfunc(signature)(function)
+
+
+@functools.cache
+def _team() -> Any:
+    """OpenMP's entry in the library that torch has loaded; None where that is another one (macOS, Windows)."""
+    try:
+        team = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    team.argtypes, team.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return team
+
+
+_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def launch(name: str, dtype: torch.dtype, record: np.ndarray[Any, np.dtype[np.void]], threads: int) -> None:
+    """Runs a kernel on `threads` threads of torch's team, without the GIL; its bits do not tell how many."""
+    entry = _entries()[name, dtype].address
+    team = _team()
+    if threads > 1 and team is not None:
+        team(entry, record.ctypes.data, threads, 0)
+    else:
+        _alone(entry)(record.ctypes.data)
+
+
+def warm() -> None:
+    """Compiles every kernel into Numba's cache (some seconds, once a machine)."""
+    _entries()
+
+
+if __name__ == "__main__":
+    warm()

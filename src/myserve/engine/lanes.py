@@ -1,0 +1,325 @@
+"""Sixteen float32 lanes for Numba: every sum is taken by one lane, in the order of its index.
+
+Written out as LLVM vectors because the loop vectoriser may not reassociate (`fastmath` would let it, and then
+the shape of a tile would change a sum) and because it prefers half-width registers. Nothing here is left to a
+compiler's choice: multiply-adds are fused by name, so the same numbers give the same bits in a tile of any shape.
+Addresses are plain integers; where a CPU has no 512-bit registers, LLVM splits a vector and the results stay.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16  # 64 bytes: a cache line
+PARTITION = 64  # keys per step of the online softmax; the partition always starts at key 0
+
+IR = Any  # llvmlite is untyped
+
+_F32 = ir.FloatType()
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_VEC = ir.VectorType(_F32, LANES)
+_IVEC = ir.VectorType(_I32, LANES)
+
+
+def _at(b: IR, address: IR, kind: IR) -> IR:
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def _load(b: IR, address: IR, kind: IR = _VEC) -> IR:
+    return b.load(_at(b, address, kind), align=4)
+
+
+def _store(b: IR, value: IR, address: IR) -> None:
+    b.store(value, _at(b, address, value.type), align=4)
+
+
+def _splat(b: IR, scalar: IR, kind: IR = _VEC) -> IR:
+    one = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(_IVEC, [0] * LANES))
+
+
+def _const(x: float, kind: IR = _VEC) -> IR:
+    if kind is _VEC:  # rounded here: LLVM wants a float32's exact value
+        x = struct.unpack("f", struct.pack("f", x))[0]
+    return ir.Constant(kind, [x] * LANES)
+
+
+def _call(b: IR, name: str, *args: IR) -> IR:
+    """An LLVM intrinsic on vectors of one type."""
+    kind = args[0].type
+    suffix = "v16f32" if kind is _VEC else "f32"
+    fn = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(kind, [a.type for a in args]), f"{name}.{suffix}"
+    )
+    return b.call(fn, args)
+
+
+def _fma(b: IR, x: IR, y: IR, z: IR) -> IR:
+    # fmuladd, not fma: where a CPU has no fused unit, fma would be a library call a lane
+    return _call(b, "llvm.fmuladd", x, y, z)
+
+
+def _prefetch(b: IR, address: IR) -> None:
+    byte = ir.IntType(8).as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    fn = cgutils.get_or_insert_function(b.module, signature, "llvm.prefetch.p0")
+    b.call(
+        fn, [b.inttoptr(address, byte), *(ir.Constant(_I32, hint) for hint in (0, 3, 1))]
+    )  # to read, keep, data
+
+
+def _reduce(b: IR, name: str, vector: IR, *start: IR) -> IR:
+    signature = ir.FunctionType(_F32, [*(s.type for s in start), _VEC])
+    fn = cgutils.get_or_insert_function(b.module, signature, f"llvm.vector.reduce.{name}.v16f32")
+    return b.call(fn, [*start, vector])
+
+
+def _bytes(b: IR, count: IR, scale: int) -> IR:
+    return b.mul(count, ir.Constant(_I64, scale))
+
+
+def _offset(b: IR, address: IR, scale: int) -> IR:
+    return b.add(address, ir.Constant(_I64, scale))
+
+
+def _exp(b: IR, x: IR) -> IR:
+    """exp(x) for x <= 0, to 1 ulp or so; exactly 1 at 0 and exactly 0 below -87; NaN stays NaN.
+
+    2^n * p(r) with n = round(x / ln 2): the usual Cody-Waite reduction and a Taylor polynomial of degree 7,
+    whose error on |r| <= ln(2)/2 is below float32's own rounding.
+    """
+    magic = _const(
+        12582912.0
+    )  # 1.5 * 2^23: adding it rounds to an integer, kept in the low bits; no fptosi of NaN
+    shifted = b.fadd(b.fmul(x, _const(1.4426950408889634)), magic)
+    n = b.fsub(shifted, magic)
+    r = _fma(b, n, _const(-0.693359375), x)
+    r = _fma(b, n, _const(2.12194440e-4), r)
+    p = _const(1 / 5040)
+    for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        p = _fma(b, p, r, _const(coefficient))
+    exponent = b.shl(b.add(b.bitcast(shifted, _IVEC), _const(127, _IVEC)), _const(23, _IVEC))
+    value = b.fmul(p, b.bitcast(exponent, _VEC))
+    return b.select(b.fcmp_ordered("<", x, _const(-87.0)), _const(0.0), value)
+
+
+def _load_pair(b: IR, address: IR, row: IR, packed: bool) -> tuple[IR, IR]:
+    """Two rows of B that follow each other in the sum.
+
+    In bfloat16 they lie interleaved, so that one load, a shift and a mask widen both; in float32 `row` apart.
+    """
+    if not packed:
+        return _load(b, address), _load(b, b.add(address, row))
+    both = _load(b, address, _IVEC)
+    even = b.shl(both, _const(16, _IVEC))
+    odd = b.and_(both, _const(-65536, _IVEC))
+    return b.bitcast(even, _VEC), b.bitcast(odd, _VEC)
+
+
+# --- the pieces of attention ---------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def multiply(ctx: Any, kind: Any, rows: Any, groups: Any, a: Any, a_row: Any, b: Any, b_row: Any, terms: Any,
+             c: Any, c_row: Any, ahead: Any, alpha: Any) -> Any:  # fmt: skip
+    """c[r, :] = alpha[r] * c[r, :] + sum over k < terms of a[r, k] * B[k, :], k ascending, 16 * groups columns.
+
+    `b` is the address of B's rows; or, where `alpha` is the literal 0 and c starts from nothing, of `groups`
+    addresses, one for each 16 columns. Sizes are in bytes, but for `terms`. `kind` is a value of B's element
+    type: uint16 (bfloat16's bits) or float32. What lies `ahead` bytes from B is fetched into the cache on the
+    way: pages are scattered, so no hardware prefetcher knows where the next one is.
+    """
+    packed = kind == types.uint16
+    R, G = rows.literal_value, groups.literal_value
+    fresh = isinstance(alpha, types.Literal)
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, _, _, a, a_row, base, b_row, terms, c, c_row, ahead, alpha = args
+        a_rows = [b.add(a, _bytes(b, a_row, r)) for r in range(R)]
+        c_at = [[_offset(b, b.add(c, _bytes(b, c_row, r)), 64 * g) for g in range(G)] for r in range(R)]
+        bases = [
+            _load(b, _offset(b, base, 8 * g), _I64) if fresh else _offset(b, base, 64 * g) for g in range(G)
+        ]
+        sums = [[cgutils.alloca_once(b, _VEC) for _ in range(G)] for _ in range(R)]  # registers after mem2reg
+        for r in range(R):
+            factor = None if fresh else _splat(b, _load(b, _offset(b, alpha, 4 * r), _F32))
+            for g in range(G):
+                b.store(_const(0.0) if fresh else b.fmul(_load(b, c_at[r][g]), factor), sums[r][g])
+
+        def accumulate(pair: IR, half: int, columns: list[IR]) -> None:
+            for r in range(R):
+                x = _splat(b, _load(b, _offset(b, b.add(a_rows[r], _bytes(b, pair, 8)), 4 * half), _F32))
+                for g in range(G):
+                    b.store(_fma(b, x, columns[g], b.load(sums[r][g])), sums[r][g])
+
+        pairs = b.lshr(terms, ir.Constant(_I64, 1))
+        pair_bytes = b_row if packed else _bytes(b, b_row, 2)
+        with cgutils.for_range(b, pairs) as loop:
+            shift = b.mul(loop.index, pair_bytes)
+            columns = [_load_pair(b, b.add(at, shift), b_row, packed) for at in bases]
+            for at in bases:
+                _prefetch(b, b.add(b.add(at, shift), ahead))
+                if not packed:
+                    _prefetch(b, b.add(b.add(b.add(at, shift), ahead), b_row))
+            accumulate(loop.index, 0, [even for even, _ in columns])
+            accumulate(loop.index, 1, [odd for _, odd in columns])
+        # An odd last term has no partner: what lies there is another request's past and may be NaN.
+        with b.if_then(b.trunc(terms, ir.IntType(1))):
+            shift = b.mul(pairs, pair_bytes)
+            columns = [_load_pair(b, b.add(at, shift), ir.Constant(_I64, 0), packed) for at in bases]
+            accumulate(pairs, 0, [even for even, _ in columns])
+        for r in range(R):
+            for g in range(G):
+                _store(b, b.load(sums[r][g]), c_at[r][g])
+        return context.get_dummy_value()
+
+    size = types.int64
+    return types.void(
+        kind, rows, groups, size, size, size, size, size, size, size, size, alpha if fresh else size
+    ), codegen
+
+
+@intrinsic
+def softmax_step(ctx: Any, scores: Any, first: Any, last: Any, scale: Any, cap: Any, peak: Any, alpha: Any,
+                  total: Any) -> Any:  # fmt: skip
+    """Turns one row's PARTITION scores into weights, in place; keys outside [first, last) weigh exactly 0.
+
+    Updates the running maximum `peak` and the 16 partial sums `total`; `alpha` is what earlier sums scale by.
+    A block with no visible key leaves everything as it was: alpha is exactly 1.
+    """
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        scores, first, last, scale, cap, peak, alpha, total = args
+        first, last = (_splat(b, b.trunc(x, _I32), _IVEC) for x in (first, last))
+        scale, cap_lanes = _splat(b, scale), _splat(b, cap)
+        slots = [cgutils.alloca_once(b, _VEC) for _ in range(PARTITION // LANES)]
+        for g, slot in enumerate(slots):
+            b.store(b.fmul(_load(b, _offset(b, scores, 64 * g)), scale), slot)
+        with b.if_then(b.fcmp_ordered(">", cap, ir.Constant(_F32, 0.0))):
+            for slot in slots:  # cap * tanh(s / cap), by the exponential of the negative side
+                s = b.load(slot)
+                size = _call(b, "llvm.fabs", s)
+                e = _exp(b, b.fmul(b.fdiv(size, cap_lanes), _const(-2.0)))
+                tanh = b.fdiv(b.fsub(_const(1.0), e), b.fadd(_const(1.0), e))
+                b.store(_call(b, "llvm.copysign", b.fmul(tanh, cap_lanes), s), slot)
+        low, values = _const(float("-inf")), []
+        top = low
+        for g, slot in enumerate(slots):
+            index = ir.Constant(_IVEC, [g * LANES + i for i in range(LANES)])
+            visible = b.and_(b.icmp_signed(">=", index, first), b.icmp_signed("<", index, last))
+            values.append(b.select(visible, b.load(slot), low))
+            top = b.select(b.fcmp_ordered(">", values[-1], top), values[-1], top)
+        old = _load(b, peak, _F32)
+        block_peak = _reduce(b, "fmax", top)
+        new = b.select(b.fcmp_ordered(">", block_peak, old), block_peak, old)
+        none = b.fcmp_ordered("==", new, ir.Constant(_F32, float("-inf")))
+        shift = _splat(b, b.select(none, ir.Constant(_F32, 0.0), new))
+        factor = _exp(b, b.fsub(_splat(b, old), shift))
+        running = b.fmul(_load(b, total), factor)
+        for g, s in enumerate(values):
+            weight = _exp(b, b.fsub(s, shift))
+            _store(b, weight, _offset(b, scores, 64 * g))
+            running = b.fadd(running, weight)
+        _store(b, running, total)
+        _store(b, new, peak)
+        _store(b, b.extract_element(factor, ir.Constant(_I32, 0)), alpha)
+        return context.get_dummy_value()
+
+    size, f = types.int64, types.float32
+    return types.void(size, size, size, f, f, size, size, size), codegen
+
+
+@intrinsic
+def lane_sum(ctx: Any, address: Any) -> Any:
+    """The sum of 16 floats, first to last."""
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        return _reduce(b, "fadd", _load(b, args[0]), ir.Constant(_F32, 0.0))
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def take_ticket(ctx: Any, counter: Any) -> Any:
+    """Adds one to the int64 at `counter` and returns what it was: how threads share work out."""
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        return b.atomic_rmw("add", _at(b, args[0], _I64), ir.Constant(_I64, 1), "monotonic")
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def view(ctx: Any, address: Any, kind: Any) -> Any:
+    """The address as a pointer to `kind`'s type."""
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        return b.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind)(types.int64, kind), codegen
+
+
+@intrinsic
+def size_of(ctx: Any, kind: Any) -> Any:
+    """Bytes of an element of `kind`'s type."""
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        return ir.Constant(_I64, kind.bitwidth // 8)
+
+    return types.int64(kind), codegen
+
+
+@intrinsic(prefer_literal=True)
+def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
+    """Widens 1 or 16 elements at `source` to float32 at `target`."""
+    packed, count = kind == types.uint16, lanes.literal_value
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, _, source, target = args
+        wide = ir.VectorType(_I32, count)
+        if packed:
+            half = b.load(_at(b, source, ir.VectorType(ir.IntType(16), count)), align=2)
+            bits = b.shl(b.zext(half, wide), ir.Constant(wide, [16] * count))
+        else:
+            bits = b.load(_at(b, source, wide), align=4)
+        _store(b, bits, target)
+        return context.get_dummy_value()
+
+    return types.void(kind, lanes, types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any, target: Any) -> Any:
+    """Divides 1 or 16 float32 and stores them; bfloat16 is rounded to nearest, ties to even, NaN kept."""
+    packed, count = kind == types.uint16, lanes.literal_value
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, _, source, divisor, target = args
+        floats, wide = ir.VectorType(_F32, count), ir.VectorType(_I32, count)
+
+        def const(x: int) -> IR:
+            return ir.Constant(wide, [x] * count)
+
+        total = ir.Constant(floats, ir.Undefined)
+        for lane in range(count):
+            total = b.insert_element(total, divisor, ir.Constant(_I32, lane))
+        value = b.fdiv(b.load(_at(b, source, floats), align=4), total)
+        # + 0: a key of weight 0 may have turned -0 into +0, or not, by the tile; now it never shows
+        value = b.fadd(value, ir.Constant(floats, [0.0] * count))
+        if packed:
+            bits = b.bitcast(value, wide)
+            tie = b.and_(b.lshr(bits, const(16)), const(1))
+            rounded = b.lshr(b.add(bits, b.add(tie, const(0x7FFF))), const(16))
+            kept = b.select(b.fcmp_unordered("uno", value, value), const(0x7FC0), rounded)
+            value = b.trunc(kept, ir.VectorType(ir.IntType(16), count))
+        b.store(value, _at(b, target, value.type), align=2)
+        return context.get_dummy_value()
+
+    return types.void(kind, lanes, types.int64, types.float32, types.int64), codegen
