@@ -1,0 +1,5 @@
+"""The ASGI app, `myserve.main:app`, and nothing else."""
+
+from myserve.server.app import create_app
+
+app = create_app()

@@ -1,0 +1,104 @@
+"""The application: routes, request ids, and every error as OpenAI shapes it. Making one starts nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from myserve.errors import MyserveError
+from myserve.server import chat, completions, health, tokenize
+from myserve.server.errors import error_response, http_error_response, status_of
+from myserve.server.models import Models
+from myserve.server.settings import Settings
+from myserve.server.streaming import ClientGoneError
+
+log = logging.getLogger("myserve.server")
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's number for it; nobody reads the answer, the access log does
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """An ASGI application that serves what `settings` say, by default what the environment says.
+
+    Models load with the lifespan or, where nobody runs one, when a request first names them.
+
+    >>> app = create_app(Settings(models={"mine": "models/mine"}))
+    >>> app.state.models.names
+    ('mine',)
+    """
+    settings = Settings.from_env() if settings is None else settings
+    app = FastAPI(title="myserve", lifespan=_lifespan, redirect_slashes=False)
+    app.state.settings = settings
+    app.state.models = Models(settings)
+    for family in (chat, completions, tokenize, health):
+        app.include_router(family.router)
+    app.add_exception_handler(MyserveError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
+    app.add_exception_handler(ClientDisconnect, _on_client_gone)
+    app.add_exception_handler(Exception, _on_error)
+    app.add_middleware(RequestIds)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Start loading at once, without waiting: /health answers while the weights are read."""
+    models: Models = app.state.models
+    models.preload()
+    yield
+    await asyncio.to_thread(models.close)
+
+
+async def _on_error(http: Request, error: Exception) -> Response:
+    if status_of(error) >= 500:
+        log.error("%s %s failed", http.method, http.url.path, exc_info=error)
+    return error_response(error)
+
+
+async def _on_http_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        detail = f"there is no {http.method} {http.url.path} here"
+    elif error.status_code == 405:
+        detail = f"{http.url.path} does not take {http.method}"
+    else:
+        detail = str(error.detail)
+    return http_error_response(error.status_code, detail, dict(error.headers or {}))
+
+
+async def _on_client_gone(http: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+class RequestIds:
+    """Answers carry the request's `x-request-id`, or a new one: the word that both sides' logs share."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        # Bounded and printable: what comes back must not be a way to write headers or fill logs.
+        request_id = (
+            sent if 0 < len(sent) <= 128 and sent.isprintable() and sent.isascii() else uuid.uuid4().hex
+        )
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

@@ -1,0 +1,142 @@
+"""Chat completions: messages to one prompt, its n choices to OpenAI's shape, with the seed document's beside it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from fastapi import APIRouter, Request, Response
+
+from myserve.engine.outputs import Delta, TokenOutput
+from myserve.server.answer import Answer, finish_reason_of, usage_of
+from myserve.server.generation import Choice, Generation
+from myserve.server.reading import documented, models_of, read_request
+from myserve.server.sampling import chat_params
+from myserve.server.streaming import EventStream, json_response, unless_gone
+from myserve.wire.chat import ChatCompletionRequest
+from myserve.wire.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+)
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", openapi_extra=documented(ChatCompletionRequest))
+@router.post("/inference/v1/chat/completions", include_in_schema=False)
+async def create_chat_completion(http: Request) -> Response:
+    """One conversation, `n` answers; whole, or as server-sent events with `stream`."""
+    request = await read_request(http, ChatCompletionRequest)
+    model = await models_of(http).get(request.model)
+    answer = Answer.begin(request, model, "chatcmpl")
+    params = chat_params(request, model.codec)
+    prompt = await answer.tokenizing.run(
+        sum(len(message.text) for message in request.messages),
+        lambda: model.codec.encode_chat(request.messages, request.chat_template_kwargs or {}),
+    )
+    generation = Generation(model, [prompt], [params], request, answer.id)
+    wants_logprobs = bool(request.logprobs)
+    if request.stream:
+        return EventStream(_chunks(answer, generation, wants_logprobs), generation.abort)
+    try:
+        choices = await unless_gone(http, generation.finish())
+    finally:
+        generation.abort()
+    headers = answer.perf_metrics(choices).to_headers() if request.perf_metrics_in_response else None
+    return json_response(_completion(answer, choices, wants_logprobs), headers)
+
+
+def _completion(answer: Answer, choices: Sequence[Choice], wants_logprobs: bool) -> ChatCompletion:
+    body: ChatCompletion = {
+        "id": answer.id,
+        "object": "chat.completion",
+        "created": answer.created,
+        "model": answer.request.model,
+        "system_fingerprint": answer.model.fingerprint,
+        "choices": [_choice(answer, choice, wants_logprobs) for choice in choices],
+        "usage": usage_of(choices),
+    }
+    if (logprobs := body["choices"][0]["logprobs"]) is not None:
+        body["logprobs"] = logprobs
+    if answer.request.return_token_ids:
+        body["prompt_token_ids"] = list(choices[0].prompt_token_ids)
+    if answer.request.perf_metrics_in_response:
+        body["perf_metrics"] = answer.perf_metrics(choices).to_dict()
+    return body
+
+
+def _choice(answer: Answer, choice: Choice, wants_logprobs: bool) -> ChatChoice:
+    return {
+        "index": choice.index,
+        "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+        "logprobs": _logprobs(answer, choice.tokens, choice.stop_tokens) if wants_logprobs else None,
+        "finish_reason": finish_reason_of(choice),
+        **answer.extras(choice, choice.sampled, first=True, last=True),
+    }
+
+
+async def _chunks(
+    answer: Answer, generation: Generation, wants_logprobs: bool
+) -> AsyncGenerator[ChatChunk, None]:
+    request = answer.request
+    begun: set[int] = set()
+    running = len(generation.choices)
+    async with aclosing(generation.events()) as events:
+        async for choice, delta in events:
+            chunk = _chunk(
+                answer, [_chunk_choice(answer, choice, delta, choice.index not in begun, wants_logprobs)]
+            )
+            if not begun and request.return_token_ids:
+                chunk["prompt_token_ids"] = list(choice.prompt_token_ids)
+            begun.add(choice.index)
+            running -= delta.finish_reason is not None
+            if not running and request.perf_metrics_in_response:
+                chunk["perf_metrics"] = answer.perf_metrics(generation.choices).to_dict()
+            yield chunk
+    if request.include_usage:
+        yield {**_chunk(answer, []), "usage": usage_of(generation.choices)}
+
+
+def _chunk(answer: Answer, choices: list[ChatChunkChoice]) -> ChatChunk:
+    chunk: ChatChunk = {
+        "id": answer.id,
+        "object": "chat.completion.chunk",
+        "created": answer.created,
+        "model": answer.request.model,
+        "system_fingerprint": answer.model.fingerprint,
+        "choices": choices,
+    }
+    if answer.request.include_usage:
+        chunk["usage"] = None
+    return chunk
+
+
+def _chunk_choice(
+    answer: Answer, choice: Choice, delta: Delta, first: bool, wants_logprobs: bool
+) -> ChatChunkChoice:
+    change: ChatDelta = {"role": "assistant", "content": delta.text} if first else {"content": delta.text}
+    logprobs = _logprobs(answer, delta.tokens, delta.stop_tokens) if wants_logprobs else None
+    if logprobs is not None:
+        change["logprobs"] = logprobs
+    last = delta.finish_reason is not None
+    return {
+        "index": choice.index,
+        "delta": change,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason_of(choice) if last else None,
+        **answer.extras(choice, [*delta.tokens, *delta.stop_tokens], first=first, last=last),
+    }
+
+
+def _logprobs(
+    answer: Answer, tokens: Sequence[TokenOutput], stop_tokens: Sequence[TokenOutput]
+) -> ChatLogprobs:
+    """An entry for every token of the text; with ids asked for, for every sampled token."""
+    entries = [answer.writer.entry(token) for token in tokens]
+    if answer.returns_ids:
+        entries += [answer.writer.entry(token, in_text=False) for token in stop_tokens]
+    return {"content": entries}

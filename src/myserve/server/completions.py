@@ -1,0 +1,169 @@
+"""Completions: prompts as text or ids, echoed and scored where asked, in OpenAI's older form or in chat's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import APIRouter, Request, Response
+
+from myserve.engine.outputs import Delta, TokenOutput
+from myserve.server.answer import Answer, finish_reason_of, usage_of
+from myserve.server.generation import Choice, Generation, params_of_prompts
+from myserve.server.logprobs import legacy, with_offsets
+from myserve.server.models import ServedModel
+from myserve.server.reading import documented, models_of, read_request
+from myserve.server.sampling import completion_params, top_logprobs_of, wants_logprobs
+from myserve.server.streaming import EventStream, json_response, unless_gone
+from myserve.wire.completions import CompletionRequest
+from myserve.wire.responses import (
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    LegacyLogprobs,
+    TokenLogprob,
+)
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", openapi_extra=documented(CompletionRequest))
+@router.post("/inference/v1/completions", include_in_schema=False)
+async def create_completion(http: Request) -> Response:
+    """One or many prompts, `n` completions of each; whole, or as server-sent events with `stream`."""
+    request = await read_request(http, CompletionRequest)
+    model = await models_of(http).get(request.model)
+    answer = Answer.begin(request, model, "cmpl")
+    prompts = [await _token_ids(answer, model, prompt) for prompt in request.prompts]
+    room = model.engine.max_model_len - max(map(len, prompts))
+    params = params_of_prompts(completion_params(request, model.codec, room=room), len(prompts))
+    generation = Generation(model, prompts, params, request, answer.id)
+    writer = CompletionWriter(answer, request)
+    if request.stream:
+        return EventStream(_chunks(answer, generation, writer), generation.abort)
+    try:
+        choices = await unless_gone(http, generation.finish())
+    finally:
+        generation.abort()
+    body = _envelope(answer, [writer.whole(choice) for choice in choices])
+    body["usage"] = usage_of(choices)
+    if not request.perf_metrics_in_response:
+        return json_response(body)
+    metrics = answer.perf_metrics(choices)
+    body["perf_metrics"] = metrics.to_dict()
+    return json_response(body, metrics.to_headers())
+
+
+async def _token_ids(answer: Answer, model: ServedModel, prompt: str | tuple[int, ...]) -> Sequence[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    return await answer.tokenizing.run(len(prompt), lambda: model.codec.encode(prompt))
+
+
+async def _chunks(
+    answer: Answer, generation: Generation, writer: CompletionWriter
+) -> AsyncGenerator[Completion, None]:
+    running = len(generation.choices)
+    async with aclosing(generation.events()) as events:
+        async for choice, delta in events:
+            chunk = _envelope(answer, [writer.chunk(choice, delta)])
+            if answer.request.include_usage:
+                chunk["usage"] = None
+            running -= delta.finish_reason is not None
+            if not running and answer.request.perf_metrics_in_response:
+                chunk["perf_metrics"] = answer.perf_metrics(generation.choices).to_dict()
+            yield chunk
+    if answer.request.include_usage:
+        yield {**_envelope(answer, []), "usage": usage_of(generation.choices)}
+
+
+def _envelope(answer: Answer, choices: list[CompletionChoice]) -> Completion:
+    return {
+        "id": answer.id,
+        "object": "text_completion",
+        "created": answer.created,
+        "model": answer.request.model,
+        "system_fingerprint": answer.model.fingerprint,
+        "choices": choices,
+    }
+
+
+@dataclass(slots=True)
+class CompletionWriter:
+    """Writes choices, whole or delta by delta; remembers how far each choice's text has come."""
+
+    answer: Answer
+    request: CompletionRequest
+    _offsets: dict[int, int] = field(default_factory=dict)  # choice -> characters written; absent: not begun
+
+    def whole(self, choice: Choice) -> CompletionChoice:
+        """A choice that has ended."""
+        return self._write(choice, "".join(choice.texts), choice.tokens, choice.stop_tokens, last=True)
+
+    def chunk(self, choice: Choice, delta: Delta) -> CompletionChoice:
+        """What a choice gained with `delta`."""
+        last = delta.finish_reason is not None
+        return self._write(choice, delta.text, delta.tokens, delta.stop_tokens, last=last)
+
+    def _write(
+        self,
+        choice: Choice,
+        text: str,
+        tokens: Sequence[TokenOutput],
+        stop_tokens: Sequence[TokenOutput],
+        *,
+        last: bool,
+    ) -> CompletionChoice:
+        first = choice.index not in self._offsets
+        echoed = self._echoed(choice) if first else ()
+        entries: list[TokenLogprob] = []
+        if wants_logprobs(self.request):
+            entries = self._entries(choice, echoed, tokens, stop_tokens)
+        self._offsets[choice.index] = with_offsets(entries, self._offsets.get(choice.index, 0))
+        return {
+            "index": choice.index,
+            "text": self._echoed_text(choice, echoed) + text,
+            "logprobs": self._logprobs(entries),
+            "finish_reason": finish_reason_of(choice) if last else None,
+            **self.answer.extras(
+                choice, [*tokens, *stop_tokens], first=first, last=last, echoed=self._echoed(choice)
+            ),
+        }
+
+    def _echoed(self, choice: Choice) -> Sequence[int]:
+        """The prompt's ids that the answer begins with."""
+        ids = choice.prompt_token_ids
+        if self.request.echo_last is not None:
+            return ids[max(0, len(ids) - self.request.echo_last) :]
+        return ids if self.request.echo else ()
+
+    def _echoed_text(self, choice: Choice, echoed: Sequence[int]) -> str:
+        prompt = self.request.prompts[choice.prompt]
+        if echoed and isinstance(prompt, str) and self.request.echo_last is None:
+            return prompt  # as it was sent: a tokenizer may have added a space or a BOS
+        skip = self.request.skip_special_tokens is not False
+        return self.answer.model.codec.decode(echoed, skip_special_tokens=skip)
+
+    def _entries(
+        self,
+        choice: Choice,
+        echoed: Sequence[int],
+        tokens: Sequence[TokenOutput],
+        stop_tokens: Sequence[TokenOutput],
+    ) -> list[TokenLogprob]:
+        writer = self.answer.writer
+        top = top_logprobs_of(self.request)
+        scored = (choice.prompt_logprobs or ())[-len(echoed) :] if echoed else ()
+        entries = [writer.prompt_entry(token, top) for token in scored]
+        entries += [writer.entry(token) for token in tokens]
+        # Who scores or trains counts tokens: the one that ended the completion must not be missing then.
+        if self.answer.returns_ids or self.request.echo or self.request.echo_last:
+            entries += [writer.entry(token, in_text=False) for token in stop_tokens]
+        return entries
+
+    def _logprobs(self, entries: list[TokenLogprob]) -> LegacyLogprobs | ChatLogprobs | None:
+        """`logprobs: true` asks for chat's form, a number for the four lists."""
+        if not wants_logprobs(self.request):
+            return None
+        return {"content": entries} if self.request.logprobs is True else legacy(entries)

@@ -1,0 +1,110 @@
+"""The echo backend: no model, the answer is the prompt. Only ever on the operator's own request."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from myserve.core.params import SamplingParams
+from myserve.engine.outputs import Delta, RequestMetrics, TokenOutput
+from myserve.errors import ContextLengthError, RequestError
+from myserve.server.errors import EchoHasNoModelError
+
+# What a distribution is needed for. The rest of the parameters shape a draw, and an echo draws nothing.
+_NEEDS_A_MODEL = ("top_logprobs", "prompt_logprobs", "kept", "logprob_token_ids")
+
+
+class CharacterTokenizer:
+    """A token is a character and its id the code point: enough for an echo, and nothing has to be loaded."""
+
+    chat_template: str | None = None
+    added_tokens_decoder: Mapping[int, Any] = {}
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [ord(character) for character in text]
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
+        return "\n".join(message["content"] for message in messages)
+
+
+class CharacterBytes:
+    """The table that `TokenBytes` is for a real vocabulary."""
+
+    special_ids: frozenset[int] = frozenset()
+
+    def __getitem__(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
+    def text(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(map(chr, token_ids))
+
+
+class EchoEngine:
+    """Answers like an `Engine` whose model says the prompt back."""
+
+    tokenizer = CharacterTokenizer()
+    token_bytes = CharacterBytes()
+    max_model_len = 1 << 20
+    vocab_size = 0x110000
+    weight_version = 0
+    is_alive = True
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        request_id: str | None = None,
+        **_: Any,
+    ) -> EchoStream:
+        """The prompt's first `max_tokens` tokens, `n` times."""
+        for name in _NEEDS_A_MODEL:
+            if getattr(params, name) not in (None, 0, False, ()):
+                raise EchoHasNoModelError(f"{name} needs a model, and this server echoes", param=name)
+        if not all(0 <= token_id < self.vocab_size for token_id in prompt_token_ids):
+            raise RequestError("prompt: token ids must be code points in echo mode", param="prompt")
+        if len(prompt_token_ids) > self.max_model_len:
+            raise ContextLengthError(f"the prompt has {len(prompt_token_ids)} tokens", param="prompt")
+        return EchoStream(list(prompt_token_ids), params, n, request_id or uuid.uuid4().hex)
+
+    def shutdown(self) -> None:
+        """There is nothing to end."""
+
+
+class EchoStream:
+    """A `RequestStream` of one token a delta, choice after choice."""
+
+    def __init__(self, prompt: list[int], params: SamplingParams, n: int, request_id: str) -> None:
+        self.request_id = request_id
+        self.seed = params.seed or 0
+        self._deltas = iter(
+            [delta for index in range(n) for delta in _echo(index, prompt, params.max_tokens)]
+        )
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        for delta in self._deltas:
+            return delta
+        raise StopAsyncIteration
+
+    def abort(self) -> None:
+        """Nothing more is said."""
+        self._deltas = iter([])
+
+
+def _echo(index: int, prompt: list[int], max_tokens: int | None) -> list[Delta]:
+    said = prompt[:max_tokens]
+    deltas = [
+        Delta(index, chr(i), tokens=(TokenOutput(token_id=i, logprob=0.0, sampling_logprob=0.0),))
+        for i in said
+    ]
+    end = Delta(
+        index,
+        finish_reason="stop" if len(said) == len(prompt) else "length",
+        metrics=RequestMetrics(prompt_tokens=len(prompt)),
+    )
+    return [*deltas, end]

@@ -1,0 +1,86 @@
+"""The one place where an exception becomes an HTTP status and OpenAI's error shape."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+
+from fastapi import Response
+
+from myserve.errors import EngineDeadError, EngineError, ModelNotFoundError, OverloadedError, RequestError
+from myserve.wire.responses import ErrorResponse
+
+INTERNAL = "an error inside the server; it is ours, not the request's"
+
+
+class BodyTooLargeError(RequestError):
+    """The request's body is over the operator's limit."""
+
+
+class ModelLoadError(EngineError):
+    """A model that the operator serves did not load."""
+
+
+class EchoHasNoModelError(RequestError):
+    """The echo backend was asked for what only a model has."""
+
+
+def status_of(error: Exception) -> int:
+    """Whose fault, as a number: 4xx the caller's, 429 and 503 try again, 500 ours.
+
+    >>> status_of(RequestError("top_k ...")), status_of(OverloadedError("full", retry_after=1)), status_of(KeyError())
+    (400, 429, 500)
+    """
+    match error:
+        case ModelNotFoundError():
+            return 404
+        case BodyTooLargeError():
+            return 413
+        case RequestError():
+            return 400
+        case OverloadedError():
+            return 429
+        case ModelLoadError() | EngineDeadError():
+            return 503
+    return 500
+
+
+def error_body(error: Exception) -> ErrorResponse:
+    """OpenAI's shape. What went wrong inside is for the log: only errors raised on purpose show their words.
+
+    >>> error_body(RequestError("n must be at least 1, got 0", param="n"))["error"]["param"]
+    'n'
+    >>> error_body(KeyError("secret"))["error"]["message"]
+    "an error inside the server; it is ours, not the request's"
+    """
+    if isinstance(error, RequestError):
+        kind = "not_found_error" if isinstance(error, ModelNotFoundError) else "invalid_request_error"
+        return _shape(error.message, kind, error.param, error.code)
+    if isinstance(error, OverloadedError):
+        return _shape(str(error), "rate_limit_error", None, "overloaded")
+    if isinstance(error, EngineError):
+        code = "service_unavailable" if status_of(error) == 503 else "engine_error"
+        return _shape(str(error), "server_error", None, code)
+    return _shape(INTERNAL, "server_error", None, "internal_error")
+
+
+def error_response(error: Exception) -> Response:
+    """The whole answer, with `Retry-After` where it helps."""
+    headers = (
+        {"retry-after": f"{max(1, round(error.retry_after))}"} if isinstance(error, OverloadedError) else {}
+    )
+    return _json(error_body(error), status_of(error), headers)
+
+
+def http_error_response(status: int, detail: str, headers: dict[str, str]) -> Response:
+    """For what never reached a route: an unknown path, a wrong method."""
+    code = HTTPStatus(status).phrase.lower().replace(" ", "_")
+    return _json(_shape(detail, "invalid_request_error", None, code), status, headers)
+
+
+def _shape(message: str, kind: str, param: str | None, code: str | None) -> ErrorResponse:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _json(body: ErrorResponse, status: int, headers: dict[str, str]) -> Response:
+    return Response(json.dumps(body), status, headers, media_type="application/json")

@@ -1,0 +1,169 @@
+"""One request on the engine: a stream for each of its prompts, read whole or as it comes, aborted when left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from myserve.core.params import SamplingParams
+from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
+from myserve.errors import EngineDeadError, EngineError
+from myserve.server.models import ServedModel, Stream
+from myserve.server.sampling import prompt_seed
+from myserve.wire.fields import GenerationRequest
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one choice has gained so far. `index` counts over all prompts of the request."""
+
+    index: int
+    prompt: int  # which of the request's prompts
+    prompt_token_ids: Sequence[int]
+    seed: int
+    texts: list[str] = field(default_factory=list)
+    tokens: list[TokenOutput] = field(default_factory=list)
+    stop_tokens: list[TokenOutput] = field(default_factory=list)
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
+    last: Delta | None = None  # the delta with the finish reason
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.tokens += delta.tokens
+        self.stop_tokens += delta.stop_tokens
+        if delta.finish_reason is not None:
+            self.last = delta
+
+    @property
+    def sampled(self) -> list[TokenOutput]:
+        """Every token that was drawn, in order: what usage counts."""
+        return self.tokens + self.stop_tokens
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return (self.last and self.last.metrics) or RequestMetrics(prompt_tokens=len(self.prompt_token_ids))
+
+
+class Generation:
+    """All choices of one request: n for each prompt, numbered prompt by prompt.
+
+    Raises what `Engine.submit` raises; then nothing is left running.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        request: GenerationRequest,
+        request_id: str,
+    ) -> None:
+        n = request.n or 1
+        self._n = n
+        self._scores_only = request.max_tokens == 0  # validated: then only the prompt's scores are wanted
+        self._streams: list[Stream] = []
+        try:
+            for position, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+                stream = model.engine.submit(
+                    prompt,
+                    wanted,
+                    n=n,
+                    request_id=request_id if len(prompts) == 1 else f"{request_id}-{position}",
+                    priority=request.priority or 0,
+                    cache_salt=request.cache_salt or "",
+                    sample_index=request.sample_index or 0,
+                    num_prior_tokens=request.num_prior_tokens or 0,
+                )
+                self._streams.append(stream)
+        except BaseException:
+            self.abort()
+            raise
+        self.choices = [
+            Choice(position * n + index, position, prompts[position], stream.seed)
+            for position, stream in enumerate(self._streams)
+            for index in range(n)
+        ]
+
+    def abort(self) -> None:
+        """Stop whatever still runs; harmless when all has ended."""
+        for stream in self._streams:
+            stream.abort()
+
+    async def events(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
+        """Each delta with its choice, already added to it, as they come. Raises when a choice failed."""
+        try:
+            async with aclosing(_merged(self._streams)) as deltas:
+                async for position, delta in deltas:
+                    _raise_if_failed(delta)
+                    yield self._take(position, _without_sample(delta) if self._scores_only else delta)
+        finally:
+            self.abort()
+
+    def _take(self, position: int, delta: Delta) -> tuple[Choice, Delta]:
+        first = position * self._n
+        if delta.prompt_logprobs is not None:
+            for sibling in self.choices[
+                first : first + self._n
+            ]:  # the prompt was scored once for all of them
+                sibling.prompt_logprobs = delta.prompt_logprobs
+        choice = self.choices[first + delta.index]
+        choice.add(delta)
+        return choice, delta
+
+    async def finish(self) -> list[Choice]:
+        """Every choice, once all have ended."""
+        async for _ in self.events():
+            pass
+        return self.choices
+
+
+def params_of_prompts(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """The same parameters for each prompt, with a seed of its own where a seed was given."""
+    from dataclasses import replace
+
+    return [replace(params, seed=prompt_seed(params.seed, position)) for position in range(count)]
+
+
+def _without_sample(delta: Delta) -> Delta:
+    """The prompt's scores cost one drawn token, which nobody asked for."""
+    reason: FinishReason | None = None if delta.finish_reason is None else "length"
+    return Delta(
+        delta.index, finish_reason=reason, prompt_logprobs=delta.prompt_logprobs, metrics=delta.metrics
+    )
+
+
+def _raise_if_failed(delta: Delta) -> None:
+    if delta.finish_reason == "error":
+        raise delta.error or EngineError("the engine failed without saying why")
+    if delta.finish_reason == "abort":
+        raise EngineDeadError("the request was aborted: the server is shutting down")
+
+
+async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The deltas of all streams in the order of their coming."""
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
+
+    async def pump(position: int, stream: Stream) -> None:
+        async for delta in stream:
+            arrived.put_nowait((position, delta))
+        arrived.put_nowait((position, None))
+
+    pumps = [asyncio.create_task(pump(position, stream)) for position, stream in enumerate(streams)]
+    try:
+        running = len(pumps)
+        while running:
+            position, arrival = await arrived.get()
+            if arrival is None:
+                running -= 1
+            else:
+                yield position, arrival
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

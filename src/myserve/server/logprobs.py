@@ -1,0 +1,134 @@
+"""Tokens as the wire shows them: their text, their true bytes, and the numbers that belong to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from myserve.engine.outputs import PromptLogprob, TokenOutput
+from myserve.engine.token_bytes import TokenBytes
+from myserve.wire.responses import LegacyLogprobs, TokenLogprob, TopLogprob
+
+
+class TokenWriter:
+    """Writes the logprobs entries of one request.
+
+    `as_ids` writes every token's text as `token_id:7`: texts of different tokens can be equal, ids cannot.
+    """
+
+    def __init__(self, table: TokenBytes, *, skip_special_tokens: bool, as_ids: bool) -> None:
+        self._table = table
+        self._hidden = table.special_ids if skip_special_tokens else frozenset[int]()
+        self._as_ids = as_ids
+
+    def text(self, token_id: int) -> str:
+        """A token alone; half a character shows as U+FFFD, which is why there are bytes."""
+        if self._as_ids:
+            return f"token_id:{token_id}"
+        raw: bytes = self._table[token_id]
+        return raw.decode("utf-8", "replace")
+
+    def bytes_in_text(self, token_id: int) -> list[int] | None:
+        """What the token adds to the text, or None for one that the text leaves out."""
+        return None if token_id in self._hidden else list(self._table[token_id])
+
+    def entry(self, token: TokenOutput, *, in_text: bool = True) -> TokenLogprob:
+        """One sampled token. `in_text` is False for what ended the completion and was cut off with it."""
+        entry: TokenLogprob = {
+            "token": self.text(token.token_id),
+            "bytes": self.bytes_in_text(token.token_id) if in_text else None,
+            "logprob": token.logprob,
+            "top_logprobs": self._alternatives(token.top_logprobs),
+            "token_id": token.token_id,
+            "sampling_logprob": _finite(token.sampling_logprob),
+        }
+        if token.token_id_logprobs:
+            entry["token_id_logprobs"] = [
+                {"token_id": i, "logprob": None if value is None else _finite(value)}
+                for i, value in token.token_id_logprobs
+            ]
+        if token.kept is not None:
+            entry["kept"] = {
+                "token_ids": list(token.kept.token_ids),
+                "mass": token.kept.mass,
+                "entropy": token.kept.entropy,
+            }
+        return entry
+
+    def prompt_entry(self, token: PromptLogprob, top: int) -> TokenLogprob:
+        """One echoed prompt token: scored, not sampled. The first has no logprob: nothing stands before it."""
+        return {
+            "token": self.text(token.token_id),
+            "bytes": self.bytes_in_text(token.token_id),
+            "logprob": token.logprob,
+            "top_logprobs": self._alternatives(token.top_logprobs[:top]),
+            "token_id": token.token_id,
+        }
+
+    def prompt_ranks(self, token: PromptLogprob, top: int) -> dict[str, Any] | None:
+        """vLLM's form of a prompt token's alternatives: by id, with the rank where it is known."""
+        if token.logprob is None:
+            return None
+        ranked = {
+            str(i): {"logprob": value, "rank": rank, "decoded_token": self.text(i)}
+            for rank, (i, value) in enumerate(_finite_pairs(token.top_logprobs[:top]), start=1)
+        }
+        own = {"logprob": token.logprob, "rank": None, "decoded_token": self.text(token.token_id)}
+        return {str(token.token_id): own} | ranked
+
+    def _alternatives(self, pairs: Iterable[tuple[int, float]]) -> list[TopLogprob]:
+        return [
+            {"token": self.text(i), "bytes": list(self._table[i]), "logprob": value, "token_id": i}
+            for i, value in _finite_pairs(pairs)
+        ]
+
+
+def with_offsets(entries: Sequence[TokenLogprob], start: int) -> int:
+    """Write each entry's `text_offset`, in characters from `start`; returns where the text goes on.
+
+    A token that begins inside a character has that character's offset.
+
+    >>> halves = [{"bytes": [0xC3]}, {"bytes": [0x9F]}, {"bytes": None}, {"bytes": [0x61]}]
+    >>> with_offsets(halves, 5), [entry["text_offset"] for entry in halves]
+    (7, [5, 5, 6, 6])
+    """
+    for entry in entries:
+        raw: Sequence[int] = entry["bytes"] or ()
+        continues = bool(raw) and _inside_character(raw[0])
+        entry["text_offset"] = max(0, start - 1) if continues else start
+        start += sum(not _inside_character(byte) for byte in raw)
+    return start
+
+
+def legacy(entries: Sequence[TokenLogprob]) -> LegacyLogprobs:
+    """The completions route's four lists, of entries that have their offsets.
+
+    Alternatives are a dict by text there, so of two with the same text the likelier one is kept.
+    """
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [_by_text(entry) for entry in entries],
+        "text_offset": [entry["text_offset"] for entry in entries],
+    }
+
+
+def _by_text(entry: TokenLogprob) -> dict[str, float] | None:
+    if entry["logprob"] is None:
+        return None
+    likeliest_last = reversed(entry["top_logprobs"])
+    return {alternative["token"]: alternative["logprob"] for alternative in likeliest_last}
+
+
+def _inside_character(byte: int) -> bool:
+    return byte & 0xC0 == 0x80
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _finite_pairs(pairs: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    """What is out of the support is not listed; JSON has no -inf."""
+    return [(i, value) for i, value in pairs if math.isfinite(value)]

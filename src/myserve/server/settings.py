@@ -1,0 +1,88 @@
+"""What the operator decides, read once: from `Settings(...)` or from the environment. No request can change it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from myserve.demo import embedded_model_path
+from myserve.engine.config import EngineConfig
+from myserve.errors import RequestError
+
+EMBEDDED_MODEL = "myserve-demo"
+DEFAULT_ON_DEMAND = "sshleifer/tiny-gpt2"  # what the seed document's tests ask a bare server for
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Which models are served, how they are loaded, and the server's limits.
+
+    `models` maps served names to folders or hub ids; it is the only place where a name becomes a path. Models
+    in `preload` are loaded at start, the others when a request first names them.
+
+    >>> Settings(models={"mine": "models/mine"}).preload
+    ('mine',)
+    """
+
+    models: Mapping[str, str]
+    preload: tuple[str, ...] | None = None  # None: all
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    force_echo: bool = False  # no model: answer with the prompt itself
+    strict: bool = False  # refuse fields that no API knows
+    max_body_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise RequestError("no model to serve: name at least one", param="models")
+        if self.preload is None:
+            object.__setattr__(self, "preload", tuple(self.models))
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """The settings that the environment asks for; without any, the embedded model and the seed's on demand.
+
+        `MYSERVE_MODEL` names what is served, comma separated: a folder or hub id, or `name=folder`. Unset, the
+        embedded model is served and, on demand, the ids in `MYSERVE_ALLOW_MODELS`.
+
+        >>> settings = Settings.from_env({"MYSERVE_MODEL": "qwen=models/qwen, org/other"})
+        >>> settings.models
+        {'qwen': 'models/qwen', 'org/other': 'org/other'}
+        >>> list(Settings.from_env({}).models)
+        ['myserve-demo', 'sshleifer/tiny-gpt2']
+        """
+        env = os.environ if env is None else env
+        named = _models(env.get("MYSERVE_MODEL", ""))
+        on_demand = {name: name for name in _words(env.get("MYSERVE_ALLOW_MODELS", DEFAULT_ON_DEMAND))}
+        bare = {EMBEDDED_MODEL: str(embedded_model_path())}
+        return cls(
+            models=named or bare | on_demand,
+            preload=tuple(named or bare),
+            engine=EngineConfig(
+                dtype=env.get("MYSERVE_DTYPE", "auto"),
+                device=env.get("MYSERVE_DEVICE", "auto"),
+                trust_remote_code=_flag(env, "TRUST_REMOTE_CODE"),
+            ),
+            force_echo=_flag(env, "MYSERVE_FORCE_ECHO"),
+            strict=_flag(env, "MYSERVE_STRICT"),
+        )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _models(text: str) -> dict[str, str]:
+    pairs = (word.partition("=") for word in _words(text))
+    return {name: path or name for name, _, path in pairs}
+
+
+def _flag(env: Mapping[str, str], name: str) -> bool:
+    value = env.get(name, "").strip().lower()
+    if value not in _TRUE + _FALSE:
+        raise RequestError(
+            f"{name} must be one of {', '.join(_TRUE + _FALSE[1:])}, got {value!r}", param=name
+        )
+    return value in _TRUE

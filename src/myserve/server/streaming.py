@@ -1,0 +1,101 @@
+"""Answers that end when the client goes away: events as they come, or one body."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from myserve.server.errors import error_body, status_of
+from myserve.wire.sse import DONE, encode_event
+
+log = logging.getLogger("myserve.server")
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """Nobody is left to answer."""
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """Compact UTF-8; a NaN in it is a bug of ours and raises."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def json_response(value: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(to_json(value), headers=headers, media_type="application/json")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects before it is there."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends each chunk as one event, then `[DONE]`; a failure on the way is an `error` event and no `[DONE]`.
+
+    When the client disconnects, the iterator of chunks is closed at once, whatever it waits for.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[Mapping[str, Any], None], abort: Callable[[], None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]  # the empty body's
+        self._chunks = chunks
+        self._abort = abort  # for the chunks that were never begun: nothing in them can clean up
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send_all(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for each in (sending, gone):
+                each.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+            self._abort()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(_events(self._chunks)) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _events(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield encode_event(to_json(chunk))
+    except Exception as error:
+        if status_of(error) >= 500:
+            log.error("a stream failed", exc_info=error)
+        yield encode_event(to_json(error_body(error)), event="error")
+    else:
+        yield DONE
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
