@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import BLOCK_SIZE, new_kv_cache
+from .attention import BLOCK_SIZE, allocate_layer, bytes_per_block
 from .config import EngineConfig
 
 FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
@@ -23,10 +23,10 @@ class KVCache:
         self.block_size = BLOCK_SIZE
         heads, head_dim = kv_heads(hf_config), head_size(hf_config)
         num_layers = hf_config.num_hidden_layers
-        size = num_layers * sum(t.nbytes for t in new_kv_cache(1, heads, head_dim, dtype, device))
+        size = num_layers * bytes_per_block(heads, head_dim, dtype)
         self.num_blocks = config.num_blocks or _affordable_blocks(size, hf_config, device, config)
         self.layers: list[tuple[Tensor, Tensor]] = [
-            new_kv_cache(self.num_blocks, heads, head_dim, dtype, device) for _ in range(num_layers)
+            allocate_layer(self.num_blocks, heads, head_dim, dtype, device) for _ in range(num_layers)
         ]
         self.num_bytes = self.num_blocks * size
 

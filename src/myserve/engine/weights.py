@@ -27,7 +27,7 @@ class LoadedModel:
 
 def load(model: str, config: EngineConfig) -> LoadedModel:
     """Load `model` with our attention in place of its own."""
-    attention.register()
+    attention.register_attention()
     device = torch.device(resolve_device(config.device))
     hf_config = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     refuse_what_cannot_be_packed(hf_config)
@@ -36,7 +36,7 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
         model,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
-        attn_implementation=attention.NAME,
+        attn_implementation=attention.ATTENTION_NAME,
     )
     if not getattr(loaded, "_supports_attention_backend", False):
         raise UnsupportedModelError(
