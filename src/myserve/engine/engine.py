@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import defaultdict, deque
@@ -23,6 +24,8 @@ from .scheduler import Batch, Limits, Scheduler
 from .stream import Outcome, RequestStream
 from .token_bytes import TokenBytes
 from .weights import LoadedModel, load
+
+logger = logging.getLogger("myserve.engine")
 
 Mail = list[tuple[RequestStream, Outcome]]
 
@@ -166,9 +169,9 @@ class Engine:
                     self._wait_for_work()
             self._fail_everyone(EngineDeadError("the engine was shut down"))
         except BaseException as error:
+            logger.critical("the engine stopped", exc_info=True)
             self._fatal = error
             self._fail_everyone(EngineDeadError(f"the engine stopped: {type(error).__name__}: {error}"))
-            raise
 
     def _take_inbox(self) -> None:
         while self._inbox:

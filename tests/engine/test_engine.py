@@ -1,0 +1,267 @@
+"""The engine as its callers see it: parity with transformers, n, stopping, aborts, and errors that stay one's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from runs import Asked, collect, run, run_one
+from transformers import set_seed
+
+from myserve.core.params import SamplingParams
+from myserve.engine.config import EngineConfig
+from myserve.engine.engine import Engine
+from myserve.errors import ContextLengthError, EngineDeadError, NonFiniteLogitsError, OverloadedError, RequestError
+
+PROMPT = [5, 7, 100, 200, 33, 41, 90, 12]
+EVERY_ARCHITECTURE = [
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2", "gpt2", "qwen3_moe", "mixtral", "olmoe",
+]  # fmt: skip
+MakeEngine = Callable[..., Engine]
+HfModel = Callable[[str], Any]
+
+
+def generated(model: Any, prompt: list[int], **options: Any) -> list[int]:
+    """What transformers.generate adds to the prompt."""
+    out = model.generate(torch.tensor([prompt]), pad_token_id=0, **options)
+    return list(out[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("arch", EVERY_ARCHITECTURE)
+def test_greedy_is_transformers_greedy(arch: str, make_engine: MakeEngine, hf_model: HfModel) -> None:
+    prompts = [PROMPT, PROMPT[:3], PROMPT * 6]  # together, and longer than the sliding window
+    done = run(make_engine(arch), [Asked(p, SamplingParams(temperature=0, max_tokens=40)) for p in prompts])
+    for prompt, [completion] in zip(prompts, done, strict=True):
+        assert completion.ids == generated(hf_model(arch), prompt, do_sample=False, max_new_tokens=40)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_moe"])
+def test_torch_noise_draws_what_generate_draws(arch: str, make_engine: MakeEngine, hf_model: HfModel) -> None:
+    mixes: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 20},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "top_p": 0.95},
+    ]
+    model = hf_model(arch)
+    asked = [
+        Asked(PROMPT[: 4 + i], SamplingParams(max_tokens=48, seed=i, noise="torch", **mix)) for i, mix in enumerate(mixes)
+    ]
+    for i, (mix, [completion]) in enumerate(zip(mixes, run(make_engine(arch), asked), strict=True)):
+        set_seed(i)
+        theirs = generated(model, PROMPT[: 4 + i], do_sample=True, max_new_tokens=48, **({"top_k": 0} | mix))
+        assert completion.ids == theirs, f"{arch}, {mix}"
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "mixtral"])
+def test_logprob_is_the_models_own(arch: str, make_engine: MakeEngine, hf_model: HfModel) -> None:
+    completion = run_one(make_engine(arch), PROMPT, max_tokens=24, seed=1, temperature=0.5, top_logprobs=3)
+    ids = torch.tensor([PROMPT + completion.ids])
+    with torch.no_grad():
+        logprobs = hf_model(arch)(ids).logits[0].float().log_softmax(-1)[len(PROMPT) - 1 : -1]
+    drawn = torch.tensor(completion.ids)
+    raw = torch.tensor([t.logprob for t in completion.tokens])
+    torch.testing.assert_close(raw, logprobs.gather(1, drawn[:, None])[:, 0], atol=2e-5, rtol=0)
+    behaviour = (logprobs / 0.5).log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+    torch.testing.assert_close(
+        torch.tensor([t.sampling_logprob for t in completion.tokens]), behaviour, atol=5e-5, rtol=0
+    )
+    for row, token in zip(logprobs, completion.tokens, strict=True):
+        assert [i for i, _ in token.top_logprobs] == row.topk(3).indices.tolist()
+
+
+def test_prompt_logprobs_are_the_models_own(make_engine: MakeEngine, hf_model: HfModel) -> None:
+    prompt = PROMPT * 9  # chunked: 72 tokens in steps of 20
+    engine = make_engine(max_num_batched_tokens=20, max_num_seqs=4, prefill_chunk=20)
+    completion = run_one(engine, prompt, max_tokens=2, prompt_logprobs=2, seed=0)
+    scores = next(d.prompt_logprobs for d in completion.deltas if d.prompt_logprobs is not None)
+    with torch.no_grad():
+        logprobs = hf_model("llama")(torch.tensor([prompt])).logits[0].log_softmax(-1)[:-1]
+    assert [s.token_id for s in scores] == prompt
+    assert scores[0].logprob is None
+    theirs = logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor([s.logprob for s in scores[1:]]), theirs, atol=2e-5, rtol=0)
+    assert [i for i, _ in scores[5].top_logprobs] == logprobs[4].topk(2).indices.tolist()
+
+
+def test_n_choices_differ_and_each_is_what_its_sample_index_says(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    params = SamplingParams(max_tokens=16, seed=11)
+    [choices] = run(engine, [Asked(PROMPT, params, n=4)])
+    assert len({tuple(c.ids) for c in choices}) == 4
+
+    async def alone(index: int) -> Any:
+        return (await collect(engine.submit(PROMPT, params, sample_index=index)))[0]
+
+    assert [asyncio.run(alone(i)).numbers for i in range(4)] == [c.numbers for c in choices]
+
+
+def test_a_request_without_a_seed_says_which_it_used(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    first, second = (run_one(engine, PROMPT, max_tokens=12) for _ in range(2))
+    assert first.seed != second.seed
+    assert run_one(engine, PROMPT, max_tokens=12, seed=first.seed).numbers == first.numbers
+
+
+def test_prior_tokens_go_on_as_if_never_cut(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for noise in ("counter", "torch"):
+        params: dict[str, Any] = {"seed": 4, "noise": noise, "frequency_penalty": 0.7, "top_p": 0.9}
+        whole = run_one(engine, PROMPT, max_tokens=20, ignore_eos=True, **params)
+
+        async def rest(params: dict[str, Any] = params, whole: Any = whole) -> Any:
+            begun = PROMPT + whole.ids[:7]
+            sampling = SamplingParams(max_tokens=13, ignore_eos=True, **params)
+            return (await collect(engine.submit(begun, sampling, num_prior_tokens=7)))[0]
+
+        assert asyncio.run(rest()).numbers == whole.numbers[7:]
+
+
+def test_eos_and_stop_ids_end_a_completion_and_have_no_text(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    free = run_one(engine, PROMPT, max_tokens=30, temperature=0, ignore_eos=True)
+    stop_id = next(t for i, t in enumerate(free.ids) if i >= 5 and t not in free.ids[:i])
+    at = free.ids.index(stop_id)
+    stopped = run_one(engine, PROMPT, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=(stop_id,))
+    assert (stopped.ids, stopped.finish_reason, stopped.stop_reason) == (free.ids[: at + 1], "stop", stop_id)
+    assert [t.token_id for t in stopped.shown] == free.ids[:at]
+    shown = run_one(
+        engine, PROMPT, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=(stop_id,),
+        include_stop_str_in_output=True,
+    )  # fmt: skip
+    assert [t.token_id for t in shown.shown] == free.ids[: at + 1]
+
+
+def test_every_eos_of_the_generation_config_counts(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    biased = {engine.eos_token_ids[-1]: 100.0}
+    ended = run_one(engine, PROMPT, max_tokens=30, logit_bias=biased)
+    assert (ended.ids, ended.text, ended.finish_reason, ended.stop_reason) == ([2], "", "stop", None)
+    late = run_one(engine, PROMPT, max_tokens=30, min_tokens=4, logit_bias=biased)
+    assert (len(late.ids), late.ids[-1]) == (5, 2)
+
+
+def test_a_stop_string_ends_the_text_before_it(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    free = run_one(engine, PROMPT, max_tokens=40, seed=2, ignore_eos=True)
+    stop = free.text[9:13]
+    stopped = run_one(engine, PROMPT, max_tokens=40, seed=2, ignore_eos=True, stop=(stop,))
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert stopped.ids == free.ids[: len(stopped.ids)]
+    assert engine.token_bytes.text([t.token_id for t in stopped.shown]).startswith(stopped.text)
+
+
+def test_the_text_is_the_bytes_of_the_tokens(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    completion = run_one(engine, PROMPT, max_tokens=60, seed=3, ignore_eos=True, temperature=1.5)
+    assert completion.text == engine.token_bytes.text(completion.ids)
+    for delta in completion.deltas[:-1]:
+        assert "\ufffd" not in delta.text or len(delta.tokens) > 0
+        delta.text.encode()  # no half of a surrogate pair either
+
+
+def test_an_abort_ends_a_request_and_gives_its_blocks_back(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=64)
+
+    async def abort_midway() -> Any:
+        stream = engine.submit(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True), n=2)
+        deltas = []
+        async for delta in stream:
+            deltas.append(delta)
+            if len(deltas) == 5:
+                stream.abort()
+        return deltas
+
+    deltas = asyncio.run(abort_midway())
+    assert [d.finish_reason for d in deltas if d.finish_reason] == ["abort", "abort"]
+    run_one(engine, PROMPT, max_tokens=1)  # the engine has taken the abort in by the time that it has run this
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.pool.num_free == 64
+
+
+def test_a_nan_row_fails_alone(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    plain = run_one(engine, PROMPT, max_tokens=8, seed=5)
+    sample = engine.runner.sampler.sample
+
+    def spoil_one(logits: torch.Tensor, rows: Any) -> Any:
+        sick = [i for i, row in enumerate(rows) if row.params.seed == 666 and row.num_completion_tokens == 3]
+        logits = logits.clone()
+        logits[sick] = float("nan")
+        return sample(logits, rows)
+
+    monkeypatch.setattr(engine.runner.sampler, "sample", spoil_one)
+    [sick], [well] = run(
+        engine,
+        [Asked(PROMPT, SamplingParams(max_tokens=8, seed=666)), Asked(PROMPT, SamplingParams(max_tokens=8, seed=5))],
+    )
+    assert (sick.finish_reason, len(sick.ids)) == ("error", 3)
+    assert isinstance(sick.error, NonFiniteLogitsError)
+    assert well.numbers == plain.numbers
+
+
+def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    async def submit(prompt: list[int], n: int = 1, **params: Any) -> None:
+        engine.submit(prompt, SamplingParams(**params), n=n)
+
+    for prompt, params, error, words in [
+        ([], {}, RequestError, "the prompt has no tokens"),
+        ([384], {}, RequestError, "token id 384; this model's ids are 0 to 383"),
+        ([-1], {}, RequestError, "token id -1"),
+        ([5] * 600, {}, ContextLengthError, "the context is 512 long"),
+        ([5] * 500, {"max_tokens": 13}, ContextLengthError, "ask for at most 12"),
+        ([5], {"logit_bias": {999: 1.0}}, RequestError, "logit_bias"),
+        ([5], {"n": 0}, RequestError, "n must be at least 1"),
+    ]:
+        with pytest.raises(error, match=words):
+            asyncio.run(submit(prompt, **params))
+
+
+def test_a_full_queue_says_when_to_come_back(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_queue=3)
+
+    async def overfill() -> None:
+        streams = [engine.submit(PROMPT, SamplingParams(max_tokens=5)) for _ in range(3)]
+        with pytest.raises(OverloadedError) as refused:
+            engine.submit(PROMPT, SamplingParams(max_tokens=5))
+        assert refused.value.retry_after >= 1
+        await asyncio.gather(*(collect(stream) for stream in streams))
+        await asyncio.sleep(0.1)
+        await collect(engine.submit(PROMPT, SamplingParams(max_tokens=5)))
+
+    asyncio.run(overfill())
+
+
+def test_a_dead_engine_tells_everyone(tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.from_pretrained(str(tiny_model("llama")), EngineConfig(num_blocks=16))
+    monkeypatch.setattr(engine.runner, "run", lambda batch: 1 / 0)
+    waiting = run_one(engine, PROMPT, max_tokens=3)
+    assert (waiting.finish_reason, type(waiting.error)) == ("error", EngineDeadError)
+    assert "ZeroDivisionError" in str(waiting.error)
+    assert not engine.is_alive
+    with pytest.raises(EngineDeadError):
+        run_one(engine, PROMPT, max_tokens=3)
+
+
+def test_metrics_tell_what_a_request_cost(make_engine: MakeEngine) -> None:
+    engine = make_engine(prefill_chunk=64, max_num_batched_tokens=128)
+    prompt = [9, 8, 7, 6] * 20
+    first, again = (run_one(engine, prompt, max_tokens=4, temperature=0, ignore_eos=True) for _ in range(2))
+    assert first.metrics is not None and again.metrics is not None
+    assert (first.metrics.prompt_tokens, first.metrics.cached_tokens) == (80, 0)
+    assert again.metrics.cached_tokens == 64
+    assert first.metrics.time_to_first_token >= first.metrics.prefill_duration > 0
+    assert first.metrics.generation_duration > 0
+
+
+def test_without_prefix_caching_nothing_is_found_again(make_engine: MakeEngine) -> None:
+    engine = make_engine(prefix_caching=False)
+    done = [run_one(engine, PROMPT * 8, max_tokens=2) for _ in range(2)]
+    assert [c.metrics.cached_tokens for c in done if c.metrics] == [0, 0]

@@ -1,0 +1,72 @@
+"""How the engine's tests run requests and put the deltas back together."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from myserve.core.params import SamplingParams
+from myserve.engine.engine import Engine
+from myserve.engine.outputs import Delta, RequestMetrics, TokenOutput
+from myserve.engine.stream import RequestStream
+
+
+@dataclass
+class Completion:
+    """One choice, put together from its deltas."""
+
+    text: str = ""
+    tokens: list[TokenOutput] = field(default_factory=list)  # as drawn: stop tokens included
+    shown: list[TokenOutput] = field(default_factory=list)  # those that have text
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: Exception | None = None
+    metrics: RequestMetrics | None = None
+    seed: int = 0
+    deltas: list[Delta] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return [t.token_id for t in self.tokens]
+
+    @property
+    def numbers(self) -> list[tuple[int, float, float]]:
+        """All that must be equal, bit for bit, however a request was run."""
+        return [(t.token_id, t.logprob, t.sampling_logprob) for t in self.tokens]
+
+
+async def collect(stream: RequestStream) -> list[Completion]:
+    choices: dict[int, Completion] = {}
+    async for delta in stream:
+        choice = choices.setdefault(delta.index, Completion(seed=stream.seed))
+        assert choice.finish_reason is None, "a delta after the end"
+        choice.deltas.append(delta)
+        choice.text += delta.text
+        choice.tokens += [*delta.tokens, *delta.stop_tokens]
+        choice.shown += delta.tokens
+        choice.finish_reason = delta.finish_reason
+        choice.stop_reason = delta.stop_reason
+        choice.error = delta.error
+        choice.metrics = delta.metrics
+    return [choices[index] for index in sorted(choices)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request to be run: `run(engine, [Asked(...), ...])` runs all of them at once."""
+
+    prompt: list[int]
+    params: SamplingParams
+    n: int = 1
+
+
+def run(engine: Engine, asked: list[Asked]) -> list[list[Completion]]:
+    async def all_at_once() -> list[list[Completion]]:
+        streams = [engine.submit(a.prompt, a.params, n=a.n) for a in asked]
+        return list(await asyncio.gather(*(collect(stream) for stream in streams)))
+
+    return asyncio.run(all_at_once())
+
+
+def run_one(engine: Engine, prompt: list[int], n: int = 1, **params: object) -> Completion:
+    return run(engine, [Asked(prompt, SamplingParams(**params), n)])[0][0]
