@@ -1,0 +1,51 @@
+"""Rows and references that the core's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from myserve.core.params import SamplingParams
+from myserve.core.rows import RowState
+
+VOCAB_SIZE = 131  # no multiple of the noise's blocks, nor of a vector register
+
+MakeRow = Callable[..., RowState]
+
+
+@pytest.fixture
+def make_row() -> MakeRow:
+    """A RowState of keyword arguments: SamplingParams' own, and `index`, `prompt`, `completion`, `vocab`, `eos`."""
+
+    def make(
+        *,
+        seed: int = 0,
+        index: int = 0,
+        prompt: Sequence[int] = (1, 2, 3),
+        completion: Sequence[int] = (),
+        vocab: int = VOCAB_SIZE,
+        eos: Sequence[int] = (0,),
+        **params: object,
+    ) -> RowState:
+        return RowState(
+            SamplingParams(**params),  # type: ignore[arg-type]  # the tests' own keyword arguments
+            seed=seed,
+            sample_index=index,
+            prompt_token_ids=prompt,
+            completion_token_ids=completion,
+            vocab_size=vocab,
+            eos_token_ids=eos,
+        )
+
+    return make
+
+
+@pytest.fixture
+def two_threads() -> object:
+    """Torch on two threads, where `sum` and `logsumexp` are known to change with the batch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,123 @@
+"""Every field of SamplingParams: what is taken, what is refused, and that the refusal names field, value and range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from myserve.core.params import SamplingParams
+from myserve.errors import RequestError
+
+ACCEPTED: dict[str, list[object]] = {
+    "max_tokens": [None, 1, 10**6],
+    "min_tokens": [0, 5],
+    "stop": [(), ("a",), tuple(str(i) for i in range(16))],
+    "stop_token_ids": [(), (0, 7)],
+    "ignore_eos": [True],
+    "include_stop_str_in_output": [True],
+    "skip_special_tokens": [False],
+    "allowed_token_ids": [None, (3,)],
+    "bad_words_ids": [(), ((1,), (2, 3))],
+    "logit_bias": [{}, {5: -100.0}, {5: 100}],
+    "repetition_penalty": [1.0, 1e-3, 100.0],
+    "frequency_penalty": [-2.0, 2.0, 0],
+    "presence_penalty": [-2.0, 2.0],
+    "temperature": [0, 0.0, 1e-300, 100.0],
+    "top_k": [None, 0, -1, 1, 10**9],
+    "top_p": [0.0, 0.5, 1],
+    "min_p": [0.0, 1.0],
+    "typical_p": [1.0, 1e-9],
+    "top_n_sigma": [None, 0.5],
+    "seed": [None, 0, -(2**63), 2**64 - 1],
+    "noise": ["counter", "torch"],
+    "top_logprobs": [0, 1024],
+    "logprobs_mode": ["raw", "processed"],
+    "logprob_token_ids": [(), (9,)],
+    "kept": [True],
+    "prompt_logprobs": [None, 0, 1024],
+}
+
+REFUSED: dict[str, list[object]] = {
+    "max_tokens": [0, -1, 1.5, "8", True],
+    "min_tokens": [-1, None],
+    "stop": ["a", ("",), ("a",) * 17, (1,)],
+    "stop_token_ids": [(-1,), (2**31,), [1], (1.0,)],
+    "allowed_token_ids": [(), (-1,)],
+    "bad_words_ids": [((),), ((-1,),)],
+    "logit_bias": [{-1: 1.0}, {1: math.nan}, {1: math.inf}, {1: "2"}, {True: 1.0}],
+    "repetition_penalty": [0.0, -1.0, 100.1, math.nan],
+    "frequency_penalty": [-2.01, 2.01, math.nan, "1"],
+    "presence_penalty": [-2.01, 2.01, True],
+    "temperature": [-1e-9, 100.1, math.nan, math.inf, None, "hot"],
+    "top_k": [-2, 1.0, True],
+    "top_p": [-0.1, 1.1, math.nan],
+    "min_p": [-0.1, 1.1],
+    "typical_p": [0.0, 1.1],
+    "top_n_sigma": [0.0, -1.0, math.inf],
+    "seed": [2**64, -(2**63) - 1, 1.0],
+    "noise": ["random", None],
+    "top_logprobs": [-1, 1025, True],
+    "logprobs_mode": ["cooked"],
+    "logprob_token_ids": [(-1,)],
+    "prompt_logprobs": [-1, 1025],
+}
+
+
+def test_every_field_is_in_these_tables() -> None:
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert names == set(ACCEPTED)
+    switches = {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "kept"}
+    assert names - switches == set(REFUSED)
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in ACCEPTED.items() for v in values])
+def test_accepts_and_keeps_as_given(name: str, value: object) -> None:
+    assert getattr(SamplingParams(**{name: value}), name) == value  # type: ignore[arg-type]  # any field
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in REFUSED.items() for v in values])
+def test_refuses_and_names_the_field(name: str, value: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{name: value})  # type: ignore[arg-type]  # any field
+    assert caught.value.param == name
+    assert caught.value.message.startswith(f"{name} ")
+
+
+def test_message_gives_value_and_range() -> None:
+    with pytest.raises(RequestError, match=r"^frequency_penalty must be in \[-2, 2\], got 2.5$"):
+        SamplingParams(frequency_penalty=2.5)
+    with pytest.raises(RequestError, match=r"^repetition_penalty must be in \(0, 100\], got 0.0$"):
+        SamplingParams(repetition_penalty=0.0)
+    with pytest.raises(RequestError, match=r"^max_tokens must be at least 1, got 0$"):
+        SamplingParams(max_tokens=0)
+    with pytest.raises(RequestError, match=r"^min_tokens must be in \[0, 4\], got 5$"):
+        SamplingParams(max_tokens=4, min_tokens=5)
+
+
+def test_logit_bias_beyond_the_range_counts_as_its_end() -> None:
+    assert SamplingParams(logit_bias={1: 1000.0, 2: -1000}).logit_bias == {1: 100.0, 2: -100.0}
+
+
+def test_frozen_against_the_callers_own_mapping() -> None:
+    mine = {1: 1.0}
+    params = SamplingParams(logit_bias=mine)
+    mine[1] = 50.0
+    assert params.logit_bias == {1: 1.0}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(stop_token_ids=(8,)),
+        SamplingParams(allowed_token_ids=(8,)),
+        SamplingParams(bad_words_ids=((1, 8),)),
+        SamplingParams(logit_bias={8: 1.0}),
+        SamplingParams(logprob_token_ids=(8,)),
+    ],
+)
+def test_ids_outside_the_vocabulary(params: SamplingParams) -> None:
+    params.check_vocabulary(9)
+    with pytest.raises(RequestError, match=r"names token id 8; the model's ids are 0 to 7"):
+        params.check_vocabulary(8)
