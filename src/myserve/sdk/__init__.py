@@ -1,0 +1,27 @@
+"""The client SDK: token-level samples from inference servers, for RL, DPO and evals. Needs no torch."""
+
+from myserve.sdk.batch import Batch, BatchGroup
+from myserve.sdk.concurrency import AdaptiveConcurrencyController, FixedConcurrencyController, StepSummary
+from myserve.sdk.errors import SamplingDeadlineError, SamplingError
+from myserve.sdk.options import SampleOptions
+from myserve.sdk.retry import RetryPolicy
+from myserve.sdk.sampler import DeploymentSampler
+from myserve.sdk.types import Alternative, Completions, SampledCompletion, SampleDelta, SamplerStats
+
+__all__ = [
+    "AdaptiveConcurrencyController",
+    "Alternative",
+    "Batch",
+    "BatchGroup",
+    "Completions",
+    "DeploymentSampler",
+    "FixedConcurrencyController",
+    "RetryPolicy",
+    "SampleDelta",
+    "SampleOptions",
+    "SampledCompletion",
+    "SamplerStats",
+    "SamplingDeadlineError",
+    "SamplingError",
+    "StepSummary",
+]

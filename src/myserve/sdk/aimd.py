@@ -1,0 +1,72 @@
+"""The arithmetic of the window: what was seen goes in, the next window comes out. No clock, no lock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the samples of one period said about the server.
+
+    `avg_queue` is in seconds (None: no sample told), `peak_in_flight` in samples, `kv_usage` a fraction.
+    """
+
+    avg_queue: float | None = None
+    refused: bool = False  # a 429 or a 503
+    peak_in_flight: int = 0
+    kv_usage: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AIMD:
+    """Additive increase, multiplicative decrease, of a window counted in samples in flight.
+
+    Below the target the window grows in proportion to the room that is left; above it, it halves.
+
+    >>> law = AIMD()
+    >>> law.next_window(16, Observed(avg_queue=0.08, peak_in_flight=16))
+    20
+    >>> law.next_window(16, Observed(avg_queue=0.9, peak_in_flight=16))
+    8
+    """
+
+    min_window: int = 1
+    max_window: int = 256
+    target: float = 0.5  # seconds of prefill queue
+    growth: float = 0.25  # of the window, when the queue is empty
+    kv_ceiling: float = 0.95
+
+    def next_window(self, window: int, seen: Observed, *, gentle: bool = False) -> int:
+        """The window after `seen`. `gentle` cuts in proportion to the excess, never by more than half.
+
+        Halving for every excess made the window saw between half full and full inside a step; between steps
+        there is time to grow back, so the plain law stays there.
+
+        >>> AIMD().next_window(16, Observed(avg_queue=0.6, peak_in_flight=16), gentle=True)
+        13
+        >>> AIMD().next_window(16, Observed(avg_queue=0.0, peak_in_flight=3))
+        16
+        >>> AIMD().next_window(2, Observed(refused=True))
+        1
+        """
+        if self._pressed(seen):
+            return self._clamp(int(window * (self._cut(seen) if gentle else 0.5)))
+        if seen.avg_queue is None or 2 * seen.peak_in_flight < window:
+            return window  # nothing was learnt: a window that is not filled says nothing about a larger one
+        room = 1.0 - seen.avg_queue / self.target
+        return self._clamp(window + ceil(self.growth * window * room))
+
+    def _pressed(self, seen: Observed) -> bool:
+        too_long = seen.avg_queue is not None and seen.avg_queue > self.target
+        too_full = seen.kv_usage is not None and seen.kv_usage > self.kv_ceiling
+        return seen.refused or too_long or too_full
+
+    def _cut(self, seen: Observed) -> float:
+        if seen.refused or seen.avg_queue is None or seen.avg_queue <= self.target:
+            return 0.7
+        return min(0.9, max(0.5, self.target / seen.avg_queue))
+
+    def _clamp(self, window: int) -> int:
+        return min(self.max_window, max(self.min_window, window))

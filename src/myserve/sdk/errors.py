@@ -1,0 +1,103 @@
+"""Every failure of a sample says which sample, which attempt, what status, and the server's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from myserve.errors import MyserveError
+
+FailureKind = Literal["refused", "busy", "server", "transport", "protocol", "deadline"]
+
+_WHOSE = {
+    "refused": "the request was refused (the request's fault; asking again would not help)",
+    "busy": "the server was too busy",
+    "server": "the server failed",
+    "transport": "the connection failed",
+    "protocol": "the server's answer broke the protocol",
+    "deadline": "the deadline passed",
+}
+
+# 425: weights are loading. 409: a deployment that is being updated. Neither is the request's fault.
+_BUSY = frozenset({408, 409, 425, 429, 503})
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong in one attempt, in the server's own words where it had any.
+
+    >>> Failure.of_status(404, "no model 'gpt-9'").retryable
+    False
+    >>> Failure.of_status(503, "queue full", {"retry-after": "2"}).retry_after
+    2.0
+    """
+
+    kind: FailureKind
+    message: str
+    status: int | None = None
+    retry_after: float | None = None  # seconds, as the server asked
+
+    @property
+    def retryable(self) -> bool:
+        """False for what would fail again in the same way, and for a deadline."""
+        return self.kind not in ("refused", "deadline")
+
+    @classmethod
+    def of_status(cls, status: int, message: str, headers: Mapping[str, str] | None = None) -> Failure:
+        """An HTTP error: 408, 409, 425, 429 and 503 are "busy", other 4xx final, other 5xx the server's."""
+        kind: FailureKind = "busy" if status in _BUSY else "server" if status >= 500 else "refused"
+        return cls(kind, message, status, _seconds((headers or {}).get("retry-after")))
+
+
+class SamplingError(MyserveError, RuntimeError):
+    """One sample could not be had. `index`, `attempts`, `status` and `server_message` say which, and why.
+
+    >>> print(SamplingError(Failure("refused", "no model 'gpt-9'", 404), index=3, attempts=1))
+    sample 3: the request was refused (the request's fault; asking again would not help) \
+after 1 attempt, HTTP 404: no model 'gpt-9'
+    """
+
+    def __init__(self, failure: Failure, *, index: int, attempts: int) -> None:
+        self.failure = failure
+        self.index = index
+        self.attempts = attempts
+        tries = f"after {attempts} attempt{'' if attempts == 1 else 's'}"
+        status = "" if failure.status is None else f", HTTP {failure.status}"
+        super().__init__(f"sample {index}: {_WHOSE[failure.kind]} {tries}{status}: {failure.message}")
+
+    @property
+    def status(self) -> int | None:
+        """The HTTP status of the last attempt; None when there was no answer."""
+        return self.failure.status
+
+    @property
+    def server_message(self) -> str:
+        """The last attempt's own words: the server's, or the operating system's."""
+        return self.failure.message
+
+    @property
+    def retryable(self) -> bool:
+        """Whether asking again later may help."""
+        return self.failure.retryable
+
+
+class SamplingDeadlineError(SamplingError, TimeoutError):
+    """The call's overall deadline passed before this sample was whole."""
+
+
+class AttemptFailed(Exception):  # noqa: N818  # never leaves the SDK: what one attempt ends with, not an error of a call
+    """One attempt ended early; `retry.py` decides what that means."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def _seconds(text: str | None) -> float | None:
+    """Retry-After in seconds. Its other form, an HTTP date, is left to the backoff: clocks differ."""
+    try:
+        seconds = float(text) if text is not None else None
+    except ValueError:
+        return None
+    return seconds if seconds is not None and 0 <= seconds < 86_400 else None

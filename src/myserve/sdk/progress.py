@@ -1,0 +1,50 @@
+"""The bar of a batch: samples done, tokens a second, in flight, failed. It never touches stdout."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from myserve.sdk.backend import Backend
+
+
+class SampleProgress:
+    """A rich progress bar over samples; `advance` counts one, and refreshes at rich's own pace."""
+
+    def __init__(self, total: int, backend: Backend) -> None:
+        self._backend = backend
+        self._tokens_before = backend.stats.completion_tokens
+        self._started = time.monotonic()
+        self._progress = Progress(
+            TextColumn("[bold]sampling"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("sampling", total=total, detail="")
+
+    def advance(self, samples: int) -> None:
+        self._progress.update(self._task, advance=samples, detail=self._detail())
+
+    def _detail(self) -> str:
+        stats, gate = self._backend.stats, self._backend.gate
+        tokens = stats.completion_tokens - self._tokens_before
+        pace = tokens / max(1e-9, time.monotonic() - self._started)
+        failed = f" · {stats.failed} failed" if stats.failed else ""
+        window = "" if gate.limit is None else f"/{gate.limit}"
+        return f"{pace:,.0f} tokens/s · {gate.in_flight}{window} in flight{failed}"
+
+    def __enter__(self) -> SampleProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.update(self._task, detail=self._detail())
+        self._progress.stop()

@@ -1,0 +1,79 @@
+"""The sampler for code that is not async: one background loop for the process, so notebooks work too."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+
+from myserve.sdk.types import Completions, SampledCompletion
+
+if TYPE_CHECKING:
+    from myserve.sdk.options import SampleOptions
+    from myserve.sdk.sampler import DeploymentSampler, Messages, Prompt
+
+T = TypeVar("T")
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def run_sync(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end on the background loop; an interrupt cancels it.
+
+    >>> async def answer() -> int:
+    ...     return 42
+    >>> run_sync(answer())
+    42
+    """
+    future = asyncio.run_coroutine_threadsafe(work, _background_loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    global _loop
+    with _lock:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="myserve-sdk", daemon=True).start()
+        return _loop
+
+
+class SyncSampler:
+    """`sampler.sync`: the calls of `DeploymentSampler`, without `await`."""
+
+    def __init__(self, sampler: DeploymentSampler) -> None:
+        self._sampler = sampler
+
+    def sample_with_tokens(self, messages: Messages, n: int = 1, **options: Any) -> Completions:
+        return run_sync(self._sampler.sample_with_tokens(messages, n, **options))
+
+    def sample_with_prompt_tokens(
+        self, prompt_token_ids: Sequence[int], **options: Unpack[SampleOptions]
+    ) -> Completions:
+        return run_sync(self._sampler.sample_with_prompt_tokens(prompt_token_ids, **options))
+
+    def stream_completions(
+        self, prompt: Prompt, **options: Unpack[SampleOptions]
+    ) -> Iterator[SampledCompletion]:
+        """Whole samples as they finish."""
+        stream = self._sampler.stream_completions(prompt, **options)
+        try:
+            while (completion := run_sync(anext(stream, None))) is not None:
+                yield completion
+        finally:
+            run_sync(stream.aclose())
+
+    def sample_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completions]:
+        async def run() -> list[Completions]:
+            return await self._sampler.sample_batch(prompts, **options)
+
+        return run_sync(run())
+
+    def close(self) -> None:
+        """Closes the background loop's connections."""
+        run_sync(self._sampler.aclose())

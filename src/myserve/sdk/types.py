@@ -1,0 +1,138 @@
+"""What the caller gets: plain values, with the seed document's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from myserve.sdk.errors import SamplingError
+
+
+class Alternative(NamedTuple):
+    """A token that stood beside the one drawn. `token_id` is None where the server gave its text alone."""
+
+    token_id: int | None
+    logprob: float
+    token: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledCompletion:
+    """One completion, with every number that a trainer needs. P prompt tokens, C completion tokens.
+
+    The first eight names are the seed document's. Lists over the completion have C entries;
+    `inference_logprobs` (and `routing_matrices`) have P+C-1 when `logprobs_echoed`.
+
+    >>> sample = SampledCompletion(text=" 4", full_tokens=[5, 6, 9], prompt_len=2, finish_reason="stop",
+    ...     completion_len=1, inference_logprobs=[-0.25])
+    >>> sample.prompt_tokens, sample.completion_tokens
+    ([5, 6], [9])
+    """
+
+    text: str
+    full_tokens: list[int]  # [P+C]
+    prompt_len: int  # P
+    finish_reason: str
+    completion_len: int  # C
+    inference_logprobs: list[float] | None = None  # [C] or [P+C-1]: log-softmax of the raw logits
+    logprobs_echoed: bool = False
+    routing_matrices: list[str] | None = None  # base64 of uint8 [moe_layers, experts], a row a token
+    # beyond the seed document
+    sampling_logprobs: list[float] | None = None  # [C]: log of the distribution that the draw really used
+    top_logprobs: list[list[Alternative]] | None = None  # as long as inference_logprobs
+    kept: list[dict[str, Any]] | None = None  # [C]: support, its mass and entropy, where asked for
+    index: int = 0  # which of the n samples
+    seed: int | None = None  # with `index`, draws this completion again
+    stop_reason: int | str | None = None
+    weight_version: int | None = None  # at the last token
+    weight_spans: list[Any] | None = None  # as the server gave them, when the version changed on the way
+    token_times: list[float] | None = None  # [C] seconds from the request to each token's arrival
+    attempts: int = 1  # requests that it took
+    request_id: str = ""
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        return self.full_tokens[: self.prompt_len]
+
+    @property
+    def completion_tokens(self) -> list[int]:
+        return self.full_tokens[self.prompt_len :]
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from the request to its first token, queueing at the server included."""
+        return self.token_times[0] if self.token_times else None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; what is None or at its default is left out."""
+        return {name: value for name, value in asdict(self).items() if value != _DEFAULTS.get(name, _ABSENT)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SampledCompletion:
+        """The inverse of `to_json`; a name that this version does not know is ignored.
+
+        >>> sample = SampledCompletion(text="", full_tokens=[5], prompt_len=1, finish_reason="stop",
+        ...     completion_len=0, top_logprobs=[[Alternative(3, -0.5)]])
+        >>> SampledCompletion.from_json(sample.to_json()) == sample
+        True
+        """
+        known = {name: value for name, value in data.items() if name in _NAMES}
+        if known.get("top_logprobs") is not None:
+            known["top_logprobs"] = [[Alternative(*entry) for entry in row] for row in known["top_logprobs"]]
+        return cls(**known)
+
+
+_ABSENT = object()
+_NAMES = {field.name for field in fields(SampledCompletion)}
+_DEFAULTS = {field.name: field.default for field in fields(SampledCompletion)}
+
+
+@dataclass(frozen=True, slots=True)
+class SampleDelta:
+    """What one sample gained: text that can no longer change, and the tokens that it aligns with.
+
+    `restarted`: what came before for this index is void; its stream was cut and could not be resumed.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float | None, ...] = ()
+    finish_reason: str | None = None
+    restarted: bool = False
+
+
+class Completions(list[SampledCompletion]):
+    """A list of completions, and what is not in it: `dropped` and `failures`.
+
+    >>> Completions([], dropped=2)
+    Completions([], dropped=2, failures=0)
+    """
+
+    def __init__(
+        self,
+        completions: Iterable[SampledCompletion] = (),
+        *,
+        dropped: int = 0,
+        failures: Iterable[SamplingError] = (),
+    ) -> None:
+        super().__init__(completions)
+        self.dropped = dropped  # samples over `max_seq_len`, or all n where the prompt alone reaches it
+        self.failures = tuple(failures)  # with on_error="keep"
+
+    def __repr__(self) -> str:
+        return f"Completions({super().__repr__()}, dropped={self.dropped}, failures={len(self.failures)})"
+
+
+@dataclass(slots=True)
+class SamplerStats:
+    """What a sampler did since it was made."""
+
+    prompts: int = 0
+    samples: int = 0  # whole ones
+    failed: int = 0
+    dropped: int = 0  # over `max_seq_len`
+    requests: int = 0  # HTTP requests, failed ones included
+    resumed: int = 0  # samples that went on from the tokens they had
+    completion_tokens: int = 0
