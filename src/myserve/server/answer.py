@@ -1,4 +1,4 @@
-"""What chat and completions answers have in common: the envelope, usage, our fields beside OpenAI's, metrics."""
+"""What chat and completions answers have in common: usage, metrics, our fields beside OpenAI's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def returns_ids(self) -> bool:
-        """Then every sampled token is listed, the one that ended the completion too: ids and logprobs align."""
+        """Then every sampled token is listed, the one that ended it too: ids and logprobs align."""
         return bool(self.request.return_token_ids or self.request.raw_output)
 
     def perf_metrics(self, choices: Sequence[Choice]) -> PerfMetrics:
@@ -119,7 +119,7 @@ class Answer:
 
 
 def usage_of(choices: Sequence[Choice]) -> Usage:
-    """Every prompt once, however many choices it has; every sampled token, the one that ended a choice too."""
+    """Every prompt once, however many choices it has; every sampled token, the last ones too."""
     sampled = sum(len(choice.sampled) for choice in choices)
     prompt = _prompt_tokens(choices)
     return {

@@ -7,8 +7,12 @@ import logging
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -18,8 +22,12 @@ from myserve.errors import MyserveError
 from myserve.server import chat, completions, health, tokenize
 from myserve.server.errors import error_response, http_error_response, status_of
 from myserve.server.models import Models
+from myserve.server.reading import SCHEMAS
 from myserve.server.settings import Settings
 from myserve.server.streaming import ClientGoneError
+from myserve.server.tokenize import DetokenizeRequest, TokenizeRequest
+from myserve.wire.chat import ChatCompletionRequest
+from myserve.wire.completions import CompletionRequest
 
 log = logging.getLogger("myserve.server")
 
@@ -37,6 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """
     settings = Settings.from_env() if settings is None else settings
     app = FastAPI(title="myserve", lifespan=_lifespan, redirect_slashes=False)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
     app.state.models = Models(settings)
     for family in (chat, completions, tokenize, health):
@@ -48,6 +57,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(Exception, _on_error)
     app.add_middleware(RequestIds)
     return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with the schemas of the bodies that our routes parse themselves."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=version("myserve"), routes=app.routes)
+        kinds = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+        _, bodies = models_json_schema(
+            [(kind, "validation") for kind in kinds], ref_template=SCHEMAS + "{model}"
+        )
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        app.openapi_schema = schema
+    return app.openapi_schema
 
 
 @asynccontextmanager

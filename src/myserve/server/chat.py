@@ -1,4 +1,4 @@
-"""Chat completions: messages to one prompt, its n choices to OpenAI's shape, with the seed document's beside it."""
+"""Chat completions: messages to one prompt, n choices to OpenAI's shape, and the seed's beside it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,12 @@ async def create_chat_completion(http: Request) -> Response:
         choices = await unless_gone(http, generation.finish())
     finally:
         generation.abort()
-    headers = answer.perf_metrics(choices).to_headers() if request.perf_metrics_in_response else None
-    return json_response(_completion(answer, choices, wants_logprobs), headers)
+    body = _completion(answer, choices, wants_logprobs)
+    if not request.perf_metrics_in_response:
+        return json_response(body)
+    metrics = answer.perf_metrics(choices)
+    body["perf_metrics"] = metrics.to_dict()
+    return json_response(body, metrics.to_headers())
 
 
 def _completion(answer: Answer, choices: Sequence[Choice], wants_logprobs: bool) -> ChatCompletion:
@@ -64,8 +68,6 @@ def _completion(answer: Answer, choices: Sequence[Choice], wants_logprobs: bool)
         body["logprobs"] = logprobs
     if answer.request.return_token_ids:
         body["prompt_token_ids"] = list(choices[0].prompt_token_ids)
-    if answer.request.perf_metrics_in_response:
-        body["perf_metrics"] = answer.perf_metrics(choices).to_dict()
     return body
 
 

@@ -73,7 +73,7 @@ class Codec:
                 **template_kwargs,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            # A template is the model's program over the caller's data: it refuses what it does not understand.
+            # A template is the model's program over the caller's data, and refuses what it does not know.
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
@@ -81,7 +81,7 @@ class Codec:
 
 
 class Tokenizing:
-    """Runs a codec's work on the loop while it is short and in a thread of its own when it is not; keeps the time."""
+    """Runs a codec's work on the loop while it is short, in a thread of its own when not; keeps the time."""
 
     def __init__(self, worker: ThreadPoolExecutor) -> None:
         self._worker = worker
@@ -113,7 +113,7 @@ def _refuse_reserved(template_kwargs: dict[str, Any]) -> None:
 
 
 def _as_template_sees(message: ChatMessage) -> dict[str, Any]:
-    """OpenAI's message in the terms of templates: no "developer", and a tool call's arguments as an object."""
+    """OpenAI's message in the terms of templates: no "developer", a tool call's arguments as an object."""
     turn: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
         "content": message.text,

@@ -1,9 +1,9 @@
-"""Only the template writes control tokens: the same text inside a message is encoded as the plain text that it is.
+"""Only the template writes control tokens: the same text inside a message is encoded as plain text.
 
-How: a copy of the tokenizer reads no control token at all, and has an alias for each that nobody can guess. The
-template's own are written as aliases, the messages' stay as they are, and the whole is encoded in one go, so that
-the ids are what the tokenizer gives for the whole text. (Encoding piece by piece was rejected: tokenizers that
-put a space before a text put one before every piece.)
+How: a copy of the tokenizer reads no control token at all, and has an alias for each that nobody can guess.
+The template's own are written as aliases, the messages' stay as they are, and the whole is encoded in one go,
+so that the rest of the ids are what the tokenizer gives for the whole text. (Encoding piece by piece was
+rejected: tokenizers that put a space before a text put one before every piece.)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Render = Callable[[list[Message]], str]
 class ControlTokens:
     """The control tokens of one tokenizer, and how to keep them the template's own.
 
-    They are its special tokens and whatever added token the chat template mentions (`<think>`, `<tool_call>`). In
-    an assistant's turn the latter are the model's own words and stay tokens; special tokens stay text there too.
+    They are its special tokens, and the added tokens that the chat template mentions (such as `<think>`).
+    In an assistant's turn the latter are the model's own words and stay tokens; the former are text there.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -58,7 +58,7 @@ class ControlTokens:
         control = set(self._all.values())
         if any(i in control for i in ids):
             raise RequestError(
-                "a message holds the text of a control token, and this model's tokenizer cannot read it as text",
+                "a message holds a control token's text, which this model's tokenizer cannot read as text",
                 param="messages",
             )
         return [self._own_id(i) for i in ids]
@@ -73,7 +73,7 @@ class ControlTokens:
         ]
 
     def _mark(self, value: Any, role: str, marked: list[str]) -> Any:
-        """`value` with each control text in its strings replaced by a mark; what was there goes to `marked`."""
+        """`value` with each control text in its strings replaced by a mark; what stood there in `marked`."""
 
         def mark(match: re.Match[str]) -> str:
             marked.append(match[0])
@@ -102,7 +102,7 @@ class ControlTokens:
         """The copy, and the ids of its aliases: alias id -> control token id."""
         if self._backend is None:
             raise RequestError(
-                "a message holds the text of a control token, and this model's tokenizer has no fast form",
+                "a message holds a control token's text, which this model's tokenizer cannot read as text",
                 param="messages",
             )
         written = json.loads(self._backend.to_str())

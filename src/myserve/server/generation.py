@@ -1,4 +1,4 @@
-"""One request on the engine: a stream for each of its prompts, read whole or as it comes, aborted when left."""
+"""One request on the engine: a stream for each of its prompts, read whole or as it comes, aborted if left."""
 
 from __future__ import annotations
 
@@ -121,8 +121,6 @@ class Generation:
 
 def params_of_prompts(params: SamplingParams, count: int) -> list[SamplingParams]:
     """The same parameters for each prompt, with a seed of its own where a seed was given."""
-    from dataclasses import replace
-
     return [replace(params, seed=prompt_seed(params.seed, position)) for position in range(count)]
 
 

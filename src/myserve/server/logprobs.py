@@ -57,7 +57,7 @@ class TokenWriter:
         return entry
 
     def prompt_entry(self, token: PromptLogprob, top: int) -> TokenLogprob:
-        """One echoed prompt token: scored, not sampled. The first has no logprob: nothing stands before it."""
+        """One echoed prompt token: scored, not sampled. The first has no logprob, with nothing before it."""
         return {
             "token": self.text(token.token_id),
             "bytes": self.bytes_in_text(token.token_id),

@@ -1,4 +1,4 @@
-"""Which models are served: the operator's list and no other name, each loaded once, on first use or at start."""
+"""Which models are served: the operator's list alone, each loaded once, on first use or at start."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Protocol
 
-from importlib.metadata import version
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta
 from myserve.engine.token_bytes import TokenBytes
-from myserve.errors import ModelNotFoundError
+from myserve.errors import ModelNotFoundError, MyserveError
 from myserve.server.codec import Codec
 from myserve.server.echo import EchoEngine
 from myserve.server.errors import ModelLoadError
@@ -77,12 +77,12 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with whatever may change an answer to the same seed: this package, the model, its weights."""
+        """Changes with whatever may change the answer to a seed: this package, the model, its weights."""
         return f"fp_{self.digest}_{self.engine.weight_version}"
 
 
 class Models:
-    """The served names. `get` loads what it must; any number of event loops and threads may call it at once."""
+    """The served names. `get` loads what it must; any number of event loops and threads may call it."""
 
     def __init__(
         self, settings: Settings, load: Callable[[str, Settings], ServedModel] | None = None
@@ -116,9 +116,9 @@ class Models:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            raise ModelLoadError(
-                f"the model {name!r} did not load: {type(error).__name__}: {error}"
-            ) from error
+            # Our own words are for people; anything else may name paths and belongs in the log.
+            reason = str(error) if isinstance(error, MyserveError) else "the server's log says why"
+            raise ModelLoadError(f"the model {name!r} did not load: {reason}") from error
 
     def if_loaded(self, name: str) -> ServedModel | None:
         """The model, where it is ready; starts nothing."""
@@ -162,7 +162,7 @@ class Models:
 
 
 def load_model(path: str, settings: Settings) -> ServedModel:
-    """Load in the calling thread: the engine of a folder or hub id, or an echo where the operator wants one."""
+    """Load in the calling thread: the engine of a folder or hub id, or an echo if the operator wants one."""
     engine: Any
     if settings.force_echo:
         engine = EchoEngine()

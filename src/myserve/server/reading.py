@@ -14,6 +14,8 @@ from myserve.wire.parse import parse_request
 
 R = TypeVar("R", bound=BaseModel)
 
+SCHEMAS = "#/components/schemas/"
+
 
 def settings_of(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
@@ -44,7 +46,6 @@ async def _body(request: Request, limit: int) -> bytes:
 
 
 def documented(kind: type[BaseModel]) -> dict[str, Any]:
-    """The request's schema for /openapi.json: the routes parse for themselves, so FastAPI does not know it."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    """The body's schema for /openapi.json: the routes parse for themselves, so FastAPI does not know it."""
+    schema = {"$ref": SCHEMAS + kind.__name__}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -45,7 +45,7 @@ def chat_params(request: ChatCompletionRequest, codec: Codec) -> SamplingParams:
 def completion_params(request: CompletionRequest, codec: Codec, *, room: int) -> SamplingParams:
     """What a completion request asks of the sampler; see `scores_only` for `max_tokens` 0.
 
-    `room` is what the context leaves to the longest prompt: the default length is never the reason of an error.
+    `room` is what the context leaves to the longest prompt: a default never makes a request too long.
     """
     best_of, n = request.best_of, request.n or 1
     if best_of is not None and best_of != n:
@@ -59,7 +59,7 @@ def completion_params(request: CompletionRequest, codec: Codec, *, room: int) ->
 
 
 def scores_only(request: CompletionRequest) -> bool:
-    """`max_tokens` 0 with `echo` or `prompt_logprobs`: the prompt is scored, and what is drawn after it dropped."""
+    """`max_tokens` 0 with `echo` or `prompt_logprobs`: the prompt is scored, and that is all."""
     return request.max_tokens == 0 and bool(request.echo or request.prompt_logprobs is not None)
 
 
@@ -72,8 +72,8 @@ def wants_logprobs(request: GenerationRequest) -> bool:
 def prompt_seed(seed: int | None, position: int) -> int | None:
     """The seed of the prompt at `position` in one request's list.
 
-    The first has the request's own. The others have theirs from it, so that one prompt sent twice in a list is
-    sampled twice, and the choice says which seed it had.
+    The first has the request's own. The others have theirs from it, so that a prompt that stands twice in a
+    list is sampled twice; the choice says which seed it had.
 
     >>> prompt_seed(7, 0), prompt_seed(None, 3), prompt_seed(7, 1) == prompt_seed(8, 0)
     (7, None, False)

@@ -1,4 +1,4 @@
-"""What the operator decides, read once: from `Settings(...)` or from the environment. No request can change it."""
+"""What the operator decides, read once, from `Settings(...)` or the environment. No request changes it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
-        """The settings that the environment asks for; without any, the embedded model and the seed's on demand.
+        """What the environment asks for; if nothing, the embedded model, and the seed's on demand.
 
-        `MYSERVE_MODEL` names what is served, comma separated: a folder or hub id, or `name=folder`. Unset, the
-        embedded model is served and, on demand, the ids in `MYSERVE_ALLOW_MODELS`.
+        `MYSERVE_MODEL` names what is served, comma separated: a folder or hub id, or `name=folder`. Unset,
+        the embedded model is served and, on demand, the ids in `MYSERVE_ALLOW_MODELS`.
 
         >>> settings = Settings.from_env({"MYSERVE_MODEL": "qwen=models/qwen, org/other"})
         >>> settings.models

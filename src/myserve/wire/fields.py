@@ -98,7 +98,7 @@ class GenerationRequest(WireModel):
     seed: int | None = None
     noise: Literal["counter", "torch"] | None = None
     sample_index: Annotated[int, Field(ge=0)] | None = None  # of the first choice
-    num_prior_tokens: Annotated[int, Field(ge=0)] | None = None  # the prompt's last ids that were sampled already
+    num_prior_tokens: Annotated[int, Field(ge=0)] | None = None  # the prompt's last ids: sampled before
     # what is reported
     top_logprobs: int | None = None
     logprobs_mode: Literal["raw", "processed"] | None = None

@@ -1,0 +1,71 @@
+"""A real server on a socket, with a real tiny model behind it, and the clients that people have."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import uvicorn
+
+from myserve.server.app import create_app
+from myserve.server.models import ServedModel
+from myserve.server.settings import Settings
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Where it listens, and what it runs."""
+
+    url: str
+    app: object
+
+    def model(self, name: str) -> ServedModel:
+        models = self.app.state.models  # type: ignore[attr-defined]  # FastAPI's state is untyped
+        loaded = models.if_loaded(name)
+        assert loaded is not None
+        return loaded
+
+
+@contextmanager
+def run_server(settings: Settings) -> Iterator[RunningServer]:
+    """uvicorn in a thread, on a free port, until the block ends."""
+    app = create_app(settings)
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5, ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        while set(app.state.models.readiness().values()) == {"loading"}:
+            time.sleep(0.01)
+        yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", app)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+    """One server for all tests that only ask: "tiny" is a Qwen3 with a chat template."""
+    path = str(tiny_model("qwen3"))
+    with run_server(Settings(models={"tiny": path, "accounts/a/deployments/d": path})) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    """The unmodified client, checking every field of every answer."""
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="any", max_retries=0, _strict_response_validation=True
+    ) as strict:
+        yield strict
