@@ -82,7 +82,7 @@ class Group:
         self._dialect = await self._backend.dialect()
         try:
             async with asyncio.TaskGroup() as self._tasks:
-                # Where each sample is a request of its own, one goes ahead and warms the prefix for the others.
+                # Where each sample is a request, one goes ahead and warms the prefix for the others.
                 leads = len(tracks) if self._dialect.batches_n else 1
                 await self._admit(tracks[:leads])
                 if tracks[leads:]:

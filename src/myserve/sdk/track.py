@@ -38,7 +38,8 @@ class Track:
         self._kept: list[dict[str, Any]] = []
         self._seed: int | None = None
         self._stop_reason: int | str | None = None
-        self._weight_version: object = None
+        self._weight_version: int | None = None
+        self._weight_spans: list[dict[str, int]] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -80,6 +81,7 @@ class Track:
             self._seed = choice["seed"]
         if choice.get("weight_version") is not None:
             self._weight_version = choice["weight_version"]
+            self._weight_spans = choice.get("weight_version_spans")
         finish_reason = choice.get("finish_reason")
         if finish_reason is not None:
             self.finish_reason = finish_reason
@@ -138,7 +140,6 @@ class Track:
         wants_tops = logprobs is not None and self.request.top_logprobs is not None
         sampling = self._sampling[-len(ids) :] if ids else []
         times = self._times[-len(ids) :] if ids else []
-        version = self._weight_version
         self.completion = SampledCompletion(
             text=decode(ids) if echo and decode is not None else "".join(self._texts),
             full_tokens=prompt_ids + ids,
@@ -154,8 +155,8 @@ class Track:
             index=self.index,
             seed=self._seed if self._seed is not None else self.request.seed,
             stop_reason=self._stop_reason,
-            weight_version=version if isinstance(version, int) else None,
-            weight_spans=version if isinstance(version, list) else None,
+            weight_version=self._weight_version,
+            weight_version_spans=self._weight_spans,
             token_times=times if len(times) == len(ids) else None,
             attempts=self.requests,
             request_id=request_id,

@@ -46,7 +46,7 @@ class SampledCompletion:
     seed: int | None = None  # with `index`, draws this completion again
     stop_reason: int | str | None = None
     weight_version: int | None = None  # at the last token
-    weight_spans: list[Any] | None = None  # as the server gave them, when the version changed on the way
+    weight_version_spans: list[dict[str, int]] | None = None  # [start, end) of each, if it changed on the way
     token_times: list[float] | None = None  # [C] seconds from the request to each token's arrival
     attempts: int = 1  # requests that it took
     request_id: str = ""
