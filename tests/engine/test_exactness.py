@@ -1,0 +1,182 @@
+"""The central promise: the same request gives the same bits, whatever else is running, cached, chunked or preempted.
+
+Each proof stands beside a control: with exactness off the very same comparison must fail somewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Asked, Completion, collect, run
+
+from myserve.core.params import SamplingParams
+from myserve.engine.config import EngineConfig
+from myserve.engine.engine import Engine
+
+MakeEngine = Callable[..., Engine]
+MODELS = [
+    ("llama", "float32"),
+    ("llama", "bfloat16"),
+    ("gpt2", "float32"),
+    ("gemma3_text", "bfloat16"),
+    ("qwen3_moe", "float32"),
+    ("qwen3_moe", "bfloat16"),
+    ("mixtral", "float32"),
+]
+each_model = pytest.mark.parametrize(("arch", "dtype"), MODELS, ids=lambda value: str(value))
+
+
+def mixed_requests(count: int, seed: int = 0, max_tokens: int = 24) -> list[Asked]:
+    """Requests with nothing in common: lengths from 1 to 90 tokens, and every parameter that shapes a draw."""
+    rng = random.Random(seed)
+    asked = []
+    for i in range(count):
+        params = SamplingParams(
+            max_tokens=rng.randint(1, max_tokens),
+            seed=rng.getrandbits(64),
+            ignore_eos=True,
+            noise=rng.choice(["counter", "counter", "torch"]),
+            temperature=rng.choice([0.0, 0.3, 0.7, 1.0, 1.0, 1.7]),
+            top_k=rng.choice([None, None, 1, 5, 50]),
+            top_p=rng.choice([1.0, 1.0, 0.3, 0.9, 0.95]),
+            min_p=rng.choice([0.0, 0.0, 0.05]),
+            typical_p=rng.choice([1.0, 1.0, 0.8]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+            presence_penalty=rng.choice([0.0, 0.0, -0.4]),
+            top_logprobs=rng.choice([0, 3]),
+            kept=rng.random() < 0.2,
+            logit_bias={rng.randrange(384): 3.0} if i % 5 == 0 else {},
+        )
+        asked.append(Asked([rng.randrange(384) for _ in range(rng.randint(1, 90))], params))
+    return asked
+
+
+def everything(completion: Completion) -> list[tuple[object, ...]]:
+    """Every number of every token, but the time at which it was made."""
+    return [
+        (t.token_id, t.logprob, t.sampling_logprob, t.top_logprobs, t.token_id_logprobs, t.kept)
+        for t in completion.tokens
+    ]
+
+
+def alone(engine: Engine, asked: list[Asked]) -> list[list[tuple[object, ...]]]:
+    return [everything(run(engine, [one])[0][0]) for one in asked]
+
+
+def together(engine: Engine, asked: list[Asked]) -> list[list[tuple[object, ...]]]:
+    return [everything(done[0]) for done in run(engine, asked)]
+
+
+@each_model
+def test_alone_is_in_a_batch_of_32(arch: str, dtype: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(arch, dtype=dtype, prefix_caching=False)
+    asked = mixed_requests(32)
+    assert together(engine, asked) == alone(engine, asked)
+
+
+@each_model
+def test_whole_is_chunked_at_ragged_sizes(arch: str, dtype: str, make_engine: MakeEngine) -> None:
+    asked = mixed_requests(6, seed=1)
+    whole = together(make_engine(arch, dtype=dtype, prefix_caching=False), asked)
+    for tokens, chunk in [(23, 7), (65, 13)]:
+        ragged = make_engine(
+            arch, dtype=dtype, prefix_caching=False, max_num_seqs=8, max_num_batched_tokens=tokens, prefill_chunk=chunk
+        )
+        assert together(ragged, asked) == whole
+
+
+@each_model
+def test_cold_is_from_the_prefix_cache(arch: str, dtype: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(arch, dtype=dtype)
+    engine.scheduler.pool.forget_all()
+    asked = [Asked(list(range(100, 180)), SamplingParams(max_tokens=12, seed=s, top_p=0.9)) for s in range(3)]
+    cold = [run(engine, [one])[0][0] for one in asked[:1]]
+    assert cold[0].metrics is not None and cold[0].metrics.cached_tokens == 0
+    warm = [run(engine, [one])[0][0] for one in asked]
+    assert all(c.metrics is not None and c.metrics.cached_tokens == 64 for c in warm)
+    uncached = make_engine(arch, dtype=dtype, prefix_caching=False)
+    assert [everything(c) for c in warm] == alone(uncached, asked)
+
+
+@each_model
+def test_never_is_often_preempted(arch: str, dtype: str, make_engine: MakeEngine) -> None:
+    asked = mixed_requests(12, seed=2, max_tokens=60)
+    calm = together(make_engine(arch, dtype=dtype, prefix_caching=False), asked)
+    tight = make_engine(arch, dtype=dtype, num_blocks=6, max_num_seqs=8)
+    assert together(tight, asked) == calm
+    assert tight.scheduler.num_preemptions > 3, "the pool was not small enough to show anything"
+
+
+@each_model
+def test_one_is_the_first_of_sixteen(arch: str, dtype: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(arch, dtype=dtype)
+    params = SamplingParams(max_tokens=10, seed=3, ignore_eos=True)
+    prompt = list(range(40, 85))
+    [sixteen] = run(engine, [Asked(prompt, params, n=16)])
+
+    async def just(index: int) -> Completion:
+        return (await collect(engine.submit(prompt, params, sample_index=index)))[0]
+
+    for index in (0, 7, 15):
+        assert everything(asyncio.run(just(index))) == everything(sixteen[index])
+
+
+@each_model
+def test_teacher_forcing_is_decoding(arch: str, dtype: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(arch, dtype=dtype)
+    prompt = list(range(60, 93))
+    drawn = run(engine, [Asked(prompt, SamplingParams(max_tokens=40, seed=8, ignore_eos=True))])[0][0]
+    forced = run(engine, [Asked(prompt + drawn.ids, SamplingParams(max_tokens=1, seed=8, prompt_logprobs=0))])[0][0]
+    scores = next(d.prompt_logprobs for d in forced.deltas if d.prompt_logprobs is not None)
+    assert [(s.token_id, s.logprob) for s in scores[len(prompt) :]] == [
+        (t.token_id, t.logprob) for t in drawn.tokens
+    ]
+
+
+def test_before_is_after_a_restart(tiny_model: Callable[[str], Path], make_engine: MakeEngine) -> None:
+    asked = mixed_requests(8, seed=4)
+    before = together(make_engine("qwen3", dtype="bfloat16"), asked)
+    again = Engine.from_pretrained(str(tiny_model("qwen3")), EngineConfig(num_blocks=128, dtype="bfloat16"))
+    try:
+        assert together(again, asked) == before
+    finally:
+        again.shutdown()
+
+
+def test_one_thread_is_two(make_engine: MakeEngine) -> None:
+    import torch
+
+    asked = mixed_requests(8, seed=5)
+    engine = make_engine("llama", dtype="float32", prefix_caching=False)
+    threads = torch.get_num_threads()
+    both = together(engine, asked)
+    torch.set_num_threads(1)
+    try:
+        assert together(engine, asked) == both
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_control_without_exactness_the_batch_shows(make_engine: MakeEngine) -> None:
+    engine = make_engine("llama", dtype="float32", prefix_caching=False, exact="off")
+    asked = mixed_requests(32)
+    assert together(engine, asked) != alone(engine, asked)
+
+
+def test_control_the_comparison_sees_one_bit(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine("llama", dtype="float32", prefix_caching=False)
+    asked = mixed_requests(2)
+    before = together(engine, asked)
+    sample = engine.runner.sampler.sample
+
+    def nudged(logits: Any, rows: Any) -> Any:
+        return sample(logits.float().nextafter(logits.float() + 1), rows)
+
+    monkeypatch.setattr(engine.runner.sampler, "sample", nudged)
+    assert together(engine, asked) != before
