@@ -38,7 +38,13 @@ async def ready(http: Request) -> Response:
 async def show_version() -> Response:
     """What runs here."""
     return json_response(
-        {"version": version("myserve"), "transformers": version("transformers"), "torch": version("torch")}
+        {
+            "name": "myserve",
+            "version": version("myserve"),
+            "transformers": version("transformers"),
+            "torch": version("torch"),
+            "extensions": ["num_prior_tokens", "sample_index"],  # by which our SDK knows that it may use them
+        }
     )
 
 
