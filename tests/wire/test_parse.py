@@ -1,0 +1,129 @@
+"""What is accepted, what is refused, and that a refusal names the field and what it found there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from myserve.errors import RequestError
+from myserve.wire.chat import ChatCompletionRequest
+from myserve.wire.completions import CompletionRequest
+from myserve.wire.fields import HINTS, GenerationRequest
+from myserve.wire.parse import parse_request
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return parse_request(ChatCompletionRequest, json.dumps(CHAT | fields).encode())
+
+
+def completion(prompt: Any, **fields: Any) -> CompletionRequest:
+    return parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": prompt} | fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("hi", ["hi"]),
+        ("", [""]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [(1, 2)]),
+        ([[1], [2, 3]], [(1,), (2, 3)]),
+    ],
+)
+def test_the_four_forms_of_a_prompt(prompt: Any, prompts: list[Any]) -> None:
+    assert completion(prompt).prompts == prompts
+
+
+def test_content_may_be_parts_or_null() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    roles = ["developer", "system", "user", "tool"]
+    messages = [{"role": role, "content": parts} for role in roles] + [{"role": "assistant", "content": None}]
+    assert [message.text for message in chat(messages=messages).messages] == ["ab"] * 4 + [""]
+
+
+def test_null_means_not_sent() -> None:
+    """OpenAI's clients send null for what was not given."""
+    nulls = dict.fromkeys(set(ChatCompletionRequest.model_fields) - {"model", "messages"})
+    assert chat(**nulls) == chat()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"temperature": "1"}, "temperature", 'should be a valid number; got "1"'),
+        ({"temperature": True}, "temperature", "valid number; got true"),
+        ({"n": 1.0}, "n", "valid integer; got 1.0"),
+        ({"n": 0}, "n", "greater than or equal to 1; got 0"),
+        ({"n": 129}, "n", "less than or equal to 128; got 129"),
+        ({"stop": ["a", 1]}, "stop[1]", "valid string; got 1"),
+        ({"messages": []}, "messages", "the list should have at least 1 item"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role", "Field required"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]", "needs content"),
+        ({"messages": [{"role": "me", "content": ""}]}, "messages[0].role", "'developer', 'system'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0]",
+            "type 'image_url' are not supported",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias.5", "valid number"),
+        ({"noise": "white"}, "noise", "'counter' or 'torch'"),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_it_found(fields: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"model": "\\ud800"}', b"[" * 100_000])
+def test_what_is_no_json_is_said_to_be_none(body: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request(ChatCompletionRequest, body)
+    assert caught.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b"7", b'"hi"'])
+def test_the_body_is_an_object(body: bytes) -> None:
+    with pytest.raises(RequestError, match="must be a JSON object"):
+        parse_request(ChatCompletionRequest, body)
+
+
+@pytest.mark.parametrize("prompt", [None, [], [[]], 7, {}, [1, "a"], ["a", 1], [1.5], [[1, None]], [True]])
+def test_a_prompt_of_another_form(prompt: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(prompt)
+    assert (caught.value.param or "").startswith("prompt")
+
+
+@pytest.mark.parametrize("kind", [ChatCompletionRequest, CompletionRequest])
+def test_every_unsupported_field_is_refused_by_name_and_its_idle_values_pass(
+    kind: type[GenerationRequest],
+) -> None:
+    minimal = CHAT if kind is ChatCompletionRequest else {"model": "m", "prompt": "p"}
+    assert kind.UNSUPPORTED
+    for name, idle_values in kind.UNSUPPORTED.items():
+        for idle in (None, *idle_values):
+            parse_request(kind, json.dumps({**minimal, name: idle}).encode())
+        with pytest.raises(RequestError) as caught:
+            parse_request(kind, json.dumps({**minimal, name: "something"}).encode())
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+
+
+def test_unknown_fields_pass_unless_strict() -> None:
+    body = json.dumps(CHAT | {"colour": "red"}).encode()
+    parse_request(ChatCompletionRequest, body)
+    with pytest.raises(RequestError) as caught:
+        parse_request(ChatCompletionRequest, body, strict=True)
+    assert caught.value.param == "colour"
+
+
+def test_strict_knows_the_hints_and_the_idle_values() -> None:
+    fields = CHAT | dict.fromkeys(HINTS, "x") | {"tools": []}
+    parse_request(ChatCompletionRequest, json.dumps(fields).encode(), strict=True)
