@@ -15,7 +15,7 @@ from myserve.engine.engine import Engine
 
 @pytest.fixture(scope="session")
 def make_engine(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
-    """`make_engine("llama", dtype="bfloat16", num_blocks=8)`: one engine for each set of arguments, shut down at the end."""
+    """`make_engine("llama", num_blocks=8)`: one engine for each set of arguments, shut down at the end."""
     engines: dict[tuple[object, ...], Engine] = {}
 
     def make(arch: str = "llama", **config: object) -> Engine:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from conftest import trained_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import trained_tokenizer
 from myserve.core.params import SamplingParams
 from myserve.engine.detokenizer import Detokenizer, Released
 from myserve.engine.outputs import TokenOutput
@@ -67,7 +67,10 @@ def trained_decode(token_ids: list[int]) -> str:
     return str(trained_tokenizer().decode(known, skip_special_tokens=True))
 
 
-@given(st.text(alphabet="ab你🦄 ", max_size=30), st.lists(st.text(alphabet="ab你🦄 ", min_size=1, max_size=4), max_size=3))
+@given(
+    st.text(alphabet="ab你🦄 ", max_size=30),
+    st.lists(st.text(alphabet="ab你🦄 ", min_size=1, max_size=4), max_size=3),
+)
 def test_the_text_ends_where_the_first_stop_string_ends(text: str, stops: list[str]) -> None:
     released = detokenize(ids(text), stop=tuple(stops))
     ends = [(text.index(s) + len(s), -len(s), s) for s in stops if s in text]

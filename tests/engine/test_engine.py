@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Asked, collect, run, run_one
 from transformers import set_seed
 
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
-from myserve.errors import ContextLengthError, EngineDeadError, NonFiniteLogitsError, OverloadedError, RequestError
+from myserve.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    NonFiniteLogitsError,
+    OverloadedError,
+    RequestError,
+)
+from runs import Asked, collect, run, run_one
 
 PROMPT = [5, 7, 100, 200, 33, 41, 90, 12]
 EVERY_ARCHITECTURE = [
@@ -49,7 +55,8 @@ def test_torch_noise_draws_what_generate_draws(arch: str, make_engine: MakeEngin
     ]
     model = hf_model(arch)
     asked = [
-        Asked(PROMPT[: 4 + i], SamplingParams(max_tokens=48, seed=i, noise="torch", **mix)) for i, mix in enumerate(mixes)
+        Asked(PROMPT[: 4 + i], SamplingParams(max_tokens=48, seed=i, noise="torch", **mix))
+        for i, mix in enumerate(mixes)
     ]
     for i, (mix, [completion]) in enumerate(zip(mixes, run(make_engine(arch), asked), strict=True)):
         set_seed(i)
@@ -126,7 +133,9 @@ def test_eos_and_stop_ids_end_a_completion_and_have_no_text(make_engine: MakeEng
     free = run_one(engine, PROMPT, max_tokens=30, temperature=0, ignore_eos=True)
     stop_id = next(t for i, t in enumerate(free.ids) if i >= 5 and t not in free.ids[:i])
     at = free.ids.index(stop_id)
-    stopped = run_one(engine, PROMPT, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=(stop_id,))
+    stopped = run_one(
+        engine, PROMPT, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=(stop_id,)
+    )
     assert (stopped.ids, stopped.finish_reason, stopped.stop_reason) == (free.ids[: at + 1], "stop", stop_id)
     assert [t.token_id for t in stopped.shown] == free.ids[:at]
     shown = run_one(
@@ -179,7 +188,9 @@ def test_an_abort_ends_a_request_and_gives_its_blocks_back(make_engine: MakeEngi
 
     deltas = asyncio.run(abort_midway())
     assert [d.finish_reason for d in deltas if d.finish_reason] == ["abort", "abort"]
-    run_one(engine, PROMPT, max_tokens=1)  # the engine has taken the abort in by the time that it has run this
+    run_one(
+        engine, PROMPT, max_tokens=1
+    )  # the engine has taken the abort in by the time that it has run this
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.num_free == 64
 
@@ -198,7 +209,10 @@ def test_a_nan_row_fails_alone(make_engine: MakeEngine, monkeypatch: pytest.Monk
     monkeypatch.setattr(engine.runner.sampler, "sample", spoil_one)
     [sick], [well] = run(
         engine,
-        [Asked(PROMPT, SamplingParams(max_tokens=8, seed=666)), Asked(PROMPT, SamplingParams(max_tokens=8, seed=5))],
+        [
+            Asked(PROMPT, SamplingParams(max_tokens=8, seed=666)),
+            Asked(PROMPT, SamplingParams(max_tokens=8, seed=5)),
+        ],
     )
     assert (sick.finish_reason, len(sick.ids)) == ("error", 3)
     assert isinstance(sick.error, NonFiniteLogitsError)
@@ -239,7 +253,9 @@ def test_a_full_queue_says_when_to_come_back(make_engine: MakeEngine) -> None:
     asyncio.run(overfill())
 
 
-def test_a_dead_engine_tells_everyone(tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_engine_tells_everyone(
+    tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Engine.from_pretrained(str(tiny_model("llama")), EngineConfig(num_blocks=16))
     monkeypatch.setattr(engine.runner, "run", lambda batch: 1 / 0)
     waiting = run_one(engine, PROMPT, max_tokens=3)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Asked, Completion, collect, run
 
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
+from runs import Asked, Completion, collect, run
 
 MakeEngine = Callable[..., Engine]
 MODELS = [
@@ -86,7 +86,12 @@ def test_whole_is_chunked_at_ragged_sizes(arch: str, dtype: str, make_engine: Ma
     whole = together(make_engine(arch, dtype=dtype, prefix_caching=False), asked)
     for tokens, chunk in [(23, 7), (65, 13)]:
         ragged = make_engine(
-            arch, dtype=dtype, prefix_caching=False, max_num_seqs=8, max_num_batched_tokens=tokens, prefill_chunk=chunk
+            arch,
+            dtype=dtype,
+            prefix_caching=False,
+            max_num_seqs=8,
+            max_num_batched_tokens=tokens,
+            prefill_chunk=chunk,
         )
         assert together(ragged, asked) == whole
 
@@ -132,7 +137,9 @@ def test_teacher_forcing_is_decoding(arch: str, dtype: str, make_engine: MakeEng
     engine = make_engine(arch, dtype=dtype)
     prompt = list(range(60, 93))
     drawn = run(engine, [Asked(prompt, SamplingParams(max_tokens=40, seed=8, ignore_eos=True))])[0][0]
-    forced = run(engine, [Asked(prompt + drawn.ids, SamplingParams(max_tokens=1, seed=8, prompt_logprobs=0))])[0][0]
+    forced = run(
+        engine, [Asked(prompt + drawn.ids, SamplingParams(max_tokens=1, seed=8, prompt_logprobs=0))]
+    )[0][0]
     scores = next(d.prompt_logprobs for d in forced.deltas if d.prompt_logprobs is not None)
     assert [(s.token_id, s.logprob) for s in scores[len(prompt) :]] == [
         (t.token_id, t.logprob) for t in drawn.tokens
@@ -169,7 +176,9 @@ def test_control_without_exactness_the_batch_shows(make_engine: MakeEngine) -> N
     assert together(engine, asked) != alone(engine, asked)
 
 
-def test_control_the_comparison_sees_one_bit(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_the_comparison_sees_one_bit(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine("llama", dtype="float32", prefix_caching=False)
     asked = mixed_requests(2)
     before = together(engine, asked)

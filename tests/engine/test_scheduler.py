@@ -126,7 +126,8 @@ def test_prompt_logits_forbid_a_cached_prefix() -> None:
 
 def siblings_of(leader: Request, n: int) -> list[Request]:
     return [
-        Request(id=f"r0.{i}", prompt_token_ids=leader.prompt_token_ids, max_tokens=8, index=i) for i in range(1, n)
+        Request(id=f"r0.{i}", prompt_token_ids=leader.prompt_token_ids, max_tokens=8, index=i)
+        for i in range(1, n)
     ]
 
 
@@ -200,7 +201,12 @@ class RandomLives(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = make_scheduler(
-            num_blocks=9, block_size=3, max_num_seqs=4, max_num_batched_tokens=12, prefill_chunk=5, max_model_len=27
+            num_blocks=9,
+            block_size=3,
+            max_num_seqs=4,
+            max_num_batched_tokens=12,
+            prefill_chunk=5,
+            max_model_len=27,
         )
         self.submitted: list[Request] = []
 

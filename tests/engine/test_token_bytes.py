@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from conftest import CORPUS, trained_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from conftest import CORPUS, trained_tokenizer
 from myserve.engine.token_bytes import TokenBytes, byte_level_alphabet
 
 

@@ -121,7 +121,8 @@ def checked_prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
     for token_id in prompt:
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"the prompt holds token id {token_id}; this model's ids are 0 to {vocab_size - 1}", param="prompt"
+                f"the prompt holds token id {token_id}; this model's ids are 0 to {vocab_size - 1}",
+                param="prompt",
             )
     return prompt
 
@@ -142,4 +143,3 @@ def checked_max_tokens(num_prompt_tokens: int, asked: int | None, max_model_len:
             param="max_tokens",
         )
     return room if asked is None else asked
-

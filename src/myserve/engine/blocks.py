@@ -12,7 +12,9 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import count
 
-ContentKey = tuple[Hashable, tuple[int, ...]]  # (name of the parent content, or the cache root; the block's tokens)
+ContentKey = tuple[
+    Hashable, tuple[int, ...]
+]  # (name of the parent content, or the cache root; the block's tokens)
 
 
 class BlockPool:
@@ -31,7 +33,9 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._holders = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(num_blocks))  # first = next out
+        self._free: OrderedDict[int, None] = OrderedDict(
+            (b, None) for b in range(num_blocks)
+        )  # first = next out
         self._block_of: dict[ContentKey, int] = {}
         self._name_of: dict[ContentKey, int] = {}
         self._key_of: dict[int, ContentKey] = {}  # block -> the content that it is cached under
@@ -105,7 +109,9 @@ class BlockPool:
         key = (parent, tuple(token_ids))
         assert len(key[1]) == self.block_size, "only full blocks are published"
         if key not in self._name_of:
-            self._forget(block)  # its name may hang on a parent that was evicted and came back under a new one
+            self._forget(
+                block
+            )  # its name may hang on a parent that was evicted and came back under a new one
             self._name_of[key] = next(self._names)
             self._block_of[key] = block
             self._key_of[block] = key
@@ -122,12 +128,16 @@ class BlockPool:
             del self._block_of[key], self._name_of[key]
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Every block is counted once for each table that lists it, free exactly when nobody does, and named both ways."""
+        """Each block counts once for each table that lists it, is free when none does, and is named both ways."""
         counted = [0] * self.num_blocks
         for table in tables:
             for block in table:
                 counted[block] += 1
         assert counted == self._holders, "holders differ from the block tables: a leak, or a double use"
-        assert all((counted[b] == 0) == (b in self._free) for b in range(self.num_blocks)), "free list is wrong"
-        assert {key: block for block, key in self._key_of.items()} == self._block_of, "cache names are out of step"
+        assert all((counted[b] == 0) == (b in self._free) for b in range(self.num_blocks)), (
+            "free list is wrong"
+        )
+        assert {key: block for block, key in self._key_of.items()} == self._block_of, (
+            "cache names are out of step"
+        )
         assert self._block_of.keys() == self._name_of.keys(), "a name without a block"

@@ -54,7 +54,11 @@ class Detokenizer:
         self._held.append((token, UNKNOWN))
         if not self._decoder.getstate()[0]:
             self._settle_ends()
-        matched = self._scan(text) if self._num_tokens > self._min_tokens else self._pass(text)
+        matched = None
+        if self._num_tokens > self._min_tokens:
+            matched = self._scan(text)
+        else:  # it may not stop yet, so its text is never scanned
+            self._pass(text)
         return self._release_all(matched) if matched is not None else self._release_whole_tokens()
 
     def end(self, stop_token: TokenOutput | None = None) -> Released:
@@ -76,7 +80,7 @@ class Detokenizer:
         return matched
 
     def _pass(self, text: str) -> None:
-        """This much can no longer change. (Text of the first min_tokens is never scanned: it may not stop yet.)"""
+        """This much can no longer change."""
         self._text += text
         self._safe += len(text)
 

@@ -58,7 +58,9 @@ class Engine:
             ),
         )
         self._arrivals = count()
-        self._owner: dict[Request, Submission] = {}  # whoever has not ended; the engine's thread alone writes it
+        self._owner: dict[
+            Request, Submission
+        ] = {}  # whoever has not ended; the engine's thread alone writes it
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None

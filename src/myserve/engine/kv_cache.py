@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from .attention import BLOCK_SIZE, allocate_layer, bytes_per_block
+from .attention import allocate_layer, bytes_per_block
 from .config import EngineConfig
+from .kernels import BLOCK_SIZE
 
 FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
 
@@ -19,7 +21,9 @@ class KVCache:
     Pages of memory are touched when a block is first written, so a cache that is larger than its use costs nothing.
     """
 
-    def __init__(self, hf_config: Any, dtype: torch.dtype, device: torch.device, config: EngineConfig) -> None:
+    def __init__(
+        self, hf_config: Any, dtype: torch.dtype, device: torch.device, config: EngineConfig
+    ) -> None:
         self.block_size = BLOCK_SIZE
         heads, head_dim = kv_heads(hf_config), head_size(hf_config)
         num_layers = hf_config.num_hidden_layers
@@ -52,7 +56,9 @@ def head_size(hf_config: Any) -> int:
 def _affordable_blocks(size: int, hf_config: Any, device: torch.device, config: EngineConfig) -> int:
     """As many blocks as the budget pays for; never more than `max_num_seqs` full contexts could use."""
     budget = config.kv_cache_bytes or int(FREE_SHARE * free_memory(device))
-    longest = config.max_model_len or getattr(hf_config, "max_position_embeddings", 0) or hf_config.n_positions
+    longest = (
+        config.max_model_len or getattr(hf_config, "max_position_embeddings", 0) or hf_config.n_positions
+    )
     useful = config.max_num_seqs * -(-longest // BLOCK_SIZE)
     return max(1, min(budget // size, useful))
 
@@ -61,6 +67,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could be taken now without hurting anyone."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as lines:
-        available = next(line for line in lines if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024
+    return int(psutil.virtual_memory().available)

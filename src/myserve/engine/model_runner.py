@@ -24,7 +24,7 @@ from .weights import LoadedModel
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """For each of the batch's draws, a sample or its row's error; and the prompts whose scores are complete, or broke."""
+    """For each of the batch's draws, a sample or its row's error; and the prompts whose scores are done, or broke."""
 
     draws: list[Sampled | NonFiniteLogitsError]
     prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
@@ -83,7 +83,8 @@ class ModelRunner:
             logits_to_keep=torch.tensor(wanted, device=self.device),
             paged=self._paged_context(batch, positions),
         )
-        return out.logits[0]  # [len(wanted), V]
+        logits: Tensor = out.logits[0]  # [len(wanted), V]
+        return logits
 
     def _paged_context(self, batch: Batch, positions: list[int]) -> PagedContext:
         """Where each packed row writes its keys, and which blocks each request reads."""
@@ -99,7 +100,9 @@ class ModelRunner:
             layers=self.kv_cache.layers,
             slot_mapping=torch.tensor(slots, dtype=torch.int64, device=self.device),
             block_tables=torch.tensor(
-                [table + [0] * (width - len(table)) for table in tables], dtype=torch.int32, device=self.device
+                [table + [0] * (width - len(table)) for table in tables],
+                dtype=torch.int32,
+                device=self.device,
             ),
             query_start=torch.tensor(starts, dtype=torch.int32, device=self.device),
             context_lens=torch.tensor(
@@ -149,7 +152,9 @@ class ModelRunner:
                 for scored in prompt_logprobs(rows, targets, self._alternatives[request])
             )
 
-    def _draw(self, batch: Batch, logits: Tensor, row_of: dict[int, int]) -> list[Sampled | NonFiniteLogitsError]:
+    def _draw(
+        self, batch: Batch, logits: Tensor, row_of: dict[int, int]
+    ) -> list[Sampled | NonFiniteLogitsError]:
         if not batch.draws:
             return []
         last_rows: list[int] = []

@@ -276,8 +276,12 @@ class Scheduler:
         """What must hold between any two steps, whatever has happened."""
         self.pool.check_integrity(r.block_table for r in self.running)
         assert all(r.state is State.RUNNING for r in self.running), "a running request is in another state"
-        assert all(r.state is State.WAITING and not r.block_table for r in self.waiting), "who waits holds nothing"
-        assert all(r.state is State.HELD and not r.block_table for r in self.held), "who is held holds nothing"
+        assert all(r.state is State.WAITING and not r.block_table for r in self.waiting), (
+            "who waits holds nothing"
+        )
+        assert all(r.state is State.HELD and not r.block_table for r in self.held), (
+            "who is held holds nothing"
+        )
         assert len(self.running) <= self.limits.max_num_seqs
         for request in self.running:
             need = self.pool.blocks_for(request.num_computed_tokens)

@@ -1,4 +1,4 @@
-"""The true bytes of every token id, read off the tokenizer's vocabulary: text is decoded from these and nothing else."""
+"""The true bytes of every token id, read off the vocabulary: text is decoded from these and nothing else."""
 
 from __future__ import annotations
 

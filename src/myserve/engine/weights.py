@@ -32,7 +32,7 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
     hf_config = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     refuse_what_cannot_be_packed(hf_config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         model,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
@@ -64,7 +64,9 @@ def resolve_device(device: str) -> str:
 def refuse_what_cannot_be_packed(config: Any) -> None:
     """Refuse, by its config, a model whose state is not keys and values of a causal attention."""
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; only causal models can be served")
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder-decoder; only causal models can be served"
+        )
     known = {"full_attention", "sliding_attention"}
     strange = sorted(set(getattr(config, "layer_types", None) or known) - known)
     if strange:

@@ -1,0 +1,39 @@
+# The law of this file: every target works on a bare machine with Python 3.11+ and make, and uses .venv alone.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Torch's CPU threads spin at barriers by default; two processes that do so on a small machine stall each other.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: install demo serve test check bench clean
+
+install: .venv/installed ## make .venv with everything, exact versions
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "myserve needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,dev]'
+	$(BIN)/python -m myserve.engine.kernels
+	@touch $@
+
+demo: install ## serve the embedded model, sample from it, show the result (ONCE=1: then end)
+	$(BIN)/python -m myserve.demo.run $(if $(ONCE),--once)
+
+serve: install ## serve MODEL (default: the embedded model) on PORT
+	$(BIN)/myserve serve $(MODEL) --port $(or $(PORT),8000)
+
+check: install ## formatting, lint, types, the laws of the house
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-timing
+
+test: check ## check, then all tests
+	$(BIN)/python -m pytest
+
+bench: install ## ours and the peers at hand, ratios in one run
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist
