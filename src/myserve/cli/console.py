@@ -1,0 +1,70 @@
+"""What all commands share: where they print, how they fail, and how sure a token looks."""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+DEFAULT_URL = "http://localhost:8000"
+
+# Probability of a token -> its colour, from sure to surprising. Five steps: a finer scale reads as noise.
+_STEPS = ((0.9, "green"), (0.6, "cyan"), (0.3, "yellow"), (0.1, "dark_orange"), (0.0, "red"))
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command with one line on stderr and exit status 1."""
+    err.print(Text.assemble(("error: ", "bold red"), message))
+    raise typer.Exit(1)
+
+
+def colour_of(probability: float) -> str:
+    """The colour of a token that had this probability.
+
+    >>> colour_of(0.95), colour_of(0.05)
+    ('green', 'red')
+    """
+    return next((colour for least, colour in _STEPS if probability >= least), _STEPS[-1][1])
+
+
+def legend() -> Text:
+    """What the colours mean."""
+    parts = [part for least, colour in _STEPS for part in ((f"≥{least:.0%} ", colour),)]
+    return Text.assemble(("token probability  ", "dim"), *parts)
+
+
+class ProbabilityPrinter:
+    """Turns logprobs entries into coloured text, wherever tokens cut characters.
+
+    A character that several tokens make has the colour of the least likely of them.
+
+    >>> printer = ProbabilityPrinter()
+    >>> halves = [{"bytes": [0xC3], "logprob": -0.01}, {"bytes": [0xA9], "logprob": -3.0}]
+    >>> [str(piece) for piece in map(printer.text, halves)]
+    ['', 'é']
+    """
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._lowest = 1.0
+
+    def text(self, entry: Mapping[str, Any]) -> Text:
+        """One entry of `logprobs.content`; "" while its character is unfinished."""
+        raw = entry.get("bytes")
+        piece = self._decode(bytes(raw)) if raw is not None else ""
+        self._lowest = min(self._lowest, math.exp(min(0.0, entry.get("logprob") or 0.0)))
+        if not piece:
+            return Text()
+        colour, self._lowest = colour_of(self._lowest), 1.0
+        return Text(piece, style=colour)
+
+    def all(self, entries: Iterable[Mapping[str, Any]]) -> Text:
+        return Text.assemble(*map(self.text, entries))

@@ -1,0 +1,128 @@
+"""`myserve serve`: settings from the command line and the environment, then uvicorn."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from myserve.cli.console import err, fail
+from myserve.errors import MyserveError
+
+if TYPE_CHECKING:
+    from myserve.server.settings import Settings
+
+NEEDS_SERVER = (
+    "serving needs torch and friends, which the base install leaves out: pip install 'myserve[server]'"
+)
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder or a hub id. None: $MYSERVE_MODEL, else the embedded model."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 to be reached from elsewhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None,
+    exact: Annotated[str | None, typer.Option(help="on, or off for the last per cent of speed.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU, for the model.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Samples that run side by side.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of the longest context.")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Samples that may wait or run before a 429.")] = None,
+    prefix_caching: Annotated[bool | None, typer.Option(help="Keep the KV of prompts seen before.")] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint."),
+    ] = None,
+    strict: Annotated[
+        bool | None, typer.Option("--strict", help="Refuse request fields that no API knows.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+) -> None:
+    """Serve a model over OpenAI's API, with exact, reproducible sampling."""
+    # Threads that wait at a barrier spin by default, and stall the HTTP thread where cores are few. Must be set
+    # before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    engine = {
+        "dtype": dtype,
+        "device": device,
+        "exact": exact,
+        "threads": threads,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max_model_len,
+        "max_queue": max_queue,
+        "prefix_caching": prefix_caching,
+        "trust_remote_code": trust_remote_code,
+    }
+    listener = _listen(host, port)  # before the imports: a taken port is known at once
+    try:
+        settings = _settings(model, served_model_name, engine, strict=strict)
+    except MyserveError as error:
+        fail(str(error))
+    except ModuleNotFoundError as error:
+        fail(f"{NEEDS_SERVER}  (missing: {error.name})")
+    _run(settings, listener, log_level)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        fail(f"cannot listen on {host}:{port}: {error.strerror or error}; pass --port (0: any free one)")
+
+
+def _settings(
+    model: str | None, names: list[str] | None, engine: dict[str, Any], *, strict: bool | None
+) -> Settings:
+    """What the environment asks for, and over it what the command line does."""
+    from myserve.server.settings import Settings
+
+    settings = Settings.from_env()
+    given = {name: value for name, value in engine.items() if value is not None}
+    changes: dict[str, Any] = {"engine": replace(settings.engine, **given)}
+    if strict is not None:
+        changes["strict"] = strict
+    if model is not None:
+        changes["models"] = dict.fromkeys(names or [_name_of(model)], model)
+        changes["preload"] = None
+    elif names:
+        (path, *_) = [settings.models[name] for name in settings.preload or settings.models]
+        changes["models"] = dict.fromkeys(names, path)
+        changes["preload"] = None
+    return replace(settings, **changes)
+
+
+def _name_of(model: str) -> str:
+    """A hub id is its own name; a folder goes by its last part.
+
+    >>> _name_of("Qwen/Qwen3-0.6B")
+    'Qwen/Qwen3-0.6B'
+    """
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
+def _run(settings: Settings, listener: socket.socket, log_level: str) -> None:
+    try:
+        import uvicorn
+
+        from myserve.server.app import create_app
+    except ModuleNotFoundError as error:
+        fail(f"{NEEDS_SERVER}  (missing: {error.name})")
+    host, port = listener.getsockname()[:2]
+    err.print(
+        f"[bold]myserve[/]  [dim]{', '.join(settings.preload or ())}[/]  at [bold]http://{host}:{port}[/]"
+    )
+    config = uvicorn.Config(create_app(settings), log_level=log_level, timeout_graceful_shutdown=5, ws="none")
+    uvicorn.Server(config).run(sockets=[listener])
