@@ -18,6 +18,7 @@ from .config import EngineConfig
 from .detokenizer import Detokenizer
 from .model_runner import ModelRunner, StepResult
 from .outputs import RequestMetrics
+from .packing_check import check_packing
 from .request import Request
 from .results import outcome_of, request_metrics
 from .scheduler import Batch, Limits, Scheduler
@@ -43,6 +44,7 @@ class Engine:
         self.token_bytes = TokenBytes(loaded.tokenizer, loaded.vocab_size)
         self.weight_version = 0
         self.runner = ModelRunner(loaded, config)
+        check_packing(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
         longest = min(loaded.max_model_len, cache.num_blocks * cache.block_size)
         self.facts = ModelFacts(

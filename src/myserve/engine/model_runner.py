@@ -67,13 +67,14 @@ class ModelRunner:
     def run(self, batch: Batch) -> StepResult:
         """One packed forward, then a draw for each row that is complete."""
         wanted = self._wanted_positions(batch)
-        logits = self._forward(batch, wanted)  # [len(wanted), V]
+        logits = self.forward(batch, wanted)  # [len(wanted), V]
         self.kv_cache.copy(batch.copies)
         row_of = {position: row for row, position in enumerate(wanted)}
         scored, failed = self._score_prompts(batch, logits, row_of)
         return StepResult(self._draw(batch, logits, row_of), scored, failed)
 
-    def _forward(self, batch: Batch, wanted: list[int]) -> Tensor:
+    def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
+        """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted."""
         tokens = [t for p in batch.pieces for t in p.request.token_ids[p.start : p.start + p.count]]
         positions = [i for p in batch.pieces for i in range(p.start, p.start + p.count)]
         out = self.model(

@@ -1,0 +1,63 @@
+"""An honest refusal: before a model serves, two sequences packed together must give what each gives alone.
+
+Reading a config tells which models cannot be packed only as far as someone thought of them; this asks the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from .attention import ATTENTION_NAME
+from .model_runner import ModelRunner
+from .request import Request
+from .scheduler import Batch, Piece
+
+LENGTHS = (7, 12)  # two requests that share a step
+AGREEMENT = 0.9  # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
+
+
+@torch.inference_mode()
+def check_packing(runner: ModelRunner, vocab_size: int) -> None:
+    """Raise UnsupportedModelError unless packed logits are those of the model's own forward, but for rounding."""
+    prompts = [[(17 + 31 * i + 7 * r) % vocab_size for i in range(n)] for r, n in enumerate(LENGTHS)]
+    packed = _packed_logits(runner, prompts)
+    own = _own_logits(runner.model, prompts)
+    agreement = min(_correlation(a, b) for a, b in zip(packed, own, strict=True))
+    if not agreement > AGREEMENT:
+        raise UnsupportedModelError(
+            f"{type(runner.model).__name__} gives other logits packed than alone (correlation {agreement:.3f}): it "
+            "keeps state, masks or positions of its own, so its requests cannot be batched exactly"
+        )
+
+
+def _packed_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor]:
+    batch = Batch()
+    blocks = iter(range(runner.kv_cache.num_blocks))
+    for number, prompt in enumerate(prompts):
+        request = Request(id=f"check-{number}", prompt_token_ids=prompt, max_tokens=1)
+        request.block_table = [next(blocks) for _ in range(0, len(prompt), runner.kv_cache.block_size)]
+        batch.add(Piece(request, 0, len(prompt)))
+    logits = runner.forward(batch, list(range(batch.num_tokens)))  # [T, V]
+    return list(logits.split([len(prompt) for prompt in prompts]))
+
+
+def _own_logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
+    """transformers' own forward and attention, one sequence at a time."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        return [
+            model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits[0]
+            for prompt in prompts
+        ]
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:  # [T, V] each
+    """Of all logits of a sequence, each row about its own mean."""
+    a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (a, b))
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30))
