@@ -22,7 +22,7 @@ _STEPS = ((0.9, "green"), (0.6, "cyan"), (0.3, "yellow"), (0.1, "dark_orange"), 
 
 def fail(message: str) -> NoReturn:
     """Ends the command with one line on stderr and exit status 1."""
-    err.print(Text.assemble(("error: ", "bold red"), message))
+    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -7,11 +7,14 @@ short completions, which are cut less often.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from myserve.sdk.errors import AttemptFailed, Failure
+
+log = logging.getLogger("myserve.sdk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +66,5 @@ async def retrying(
             pause = policy.pause(in_a_row, ended.failure)
             if pause is None:
                 return ended.failure, total
+            log.info("attempt %d failed, again in %.1f s: %s", total, pause, ended.failure.message)
             await asyncio.sleep(pause)
