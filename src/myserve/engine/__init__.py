@@ -1,0 +1,30 @@
+"""Many requests on one model, exactly. `Engine.from_pretrained(path).submit(...)`.
+
+`Engine` is imported when it is first asked for: the server reads the plain values of `outputs` without waiting for torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .config import EngineConfig
+from .outputs import Delta, KeptSet, PromptLogprob, RequestMetrics, TokenOutput
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = [
+    "Delta",
+    "Engine",
+    "EngineConfig",
+    "KeptSet",
+    "PromptLogprob",
+    "RequestMetrics",
+    "TokenOutput",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Engine":
+        from .engine import Engine
+
+        return Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
