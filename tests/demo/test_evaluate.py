@@ -13,7 +13,7 @@ from myserve.demo.evaluate import accuracy, color_probabilities, questions
 
 DOCS = Path(__file__).parents[2] / "docs" / "demo_model.md"
 ROW = re.compile(
-    r"^\| (?P<task>[^|]+) \| (?P<greedy>[\d.]+)% \| (?P<sampled>[\d.]+)% \| (?P<count>\d+) \|$", re.M
+    r"^\| (?P<task>[^|]+) \| (?P<greedy>[\d.]+)% \| (?P<sampled>[\d.]+)% \| (?P<count>\d+) \|$", re.MULTILINE
 )
 PROMISED = {
     "one-digit sums": (0.95, 1.0),

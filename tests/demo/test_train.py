@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from myserve.demo.data import IGNORED, PackedRows, batches, encode_documents, pack_rows
 from myserve.demo.train import TrainConfig, build_tokenizer, main, model_config, next_token_loss, save, train
 
-TINY = TrainConfig(documents=300, vocab_size=300, hidden_size=64, num_layers=1, batch_rows=8, row_length=256)
+TINY = TrainConfig(
+    documents=300,
+    tokenizer_chats=300,
+    vocab_size=300,
+    hidden_size=64,
+    num_layers=1,
+    row_length=256,
+    batch_rows=2,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +31,7 @@ def test_training_learns_and_saves_a_model_that_loads(tmp_path: Path) -> None:
     (batch,) = batches(rows, len(rows.input_ids), seed=0)
     with torch.no_grad():
         trained = next_token_loss(model, batch)
-        untrained = next_token_loss(type(model)(model_config(TINY, tokenizer)), batch)
+        untrained = next_token_loss(Qwen3ForCausalLM(model_config(TINY, tokenizer)), batch)
     assert trained < untrained - 1
     save(model, tokenizer, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
@@ -32,7 +40,10 @@ def test_training_learns_and_saves_a_model_that_loads(tmp_path: Path) -> None:
 
 
 def test_one_seed_gives_one_set_of_bits() -> None:
-    first, second, other = (train(config)[0].state_dict() for config in (TINY, TINY, replace(TINY, seed=1)))
+    short = replace(TINY, documents=60)
+    first, second, other = (
+        train(config)[0].state_dict() for config in (short, short, replace(short, seed=1))
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["model.norm.weight"], other["model.norm.weight"])
 
@@ -47,7 +58,7 @@ def test_training_leaves_the_global_generator_alone() -> None:
 
 def test_a_packed_document_has_the_loss_that_it_has_alone() -> None:
     tokenizer = build_tokenizer(TINY)
-    model = type(train(replace(TINY, documents=60))[0])(model_config(TINY, tokenizer))
+    model = Qwen3ForCausalLM(model_config(TINY, tokenizer))
     documents = encode_documents(tokenizer, 9, 12)
     packed = pack_rows(documents, 1024)
     assert len(packed.input_ids) == 1, "the documents should share one row"
