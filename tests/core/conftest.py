@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -42,10 +42,16 @@ def make_row() -> MakeRow:
     return make
 
 
-@pytest.fixture
-def two_threads() -> object:
-    """Torch on two threads, where `sum` and `logsumexp` are known to change with the batch."""
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread for these small tensors: two spend their time waiting for each other on a busy machine."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(one_thread: None) -> None:
+    """Torch on two threads, where `sum` and `logsumexp` are known to change with the batch."""
+    torch.set_num_threads(2)

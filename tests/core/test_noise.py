@@ -212,7 +212,9 @@ def test_opening_few_blocks_finds_the_winner_of_the_whole_race(
 ) -> None:
     race_keys, seed, vocab, spread = case
     weights = some_weights(len(race_keys), vocab, seed, spread)
-    whole = [(noise(key, vocab) / w.double()).argmin().item() for key, w in zip(race_keys, weights, strict=True)]
+    whole = [
+        (noise(key, vocab) / w.double()).argmin().item() for key, w in zip(race_keys, weights, strict=True)
+    ]
     assert draw_counter(weights, race_keys).tolist() == whole
 
 

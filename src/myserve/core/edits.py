@@ -54,21 +54,21 @@ def _bias(scores: Tensor, rows: Sequence[RowState]) -> None:
 
 def _penalise(scores: Tensor, rows: Sequence[RowState]) -> None:
     V, device = scores.shape[1], scores.device
-    penalised = [(b, row) for b, row in enumerate(rows) if len(row.history)]
+    penalised = [(b, row.params, row.history) for b, row in enumerate(rows) if row.history]
     if not penalised:
         return
-    lengths = torch.tensor([len(row.history) for _, row in penalised], device=device)
-    first = torch.tensor([b * V for b, _ in penalised], device=device)
-    at = torch.cat([row.history.ids() for _, row in penalised]) + first.repeat_interleave(lengths)
-    counts = torch.cat([row.history.counts() for _, row in penalised])
+    lengths = torch.tensor([len(history) for *_, history in penalised], device=device)
+    first = torch.tensor([b * V for b, *_ in penalised], device=device)
+    at = torch.cat([history.ids() for *_, history in penalised]) + first.repeat_interleave(lengths)
+    counts = torch.cat([history.counts() for *_, history in penalised])
 
     def beside(values: list[float]) -> Tensor:
         return torch.tensor(values, device=device).repeat_interleave(lengths)
 
-    repetition = [row.params.repetition_penalty for _, row in penalised]
+    repetition = [params.repetition_penalty for _, params, _ in penalised]
     if any(r != 1.0 for r in repetition):
         penalise_repetition_(scores, Edits(at, beside(repetition)))
-    frequency = [row.params.frequency_penalty for _, row in penalised]
-    presence = [row.params.presence_penalty for _, row in penalised]
+    frequency = [params.frequency_penalty for _, params, _ in penalised]
+    presence = [params.presence_penalty for _, params, _ in penalised]
     if any(frequency) or any(presence):
         penalise_counts_(scores, Edits(at, counts), beside(frequency), beside(presence))

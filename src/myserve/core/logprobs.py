@@ -8,6 +8,7 @@ trainer.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Normaliser:
 
 def to_float32(value: float) -> float:
     """The nearest float32, as a Python float."""
-    return float(torch.tensor(value, dtype=torch.float32))
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def normalisers(scores: Tensor) -> list[Normaliser]:

@@ -24,8 +24,8 @@ class RowState:
     >>> row = RowState(SamplingParams(frequency_penalty=0.5), seed=7, sample_index=0, prompt_token_ids=[1, 2],
     ...                vocab_size=8, eos_token_ids=[0])
     >>> row.append(5); row.append(5)
-    >>> row.num_completion_tokens, row.position, row.history.counts().tolist()
-    (2, 4, [2.0])
+    >>> row.num_completion_tokens, row.position, row.edits_scores
+    (2, 4, True)
     """
 
     def __init__(
@@ -49,12 +49,10 @@ class RowState:
         self.num_completion_tokens = 0
         self.bad_words = BadWords(params.bad_words_ids, prompt_token_ids) if params.bad_words_ids else None
         self.end_token_ids = tuple(dict.fromkeys((*eos_token_ids, *params.stop_token_ids)))
-        self.history = History(
-            prompt_token_ids if params.repetition_penalty != 1.0 else (),
-            vocab_size,
-            device,
-            active=_penalised(params),
-        )
+        self.history: History | None = None
+        if _penalised(params):
+            counted = prompt_token_ids if params.repetition_penalty != 1.0 else ()
+            self.history = History(counted, vocab_size, device)
         self._always_edits = bool(params.allowed_token_ids or params.bad_words_ids or params.logit_bias)
         self._counter_noise = CounterNoise(seed, sample_index)
         self.torch_noise: TorchNoise | None = None
@@ -67,9 +65,7 @@ class RowState:
     @property
     def edits_scores(self) -> bool:
         """Whether any of stages 1 to 4 may change this row's next scores."""
-        return (
-            self._always_edits or len(self.history) > 0 or self.num_completion_tokens < self.params.min_tokens
-        )
+        return self._always_edits or bool(self.history) or self.num_completion_tokens < self.params.min_tokens
 
     @property
     def counter_key(self) -> CounterKey:
@@ -80,7 +76,8 @@ class RowState:
         """Take in the token that was drawn."""
         self.position += 1
         self.num_completion_tokens += 1
-        self.history.append(token_id)
+        if self.history is not None:
+            self.history.append(token_id)
         if self.bad_words is not None:
             self.bad_words.append(token_id)
 
@@ -99,24 +96,18 @@ class History:
     number.
     """
 
-    def __init__(
-        self, prompt_token_ids: Sequence[int], vocab_size: int, device: torch.device, *, active: bool
-    ) -> None:
-        self._active = active
-        prompt = [i for i in dict.fromkeys(prompt_token_ids) if 0 <= i < vocab_size] if active else []
-        self._slots = {token_id: slot for slot, token_id in enumerate(prompt)}
-        self._vocab_size = vocab_size
-        capacity = max(64, 2 * len(prompt)) if active else 0
+    def __init__(self, prompt_token_ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
+        known = [token_id for token_id in dict.fromkeys(prompt_token_ids) if 0 <= token_id < vocab_size]
+        self._slots = {token_id: slot for slot, token_id in enumerate(known)}
+        capacity = max(64, 2 * len(known))
         self._ids = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._ids[: len(known)] = torch.tensor(known, dtype=torch.int64)
         self._counts = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self._ids[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self._slots)
 
     def append(self, token_id: int) -> None:
-        if not self._active:
-            return
         slot = self._slots.setdefault(token_id, len(self._slots))
         if slot == len(self._ids):
             self._ids = torch.cat((self._ids, torch.zeros_like(self._ids)))

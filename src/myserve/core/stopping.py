@@ -111,7 +111,7 @@ class StopIds:
         self._asked_for = frozenset(stop_token_ids)
         self._ends = self._asked_for if ignore_eos else self._asked_for | frozenset(eos_token_ids)
 
-    def __contains__(self, token_id: int) -> bool:
+    def __contains__(self, token_id: object) -> bool:
         return token_id in self._ends
 
     def reason(self, token_id: int) -> int | None:
