@@ -14,19 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .kernels import ATTEND, BLOCK_SIZE, STORE, TILE_ROWS, launch, padded
+from .kernels import ATTEND, BLOCK_SIZE, STORE, TILE_ROWS, attend_kernel, padded, store_kernel
 from .lanes import LANES, PARTITION
+from .native import filled, launch, threads_for
 
 ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says
-_SMALL = (
-    1 << 17
-)  # products of a query with a key's number: below that, waking a second thread costs more than it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +86,14 @@ def store_kv(
     tokens, heads, head_dim = key.shape
     tickets = torch.zeros(2, dtype=torch.int64)
     size = key.element_size()
-    record = _filled(
+    record = filled(
         STORE,
         source_keys=key.data_ptr(), key_token=size * key.stride(0), key_head=size * key.stride(1),
         source_values=value.data_ptr(), value_token=size * value.stride(0), value_head=size * value.stride(1),
         slots=slot_mapping.data_ptr(), keys=key_cache.data_ptr(), values=value_cache.data_ptr(),
         tickets=tickets.data_ptr(), tokens=tokens, kv_heads=heads, head_dim=head_dim,
     )  # fmt: skip
-    launch("store", key.dtype, record, torch.get_num_threads() if key.numel() > _SMALL else 1)
+    launch(store_kernel(key.dtype), record, threads_for(key.numel()))
 
 
 def paged_attention(
@@ -128,14 +125,14 @@ def paged_attention(
     tokens, heads, head_dim = rows.shape
     kv_heads, size = key_cache.shape[1], rows.element_size()
     group = heads // kv_heads
-    out = torch.empty(tokens, heads, head_dim, dtype=rows.dtype)
+    out = torch.zeros(tokens, heads, head_dim, dtype=rows.dtype)  # rows that belong to no request stay 0
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     work = int(context_lens.sum()) * heads * head_dim * max(1, tokens // len(context_lens))
-    threads = torch.get_num_threads() if work > _SMALL else 1
+    threads = threads_for(work)
     scratch_bytes = _scratch_bytes(group, head_dim)
     scratch = torch.empty(threads * scratch_bytes + 64, dtype=torch.uint8)
     tickets = torch.zeros(2, dtype=torch.int64)  # thread, item
-    record = _filled(
+    record = filled(
         ATTEND,
         query=rows.data_ptr(), query_token=size * rows.stride(0), query_head=size * rows.stride(1),
         out=out.data_ptr(), keys=key_cache.data_ptr(), values=value_cache.data_ptr(),
@@ -145,7 +142,7 @@ def paged_attention(
         tickets=tickets.data_ptr(), requests=len(context_lens), kv_heads=kv_heads, group=group, head_dim=head_dim,
         window=window, scale=scale, softcap=softcap,
     )  # fmt: skip
-    launch("attend", rows.dtype, record, threads)
+    launch(attend_kernel(rows.dtype), record, threads)
     return out.to(query.dtype)
 
 
@@ -153,12 +150,6 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """In the cache's element type, each [D] contiguous: all that the kernel asks of strides."""
     x = x.detach().to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _filled(kind: np.dtype[np.void], **fields: float) -> np.ndarray[Any, np.dtype[np.void]]:
-    record = np.zeros(1, kind)
-    record[0] = tuple(fields[name] for name in kind.names or ())
-    return record
 
 
 def _scratch_bytes(group: int, head_dim: int) -> int:

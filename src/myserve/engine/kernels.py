@@ -1,25 +1,18 @@
-"""The CPU kernels: a query row's numbers are a function of its own keys, whatever is computed beside it.
+"""Attention's loops: a query row's numbers are a function of its own keys, whatever is computed beside it.
 
-The loops around `lanes`: which rows share a tile, which thread takes which tile. None of that shows in the bits.
-Threads are torch's own OpenMP team, entered through `GOMP_parallel`: a second pool would fight it for the cores.
-
-`python -m myserve.engine.kernels` compiles everything into Numba's cache, so that a server starts at once.
+The order of sums is fixed by `lanes`. Here stands which rows share a tile and which thread takes which tile; none of
+that shows in the bits.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import zlib
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, njit
 
-from . import lanes
 from .lanes import (
     LANES,
     PARTITION,
@@ -32,6 +25,7 @@ from .lanes import (
     view,
     widen,
 )
+from .native import compiled, fingerprint, record_type
 
 BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
@@ -40,20 +34,14 @@ Address = int  # of a byte
 Kind = Any  # a value whose type is an element's: uint16 (bfloat16's bits) or float32
 Record = Any  # ATTEND or STORE
 
-
-def _record(*names: str) -> np.dtype[np.void]:
-    reals = {"scale", "softcap"}
-    return np.dtype([(name, np.float32 if name in reals else np.int64) for name in names], align=True)
-
-
 # What a kernel is told: addresses; strides in bytes; counts. Caches are [num_blocks, kv_heads, block]; a block
 # of K is [dim, BLOCK_SIZE], of V [BLOCK_SIZE, dim]; in bfloat16 two rows lie interleaved: [rows / 2, columns, 2].
-ATTEND = _record(
+ATTEND = record_type(
     "query", "query_token", "query_head", "out", "keys", "values", "tables", "table_row", "query_start",
     "context_lens", "sinks", "scratch", "scratch_bytes", "tickets", "requests", "kv_heads", "group",
     "head_dim", "window", "scale", "softcap",
 )  # fmt: skip
-STORE = _record(
+STORE = record_type(
     "source_keys", "key_token", "key_head", "source_values", "value_token", "value_head", "slots", "keys",
     "values", "tickets", "tokens", "kv_heads", "head_dim",
 )  # fmt: skip
@@ -230,71 +218,32 @@ def _store(a: Record, element: Kind) -> None:
 
 
 @functools.cache
-def _entries() -> dict[tuple[str, torch.dtype], Any]:
-    """The C entry points, compiled or read from Numba's cache at first use."""
-    # In a closure cell, because Numba's cache key covers a function's cells but no file other than its own.
-    source = zlib.crc32(Path(lanes.__file__).read_bytes())
+def attend_kernel(dtype: torch.dtype) -> Any:
+    """The entry point for caches of one element type."""
+    source = fingerprint()
 
-    def attend_bfloat16(a: Any) -> None:
+    def attend_bfloat16(p: Any) -> None:
         if source >= 0:
-            _attend(carray(a, 1)[0], np.uint16(0))
+            _attend(carray(p, 1)[0], np.uint16(0))
 
-    def attend_float32(a: Any) -> None:
+    def attend_float32(p: Any) -> None:
         if source >= 0:
-            _attend(carray(a, 1)[0], np.float32(0))
+            _attend(carray(p, 1)[0], np.float32(0))
 
-    def store_bfloat16(a: Any) -> None:
-        if source >= 0:
-            _store(carray(a, 1)[0], np.uint16(0))
-
-    def store_float32(a: Any) -> None:
-        if source >= 0:
-            _store(carray(a, 1)[0], np.float32(0))
-
-    return {
-        ("attend", torch.bfloat16): _compile(attend_bfloat16, ATTEND),
-        ("attend", torch.float32): _compile(attend_float32, ATTEND),
-        ("store", torch.bfloat16): _compile(store_bfloat16, STORE),
-        ("store", torch.float32): _compile(store_float32, STORE),
-    }
-
-
-def _compile(function: Callable[[Any], None], record: np.dtype[np.void]) -> Any:
-    signature = types.void(types.CPointer(from_dtype(record)))
-    try:
-        return cfunc(signature, cache=True)(function)
-    except RuntimeError:  # no place on this machine that Numba may write its cache to
-        return cfunc(signature)(function)
+    return compiled(ATTEND)(attend_bfloat16 if dtype == torch.bfloat16 else attend_float32)
 
 
 @functools.cache
-def _team() -> Any:
-    """OpenMP's entry in the library that torch has loaded; None where that is another one (macOS, Windows)."""
-    try:
-        team = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-    team.argtypes, team.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return team
+def store_kernel(dtype: torch.dtype) -> Any:
+    """The entry point for caches of one element type."""
+    source = fingerprint()
 
+    def store_bfloat16(p: Any) -> None:
+        if source >= 0:
+            _store(carray(p, 1)[0], np.uint16(0))
 
-_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def store_float32(p: Any) -> None:
+        if source >= 0:
+            _store(carray(p, 1)[0], np.float32(0))
 
-
-def launch(name: str, dtype: torch.dtype, record: np.ndarray[Any, np.dtype[np.void]], threads: int) -> None:
-    """Runs a kernel on `threads` threads of torch's team, without the GIL; its bits do not tell how many."""
-    entry = _entries()[name, dtype].address
-    team = _team()
-    if threads > 1 and team is not None:
-        team(entry, record.ctypes.data, threads, 0)
-    else:
-        _alone(entry)(record.ctypes.data)
-
-
-def warm() -> None:
-    """Compiles every kernel into Numba's cache (some seconds, once a machine)."""
-    _entries()
-
-
-if __name__ == "__main__":
-    warm()
+    return compiled(STORE)(store_bfloat16 if dtype == torch.bfloat16 else store_float32)

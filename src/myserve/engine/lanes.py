@@ -295,31 +295,53 @@ def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
     return types.void(kind, lanes, types.int64, types.int64), codegen
 
 
-@intrinsic(prefer_literal=True)
-def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any, target: Any) -> Any:
-    """Divides 1 or 16 float32 and stores them; bfloat16 is rounded to nearest, ties to even, NaN kept."""
-    packed, count = kind == types.uint16, lanes.literal_value
-
-    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, _, source, divisor, target = args
-        floats, wide = ir.VectorType(_F32, count), ir.VectorType(_I32, count)
+def _round_and_store(b: IR, value: IR, target: IR, packed: bool) -> None:
+    """As float32, or as bfloat16: to nearest, ties to even, NaN kept."""
+    if packed:
+        count = value.type.count
+        wide = ir.VectorType(_I32, count)
 
         def const(x: int) -> IR:
             return ir.Constant(wide, [x] * count)
 
+        bits = b.bitcast(value, wide)
+        tie = b.and_(b.lshr(bits, const(16)), const(1))
+        rounded = b.lshr(b.add(bits, b.add(tie, const(0x7FFF))), const(16))
+        kept = b.select(b.fcmp_unordered("uno", value, value), const(0x7FC0), rounded)
+        value = b.trunc(kept, ir.VectorType(ir.IntType(16), count))
+    b.store(value, _at(b, target, value.type), align=2)
+
+
+@intrinsic(prefer_literal=True)
+def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any, target: Any) -> Any:
+    """Stores 1 or 16 float32 divided by one."""
+    packed, count = kind == types.uint16, lanes.literal_value
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, _, source, divisor, target = args
+        floats = ir.VectorType(_F32, count)
         total = ir.Constant(floats, ir.Undefined)
         for lane in range(count):
             total = b.insert_element(total, divisor, ir.Constant(_I32, lane))
         value = b.fdiv(b.load(_at(b, source, floats), align=4), total)
         # + 0: a key of weight 0 may have turned -0 into +0, or not, by the tile; now it never shows
         value = b.fadd(value, ir.Constant(floats, [0.0] * count))
-        if packed:
-            bits = b.bitcast(value, wide)
-            tie = b.and_(b.lshr(bits, const(16)), const(1))
-            rounded = b.lshr(b.add(bits, b.add(tie, const(0x7FFF))), const(16))
-            kept = b.select(b.fcmp_unordered("uno", value, value), const(0x7FC0), rounded)
-            value = b.trunc(kept, ir.VectorType(ir.IntType(16), count))
-        b.store(value, _at(b, target, value.type), align=2)
+        _round_and_store(b, value, target, packed)
         return context.get_dummy_value()
 
     return types.void(kind, lanes, types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, bias: Any, target: Any) -> Any:
+    """Stores the sums of 1 or 16 float32 and as many of a bias."""
+    packed, count = kind == types.uint16, lanes.literal_value
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, _, source, bias, target = args
+        floats = ir.VectorType(_F32, count)
+        value = b.fadd(b.load(_at(b, source, floats), align=4), b.load(_at(b, bias, floats), align=4))
+        _round_and_store(b, value, target, packed)
+        return context.get_dummy_value()
+
+    return types.void(kind, lanes, types.int64, types.int64, types.int64), codegen

@@ -1,0 +1,159 @@
+"""y = x W^T + b, each row in one fixed order over k: the loops around `lanes` and `tiles`.
+
+A thread takes a panel of 64 columns and multiplies every row by it. How many rows there are only decides how they
+are grouped over one load of the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+
+from .lanes import LANES, add_and_round, multiply, size_of, take_ticket, view, widen
+from .native import compiled, fingerprint, record_type
+from .tiles import bfloat16_unit, get_tiles, multiply_pairs, multiply_tiles, set_tiles
+
+PANEL = 64  # columns: four vectors, two pairs of tiles
+ROWS = 32  # of a thread's scratch [ROWS, PANEL]
+
+Address = int
+Kind = Any
+
+# The weight lies in groups of 16 columns: float32 [N / 16, K, 16]; bfloat16 [N / 16, K / 2, 16, 2]. N is a multiple of
+# the panel and, in bfloat16, K of 32, with zeros behind; x has all K.
+LINEAR = record_type(
+    "x", "x_row", "weight", "bias", "out", "out_row", "rows", "inner", "columns", "scratch", "scratch_bytes",
+    "tickets", "full_tiles", "last_tiles",
+)  # fmt: skip
+
+
+@njit(error_model="numpy")
+def _finish(a: Any, kind: Kind, sums: Address, row: int, count: int, column: int) -> None:
+    """out[row : row + count, column : column + 64] = sums [count, 64] + bias, rounded."""
+    end = min(PANEL, a.columns - column)
+    whole = end // LANES * LANES
+    for r in range(count):
+        source, bias = sums + 256 * r, a.bias + 4 * column
+        target = a.out + (row + r) * a.out_row + size_of(kind) * column
+        for n in range(0, whole, LANES):
+            add_and_round(kind, 16, source + 4 * n, bias + 4 * n, target + size_of(kind) * n)
+        for n in range(whole, end):
+            add_and_round(kind, 1, source + 4 * n, bias + 4 * n, target + size_of(kind) * n)
+
+
+@njit(error_model="numpy")
+def _panel_by_lanes(a: Any, kind: Kind, panel: int, scratch: Address) -> None:
+    """Four rows at a time, widened to float32."""
+    group = a.inner * LANES * size_of(kind)
+    groups = carray(view(scratch, np.int64(0)), 4)
+    for g in range(4):
+        groups[g] = a.weight + (4 * panel + g) * group
+    sums, wide, step = scratch + 64, scratch + 64 + 4 * ROWS * PANEL, LANES * 4
+    for row in range(0, a.rows, 4):
+        count = min(4, a.rows - row)
+        for r in range(count):
+            for k in range(0, a.inner // LANES * LANES, LANES):
+                widen(kind, 16, a.x + (row + r) * a.x_row + size_of(kind) * k, wide + 4 * (r * a.inner + k))
+            for k in range(a.inner // LANES * LANES, a.inner):
+                widen(kind, 1, a.x + (row + r) * a.x_row + size_of(kind) * k, wide + 4 * (r * a.inner + k))
+        if count > 2:
+            multiply(kind, 4, 4, wide, 4 * a.inner, scratch, step, a.inner, sums, 4 * PANEL, 1024, 0)
+        else:
+            multiply(kind, 2, 4, wide, 4 * a.inner, scratch, step, a.inner, sums, 4 * PANEL, 1024, 0)
+        _finish(a, kind, sums, row, count, PANEL * panel)
+
+
+@njit(error_model="numpy")
+def _panel_by_pairs(a: Any, panel: int, scratch: Address) -> None:
+    kind = np.uint16(0)
+    group = a.inner * LANES * 2
+    weight = a.weight + 4 * panel * group
+    row = 0
+    while row < a.rows:
+        x = a.x + row * a.x_row
+        if a.rows - row >= 6:
+            count = 6
+            multiply_pairs(6, x, a.x_row, weight, group, a.inner // 2, scratch)
+        elif a.rows - row >= 3:
+            count = 3
+            multiply_pairs(3, x, a.x_row, weight, group, a.inner // 2, scratch)
+        else:
+            count = 1
+            multiply_pairs(1, x, a.x_row, weight, group, a.inner // 2, scratch)
+        _finish(a, kind, scratch, row, count, PANEL * panel)
+        row += count
+
+
+@njit(error_model="numpy")
+def _panel_by_tiles(a: Any, panel: int, scratch: Address) -> None:
+    kind = np.uint16(0)
+    group = a.inner * LANES * 2
+    weight = a.weight + 4 * panel * group
+    whole = a.rows // 16 * 16
+    if whole > 0:
+        set_tiles(a.full_tiles)
+    for row in range(0, whole, ROWS):
+        x = a.x + row * a.x_row
+        for half in range(2):
+            w, c = weight + 2 * half * group, scratch + 128 * half
+            if whole - row > 16:
+                multiply_tiles(2, x, a.x_row, w, group, a.inner // 32, c)
+            else:
+                multiply_tiles(1, x, a.x_row, w, group, a.inner // 32, c)
+        _finish(a, kind, scratch, row, min(ROWS, whole - row), PANEL * panel)
+    if whole < a.rows:
+        set_tiles(a.last_tiles)
+        for half in range(2):
+            w, c = weight + 2 * half * group, scratch + 128 * half
+            multiply_tiles(1, a.x + whole * a.x_row, a.x_row, w, group, a.inner // 32, c)
+        _finish(a, kind, scratch, whole, a.rows - whole, PANEL * panel)
+
+
+@functools.cache
+def linear_kernel(dtype: torch.dtype) -> Any:
+    """The entry point for one element type, on the best unit of this machine."""
+    source = fingerprint()
+
+    def linear_float32(p: Any) -> None:
+        a = carray(p, 1)[0]
+        scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
+        panel = take_ticket(a.tickets + 8)
+        while panel * PANEL < a.columns and source >= 0:
+            _panel_by_lanes(a, np.float32(0), panel, scratch)
+            panel = take_ticket(a.tickets + 8)
+
+    def linear_lanes(p: Any) -> None:
+        a = carray(p, 1)[0]
+        scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
+        panel = take_ticket(a.tickets + 8)
+        while panel * PANEL < a.columns and source >= 0:
+            _panel_by_lanes(a, np.uint16(0), panel, scratch)
+            panel = take_ticket(a.tickets + 8)
+
+    def linear_pairs(p: Any) -> None:
+        a = carray(p, 1)[0]
+        scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
+        panel = take_ticket(a.tickets + 8)
+        while panel * PANEL < a.columns and source >= 0:
+            _panel_by_pairs(a, panel, scratch)
+            panel = take_ticket(a.tickets + 8)
+
+    def linear_tiles(p: Any) -> None:
+        a = carray(p, 1)[0]
+        scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
+        panel = take_ticket(a.tickets + 8)
+        get_tiles(scratch + 4 * ROWS * PANEL)
+        while panel * PANEL < a.columns and source >= 0:
+            _panel_by_tiles(a, panel, scratch)
+            panel = take_ticket(a.tickets + 8)
+        set_tiles(scratch + 4 * ROWS * PANEL)
+
+    if dtype == torch.float32:
+        return compiled(LINEAR)(linear_float32)
+    unit = bfloat16_unit()
+    chosen = {"tiles": linear_tiles, "pairs": linear_pairs, "lanes": linear_lanes}[unit]
+    return compiled(LINEAR)(chosen)

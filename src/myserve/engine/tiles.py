@@ -1,0 +1,168 @@
+"""The matrix units of newer CPUs, for Numba: bfloat16 dot products (AVX-512 BF16) and tiles (AMX).
+
+Both take the products of a row in the order of k, so a row's bits do not depend on the rows beside it; the two differ
+from each other, and from fused multiply-adds, in how they round, so a machine uses one of them for everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from typing import Any, Literal
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .lanes import _F32, _I32, _I64, _IVEC, _VEC, IR, _at, _bytes, _const, _load, _offset, _prefetch, _splat, _store
+
+_I8 = ir.IntType(8)
+_PAIRS = ir.VectorType(_I32, 16)
+
+Unit = Literal["tiles", "pairs", "lanes"]
+
+
+@functools.cache
+def bfloat16_unit() -> Unit:
+    """What multiplies bfloat16 here: AMX tiles, AVX-512 dot products of pairs, or plain float32 lanes."""
+    features = llvmlite.binding.get_host_cpu_features()
+    if features.get("amx-bf16") and features.get("amx-tile") and _may_use_tiles():
+        return "tiles"
+    return "pairs" if features.get("avx512bf16") else "lanes"
+
+
+def _may_use_tiles() -> bool:
+    """Linux gives a process the tiles' large state only when asked."""
+    if platform.system() != "Linux":
+        return False
+    arch_prctl, req_xcomp_perm, xtiledata = 158, 0x1023, 18
+    return int(ctypes.CDLL(None).syscall(arch_prctl, req_xcomp_perm, xtiledata)) == 0
+
+
+class _BFloat(ir.types._BaseFloatType):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    null = "0.0"
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat._create_instance()
+_HALVES = ir.VectorType(_BFloat(), 32)
+
+
+@intrinsic(prefer_literal=True)
+def multiply_pairs(ctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any, c: Any) -> Any:
+    """c[r, :64] = sum over pairs of x[r, 2k] * W[2k, :] + x[r, 2k + 1] * W[2k + 1, :], k ascending; c is [rows, 64].
+
+    x is bfloat16, `x_row` bytes a row; W is four groups of 16 columns, [pairs, 16, 2], `w_group` bytes apart.
+    """
+    R, G = rows.literal_value, 4
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, x, x_row, w, w_group, pairs, c = args
+        x_rows = [b.add(x, _bytes(b, x_row, r)) for r in range(R)]
+        groups = [b.add(w, _bytes(b, w_group, g)) for g in range(G)]
+        sums = [[cgutils.alloca_once(b, _VEC) for _ in range(G)] for _ in range(R)]
+        for slot in (slot for row in sums for slot in row):
+            b.store(_const(0.0), slot)
+        kind = ir.FunctionType(_VEC, [_VEC, _HALVES, _HALVES])
+        dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        with cgutils.for_range(b, pairs) as loop:
+            at = [b.add(group, _bytes(b, loop.index, 64)) for group in groups]
+            columns = [b.bitcast(_load(b, address, _IVEC), _HALVES) for address in at]
+            for address in at:
+                _prefetch(b, _offset(b, address, 1024))
+            for r in range(R):
+                pair = _load(b, b.add(x_rows[r], _bytes(b, loop.index, 4)), _I32)
+                both = b.bitcast(_splat(b, pair, _IVEC), _HALVES)
+                for g in range(G):
+                    b.store(b.call(dot, [b.load(sums[r][g]), both, columns[g]]), sums[r][g])
+        for r in range(R):
+            for g in range(G):
+                _store(b, b.load(sums[r][g]), _offset(b, c, 256 * r + 64 * g))
+        return context.get_dummy_value()
+
+    size = types.int64
+    return types.void(rows, size, size, size, size, size, size), codegen
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w: Any, w_group: Any, steps: Any, c: Any) -> Any:
+    """c[:16 * blocks, :32] = x @ W, 32 terms a step, k ascending; c is [rows, 64] float32.
+
+    The thread's tiles must be set by `set_tiles`; x and W as in `multiply_pairs`, two groups of 16 columns.
+    """
+    B = blocks.literal_value
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, x, x_row, w, w_group, steps, c = args
+
+        def tile(name: str, *operands: IR) -> None:
+            kinds = [operand.type for operand in operands]
+            fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), kinds), f"llvm.x86.{name}")
+            b.call(fn, operands)
+
+        def number(index: int) -> IR:
+            return ir.Constant(_I8, index)
+
+        x_blocks = [b.add(x, _bytes(b, x_row, 16 * i)) for i in range(B)]
+        groups = [w, b.add(w, w_group)]
+        for i in range(B):
+            for g in range(2):
+                tile("tilezero", number(2 * i + g))
+        with cgutils.for_range(b, steps) as loop:
+            for g in range(2):
+                address = b.add(groups[g], _bytes(b, loop.index, 1024))
+                tile("tileloadd64", number(6 + g), _at(b, address, _I8), ir.Constant(_I64, 64))
+            for i in range(B):
+                address = b.add(x_blocks[i], _bytes(b, loop.index, 64))
+                tile("tileloadd64", number(4 + i), _at(b, address, _I8), x_row)
+            for i in range(B):
+                for g in range(2):
+                    tile("tdpbf16ps", number(2 * i + g), number(4 + i), number(6 + g))
+        for i in range(B):
+            for g in range(2):
+                address = _offset(b, c, 16 * 256 * i + 64 * g)
+                tile("tilestored64", number(2 * i + g), _at(b, address, _I8), ir.Constant(_I64, 256))
+        return context.get_dummy_value()
+
+    size = types.int64
+    return types.void(blocks, size, size, size, size, size, size), codegen
+
+
+def _tile_call(name: str, documentation: str) -> Any:
+    def call(ctx: Any, config: Any) -> Any:
+        def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+            address = _at(b, args[0], _I8)
+            kind = ir.FunctionType(ir.VoidType(), [address.type])
+            b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.{name}"), [address])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    call.__name__, call.__doc__ = name, documentation
+    return intrinsic(call)
+
+
+set_tiles = _tile_call("ldtilecfg", "Sets the thread's tiles from a 64-byte configuration.")
+get_tiles = _tile_call("sttilecfg", "Stores the thread's tile configuration: oneDNN relies on finding its own again.")
+
+
+def tile_configuration(rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Eight tiles of 64 bytes a row: sums and x of `rows` rows, W of 16."""
+    config = np.zeros(64, np.uint8)
+    config[0] = 1  # the palette
+    config[16:32:2] = 64  # bytes a row
+    config[48:54] = rows
+    config[54:56] = 16
+    return config
+
+
+__all__ = ["Unit", "bfloat16_unit", "get_tiles", "multiply_pairs", "multiply_tiles", "set_tiles", "tile_configuration"]
