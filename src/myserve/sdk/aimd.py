@@ -39,13 +39,13 @@ class AIMD:
     kv_ceiling: float = 0.95
 
     def next_window(self, window: int, seen: Observed, *, gentle: bool = False) -> int:
-        """The window after `seen`. `gentle` cuts in proportion to the excess, never by more than half.
+        """The window after `seen`. `gentle` cuts in proportion to the excess, by 5 to 30 per cent.
 
-        Halving for every excess made the window saw between half full and full inside a step; between steps
-        there is time to grow back, so the plain law stays there.
+        Inside a step a cut comes with every window of samples, so several small ones do what a halving does,
+        without the saw between half full and full that halving made of a steady load.
 
         >>> AIMD().next_window(16, Observed(avg_queue=0.6, peak_in_flight=16), gentle=True)
-        13
+        15
         >>> AIMD().next_window(16, Observed(avg_queue=0.0, peak_in_flight=3))
         16
         >>> AIMD().next_window(2, Observed(refused=True))
@@ -66,7 +66,8 @@ class AIMD:
     def _cut(self, seen: Observed) -> float:
         if seen.refused or seen.avg_queue is None or seen.avg_queue <= self.target:
             return 0.7
-        return min(0.9, max(0.5, self.target / seen.avg_queue))
+        excess = seen.avg_queue / self.target - 1.0
+        return min(0.95, max(0.7, 1.0 - 0.15 * excess))
 
     def _clamp(self, window: int) -> int:
         return min(self.max_window, max(self.min_window, window))

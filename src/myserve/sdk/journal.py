@@ -84,9 +84,9 @@ class Journal:
         end = 0
         with self.path.open("rb") as lines:
             for line in lines:
-                entry = _entry(line)
-                if entry is None and not line.endswith(b"\n"):
+                if not line.endswith(b"\n"):
                     return end  # cut by a crash
+                entry = _entry(line)
                 if end == 0:
                     self._take_head(entry)
                 elif entry is not None:  # a damaged line in between: its sample is asked for again
