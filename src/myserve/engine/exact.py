@@ -1,0 +1,161 @@
+"""Makes a model's rows independent of each other: a token's numbers are a function of its own sequence, bit for bit.
+
+What mixes rows in a transformer is the libraries' matrix products, which sum in an order that the number of rows
+decides. Here every one of them becomes a `PackedWeight`: linear layers, routers, the experts of a mixture. Attention
+is `attention`'s. What is left (norms, activations, rotary angles) works on one row at a time already; `disagreements`
+runs the whole model in company and alone, so that none of this has to be believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from .gemm import PackedWeight
+from .tiles import bfloat16_unit
+
+EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
+
+
+@dataclass(frozen=True, slots=True)
+class ExactReport:
+    """What was done to a model, for the log and for `/version`.
+
+    >>> ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0).as_dict()["mode"]
+    'off'
+    """
+
+    mode: Literal["on", "off"]
+    unit: str  # what multiplies: "tiles" (AMX), "pairs" (AVX-512 BF16), "lanes" (float32), "library" (PyTorch's own)
+    linears: int
+    routers: int
+    experts: int  # modules that hold the experts of a layer
+
+    def as_dict(self) -> dict[str, str | int]:
+        return asdict(self)
+
+
+class ExactLinear(nn.Module):
+    """A linear layer by our own kernel. It holds the weight in the kernel's order alone; new values: `load_`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:  # weight [N, K]
+        super().__init__()
+        self.packed = PackedWeight(weight, bias)
+        self.out_features, self.in_features = weight.shape
+
+    def load_(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Takes new values of the same shape."""
+        self.packed.load_(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.packed(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.packed.dtype}"
+
+
+class _ExactWeight(Tensor):
+    """A router's weight: transformers' routers give it to `F.linear` themselves, so it is the weight that knows."""
+
+    packed: PackedWeight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and isinstance(args[1], cls):
+            return args[1].packed(args[0])  # the bias, where there is one, is packed with it
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactReport:
+    """Replaces, in place, all of a CPU model's matrix products; `mode="off"` leaves the library's.
+
+    A layer's own weight is freed as soon as it is packed, so that a model needs little more than its weights while
+    it is prepared; embeddings tied to the output layer stay beside its packed copy.
+    """
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if mode == "off" or not on_cpu:
+        return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0)
+    experts = sum(_pack_experts(module) for module in list(model.modules()) if _has_experts(module))
+    routers = sum(_pack_router(module) for module in list(model.modules()) if _is_router(module))
+    linears = 0
+    for parent, name, module in list(_linears(model)):
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        setattr(parent, name, ExactLinear(weight, module.bias))
+        linears += 1
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    unit = bfloat16_unit() if half else "lanes"
+    return ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, nn.Linear | Conv1D):
+                yield parent, name, module
+
+
+def _is_router(module: nn.Module) -> bool:
+    """A module of its own that holds a matrix and is none of the kinds that are known to."""
+    weight = module._parameters.get("weight")
+    known = isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    return weight is not None and weight.dim() == 2 and not known
+
+
+def _pack_router(module: nn.Module) -> int:
+    weight, bias = module._parameters.pop("weight"), module._parameters.get("bias")
+    assert weight is not None
+    exact = weight.detach().as_subclass(_ExactWeight)
+    exact.packed = PackedWeight(weight, bias)
+    module.weight = exact
+    return 1
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Experts as transformers holds them: three-dimensional weights, and a forward that looks itself up."""
+    return hasattr(module, "_is_expert_parallel") and "down_proj" in module._parameters
+
+
+def _pack_experts(module: Any) -> int:
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    module.packed_up, module.packed_down = (_pack_each(module, name) for name in (up, "down_proj"))
+    module.config._experts_implementation = EXPERTS_NAME
+    return 1
+
+
+def _pack_each(module: Any, name: str) -> list[PackedWeight]:
+    weights, biases = module._parameters.pop(name), module._parameters.get(f"{name}_bias")
+    weights = weights.transpose(1, 2) if module.is_transposed else weights  # [E, N, K]
+    return [PackedWeight(w, None if biases is None else biases[e]) for e, w in enumerate(weights)]
+
+
+def exact_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Each expert takes its tokens at once; a token's experts are summed in its own order, best first, in float32.
+
+    hidden_states [T, D], top_k_index and top_k_weights [T, k]; gives [T, D].
+    """
+    tokens, k = top_k_index.shape
+    parts = torch.zeros(tokens, k, hidden_states.shape[-1])
+    for expert in top_k_index.unique().tolist():
+        token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+        inner = module.packed_up[expert](hidden_states[token])
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        outer = module.packed_down[expert](inner)
+        if module.has_post_expert_norm:
+            outer = module.post_expert_norm(outer)
+        parts[token, slot] = (outer * top_k_weights[token, slot, None]).float()
+    total = parts[:, 0]
+    for j in range(1, k):
+        total = total + parts[:, j]
+    return total.to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, exact_experts_forward)
