@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import threading
 import time
@@ -37,7 +38,10 @@ class RunningServer:
 def run_server(settings: Settings) -> Iterator[RunningServer]:
     """uvicorn in a thread, on a free port, until the block ends."""
     app = create_app(settings)
-    listener = socket.create_server(("127.0.0.1", 0))
+    # The protocol is named because asyncio turns Nagle's algorithm off only where it is: without, every answer
+    # waits 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5, ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -69,3 +73,38 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
         base_url=f"{server.url}/v1", api_key="any", max_retries=0, _strict_response_validation=True
     ) as strict:
         yield strict
+
+
+@pytest.fixture
+def completion_stream_client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    """For streamed completions alone: their type wants a finish reason in every chunk, while OpenAI's API, like
+    ours, sends null until the last, so the strict client refuses OpenAI's own streams too.
+    """
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as lenient:
+        yield lenient
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub cache as a download leaves it, with a GPT-2 of ours as sshleifer/tiny-gpt2; it has no chat template."""
+    folder = tmp_path_factory.mktemp("hub") / "models--sshleifer--tiny-gpt2"
+    commit = "5f91d94bd9cd7190a9f3216ff93cd1dd95f2c7be"
+    snapshot = folder / "snapshots" / commit
+    for part in (snapshot, folder / "blobs", folder / "refs"):
+        part.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    for file in tiny_model("gpt2").iterdir():
+        if file.name == "chat_template.jinja":
+            continue
+        data = file.read_bytes()
+        blob = folder / "blobs" / hashlib.sha256(data).hexdigest()
+        blob.write_bytes(data)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return folder.parent
+
+
+@pytest.fixture
+def offline(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is that cache and nothing else, as with HF_HUB_CACHE and HF_HUB_OFFLINE=1 at start."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

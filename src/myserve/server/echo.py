@@ -63,8 +63,10 @@ class EchoEngine:
         for name in _NEEDS_A_MODEL:
             if getattr(params, name) not in (None, 0, False, ()):
                 raise EchoHasNoModelError(f"{name} needs a model, and this server echoes", param=name)
-        if not all(0 <= token_id < self.vocab_size for token_id in prompt_token_ids):
-            raise RequestError("prompt: token ids must be code points in echo mode", param="prompt")
+        if not all(_is_character(token_id) for token_id in prompt_token_ids):
+            raise RequestError(
+                "prompt: an echo's token ids are the code points of characters", param="prompt"
+            )
         if len(prompt_token_ids) > self.max_model_len:
             raise ContextLengthError(f"the prompt has {len(prompt_token_ids)} tokens", param="prompt")
         return EchoStream(list(prompt_token_ids), params, n, request_id or uuid.uuid4().hex)
@@ -94,6 +96,10 @@ class EchoStream:
     def abort(self) -> None:
         """Nothing more is said."""
         self._deltas = iter([])
+
+
+def _is_character(code_point: int) -> bool:
+    return 0 <= code_point < 0xD800 or 0xE000 <= code_point < 0x110000  # halves of a UTF-16 pair are none
 
 
 def _echo(index: int, prompt: list[int], max_tokens: int | None) -> list[Delta]:

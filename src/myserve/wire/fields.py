@@ -97,7 +97,7 @@ class GenerationRequest(WireModel):
     # the draw
     seed: int | None = None
     noise: Literal["counter", "torch"] | None = None
-    sample_index: Annotated[int, Field(ge=0)] | None = None  # of the first choice
+    sample_index: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # of the first choice
     num_prior_tokens: Annotated[int, Field(ge=0)] | None = None  # the prompt's last ids: sampled before
     # what is reported
     top_logprobs: int | None = None

@@ -1,0 +1,117 @@
+"""`myserve.main:app` as the seed document drives it: no lifespan, a new event loop for every test."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from myserve.server.app import create_app
+from myserve.server.settings import Settings
+
+# The seed document's test, word for word.
+SEEDS_TEST = """
+from httpx import AsyncClient, ASGITransport
+import pytest
+from myserve.main import app
+
+@pytest.mark.asyncio
+async def test_logprobs_shape():
+    body = {
+        "model": "sshleifer/tiny-gpt2",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 2,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "seed": 42,
+        "stream": False,
+    }
+    transport = ASGITransport(app=app)
+    async with AsyncClient(transport=transport, base_url="http://test") as ac:
+        r = await ac.post("/v1/chat/completions", json=body)
+    assert r.status_code == 200
+    data = r.json()
+    assert "logprobs" in data and "content" in data["logprobs"]
+    assert len(data["logprobs"]["content"]) > 0
+    first = data["logprobs"]["content"][0]
+    assert "token" in first and "logprob" in first
+    assert isinstance(first.get("top_logprobs", []), list)
+"""
+
+
+def test_the_seeds_own_test_passes_as_written(hub_cache: Path, tmp_path: Path) -> None:
+    """In a process of its own, offline, with the model in the hub's cache."""
+    (tmp_path / "test_logprobs_shape.py").write_text(SEEDS_TEST)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(tmp_path)],
+        env={"PATH": "", "HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+def post(app: Any, **fields: Any) -> httpx.Response:
+    """One request on an event loop of its own."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            user = [{"role": "user", "content": "hi"}]
+            body = {"model": "sshleifer/tiny-gpt2", "messages": user, "max_tokens": 3, "seed": 1} | fields
+            return await client.post("/v1/chat/completions", json=body, timeout=60)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("offline")
+def test_several_loops_one_engine() -> None:
+    app = create_app(Settings.from_env({}))
+    try:
+        answers = [post(app).json()["choices"][0] for _ in range(3)]
+        assert answers[0] == answers[1] == answers[2]
+        streamed = post(app, stream=True)
+        assert streamed.text.endswith("data: [DONE]\n\n")
+    finally:
+        app.state.models.close()
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_model_without_a_template_gets_the_plain_one() -> None:
+    app = create_app(Settings.from_env({}))
+    try:
+        turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+        post(app, messages=turns)
+        codec = app.state.models.if_loaded("sshleifer/tiny-gpt2").codec
+        ids = post(app, messages=turns, return_token_ids=True).json()["prompt_token_ids"]
+        assert codec.decode(ids) == "system: Be kind.\nuser: hi\nassistant:"
+    finally:
+        app.state.models.close()
+
+
+@pytest.mark.usefixtures("offline")
+def test_what_the_operator_did_not_name_is_not_loaded() -> None:
+    """With the model in the cache: being loadable is not being served."""
+    app = create_app(Settings.from_env({"MYSERVE_ALLOW_MODELS": "some/other"}))
+    assert post(app).status_code == 404
+    missing = post(app, model="some/other")
+    assert missing.status_code == 503
+    assert "did not load" in missing.json()["error"]["message"]
+    app.state.models.close()
+
+
+def test_importing_the_app_loads_neither_torch_nor_a_model() -> None:
+    code = "import sys, threading, myserve.main; print('torch' in sys.modules, threading.active_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "1"]
