@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from myserve.cli.bench import bench
 from myserve.cli.chat import chat
 from myserve.cli.sample import sample
 from myserve.cli.serve import serve
@@ -15,5 +16,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # our errors are sentences; a bug's traceback should be Python's own
     add_completion=False,
 )
-for command in (serve, chat, sample):
+for command in (serve, chat, sample, bench):
     app.command()(command)

@@ -1,0 +1,172 @@
+"""The load generator: sends, and notes when bytes came. Nothing is decoded while the clock runs.
+
+The client often shares its cores with the server that it measures, so every microsecond spent here is charged to
+the server. Hence aiohttp (a twentieth of httpx' CPU a stream), bytes kept as they came, and JSON read afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from myserve.bench.figures import Figures, Trace, figures
+from myserve.bench.workload import SAMPLING, Prompt, Workload
+from myserve.errors import MyserveError
+from myserve.sdk.backend import failure_of, read_all, url_of
+from myserve.sdk.errors import AttemptFailed
+from myserve.sdk.transport import AiohttpTransport
+from myserve.wire.sse import SSEDecoder
+
+# From what our server, vLLM and llama.cpp take down to what every completions server takes. The first set that a
+# server answers with 200 is used: `ignore_eos` makes runs equally long, `stream_options` counts their tokens.
+_USAGE = {"stream_options": {"include_usage": True}}
+_EXTRAS: tuple[Mapping[str, Any], ...] = (_USAGE | {"ignore_eos": True}, _USAGE, {})
+_OPENAI_SAMPLING = ("temperature", "top_p", "logprobs")
+
+
+class BenchError(MyserveError):
+    """The server cannot be measured: it refused, failed, or answered something else than asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What this server understands: token ids as prompts, fields beyond OpenAI's."""
+
+    takes_ids: bool
+    extras: Mapping[str, Any]
+    takes_filters: bool = True  # top_k and min_p
+
+    def body(self, model: str, workload: Workload, prompt: Prompt) -> dict[str, Any]:
+        """The request for one prompt.
+
+        >>> Dialect(True, {}).body("m", Workload(1, 2, 3), [7, 8])
+        {'model': 'm', 'prompt': [7, 8], 'max_tokens': 3, 'stream': True, 'temperature': 0.0}
+        """
+        sampling = SAMPLING[workload.sampling]
+        body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": workload.output_len}
+        body |= {"stream": True, **self.extras}
+        body |= {k: v for k, v in sampling.items() if self.takes_filters or k in _OPENAI_SAMPLING}
+        return body | {"n": workload.n} if workload.n > 1 else body
+
+    @classmethod
+    def candidates(cls, *, ids: bool) -> Iterator[Dialect]:
+        """From the richest to the poorest."""
+        for takes_ids in (True, False) if ids else (False,):
+            for extras in _EXTRAS:
+                yield cls(takes_ids, extras, takes_filters="ignore_eos" in extras)
+
+
+@dataclass(slots=True)
+class Recording:
+    """One request: when it was sent, and what came when."""
+
+    started: float = 0.0
+    reads: list[tuple[float, bytes]] = field(default_factory=list)
+
+
+class Target:
+    """A server under test. `on_read` is told of every read: a progress bar's one chance, and it must be quick."""
+
+    def __init__(self, url: str, model: str, api_key: str = "") -> None:
+        self.url = url
+        self.model = model
+        self._headers = {"content-type": "application/json"}
+        if api_key:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._transport = AiohttpTransport()
+
+    async def run(
+        self,
+        workload: Workload,
+        prompts: Sequence[Prompt],
+        dialect: Dialect,
+        on_read: Callable[[bytes], None] = lambda data: None,
+    ) -> Figures:
+        """All streams at once, until the last has ended."""
+        bodies = [json.dumps(dialect.body(self.model, workload, prompt)).encode() for prompt in prompts]
+        recordings = [Recording() for _ in bodies]
+        try:
+            await asyncio.gather(
+                *(self._record(body, into, on_read) for body, into in zip(bodies, recordings, strict=True))
+            )
+            traces = [trace for recording in recordings for trace in traces_of(recording, workload)]
+        except AttemptFailed as ended:
+            raise BenchError(f"{self.url}: {ended.failure.message}") from ended
+        return figures(traces, requests=len(recordings))
+
+    async def accepts(self, workload: Workload, prompt: Prompt, dialect: Dialect) -> str | None:
+        """None if the server takes such a request; else why not, in its own words."""
+        try:
+            await self._record(json.dumps(dialect.body(self.model, workload, prompt)).encode(), Recording())
+        except AttemptFailed as ended:
+            if ended.failure.kind == "transport":
+                raise BenchError(f"no answer from {self.url} ({ended.failure.message})") from ended
+            return ended.failure.message
+        return None
+
+    async def get(self, path: str) -> Any:
+        return await self._json("GET", path, None)
+
+    async def tokenize(self, text: str) -> list[int] | None:
+        """Ids of `text`, where the server has the route (ours and vLLM's `prompt`, llama.cpp's `content`)."""
+        answer = await self._json("POST", "/tokenize", {"model": self.model, "prompt": text, "content": text})
+        ids = answer.get("tokens") if isinstance(answer, dict) else None
+        return ids if isinstance(ids, list) and ids and isinstance(ids[0], int) else None
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        """The answer's JSON; None where there is no such route."""
+        raw = None if body is None else json.dumps(body).encode()
+        url = self.url.rstrip("/").removesuffix("/v1") + path
+        try:
+            async with self._transport.request(method, url, self._headers, raw) as reply:
+                return json.loads(await read_all(reply)) if reply.status == 200 else None
+        except AttemptFailed as ended:
+            raise BenchError(f"no answer from {self.url} ({ended.failure.message})") from ended
+
+    async def _record(
+        self, body: bytes, into: Recording, on_read: Callable[[bytes], None] = lambda data: None
+    ) -> None:
+        into.started = time.perf_counter()
+        url = url_of(self.url, "/v1/completions")
+        async with self._transport.request("POST", url, self._headers, body) as reply:
+            if reply.status != 200:
+                raise AttemptFailed(await failure_of(reply))
+            async for data in reply.chunks():
+                into.reads.append((time.perf_counter(), data))
+                on_read(data)
+
+
+def traces_of(recording: Recording, workload: Workload) -> list[Trace]:
+    """A trace for each of the request's choices; BenchError when a choice is missing or the stream was cut."""
+    decoder = SSEDecoder()
+    times: list[list[float]] = [[] for _ in range(workload.n)]
+    usage: Mapping[str, Any] = {}
+    is_done = False
+    for moment, data in recording.reads:
+        for event in decoder.feed(data):
+            is_done = is_done or event.is_done
+            chunk = {} if event.is_done else event.json()
+            if error := chunk.get("error"):
+                raise BenchError(f"the server failed in mid-stream: {error}")
+            usage = chunk.get("usage") or usage
+            for choice in chunk.get("choices") or ():
+                if _brings_tokens(choice):
+                    times[choice.get("index") or 0].append(moment)
+    if not is_done or not all(times):
+        raise BenchError("a stream ended before it was done, or brought no tokens for one of its choices")
+    # Without usage an event is taken for a token, and the prompt for as long as was asked.
+    total = usage.get("completion_tokens") or sum(map(len, times))
+    prompt_tokens = usage.get("prompt_tokens") or workload.prompt_len
+    return [Trace(recording.started, tuple(moments), total // workload.n, prompt_tokens) for moments in times]
+
+
+def _brings_tokens(choice: Mapping[str, Any]) -> bool:
+    """Some servers close with a choice that has a finish_reason alone: no token came with it."""
+    return bool(choice.get("text") or (choice.get("logprobs") or {}).get("tokens"))

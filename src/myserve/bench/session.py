@@ -1,0 +1,58 @@
+"""One server, measured: finds out what it understands, warms up, runs each workload several times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from myserve.bench.figures import Figures, median_of
+from myserve.bench.load import BenchError, Dialect, Target
+from myserve.bench.workload import Prompt, Workload, id_prompts, text_prompts
+
+
+@dataclass(slots=True)
+class Session:
+    """`ids`: what prompts are drawn from; empty for a server that takes text alone."""
+
+    target: Target
+    ids: Sequence[int]
+    seed: int = 0
+    on_read: Callable[[bytes], None] = lambda data: None
+    _drawn: int = field(default=0, init=False)
+
+    @classmethod
+    async def open(cls, target: Target, *, vocab_size: int | None = None, seed: int = 0) -> Session:
+        """Prompts of any ids below `vocab_size`; if None, of those that the server's tokenizer makes of a text."""
+        if vocab_size is not None:
+            return cls(target, range(vocab_size), seed)
+        ids = await target.tokenize(" ".join(text_prompts(Workload(1, 200, 1), seed)))
+        return cls(target, sorted(set(ids or ())), seed)
+
+    async def measure(self, workload: Workload, repeats: int) -> tuple[Figures, list[Figures], Dialect]:
+        """The medians of `repeats` runs, the runs, and in what words they were asked for."""
+        dialect = await self.dialect(workload)
+        await self.target.run(workload.warm_up(), self.prompts(workload.warm_up(), dialect), dialect)
+        runs = [await self.run(workload, dialect) for _ in range(repeats)]
+        return median_of(runs), runs, dialect
+
+    async def run(self, workload: Workload, dialect: Dialect) -> Figures:
+        return await self.target.run(workload, self.prompts(workload, dialect), dialect, self.on_read)
+
+    async def dialect(self, workload: Workload) -> Dialect:
+        """The richest that the server accepts for such a workload."""
+        probe = Workload(1, 4, 1, workload.sampling, workload.n)
+        refusals: list[str] = []
+        for dialect in Dialect.candidates(ids=bool(self.ids)):
+            refused = await self.target.accepts(probe, self.prompts(probe, dialect)[0], dialect)
+            if refused is None:
+                return dialect
+            refusals.append(refused)
+        raise BenchError(f"{self.target.url} refused {workload}: {refusals[0]}")
+
+    def prompts(self, workload: Workload, dialect: Dialect) -> list[Prompt]:
+        """New ones at every call."""
+        self._drawn += 1
+        seed = self.seed * 1_000_003 + self._drawn
+        if dialect.takes_ids:
+            return [*id_prompts(workload, self.ids, seed)]
+        return [*text_prompts(workload, seed)]

@@ -1,0 +1,107 @@
+"""`myserve bench`: measure any OpenAI-compatible server; a table, and on request JSON and a chart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from myserve.bench.figures import Figures
+from myserve.bench.load import BenchError, Target
+from myserve.bench.report import svg, table
+from myserve.bench.session import Session
+from myserve.bench.workload import PRESETS, Workload
+from myserve.cli.console import DEFAULT_URL, err, fail, out
+from myserve.errors import MyserveError
+
+DEFAULT_WORKLOADS = ("decode1", "decode8", "decode32")
+
+
+def bench(
+    url: Annotated[
+        str, typer.Option(help="The server's root: ours, or any with OpenAI's API.")
+    ] = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option(help="None: the first that the server lists.")] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"As 8x128:64@top_p,n=1, or one of {', '.join(PRESETS)}; may be given several times."
+        ),
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="Runs of each workload; medians are shown.", min=1)] = 3,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts of ids below this. None: of ids that the server's /tokenize gives, else text."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts. The same seed, the same prompts.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Write a chart here, as SVG.")] = None,
+) -> None:
+    """Measure a server: time to the first token, time between tokens, tokens a second."""
+    if chart is not None and chart.suffix != ".svg":
+        fail(f"charts are SVG: pass --chart {chart.with_suffix('.svg')}")
+    try:
+        workloads = {name: Workload.parse(name) for name in workload or DEFAULT_WORKLOADS}
+        target = Target(url, model or "", os.environ.get("MYSERVE_API_KEY", ""))
+        results, record = asyncio.run(_measure(target, workloads, repeat, vocab_size, seed))
+    except MyserveError as error:
+        fail(str(error))
+    out.print(table(results))
+    if json_file is not None:
+        json_file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    if chart is not None:
+        chart.write_text(svg(results, f"{target.model} at {url}"), "utf-8")
+
+
+async def _measure(
+    target: Target, workloads: dict[str, Workload], repeat: int, vocab_size: int | None, seed: int
+) -> tuple[dict[str, Figures], dict[str, Any]]:
+    """The medians by label, and the whole record for JSON."""
+    target.model = target.model or await _first_model(target)
+    results: dict[str, Figures] = {}
+    record: dict[str, Any] = {
+        "url": target.url,
+        "model": target.model,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "workloads": {},
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        session = await Session.open(target, vocab_size=vocab_size, seed=seed)
+        # Twice a second: drawing costs CPU that the server may need.
+        with Progress(*columns, console=err, refresh_per_second=2, transient=True) as progress:
+            for name, workload in workloads.items():
+                total = repeat * workload.choices * workload.output_len
+                bar = progress.add_task(_label(name, workload), total=total)
+                session.on_read = lambda data, bar=bar: progress.advance(bar, data.count(b"data: {"))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+                figures, runs, dialect = await session.measure(workload, repeat)
+                results[_label(name, workload)] = figures
+                record["workloads"][name] = {
+                    "workload": str(workload),
+                    "prompt_ids": dialect.takes_ids,
+                    "extras": dict(dialect.extras),
+                    "median": figures.as_dict(),
+                    "runs": [run.as_dict() for run in runs],
+                }
+    finally:
+        await target.aclose()
+    return results, record
+
+
+def _label(name: str, workload: Workload) -> str:
+    return name if name == str(workload) else f"{name}  {workload}"
+
+
+async def _first_model(target: Target) -> str:
+    models = (await target.get("/v1/models") or {}).get("data")
+    if not models:
+        raise BenchError(f"{target.url} lists no model: pass --model")
+    return str(models[0]["id"])
