@@ -67,7 +67,9 @@ def test_a_slightly_wrong_sampler_does_not_pass(model: PreTrainedModel) -> None:
     differ = 0
     for seed in range(5):
         cfg = SamplerCfg(temperature=1.05)
-        ours, _ = sample_generate(model, prompt(seed), NEW_TOKENS, 2, cfg, torch.Generator().manual_seed(seed))
+        ours, _ = sample_generate(
+            model, prompt(seed), NEW_TOKENS, 2, cfg, torch.Generator().manual_seed(seed)
+        )
         differ += not torch.equal(ours, theirs(model, prompt(seed), seed))
     assert differ > 0
 

@@ -19,6 +19,7 @@ from myserve.core.numerics import exp, log_mass, quanta, weights_of
 from myserve.core.stages import entropy_of, kth_largest
 from myserve.errors import NonFiniteLogitsError
 
+LOWEST_FLOAT32 = -3.4028234663852886e38
 PROMPT_CHUNK = 64  # rows: bounds the float32 copies of a long prompt's logits
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -64,7 +65,8 @@ class Normaliser:
 
 def to_float32(value: float) -> float:
     """The nearest float32, as a Python float."""
-    return float(struct.unpack("f", struct.pack("f", value))[0])
+    # a distance between scores of 3e38 has no float32; the lowest one says as much
+    return float(struct.unpack("f", struct.pack("f", max(value, LOWEST_FLOAT32)))[0])
 
 
 def normalisers(scores: Tensor) -> list[Normaliser]:

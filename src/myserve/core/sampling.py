@@ -7,13 +7,14 @@ arithmetic is known to treat each as if it were alone (`numerics`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from myserve.core import fast
 from myserve.core.behaviour import scale, truncate
 from myserve.core.edits import edit
 from myserve.core.logprobs import (
@@ -26,7 +27,7 @@ from myserve.core.logprobs import (
     top_tokens,
 )
 from myserve.core.noise import draw_counter, draw_torch
-from myserve.core.numerics import weights_of
+from myserve.core.numerics import log_mass, weights_of
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.errors import NonFiniteLogitsError
@@ -57,8 +58,14 @@ class Sampled:
     kept: Kept | None = None
 
 
+Outcome = Sampled | NonFiniteLogitsError
+Report = tuple[TopLogprobs, tuple[tuple[int, float | None], ...], Kept | None]
+
+
 class Sampler:
     """Draws one token a row, each under its own parameters, noise and history.
+
+    `compiled=False` keeps to tensor operations, as other devices than the CPU do: the same bits, more slowly.
 
     >>> params = SamplingParams(temperature=0.0)
     >>> row = RowState(params, seed=0, sample_index=0, prompt_token_ids=[0], vocab_size=3, eos_token_ids=[])
@@ -67,31 +74,75 @@ class Sampler:
     (1, -0.8619948029518127, 0.0)
     """
 
+    def __init__(self, *, compiled: bool = True) -> None:
+        self._compiled = compiled and fast.available()
+
     @torch.no_grad()
-    def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[Sampled | NonFiniteLogitsError]:
+    def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[Outcome]:
         """Draw from `logits` [B, V] (raw, any float dtype), row b under `rows[b]`; append nothing to them.
 
         A row whose logits hold NaN or +inf, or whose constraints forbid every token, gets an error in its
         place.
         """
-        raw = logits.to(torch.float32)
+        raw = logits.to(torch.float32).contiguous()
         edited = edit(raw, rows)
-        errors = _row_errors(raw, edited, rows)
-        if not any(errors):
-            return list(_draw(raw, edited, rows))
-        sound = [b for b, error in enumerate(errors) if error is None]
-        drawn = iter(_draw(raw[sound], edited[sound], [rows[b] for b in sound]) if sound else ())
-        return [next(drawn) if error is None else error for error in errors]
+        outcomes: dict[int, Outcome] = {}
+        for draw, places in self._divide(rows, raw.device):
+            # indexing copies a vocabulary a row: not when a part is the whole
+            part = (raw, edited) if len(places) == len(rows) else (raw[places], edited[places])
+            outcomes.update(zip(places, draw(*part, [rows[b] for b in places]), strict=True))
+        return [outcomes[b] for b in range(len(rows))]
+
+    def _divide(self, rows: Sequence[RowState], device: torch.device) -> list[tuple[Draw, list[int]]]:
+        """Which way to draw, and which rows go it."""
+        quick = self._compiled and device.type == "cpu"
+        known = [b for b, row in enumerate(rows) if quick and fast.knows(row)]
+        others = sorted(set(range(len(rows))) - set(known))
+        ways: list[tuple[Draw, list[int]]] = [(_draw_compiled, known), (_draw_tensors, others)]
+        return [(draw, places) for draw, places in ways if places]
 
 
-def _row_errors(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> list[NonFiniteLogitsError | None]:
-    # a maximum is NaN if any score is, and +inf if any score is
-    raw_largest = raw.amax(-1).tolist()
-    edited_largest = raw_largest if edited is raw else edited.amax(-1).tolist()
-    return [
-        _row_error(raw_top, edited_top, row.position)
-        for raw_top, edited_top, row in zip(raw_largest, edited_largest, rows, strict=True)
+Draw = Callable[[Tensor, Tensor, list[RowState]], list[Outcome]]
+
+
+def _draw_compiled(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Outcome]:
+    drawn = fast.draw(raw, edited, rows)
+    raw_norms = [
+        Normaliser(top, log_mass(mass)) for top, mass in zip(drawn.raw_largest, drawn.raw_mass, strict=True)
     ]
+    # reports of what the compiled draw knows need the raw scores alone
+    reports = _reports(raw, raw_norms, raw, raw, raw_norms, [row.params for row in rows])
+    return [
+        _row_error(raw_norm.largest, largest, row.position)
+        or Sampled(
+            token_id,
+            raw_norm.logprob(raw_score),
+            Normaliser(largest, log_mass(mass)).logprob(score),
+            *report,
+        )
+        for row, token_id, raw_norm, raw_score, largest, mass, score, report in zip(
+            rows,
+            drawn.tokens,
+            raw_norms,
+            drawn.raw_score,
+            drawn.largest,
+            drawn.mass,
+            drawn.score,
+            reports,
+            strict=True,
+        )
+    ]
+
+
+def _draw_tensors(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Outcome]:
+    # a maximum is NaN if any score is, and +inf if any score is
+    largest = zip(raw.amax(-1).tolist(), edited.amax(-1).tolist(), rows, strict=True)
+    errors = [_row_error(raw_top, top, row.position) for raw_top, top, row in largest]
+    if not any(errors):
+        return list(_draw_sound(raw, edited, rows))
+    sound = [b for b, error in enumerate(errors) if error is None]
+    drawn = iter(_draw_sound(raw[sound], edited[sound], [rows[b] for b in sound]) if sound else ())
+    return [error or next(drawn) for error in errors]
 
 
 def _row_error(raw_largest: float, edited_largest: float, position: int) -> NonFiniteLogitsError | None:
@@ -108,8 +159,8 @@ def _row_error(raw_largest: float, edited_largest: float, position: int) -> NonF
     return None
 
 
-def _draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> list[Sampled]:
-    """`sample` for rows that all have a token to draw."""
+def _draw_sound(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Sampled]:
+    """For rows that all have a token to draw."""
     params = [row.params for row in rows]
     scaled = scale(edited, params)
     behaviour = truncate(scaled, params)
@@ -128,24 +179,17 @@ def _draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> list[Sampled
     ]
 
 
-def _race(behaviour: Tensor, rows: Sequence[RowState]) -> list[int]:
+def _race(behaviour: Tensor, rows: list[RowState]) -> list[int]:
     """The token that each row draws."""
     _, weights = weights_of(behaviour)
-    tokens = [0] * len(rows)
-    counter = [b for b, row in enumerate(rows) if row.torch_noise is None]
-    if counter:
+    tokens = dict.fromkeys(range(len(rows)), 0)
+    if counter := [b for b, row in enumerate(rows) if row.torch_noise is None]:
         drawn = draw_counter(weights[counter], [rows[b].counter_key for b in counter])
-        for b, token_id in zip(counter, drawn.tolist(), strict=True):
-            tokens[b] = token_id
-    sources = {b: row.torch_noise for b, row in enumerate(rows) if row.torch_noise is not None}
-    if sources:
+        tokens.update(zip(counter, drawn.tolist(), strict=True))
+    if sources := {b: row.torch_noise for b, row in enumerate(rows) if row.torch_noise is not None}:
         drawn = draw_torch(weights[list(sources)], list(sources.values()))
-        for b, token_id in zip(sources, drawn.tolist(), strict=True):
-            tokens[b] = token_id
-    return tokens
-
-
-Report = tuple[TopLogprobs, tuple[tuple[int, float | None], ...], Kept | None]
+        tokens.update(zip(sources, drawn.tolist(), strict=True))
+    return list(tokens.values())
 
 
 def _reports(
@@ -161,18 +205,22 @@ def _reports(
     named: list[tuple[tuple[int, float | None], ...]] = [()] * len(params)
     kept: list[Kept | None] = [None] * len(params)
     for mode, scores, row_norms in (("raw", raw, raw_norms), ("processed", behaviour, norms)):
-        asked = [b for b, p in enumerate(params) if p.top_logprobs and p.logprobs_mode == mode]
-        best = top_tokens(scores[asked], [params[b].top_logprobs for b in asked]) if asked else []
-        for b, entries in zip(asked, best, strict=True):
-            top[b] = top_logprobs(entries, row_norms[b])
+        if asked := [b for b, p in enumerate(params) if p.top_logprobs and p.logprobs_mode == mode]:
+            best = top_tokens(_rows(scores, asked), [params[b].top_logprobs for b in asked])
+            for b, entries in zip(asked, best, strict=True):
+                top[b] = top_logprobs(entries, row_norms[b])
         for b in [b for b, p in enumerate(params) if p.logprob_token_ids and p.logprobs_mode == mode]:
             ids = params[b].logprob_token_ids
             values = scores[b, list(ids)].tolist()
             named[b] = tuple((i, row_norms[b].maybe_logprob(z)) for i, z in zip(ids, values, strict=True))
-    asked = [b for b, p in enumerate(params) if p.kept]
-    for b, support in zip(asked, kept_sets(scaled[asked], behaviour[asked]) if asked else (), strict=True):
-        kept[b] = support
+    if asked := [b for b, p in enumerate(params) if p.kept]:
+        for b, support in zip(asked, kept_sets(scaled[asked], behaviour[asked]), strict=True):
+            kept[b] = support
     return list(zip(top, named, kept, strict=True))
+
+
+def _rows(scores: Tensor, places: list[int]) -> Tensor:
+    return scores if len(places) == len(scores) else scores[places]
 
 
 # -- the seed's surface --------------------------------------------------------------------------------------

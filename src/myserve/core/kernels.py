@@ -1,0 +1,346 @@
+"""The draw of a CPU row in few passes over its logits, compiled: the same definition as the tensor code, bit for bit.
+
+`stages`, `numerics` and `noise` say what is computed; this says it again as loops, for a row of 152k scores stays in
+a core's cache between loops and leaves it between tensor operations. Tests hold the two together. No fast-math: it
+would let the compiler change the bits. Needs Numba; without it `sampling` uses the tensor code alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from myserve.core import noise, numerics
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """Compile on first call, without the interpreter's lock; what was compiled is kept on disk."""
+    return cast("Function", njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+BLOCK = noise.BLOCK
+WORD = np.uint64(noise.WORD)
+M0, M1 = np.uint64(noise.PHILOX_M0), np.uint64(noise.PHILOX_M1)
+W0, W1 = np.uint64(noise.PHILOX_W0), np.uint64(noise.PHILOX_W1)
+HALF_WORD = np.uint64(32)
+ROUNDS = noise.PHILOX_ROUNDS
+LARGEST_UNIFORM = noise.LARGEST_UNIFORM
+
+LOG2_E, ROUND_TO_INTEGER = np.float32(numerics.LOG2_E), np.float32(numerics.ROUND_TO_INTEGER)
+LN2_HIGH, LN2_LOW = np.float32(numerics.LN2_HIGH), np.float32(numerics.LN2_LOW)
+UNDERFLOW = np.float32(numerics.EXP_UNDERFLOW)
+C7, C6, C5, C4, C3, C2, C1, C0 = (np.float32(c) for c in numerics.EXP_COEFFICIENTS)
+ZERO, MASS_ONE, INFINITY = np.float32(0.0), np.float32(numerics.MASS_ONE), np.float32(math.inf)
+LN2, SQRT_HALF = numerics.LN2, numerics.SQRT_HALF
+ATANH = np.array(numerics.ATANH_COEFFICIENTS)
+INFINITY_BITS = 0x7F800000
+
+BUCKETS = 2048  # of distances below the largest score, BUCKETS_PER_UNIT to 1; the last one takes all the rest
+BUCKETS_PER_UNIT = np.float32(64.0)
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
+def float_bits(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
+def power_of_two(typing_context: Any, shifted: Any) -> Any:
+    """2**n of the float32 n + ROUND_TO_INTEGER, whose lowest bits are n's."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        n = builder.shl(builder.bitcast(args[0], word), ir.Constant(word, 23))
+        return builder.bitcast(builder.add(n, ir.Constant(word, 127 << 23)), ir.FloatType())
+
+    return types.float32(types.float32), codegen
+
+
+@compiled
+def exp(x: Any) -> Any:
+    """`numerics.exp`."""
+    y = max(UNDERFLOW, x)
+    shifted = y * LOG2_E + ROUND_TO_INTEGER
+    n = shifted - ROUND_TO_INTEGER
+    r = (y - n * LN2_HIGH) - n * LN2_LOW
+    poly = ((((((C7 * r + C6) * r + C5) * r + C4) * r + C3) * r + C2) * r + C1) * r + C0
+    weight = poly * power_of_two(shifted)
+    return ZERO if x < UNDERFLOW else weight
+
+
+@compiled
+def neg_log1m(v: float) -> float:
+    """`numerics.neg_log1m`."""
+    k = 0
+    if v < 1.0 - SQRT_HALF:
+        s = -v / (2.0 - v)
+    else:
+        mantissa, k = math.frexp(1.0 - v)
+        if mantissa < SQRT_HALF:
+            mantissa, k = mantissa * 2.0, k - 1
+        s = (mantissa - 1.0) / (mantissa + 1.0)
+    square = s * s
+    poly = ATANH[0]
+    for i in range(1, len(ATANH)):
+        poly = poly * square + ATANH[i]
+    return float(-(k * LN2 + (s * 2.0) * poly))
+
+
+@compiled
+def philox(x0: Any, x1: Any, x2: Any, x3: Any, k0: Any, k1: Any) -> Any:
+    """`noise.philox`, its first three words; uint64 that hold 32 bits."""
+    for _ in range(ROUNDS):
+        product0, product1 = x0 * M0, x2 * M1
+        x0, x1, x2, x3 = (
+            (product1 >> HALF_WORD) ^ x1 ^ k0,
+            product1 & WORD,
+            (product0 >> HALF_WORD) ^ x3 ^ k1,
+            product0 & WORD,
+        )
+        k0, k1 = (k0 + W0) & WORD, (k1 + W1) & WORD
+    return x0, x1, x2
+
+
+@compiled
+def uniform(w0: Any, w1: Any) -> Any:
+    """`noise.exponential`'s v."""
+    v = np.float64(w0) * 2.0**-32 + (np.float64(w1) + 0.5) * 2.0**-64
+    return min(LARGEST_UNIFORM, v)
+
+
+@compiled
+def largest_score(scores: Any) -> Any:
+    """The maximum; NaN if any score is NaN."""
+    # Over integers that order as the floats do: the compiler may reorder those, and so use vectors.
+    top, magnitude = np.int32(-(2**31)), np.int32(0)
+    for i in range(len(scores)):
+        bits = float_bits(scores[i])
+        key = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        top = max(top, np.int32(key))
+        magnitude = max(magnitude, np.int32(bits & np.int32(0x7FFFFFFF)))
+    if magnitude > INFINITY_BITS:
+        return np.float32(math.nan)
+    for i in range(len(scores)):
+        bits = float_bits(scores[i])
+        if np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))) == top:
+            return scores[i]
+    return -INFINITY
+
+
+@compiled
+def weigh(scores: Any, largest: Any, weights: Any) -> Any:
+    """Fill `weights` with exp(score - largest); their mass in quanta."""
+    total = np.int64(0)
+    for i in range(len(scores)):
+        weight = exp(scores[i] - largest)
+        weights[i] = weight
+        total += np.int64(weight * MASS_ONE)
+    return total
+
+
+@compiled
+def mass_of(scores: Any, largest: Any) -> Any:
+    """`weigh` without keeping the weights."""
+    total = np.int64(0)
+    for i in range(len(scores)):
+        total += np.int64(exp(scores[i] - largest) * MASS_ONE)
+    return total
+
+
+@compiled
+def scale(scores: Any, temperature: Any, largest: Any, out: Any) -> None:
+    """`stages.apply_temperature`."""
+    shift = ZERO if abs(largest / temperature) < INFINITY else largest
+    for i in range(len(scores)):
+        out[i] = (scores[i] - shift) / temperature
+
+
+@compiled
+def bucket_of(score: Any, largest: Any) -> Any:
+    """Which bucket a score falls into: a lower score never into an earlier one."""
+    place = (largest - score) * BUCKETS_PER_UNIT
+    return BUCKETS - 1 if place >= np.float32(BUCKETS - 1) else np.int64(place)
+
+
+@compiled
+def sorted_bucket(scores: Any, largest: Any, bucket: Any, lowest: Any, into: Any) -> Any:
+    """The scores of a bucket that are >= `lowest`, ascending: a part of `into`."""
+    count = 0
+    for i in range(len(scores)):
+        if scores[i] >= lowest and bucket_of(scores[i], largest) == bucket:
+            into[count] = scores[i]
+            count += 1
+    found = into[:count]
+    found.sort()
+    return found
+
+
+@compiled
+def top_k_edge(scores: Any, largest: Any, k: Any, counts: Any, into: Any) -> Any:
+    """`stages.kth_largest` of a row whose buckets hold `counts` scores."""
+    above = 0
+    for bucket in range(BUCKETS):
+        if above + counts[bucket] >= k:
+            found = sorted_bucket(scores, largest, bucket, -INFINITY, into)
+            return found[len(found) - (k - above)]
+        above += counts[bucket]
+    return -INFINITY
+
+
+@compiled
+def top_p_edge(scores: Any, largest: Any, needed: Any, masses: Any, lowest: Any, into: Any) -> Any:
+    """(the nucleus' lowest score, how many tokens of that score are in it), of the scores >= `lowest`."""
+    above = np.int64(0)
+    for bucket in range(BUCKETS):
+        if above + masses[bucket] < needed:
+            above += masses[bucket]
+            continue
+        found = sorted_bucket(scores, largest, bucket, lowest, into)
+        at = len(found) - 1
+        while at >= 0:
+            edge = found[at]
+            quantum = np.int64(exp(edge - largest) * MASS_ONE)
+            ties = 1
+            while at - ties >= 0 and found[at - ties] == edge:
+                ties += 1
+            if above + ties * quantum >= needed:
+                return edge, -((above - needed) // quantum)
+            above += ties * quantum
+            at -= ties
+    return lowest, np.int64(len(scores))
+
+
+@compiled
+def truncate(scores: Any, weights: Any, largest: Any, total: Any, k: Any, p: float, min_p: float) -> Any:
+    """Stages 6 to 8: sets the weights of removed tokens to 0; the mass that stays."""
+    V = len(scores)
+    lowest, ties = -INFINITY, np.int64(V)
+    if 0 < k < V or p < 1.0:
+        counts, masses = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
+        for i in range(V):
+            bucket = bucket_of(scores[i], largest)
+            counts[bucket] += 1
+            masses[bucket] += np.int64(weights[i] * MASS_ONE)
+        into = np.empty(V, np.float32)
+        if 0 < k < V:
+            lowest = top_k_edge(scores, largest, k, counts, into)
+            total = mass_above(scores, weights, lowest)
+        if p < 1.0:
+            needed = max(np.int64(math.ceil(p * np.float64(total))), np.int64(1))
+            lowest, ties = top_p_edge(scores, largest, needed, masses, lowest, into)
+    kept = np.int64(0)
+    at_edge = np.int64(0)
+    for i in range(V):
+        at_edge += scores[i] == lowest
+        if scores[i] < lowest or (scores[i] == lowest and at_edge > ties) or np.float64(weights[i]) < min_p:
+            weights[i] = ZERO
+        kept += np.int64(weights[i] * MASS_ONE)
+    return kept
+
+
+@compiled
+def mass_above(scores: Any, weights: Any, lowest: Any) -> Any:
+    """The mass of the scores >= `lowest`."""
+    total = np.int64(0)
+    for i in range(len(scores)):
+        total += np.int64((weights[i] if scores[i] >= lowest else ZERO) * MASS_ONE)
+    return total
+
+
+@compiled
+def race(weights: Any, key: Any) -> Any:
+    """`noise.draw_counter` of one row: blocks in order of promise, the first to set the time to beat."""
+    V = len(weights)
+    blocks = (V + BLOCK - 1) // BLOCK
+    heaviest = np.empty(blocks, np.float32)
+    w0, w1, w2 = np.empty(blocks, np.uint64), np.empty(blocks, np.uint64), np.empty(blocks, np.uint64)
+    k0, k1, position, index = key[0], key[1], key[2], key[3]
+    for b in range(blocks):
+        w0[b], w1[b], w2[b] = philox(np.uint64(b), position, index, np.uint64(0), k0, k1)
+        heaviest[b] = weights[b * BLOCK : (b + 1) * BLOCK].max()
+    # v <= -log(1 - v): a bound without a logarithm; the factor outweighs its rounding
+    bound = np.empty(blocks, np.float64)
+    first = 0
+    for b in range(blocks):
+        bound[b] = uniform(w0[b], w1[b]) * (1 - 1e-12) / BLOCK / np.float64(heaviest[b])
+        if bound[b] < bound[first]:
+            first = b
+    best, winner = math.inf, V
+    for turn in range(-1, blocks):
+        b = first if turn < 0 else turn
+        if heaviest[b] == ZERO or bound[b] > best:
+            continue
+        least = neg_log1m(uniform(w0[b], w1[b])) / BLOCK
+        lane = np.int64(w2[b] % np.uint64(BLOCK))
+        for i in range(b * BLOCK, min((b + 1) * BLOCK, V)):
+            weight = np.float64(weights[i])
+            if weight == 0.0 or least / weight > best:
+                continue
+            e = least
+            if i % BLOCK != lane:
+                u0, u1, _ = philox(np.uint64(i), position, index, np.uint64(1), k0, k1)
+                e = least + neg_log1m(uniform(u0, u1))
+            if e / weight < best or (e / weight == best and i < winner):
+                best, winner = e / weight, i
+    return winner
+
+
+@compiled
+def draw_rows(
+    start: int,
+    stop: int,
+    raw: Any,
+    edited: Any,
+    numbers: Any,
+    top_k: Any,
+    keys: Any,
+    tokens: Any,
+    floats: Any,
+    masses: Any,
+) -> None:
+    """Rows `start` to `stop`: see `draw` in `fast.py`, which owns the arrays."""
+    V = raw.shape[1]
+    scaled, weights = np.empty(V, np.float32), np.empty(V, np.float32)
+    for b in range(start, stop):
+        temperature, top_p, min_p = numbers[b, 0], numbers[b, 1], numbers[b, 2]
+        raw_largest = largest_score(raw[b])
+        changed = numbers[b, 3] != 0.0  # whether stages 1 to 4 did anything
+        largest = largest_score(edited[b]) if changed else raw_largest
+        floats[b, 0], floats[b, 1] = raw_largest, largest
+        if not (abs(raw_largest) < INFINITY and abs(largest) < INFINITY):
+            tokens[b] = -1
+            continue
+        if temperature == 0.0:
+            token = 0
+            while edited[b, token] != largest:
+                token += 1
+            masses[b, 0] = mass_of(raw[b], raw_largest)
+            floats[b, 1], floats[b, 3], masses[b, 1] = ZERO, ZERO, np.int64(MASS_ONE)
+        else:
+            scores = edited[b]
+            if temperature != 1.0:
+                scale(edited[b], np.float32(temperature), largest, scaled)
+                scores = scaled
+                largest = largest_score(scaled)
+            total = weigh(scores, largest, weights)
+            shared = temperature == 1.0 and not changed
+            masses[b, 0] = total if shared else mass_of(raw[b], raw_largest)
+            if top_k[b] > 0 or top_p < 1.0 or min_p > 0.0:
+                total = truncate(scores, weights, largest, total, top_k[b], top_p, min_p)
+            token = race(weights, keys[b])
+            floats[b, 1], floats[b, 3], masses[b, 1] = largest, scores[token], total
+        tokens[b] = token
+        floats[b, 2] = raw[b, token]
