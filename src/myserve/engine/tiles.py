@@ -18,7 +18,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .lanes import _F32, _I32, _I64, _IVEC, _VEC, IR, _at, _bytes, _const, _load, _offset, _prefetch, _splat, _store
+from .lanes import (
+    _I32,
+    _I64,
+    _IVEC,
+    _VEC,
+    IR,
+    _at,
+    _bytes,
+    _const,
+    _load,
+    _offset,
+    _prefetch,
+    _splat,
+    _store,
+)
 
 _I8 = ir.IntType(8)
 _PAIRS = ir.VectorType(_I32, 16)
