@@ -72,7 +72,7 @@ class _ExactWeight(Tensor):
     ) -> Any:
         if func is F.linear and isinstance(args[1], cls):
             return args[1].packed(args[0])  # the bias, where there is one, is packed with it
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactReport:
@@ -137,14 +137,16 @@ def _pack_each(module: Any, name: str) -> list[PackedWeight]:
     return [PackedWeight(w, None if biases is None else biases[e]) for e, w in enumerate(weights)]
 
 
-def exact_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def exact_experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Each expert takes its tokens at once; a token's experts are summed in its own order, best first, in float32.
 
     hidden_states [T, D], top_k_index and top_k_weights [T, k]; gives [T, D].
     """
     tokens, k = top_k_index.shape
     parts = torch.zeros(tokens, k, hidden_states.shape[-1])
-    for expert in top_k_index.unique().tolist():
+    for expert in sorted(set(top_k_index.flatten().tolist())):
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
         inner = module.packed_up[expert](hidden_states[token])
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)

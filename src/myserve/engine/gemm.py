@@ -88,5 +88,5 @@ def _packed(weight: Tensor) -> Tensor:
         weight = F.pad(weight, padding)
     groups = weight.view(-1, 16, weight.shape[1])  # [N / 16, 16, K]
     if half:
-        return groups.unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+        return groups.view(len(groups), 16, -1, 2).transpose(1, 2).contiguous()
     return groups.transpose(1, 2).contiguous()

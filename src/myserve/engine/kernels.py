@@ -156,7 +156,9 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
                 scores + 4 * r * PARTITION, begin - key, end - key, a.scale, a.softcap,
                 peaks + 4 * r, alphas + 4 * r, totals + 4 * r * LANES,
             )  # fmt: skip
-        seen = max(key, first // BLOCK_SIZE * BLOCK_SIZE)  # blocks below the window may be another request's by now
+        seen = max(
+            key, first // BLOCK_SIZE * BLOCK_SIZE
+        )  # blocks below the window may be another request's by now
         for at in range(seen, min(key + PARTITION, last), BLOCK_SIZE):
             values = a.values + (np.int64(table[at // BLOCK_SIZE]) * a.kv_heads + head) * block_bytes
             following = np.int64(table[min(at + PARTITION, last - 1) // BLOCK_SIZE]) * a.kv_heads + head

@@ -57,7 +57,7 @@ def _may_use_tiles() -> bool:
     return int(ctypes.CDLL(None).syscall(arch_prctl, req_xcomp_perm, xtiledata)) == 0
 
 
-class _BFloat(ir.types._BaseFloatType):
+class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite is untyped
     """LLVM's bfloat, which llvmlite does not name."""
 
     null = "0.0"
@@ -108,7 +108,9 @@ def multiply_pairs(ctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_group: Any
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w: Any, w_group: Any, steps: Any, c: Any) -> Any:
+def multiply_tiles(
+    ctx: Any, blocks: Any, x: Any, x_row: Any, w: Any, w_group: Any, steps: Any, c: Any
+) -> Any:
     """c[:16 * blocks, :32] = x @ W, 32 terms a step, k ascending; c is [rows, 64] float32.
 
     The thread's tiles must be set by `set_tiles`; x and W as in `multiply_pairs`, two groups of 16 columns.
@@ -120,7 +122,9 @@ def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w: Any, w_group: A
 
         def tile(name: str, *operands: IR) -> None:
             kinds = [operand.type for operand in operands]
-            fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), kinds), f"llvm.x86.{name}")
+            fn = cgutils.get_or_insert_function(
+                b.module, ir.FunctionType(ir.VoidType(), kinds), f"llvm.x86.{name}"
+            )
             b.call(fn, operands)
 
         def number(index: int) -> IR:
@@ -166,7 +170,9 @@ def _tile_call(name: str, documentation: str) -> Any:
 
 
 set_tiles = _tile_call("ldtilecfg", "Sets the thread's tiles from a 64-byte configuration.")
-get_tiles = _tile_call("sttilecfg", "Stores the thread's tile configuration: oneDNN relies on finding its own again.")
+get_tiles = _tile_call(
+    "sttilecfg", "Stores the thread's tile configuration: oneDNN relies on finding its own again."
+)
 
 
 def tile_configuration(rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -179,4 +185,12 @@ def tile_configuration(rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return config
 
 
-__all__ = ["Unit", "bfloat16_unit", "get_tiles", "multiply_pairs", "multiply_tiles", "set_tiles", "tile_configuration"]
+__all__ = [
+    "Unit",
+    "bfloat16_unit",
+    "get_tiles",
+    "multiply_pairs",
+    "multiply_tiles",
+    "set_tiles",
+    "tile_configuration",
+]
