@@ -14,10 +14,24 @@ from pathlib import Path
 import openai
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from myserve.server.app import create_app
 from myserve.server.models import ServedModel
 from myserve.server.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    """Wait for what another thread does; fail after ten seconds."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, "it never happened"
+            time.sleep(0.005)
+
+    return wait
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,10 @@ class RunningServer:
     """Where it listens, and what it runs."""
 
     url: str
-    app: object
+    app: FastAPI
 
     def model(self, name: str) -> ServedModel:
-        models = self.app.state.models  # type: ignore[attr-defined]  # FastAPI's state is untyped
-        loaded = models.if_loaded(name)
+        loaded: ServedModel | None = self.app.state.models.if_loaded(name)
         assert loaded is not None
         return loaded
 
@@ -38,10 +51,8 @@ class RunningServer:
 def run_server(settings: Settings) -> Iterator[RunningServer]:
     """uvicorn in a thread, on a free port, until the block ends."""
     app = create_app(settings)
-    # The protocol is named because asyncio turns Nagle's algorithm off only where it is: without, every answer
-    # waits 40 ms for the client's delayed acknowledgement.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as `myserve serve` does
     config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5, ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import RequestError
 from myserve.server.codec import Codec
-from myserve.wire.chat import ChatMessage
+from myserve.wire.chat import ChatMessage, Role
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 TEMPLATE = (
@@ -66,7 +66,7 @@ def codec(tokenizer: Any) -> Codec:
 
 
 def conversation(*contents: str) -> list[ChatMessage]:
-    roles = ("user", "assistant")
+    roles: tuple[Role, Role] = ("user", "assistant")
     return [ChatMessage(role=roles[i % 2], content=content) for i, content in enumerate(contents)]
 
 

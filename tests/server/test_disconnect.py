@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from typing import Any
 
 import httpx
@@ -18,13 +17,6 @@ def open_choices(server: Any) -> int:
     """How many choices the engine still works for."""
     count: int = server.model("tiny").engine._num_open
     return count
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
 
 
 def send(server: Any, path: str, body: dict[str, Any]) -> socket.socket:
@@ -47,7 +39,9 @@ def send(server: Any, path: str, body: dict[str, Any]) -> socket.socket:
     ],
     ids=["chat", "completion", "two-prompts"],
 )
-def test_its_requests_end_with_it(server: Any, stream: bool, path: str, prompt: dict[str, Any]) -> None:
+def test_its_requests_end_with_it(
+    server: Any, wait_until: Any, stream: bool, path: str, prompt: dict[str, Any]
+) -> None:
     connection = send(server, path, BODY | prompt | {"stream": stream})
     wait_until(lambda: open_choices(server) >= 3)
     if stream:

@@ -23,7 +23,8 @@ def post(server: Any, path: str = "/v1/completions", **fields: Any) -> dict[str,
 
 
 def complete(server: Any, **fields: Any) -> dict[str, Any]:
-    body = post(server, **{"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "seed": 1} | fields)
+    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "seed": 1} | fields
+    body = post(server, **asked)
     choice: dict[str, Any] = body["choices"][0]
     return choice
 
@@ -85,7 +86,13 @@ def test_raw_output_is_what_fireworks_client_reads(server: Any) -> None:
 
 
 def test_streamed_ids_joined_are_the_whole_ones(server: Any) -> None:
-    fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "seed": 3, "return_token_ids": True}
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": 12,
+        "seed": 3,
+        "return_token_ids": True,
+    }
     chunks = [chunk["choices"][0] for chunk in stream(server, "/v1/completions", **fields)]
     whole = post(server, **fields)["choices"][0]
     assert [token_id for chunk in chunks for token_id in chunk["token_ids"]] == whole["token_ids"]
@@ -113,7 +120,14 @@ def test_an_echo_has_a_row_for_every_token(server: Any) -> None:
 
 
 def test_a_streamed_echo_joined_is_the_whole_one(server: Any) -> None:
-    fields = {"model": "tiny", "prompt": ["ab", PROMPT], "seed": 1, "n": 2, "echo": True, "logprobs": 1}
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": ["ab", PROMPT],
+        "seed": 1,
+        "n": 2,
+        "echo": True,
+        "logprobs": 1,
+    }
     whole = post(server, **fields)
     rows: dict[int, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     texts: dict[int, str] = defaultdict(str)
@@ -177,7 +191,7 @@ def test_behaviour_and_raw_logprobs_differ_where_the_draw_was_shaped(server: Any
 
 
 def test_processed_logprobs_are_those_of_the_draw(server: Any) -> None:
-    fields = {"logprobs": True, "top_logprobs": 3, "top_k": 2, "ignore_eos": True}
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 3, "top_k": 2, "ignore_eos": True}
     for entry in complete(server, logprobs_mode="processed", **fields)["logprobs"]["content"]:
         assert len(entry["top_logprobs"]) == 2  # the third is out of the support
     assert len(complete(server, **fields)["logprobs"]["content"][0]["top_logprobs"]) == 3
@@ -194,7 +208,7 @@ def test_the_kept_set_and_the_logprobs_of_given_ids(server: Any) -> None:
 
 def test_a_completion_goes_on_where_it_was_cut(server: Any) -> None:
     """`num_prior_tokens`: the prompt's tail was sampled before, so draws and penalties continue."""
-    fields = {"frequency_penalty": 1.0, "return_token_ids": True, "ignore_eos": True, "n": 2}
+    fields: dict[str, Any] = {"frequency_penalty": 1.0, "return_token_ids": True, "ignore_eos": True, "n": 2}
     body = post(server, model="tiny", prompt=PROMPT, max_tokens=10, seed=4, **fields)
     for index, choice in enumerate(body["choices"]):
         ids = choice["prompt_token_ids"] + choice["token_ids"][:4]
@@ -228,7 +242,12 @@ def test_the_seeds_shape_stands_beside_openais(server: Any) -> None:
 
 
 def test_metrics_in_body_and_headers(server: Any) -> None:
-    fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "perf_metrics_in_response": True}
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": 4,
+        "perf_metrics_in_response": True,
+    }
     response = httpx.post(server.url + "/v1/completions", json=fields)
     in_body = PerfMetrics.from_mapping(response.json()["perf_metrics"])
     assert in_body == PerfMetrics.from_mapping(response.headers)

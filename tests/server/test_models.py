@@ -37,9 +37,7 @@ def test_many_loops_one_load() -> None:
         return list(await asyncio.gather(models.get(name), models.get(name)))
 
     with ThreadPoolExecutor(4) as threads:
-        asked = [
-            threads.submit(lambda name=name: asyncio.run(ask_twice(name))) for name in ("a", "alias") * 2
-        ]
+        asked = [threads.submit(asyncio.run, ask_twice(name)) for name in ("a", "alias") * 2]
         loader.release.set()
         answers = [model for future in asked for model in future.result()]
     assert len({id(model) for model in answers}) == 1
