@@ -42,19 +42,11 @@ ZERO, MASS_ONE, INFINITY = np.float32(0.0), np.float32(numerics.MASS_ONE), np.fl
 LN2, SQRT_HALF = numerics.LN2, numerics.SQRT_HALF
 ATANH = np.array(numerics.ATANH_COEFFICIENTS)
 INFINITY_BITS = 0x7F800000
+LOWEST_KEY, MAGNITUDE, SIGN_SHIFT = np.int32(-(2**31)), np.int32(0x7FFFFFFF), np.int32(31)
 
 BUCKETS = 2048  # of distances below the largest score, BUCKETS_PER_UNIT to 1; the last one takes all the rest
-BUCKETS_PER_UNIT = np.float32(64.0)
-
-
-@intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
-def float_bits(typing_context: Any, value: Any) -> Any:
-    """The bits of a float32 as an int32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), codegen
+BUCKETS_PER_UNIT, LAST_BUCKET = np.float32(64.0), np.float32(BUCKETS - 1)
+FIRST_GUESS = 64  # scores to try a nucleus with, before the whole row is looked at
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
@@ -124,39 +116,35 @@ def uniform(w0: Any, w1: Any) -> Any:
 @compiled
 def largest_score(scores: Any) -> Any:
     """The maximum; NaN if any score is NaN."""
-    # Over integers that order as the floats do: the compiler may reorder those, and so use vectors.
-    top, magnitude = np.int32(-(2**31)), np.int32(0)
+    # Over integers that order as the floats do: those the compiler may reorder, and so put into vectors.
+    all_bits = scores.view(np.int32)
+    top, magnitude = LOWEST_KEY, np.int32(0)
     for i in range(len(scores)):
-        bits = float_bits(scores[i])
-        key = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
-        top = max(top, np.int32(key))
-        magnitude = max(magnitude, np.int32(bits & np.int32(0x7FFFFFFF)))
-    if magnitude > INFINITY_BITS:
-        return np.float32(math.nan)
-    for i in range(len(scores)):
-        bits = float_bits(scores[i])
-        if np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))) == top:
-            return scores[i]
-    return -INFINITY
+        bits = all_bits[i]
+        key = np.int32(bits ^ ((bits >> SIGN_SHIFT) & MAGNITUDE))
+        if key > top:
+            top = key
+        if bits & MAGNITUDE > magnitude:
+            magnitude = np.int32(bits & MAGNITUDE)
+    result = np.empty(1, np.int32)
+    result[0] = top ^ ((top >> SIGN_SHIFT) & MAGNITUDE)
+    return np.float32(math.nan) if magnitude > INFINITY_BITS else result.view(np.float32)[0]
 
 
 @compiled
 def weigh(scores: Any, largest: Any, weights: Any) -> Any:
     """Fill `weights` with exp(score - largest); their mass in quanta."""
-    total = np.int64(0)
     for i in range(len(scores)):
-        weight = exp(scores[i] - largest)
-        weights[i] = weight
-        total += np.int64(weight * MASS_ONE)
-    return total
+        weights[i] = exp(scores[i] - largest)
+    return mass_of(weights)  # in a loop of its own: mixed widths would spoil the vectors of the first
 
 
 @compiled
-def mass_of(scores: Any, largest: Any) -> Any:
-    """`weigh` without keeping the weights."""
+def mass_of(weights: Any) -> Any:
+    """The mass in quanta."""
     total = np.int64(0)
-    for i in range(len(scores)):
-        total += np.int64(exp(scores[i] - largest) * MASS_ONE)
+    for i in range(len(weights)):
+        total += np.int64(weights[i] * MASS_ONE)
     return total
 
 
@@ -169,95 +157,119 @@ def scale(scores: Any, temperature: Any, largest: Any, out: Any) -> None:
 
 
 @compiled
+def block_maxima(scores: Any) -> Any:
+    """The largest score of each block."""
+    blocks = (len(scores) + BLOCK - 1) // BLOCK
+    all_bits = scores.view(np.int32)
+    maxima = np.empty(blocks, np.int32)
+    for b in range(blocks):
+        top = LOWEST_KEY
+        for i in range(b * BLOCK, min((b + 1) * BLOCK, len(scores))):
+            key = np.int32(all_bits[i] ^ ((all_bits[i] >> SIGN_SHIFT) & MAGNITUDE))
+            if key > top:
+                top = key
+        maxima[b] = top ^ ((top >> SIGN_SHIFT) & MAGNITUDE)
+    return maxima.view(np.float32)
+
+
+@compiled
+def scores_from(scores: Any, maxima: Any, lowest: Any) -> Any:
+    """The scores >= `lowest`, descending."""
+    found = np.empty(len(scores), np.float32)
+    count = 0
+    for b in range(len(maxima)):
+        if maxima[b] >= lowest:
+            for i in range(b * BLOCK, min((b + 1) * BLOCK, len(scores))):
+                if scores[i] >= lowest:
+                    found[count] = scores[i]
+                    count += 1
+    return np.sort(found[:count])[::-1]
+
+
+@compiled
+def best_scores(scores: Any, maxima: Any, k: int) -> Any:
+    """At least the k largest scores, descending: k blocks have a maximum no less than the k-th maximum."""
+    if k >= len(maxima):
+        return np.sort(scores)[::-1]
+    return scores_from(scores, maxima, np.sort(maxima)[len(maxima) - k])
+
+
+@compiled
+def nucleus_edge(ordered: Any, largest: Any, above: Any, needed: Any) -> Any:
+    """(the nucleus' lowest score, how many of that score are in it), of descending scores below a mass `above`.
+
+    The count is 0 if `ordered` ends before the mass needed is reached.
+    """
+    at = 0
+    while at < len(ordered):
+        edge = ordered[at]
+        quantum = np.int64(exp(edge - largest) * MASS_ONE)
+        ties = 1
+        while at + ties < len(ordered) and ordered[at + ties] == edge:
+            ties += 1
+        if above + ties * quantum >= needed:
+            return edge, -((above - needed) // quantum)
+        above += ties * quantum
+        at += ties
+    return -INFINITY, np.int64(0)
+
+
+@compiled
 def bucket_of(score: Any, largest: Any) -> Any:
     """Which bucket a score falls into: a lower score never into an earlier one."""
     place = (largest - score) * BUCKETS_PER_UNIT
-    return BUCKETS - 1 if place >= np.float32(BUCKETS - 1) else np.int64(place)
+    return np.int32(place if place < LAST_BUCKET else LAST_BUCKET)
 
 
 @compiled
-def sorted_bucket(scores: Any, largest: Any, bucket: Any, lowest: Any, into: Any) -> Any:
-    """The scores of a bucket that are >= `lowest`, ascending: a part of `into`."""
+def wide_nucleus_edge(scores: Any, weights: Any, largest: Any, needed: Any) -> Any:
+    """`nucleus_edge` of a whole row, by sorting only the bucket that the edge falls into."""
+    masses = np.zeros(BUCKETS, np.int64)
+    for i in range(len(scores)):
+        masses[bucket_of(scores[i], largest)] += np.int64(weights[i] * MASS_ONE)
+    bucket, above = 0, np.int64(0)
+    while above + masses[bucket] < needed:
+        above += masses[bucket]
+        bucket += 1
+    found = np.empty(len(scores), np.float32)
     count = 0
     for i in range(len(scores)):
-        if scores[i] >= lowest and bucket_of(scores[i], largest) == bucket:
-            into[count] = scores[i]
-            count += 1
-    found = into[:count]
-    found.sort()
-    return found
+        found[count] = scores[i]  # written always, kept if it belongs: no branch to mispredict
+        count += bucket_of(scores[i], largest) == bucket
+    return nucleus_edge(np.sort(found[:count])[::-1], largest, above, needed)
 
 
 @compiled
-def top_k_edge(scores: Any, largest: Any, k: Any, counts: Any, into: Any) -> Any:
-    """`stages.kth_largest` of a row whose buckets hold `counts` scores."""
-    above = 0
-    for bucket in range(BUCKETS):
-        if above + counts[bucket] >= k:
-            found = sorted_bucket(scores, largest, bucket, -INFINITY, into)
-            return found[len(found) - (k - above)]
-        above += counts[bucket]
-    return -INFINITY
-
-
-@compiled
-def top_p_edge(scores: Any, largest: Any, needed: Any, masses: Any, lowest: Any, into: Any) -> Any:
-    """(the nucleus' lowest score, how many tokens of that score are in it), of the scores >= `lowest`."""
-    above = np.int64(0)
-    for bucket in range(BUCKETS):
-        if above + masses[bucket] < needed:
-            above += masses[bucket]
-            continue
-        found = sorted_bucket(scores, largest, bucket, lowest, into)
-        at = len(found) - 1
-        while at >= 0:
-            edge = found[at]
-            quantum = np.int64(exp(edge - largest) * MASS_ONE)
-            ties = 1
-            while at - ties >= 0 and found[at - ties] == edge:
-                ties += 1
-            if above + ties * quantum >= needed:
-                return edge, -((above - needed) // quantum)
-            above += ties * quantum
-            at -= ties
-    return lowest, np.int64(len(scores))
-
-
-@compiled
-def truncate(scores: Any, weights: Any, largest: Any, total: Any, k: Any, p: float, min_p: float) -> Any:
-    """Stages 6 to 8: sets the weights of removed tokens to 0; the mass that stays."""
-    V = len(scores)
-    lowest, ties = -INFINITY, np.int64(V)
-    if 0 < k < V or p < 1.0:
-        counts, masses = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
-        for i in range(V):
-            bucket = bucket_of(scores[i], largest)
-            counts[bucket] += 1
-            masses[bucket] += np.int64(weights[i] * MASS_ONE)
-        into = np.empty(V, np.float32)
-        if 0 < k < V:
-            lowest = top_k_edge(scores, largest, k, counts, into)
-            total = mass_above(scores, weights, lowest)
+def truncate(scores: Any, weights: Any, largest: Any, total: Any, k: int, p: float, min_p: float) -> Any:
+    """Stages 6 to 8: set the weights of removed tokens to 0; the mass that stays."""
+    lowest, ties = -INFINITY, np.int64(len(scores))
+    limited = 0 < k < len(scores)
+    if limited or p < 1.0:
+        maxima = block_maxima(scores)
+        best = best_scores(scores, maxima, k if limited else FIRST_GUESS)
+        if limited:
+            lowest = best[k - 1]
+            best = best[: np.searchsorted(-best, -lowest, side="right")]
+            total = np.int64(0)
+            for score in best:
+                total += np.int64(exp(score - largest) * MASS_ONE)
         if p < 1.0:
             needed = max(np.int64(math.ceil(p * np.float64(total))), np.int64(1))
-            lowest, ties = top_p_edge(scores, largest, needed, masses, lowest, into)
-    kept = np.int64(0)
+            lowest, ties = nucleus_edge(best, largest, np.int64(0), needed)
+            if ties == 0:
+                lowest, ties = wide_nucleus_edge(scores, weights, largest, needed)
+    least_weight = np.float64(min_p)
     at_edge = np.int64(0)
-    for i in range(V):
-        at_edge += scores[i] == lowest
-        if scores[i] < lowest or (scores[i] == lowest and at_edge > ties) or np.float64(weights[i]) < min_p:
-            weights[i] = ZERO
-        kept += np.int64(weights[i] * MASS_ONE)
-    return kept
-
-
-@compiled
-def mass_above(scores: Any, weights: Any, lowest: Any) -> Any:
-    """The mass of the scores >= `lowest`."""
-    total = np.int64(0)
     for i in range(len(scores)):
-        total += np.int64((weights[i] if scores[i] >= lowest else ZERO) * MASS_ONE)
-    return total
+        at_edge += scores[i] == lowest
+        below = (scores[i] < lowest) | (np.float64(weights[i]) < least_weight)
+        weights[i] = ZERO if below else weights[i]
+    if at_edge > ties:
+        for i in range(len(scores)):
+            if scores[i] == lowest:
+                ties -= 1
+                weights[i] = weights[i] if ties >= 0 else ZERO
+    return mass_of(weights)
 
 
 @compiled
@@ -265,12 +277,11 @@ def race(weights: Any, key: Any) -> Any:
     """`noise.draw_counter` of one row: blocks in order of promise, the first to set the time to beat."""
     V = len(weights)
     blocks = (V + BLOCK - 1) // BLOCK
-    heaviest = np.empty(blocks, np.float32)
     w0, w1, w2 = np.empty(blocks, np.uint64), np.empty(blocks, np.uint64), np.empty(blocks, np.uint64)
     k0, k1, position, index = key[0], key[1], key[2], key[3]
     for b in range(blocks):
         w0[b], w1[b], w2[b] = philox(np.uint64(b), position, index, np.uint64(0), k0, k1)
-        heaviest[b] = weights[b * BLOCK : (b + 1) * BLOCK].max()
+    heaviest = block_maxima(weights)
     # v <= -log(1 - v): a bound without a logarithm; the factor outweighs its rounding
     bound = np.empty(blocks, np.float64)
     first = 0
@@ -327,7 +338,7 @@ def draw_rows(
             token = 0
             while edited[b, token] != largest:
                 token += 1
-            masses[b, 0] = mass_of(raw[b], raw_largest)
+            masses[b, 0] = weigh(raw[b], raw_largest, weights)
             floats[b, 1], floats[b, 3], masses[b, 1] = ZERO, ZERO, np.int64(MASS_ONE)
         else:
             scores = edited[b]
@@ -335,9 +346,12 @@ def draw_rows(
                 scale(edited[b], np.float32(temperature), largest, scaled)
                 scores = scaled
                 largest = largest_score(scaled)
-            total = weigh(scores, largest, weights)
             shared = temperature == 1.0 and not changed
-            masses[b, 0] = total if shared else mass_of(raw[b], raw_largest)
+            if not shared:
+                masses[b, 0] = weigh(raw[b], raw_largest, weights)
+            total = weigh(scores, largest, weights)
+            if shared:
+                masses[b, 0] = total
             if top_k[b] > 0 or top_p < 1.0 or min_p > 0.0:
                 total = truncate(scores, weights, largest, total, top_k[b], top_p, min_p)
             token = race(weights, keys[b])
