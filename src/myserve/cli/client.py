@@ -48,9 +48,10 @@ class ServerClient:
             ) as reply:
                 if reply.status != 200:
                     raise AttemptFailed(await failure_of(reply))
-                async for chunk in chunks_of(reply):
-                    for choice in chunk.get("choices") or ():
-                        yield choice
+                async for arrived in chunks_of(reply):
+                    for chunk in arrived:
+                        for choice in chunk.get("choices") or ():
+                            yield choice
         except AttemptFailed as ended:
             raise self._error(ended) from ended
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import orjson
 
 from myserve.sdk.concurrency import FixedConcurrencyController
 from myserve.sdk.deployments import Deployment, choose
@@ -19,7 +21,7 @@ from myserve.sdk.retry import RetryPolicy, retrying
 from myserve.sdk.transport import Reply, Transport
 from myserve.sdk.types import SamplerStats
 from myserve.wire.perf_metrics import PerfMetrics
-from myserve.wire.sse import SSEDecoder
+from myserve.wire.sse import DONE_DATA, SSEDecoder
 
 _ERROR_BODY_BYTES = 64 * 1024
 
@@ -71,13 +73,13 @@ class Backend:
     @asynccontextmanager
     async def stream(
         self, path: str, body: Mapping[str, Any], request_id: str, prompt: Sequence[int], samples: int
-    ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+    ) -> AsyncIterator[AsyncIterator[Iterable[dict[str, Any]]]]:
         """Posts one request and gives its chunks. However that ends early, it is `AttemptFailed`."""
         deployment = choose(self.deployments, prompt, time.monotonic())
         deployment.in_flight += samples
         self.stats.requests += 1
         headers = {**self.headers, "content-type": "application/json", "x-request-id": request_id}
-        raw = json.dumps(body, separators=(",", ":")).encode()
+        raw = orjson.dumps(body)
         try:
             url = url_of(deployment.url, path)
             async with self.transport.request("POST", url, headers, raw) as reply:
@@ -101,26 +103,27 @@ class Backend:
             self.controller.refused(epoch=permit.epoch)
 
 
-async def chunks_of(reply: Reply) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of an event stream, up to `[DONE]`. A stream that ends without it was cut."""
+async def chunks_of(reply: Reply) -> AsyncIterator[Iterable[dict[str, Any]]]:
+    """The JSON objects of an event stream, read by read. A stream that ends without `[DONE]` was cut."""
     if reply.headers.get("content-type", "").startswith("application/json"):
-        yield _object(await read_all(reply))  # a server that does not stream: its whole answer is one chunk
+        yield [_object(await read_all(reply))]  # a server that does not stream: its whole answer is one chunk
         return
     decoder = SSEDecoder()
     is_done = False
     async for data in reply.chunks():
-        for event in decoder.feed(data):
-            if event.is_done:
-                is_done = True  # read on to the end all the same: the connection can then be used again
-            else:
-                yield _object(event.data)
+        events = decoder.feed(data)
+        if events and events[-1].data == DONE_DATA:
+            is_done = True  # read on to the end all the same: the connection can then be used again
+            events.pop()
+        # Lazily: a chunk's dicts die before the next one's are made, which halves the time of all this.
+        yield (_object(event.data) for event in events)
     if not is_done:
         raise AttemptFailed(Failure("transport", "the stream ended before it was done"))
 
 
 def _object(data: str | bytes) -> dict[str, Any]:
     try:
-        chunk = json.loads(data)
+        chunk = orjson.loads(data)
     except ValueError as error:
         raise AttemptFailed(Failure("protocol", f"not JSON: {str(data[:200])!r}")) from error
     if not isinstance(chunk, dict):

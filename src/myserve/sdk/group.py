@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from myserve.sdk.backend import Backend, new_request_id
@@ -171,17 +171,23 @@ class Group:
             self._on_delta(SampleDelta(track.index, restarted=True))
         return prior
 
-    async def _read(self, chunks: AsyncIterator[dict[str, Any]], tracks: list[Track], permit: Permit) -> None:
+    async def _read(
+        self, chunks: AsyncIterator[Iterable[dict[str, Any]]], tracks: list[Track], permit: Permit
+    ) -> None:
         samples = len(tracks)
         metrics: dict[str, Any] | None = None
         try:
-            async for chunk in chunks:
-                metrics = chunk.get("perf_metrics") or metrics
-                for choice in chunk.get("choices") or ():
-                    self._feed(tracks[choice["index"]], choice)
-                    # Alone, a sample waits for its stream's end: its ids may come after its finish reason.
-                    if samples > 1 and tracks[choice["index"]].is_whole:
-                        self._complete(tracks[choice["index"]], permit)
+            async for arrived in chunks:
+                now = time.monotonic() - self._started
+                self._first_token.set()
+                for chunk in arrived:
+                    metrics = chunk.get("perf_metrics") or metrics
+                    for choice in chunk.get("choices") or ():
+                        track = tracks[choice["index"]]
+                        self._feed(track, choice, now)
+                        # Alone, a sample waits for its stream's end: its ids may come after its finish reason.
+                        if samples > 1 and track.finish_reason is not None and track.is_whole:
+                            self._complete(track, permit)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise AttemptFailed(
                 Failure("protocol", f"a chunk of another shape: {describe(error)}")
@@ -196,11 +202,12 @@ class Group:
                 )
             self._complete(track, permit)
 
-    def _feed(self, track: Track, choice: dict[str, Any]) -> None:
-        delta = track.feed(choice, time.monotonic() - self._started)
-        self._first_token.set()
-        if self._on_delta is not None:
-            self._on_delta(delta)
+    def _feed(self, track: Track, choice: dict[str, Any], now: float) -> None:
+        if self._on_delta is None:
+            return track.feed(choice, now)
+        seen_ids, seen_rows = len(track.ids), len(track.logprobs)
+        track.feed(choice, now)
+        return self._on_delta(track.delta(choice, seen_ids, seen_rows))
 
     def _complete(self, track: Track, permit: Permit) -> None:
         if track.is_done:

@@ -31,7 +31,7 @@ class Track:
         self._times: list[float] = []
         self._raw_ids: list[int] | None = None
         self._num_prior = 0  # how many of `ids` came with earlier attempts
-        self._logprobs: list[float | None] = []
+        self.logprobs: list[float | None] = []
         self._sampling: list[float | None] = []
         self._tops: list[list[Alternative]] = []
         self._routing: list[str] = []
@@ -61,33 +61,37 @@ class Track:
         self._num_prior = len(self.ids)
         return self.ids
 
-    def feed(self, choice: dict[str, Any], now: float) -> SampleDelta:
+    def feed(self, choice: dict[str, Any], now: float) -> None:
         """Takes in one chunk's choice. `now`: seconds since the sample was asked for."""
-        before = len(self.ids)
-        text = choice.get("text") or ""
-        if text:
+        get = choice.get
+        if text := get("text"):
             self._texts.append(text)
-        logprobs = choice.get("logprobs")
-        rows = len(self._logprobs)
+        logprobs = get("logprobs")
         row_ids = self._feed_logprobs(logprobs) if logprobs else ()
-        ids = choice.get("token_ids")
-        self.ids.extend(row_ids if ids is None else ids)
-        if (grown := len(self.ids) - before) > 0:
-            self._times.extend(repeat(now, grown))
-        raw = choice.get("raw_output")
-        if raw:
+        ids = get("token_ids")
+        if ids is None:
+            ids = row_ids
+        if ids:
+            self.ids += ids
+            self._times += [now] * len(ids)
+        if raw := get("raw_output"):
             self._feed_raw(raw)
-        if choice.get("seed") is not None:
-            self._seed = choice["seed"]
-        if choice.get("weight_version") is not None:
-            self._weight_version = choice["weight_version"]
-            self._weight_spans = choice.get("weight_version_spans")
-        finish_reason = choice.get("finish_reason")
-        if finish_reason is not None:
+        if (seed := get("seed")) is not None:
+            self._seed = seed
+        if (finish_reason := get("finish_reason")) is not None:
             self.finish_reason = finish_reason
-            self._stop_reason = choice.get("stop_reason")
+            self._stop_reason = get("stop_reason")
+            self._weight_version = get("weight_version")
+            self._weight_spans = get("weight_version_spans")
+
+    def delta(self, choice: dict[str, Any], seen_ids: int, seen_rows: int) -> SampleDelta:
+        """What `choice`, just fed, brought beyond the first `seen_ids` ids and `seen_rows` logprobs."""
         return SampleDelta(
-            self.index, text, tuple(self.ids[before:]), tuple(self._logprobs[rows:]), finish_reason
+            self.index,
+            choice.get("text") or "",
+            tuple(self.ids[seen_ids:]),
+            tuple(self.logprobs[seen_rows:]),
+            self.finish_reason,
         )
 
     def _feed_raw(self, raw: dict[str, Any]) -> None:
@@ -103,7 +107,7 @@ class Track:
             return self._feed_older_logprobs(logprobs)
         ids: list[int] = []
         for entry in content:
-            self._logprobs.append(entry["logprob"])
+            self.logprobs.append(entry["logprob"])
             self._sampling.append(entry.get("sampling_logprob"))
             if (token_id := entry.get("token_id")) is not None:
                 ids.append(token_id)
@@ -120,7 +124,7 @@ class Track:
     def _feed_older_logprobs(self, logprobs: dict[str, Any]) -> list[int]:
         """OpenAI's older form, with tokens written as `token_id:7`."""
         values = logprobs.get("token_logprobs") or []
-        self._logprobs.extend(values)
+        self.logprobs.extend(values)
         self._sampling.extend(repeat(None, len(values)))
         for row in logprobs.get("top_logprobs") or ():
             self._tops.append([Alternative(_written_id(t), value, t) for t, value in (row or {}).items()])
@@ -134,7 +138,7 @@ class Track:
         if echo and ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         num_rows = len(prompt_ids) + len(ids) - 1 if echo else len(ids)
-        logprobs = self._rows("logprobs", self._logprobs, num_rows) if self.request.logprobs else None
+        logprobs = self._rows("logprobs", self.logprobs, num_rows) if self.request.logprobs else None
         if logprobs is not None and None in logprobs:
             raise _broken(f"the logprob of row {logprobs.index(None)} is null")
         wants_tops = logprobs is not None and self.request.top_logprobs is not None
