@@ -144,22 +144,27 @@ class Target:
 
 
 def traces_of(recording: Recording, workload: Workload) -> list[Trace]:
-    """A trace for each of the request's choices; BenchError when a choice is missing or the stream was cut."""
+    """A trace for each of the request's choices; BenchError when one has no tokens or no end.
+
+    The end is a choice's `finish_reason`, not `[DONE]`: transformers' server never sends that.
+    """
     decoder = SSEDecoder()
     times: list[list[float]] = [[] for _ in range(workload.n)]
+    unfinished = set(range(workload.n))
     usage: Mapping[str, Any] = {}
-    is_done = False
     for moment, data in recording.reads:
         for event in decoder.feed(data):
-            is_done = is_done or event.is_done
             chunk = {} if event.is_done else event.json()
             if error := chunk.get("error"):
                 raise BenchError(f"the server failed in mid-stream: {error}")
             usage = chunk.get("usage") or usage
             for choice in chunk.get("choices") or ():
+                index = choice.get("index") or 0
                 if _brings_tokens(choice):
-                    times[choice.get("index") or 0].append(moment)
-    if not is_done or not all(times):
+                    times[index].append(moment)
+                if choice.get("finish_reason"):
+                    unfinished.discard(index)
+    if unfinished or not all(times):
         raise BenchError("a stream ended before it was done, or brought no tokens for one of its choices")
     # Without usage an event is taken for a token, and the prompt for as long as was asked.
     total = usage.get("completion_tokens") or sum(map(len, times))
@@ -168,5 +173,6 @@ def traces_of(recording: Recording, workload: Workload) -> list[Trace]:
 
 
 def _brings_tokens(choice: Mapping[str, Any]) -> bool:
-    """Some servers close with a choice that has a finish_reason alone: no token came with it."""
-    return bool(choice.get("text") or (choice.get("logprobs") or {}).get("tokens"))
+    """Servers may close with a choice that has a finish_reason alone: no token came with it."""
+    logprobs = choice.get("logprobs") or {}
+    return bool(choice.get("text") or logprobs.get("tokens") or logprobs.get("content"))

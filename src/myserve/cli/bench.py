@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +42,9 @@ def bench(
             help="Prompts of ids below this. None: of ids that the server's /tokenize gives, else text."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts. The same seed, the same prompts.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the prompts. None: new ones, which no cache knows.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Write a chart here, as SVG.")] = None,
 ) -> None:
@@ -62,7 +65,7 @@ def bench(
 
 
 async def _measure(
-    target: Target, workloads: dict[str, Workload], repeat: int, vocab_size: int | None, seed: int
+    target: Target, workloads: dict[str, Workload], repeat: int, vocab_size: int | None, seed: int | None
 ) -> tuple[dict[str, Figures], dict[str, Any]]:
     """The medians by label, and the whole record for JSON."""
     target.model = target.model or await _first_model(target)
@@ -75,7 +78,8 @@ async def _measure(
     }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        session = await Session.open(target, vocab_size=vocab_size, seed=seed)
+        drawn = secrets.randbits(32) if seed is None else seed
+        session = await Session.open(target, vocab_size=vocab_size, seed=drawn)
         # Twice a second: drawing costs CPU that the server may need.
         with Progress(*columns, console=err, refresh_per_second=2, transient=True) as progress:
             for name, workload in workloads.items():

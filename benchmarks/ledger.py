@@ -1,0 +1,71 @@
+"""Appends to LEDGER.md: what was measured, on what, with which command. Nothing is taken out, failures least.
+
+python -m benchmarks.ledger "padded decode to 8 rows instead of 4: 3 % slower, dropped"
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.comparison import Comparison, cells, header
+
+LEDGER = Path(__file__).with_name("LEDGER.md")
+
+
+def entry(
+    note: str, *, commit: str, when: str, comparison: Comparison | None = None, contenders: Sequence[str] = ()
+) -> str:
+    """One entry in Markdown.
+
+    >>> print(entry("Tried: slower.", commit="abc1234", when="2026-01-02"))
+    ## 2026-01-02 · abc1234
+    <BLANKLINE>
+    Tried: slower.
+    <BLANKLINE>
+    """
+    lines = [f"## {when} · {commit}", "", note, ""]
+    if comparison is None:
+        return "\n".join(lines)
+    lines += [f"Machine: {comparison.machine}", "", f"Command: `{comparison.command}`", ""]
+    columns = header(contenders)
+    lines += [_line(columns), _line(["---"] * len(columns))]
+    lines += [_line(cells(row, contenders)) for row in comparison.rows()]
+    facts = [("ready after, s", comparison.ready_s), ("peak memory, GiB", comparison.peak_gib)]
+    lines += ["", *(f"{label}: {_listed(values)}" for label, values in facts if values)]
+    lines += [f"Failed: {failure}" for failure in comparison.failures]
+    return "\n".join([*lines, ""])
+
+
+def append(text: str, path: Path = LEDGER) -> None:
+    """The newest entry comes last."""
+    with path.open("a", encoding="utf-8") as ledger:
+        ledger.write("\n" + text)
+
+
+def commit() -> str:
+    """The commit that is measured, with `-dirty` where the tree is not what the commit says."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, cwd=LEDGER.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def _line(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in values.items())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit('usage: python -m benchmarks.ledger "what was tried, and what came out"')
+    append(entry(sys.argv[1], commit=commit(), when=today()))

