@@ -191,7 +191,7 @@ def best_scores(scores: Any, maxima: Any, k: int) -> Any:
     """At least the k largest scores, descending: k blocks have a maximum no less than the k-th maximum."""
     if k >= len(maxima):
         return np.sort(scores)[::-1]
-    return scores_from(scores, maxima, np.sort(maxima)[len(maxima) - k])
+    return scores_from(scores, maxima, np.partition(maxima, len(maxima) - k)[len(maxima) - k])
 
 
 @compiled
@@ -218,15 +218,18 @@ def nucleus_edge(ordered: Any, largest: Any, above: Any, needed: Any) -> Any:
 def bucket_of(score: Any, largest: Any) -> Any:
     """Which bucket a score falls into: a lower score never into an earlier one."""
     place = (largest - score) * BUCKETS_PER_UNIT
-    return np.int32(place if place < LAST_BUCKET else LAST_BUCKET)
+    return np.int32(min(LAST_BUCKET, place))
 
 
 @compiled
 def wide_nucleus_edge(scores: Any, weights: Any, largest: Any, needed: Any) -> Any:
     """`nucleus_edge` of a whole row, by sorting only the bucket that the edge falls into."""
+    places = np.empty(len(scores), np.int32)
+    for i in range(len(scores)):
+        places[i] = bucket_of(scores[i], largest)
     masses = np.zeros(BUCKETS, np.int64)
     for i in range(len(scores)):
-        masses[bucket_of(scores[i], largest)] += np.int64(weights[i] * MASS_ONE)
+        masses[places[i]] += np.int64(weights[i] * MASS_ONE)
     bucket, above = 0, np.int64(0)
     while above + masses[bucket] < needed:
         above += masses[bucket]
@@ -235,7 +238,7 @@ def wide_nucleus_edge(scores: Any, weights: Any, largest: Any, needed: Any) -> A
     count = 0
     for i in range(len(scores)):
         found[count] = scores[i]  # written always, kept if it belongs: no branch to mispredict
-        count += bucket_of(scores[i], largest) == bucket
+        count += places[i] == bucket
     return nucleus_edge(np.sort(found[:count])[::-1], largest, above, needed)
 
 
