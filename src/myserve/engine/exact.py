@@ -85,7 +85,7 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
     if mode == "off" or not on_cpu:
         return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0)
     experts = sum(_pack_experts(module) for module in list(model.modules()) if _has_experts(module))
-    routers = sum(_pack_router(module) for module in list(model.modules()) if _is_router(module))
+    routers = sum(_pack_router(module) for module in list(model.modules()) if is_router(module))
     linears = 0
     for parent, name, module in list(_linears(model)):
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
@@ -103,7 +103,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
                 yield parent, name, module
 
 
-def _is_router(module: nn.Module) -> bool:
+def is_router(module: nn.Module) -> bool:
     """A module of its own that holds a matrix and is none of the kinds that are known to."""
     weight = module._parameters.get("weight")
     known = isinstance(module, nn.Linear | Conv1D | nn.Embedding)

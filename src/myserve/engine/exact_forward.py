@@ -1,0 +1,189 @@
+"""A plain transformers model in a trainer, with the engine's arithmetic: the same logits, bit for bit, and gradients.
+
+The forward pass of every product and of attention is the engine's kernel; the backward pass is the usual one, by
+PyTorch. Parameters, state dict and optimizer stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from .attention import allocate_layer, dense_attention, paged_attention, store_kv
+from .exact import is_router
+from .gemm import PackedWeight
+from .kernels import BLOCK_SIZE
+
+TRAINER_NAME = "myserve_trainer"  # attention and experts, as a model's config says them
+
+
+def exact_forward(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes a CPU model of transformers compute, in place, exactly as the engine does; returns it.
+
+    `model(input_ids, attention_mask, position_ids)` of any padded batch then gives at every real position the logits
+    that the engine had there, bit for bit, prefilled or decoded; and they have gradients. A padded batch needs
+    `position_ids` that count real tokens only when it is padded on the left. Dropout, where a model has any, must be
+    off: the engine has none.
+    """
+    AttentionInterface.register(TRAINER_NAME, _attention_forward)
+    AttentionMaskInterface.register(TRAINER_NAME, lambda *_, attention_mask=None, **__: attention_mask)
+    ALL_EXPERTS_FUNCTIONS.register(TRAINER_NAME, _experts_forward)
+    model.set_attn_implementation(TRAINER_NAME)
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            module.forward = MethodType(lambda self, x: exact_linear(x, self.weight, self.bias), module)
+        elif isinstance(module, Conv1D):
+            module.forward = MethodType(lambda self, x: exact_linear(x, self.weight.T, self.bias), module)
+        elif is_router(module):
+            module.forward = _with_exact_products(module.forward)
+        elif hasattr(module, "_is_expert_parallel"):
+            module.config._experts_implementation = TRAINER_NAME
+    return model
+
+
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with the engine's bits: x [..., K], weight [N, K], bias [N].
+
+    >>> w = torch.ones(2, 3, requires_grad=True)
+    >>> exact_linear(torch.ones(1, 3), w).sum().backward()
+    >>> w.grad.shape
+    torch.Size([2, 3])
+    """
+    out: Tensor = _ExactLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ExactLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        # Packed anew each time: it is one pass over the weights, and a trainer changes them after every step.
+        return PackedWeight(weight, bias)(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
+        bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), bias
+
+
+class _ExactProducts(TorchFunctionMode):
+    """Routers call `F.linear` themselves."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (exact_linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def _with_exact_products(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _ExactProducts():
+            return forward(*args, **kwargs)
+
+    return wrapped
+
+
+def _experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """`exact.exact_experts_forward`, with gradients: the same sums in the same order."""
+    parts = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=torch.float32)
+    for expert in sorted(set(top_k_index.flatten().tolist())):
+        token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+        inner = _expert_linear(
+            module, "gate_up_proj" if module.has_gate else "up_proj", expert, hidden_states[token]
+        )
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        outer = _expert_linear(module, "down_proj", expert, inner)
+        if module.has_post_expert_norm:
+            outer = module.post_expert_norm(outer)
+        parts = parts.index_put((token, slot), (outer * top_k_weights[token, slot, None]).float())
+    total = parts[:, 0]
+    for j in range(1, parts.shape[1]):
+        total = total + parts[:, j]
+    return total.to(hidden_states.dtype)
+
+
+def _expert_linear(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    weight, biases = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+    return exact_linear(
+        x, weight.T if module.is_transposed else weight, None if biases is None else biases[expert]
+    )
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, T, D], key and value [B, Hkv, T, D], attention_mask [B, T] or None; gives [B, T, H, D]."""
+    batch, _, length, head_dim = query.shape
+    real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    options: dict[str, Any] = {
+        "scale": head_dim**-0.5 if scaling is None else scaling,
+        "window": sliding_window or 0,
+        "softcap": softcap or 0.0,
+    }
+    packed = (x.transpose(1, 2)[real] for x in (query, key, value))  # [sum of lengths, heads, D]
+    lengths = real.sum(1).tolist()
+    rows: Tensor = _ExactAttention.apply(*packed, s_aux, lengths, options)  # type: ignore[no-untyped-call]
+    out = rows.new_zeros(batch, length, query.shape[1], head_dim).masked_scatter(real[..., None, None], rows)
+    return out, None
+
+
+class _ExactAttention(torch.autograd.Function):
+    """Whole sequences, packed: [sum of lengths, heads, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, lengths: list[int],
+        options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(query, key, value, sinks)
+        ctx.lengths, ctx.options = lengths, options
+        blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+        cache = allocate_layer(sum(blocks), key.shape[1], key.shape[2], key.dtype)
+        starts = torch.tensor([0, *blocks]).cumsum(0)
+        slots = torch.cat([s * BLOCK_SIZE + torch.arange(n) for s, n in zip(starts, lengths, strict=False)])
+        store_kv(key, value, *cache, slots)
+        tables = (starts[:-1, None] + torch.arange(max(blocks))).clamp(max=sum(blocks) - 1).int()
+        query_start = torch.tensor([0, *lengths]).cumsum(0).int()
+        lens = torch.tensor(lengths, dtype=torch.int32)
+        return paged_attention(query, *cache, tables, query_start, lens, sinks=sinks, **options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks = (
+            None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors
+        )
+        wanted = [x for x in (query, key, value, sinks) if x is not None]
+        with torch.enable_grad():
+            rows = [
+                dense_attention(*(x.transpose(0, 1) for x in qkv), sinks=sinks, **ctx.options).transpose(0, 1)
+                for qkv in zip(*(x.split(ctx.lengths) for x in wanted[:3]), strict=True)
+            ]
+            grads = torch.autograd.grad(torch.cat(rows), wanted, grad)
+        return *grads, *([None] * (6 - len(grads)))
