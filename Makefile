@@ -14,7 +14,7 @@ install: .venv/installed ## make .venv with everything, exact versions
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,dev]'
-	$(BIN)/python -m myserve.engine.kernels
+	$(BIN)/python -m myserve.engine.native
 	@touch $@
 
 demo: install ## serve the embedded model, sample from it, show the result (ONCE=1: then end)
