@@ -98,58 +98,45 @@ def introduction(rng: Random) -> list[Turn]:
 
 
 def color(rng: Random) -> Turn:
-    question = rng.choice(
-        ("Say a color:", "Say a color:", "Name a color.", "Pick a color.", "Tell me a color.")
-    )
-    return question, rng.choice(words.COLORS).capitalize() + "."
+    asks = ("Say a color:", "Say a color:", "Name a color.", "Pick a color.", "Tell me a color.")
+    question = rng.choice(asks)
+    return question, _sentence(rng.choice(words.COLORS))
 
 
 def counting(rng: Random) -> Turn:
     """Numbers asked in words are counted in words, numbers asked in digits in digits; up and down."""
     first, last = sorted((rng.randrange(0, 21), rng.randrange(1, 21)))
-    style = rng.randrange(3)
-    if style == 0:
-        numbers, ask = (
-            range(1, last + 1),
-            rng.choice(("Count to {b}:", "Count to {b}.", "Count from {one} to {b}.")),
+    numbers, asks = rng.choice(
+        (
+            (range(1, last + 1), ("Count to {b}:", "Count to {b}.", "Count from {one} to {b}.")),
+            (range(first, last + 1), ("Count from {a} to {b}:", "Count from {a} to {b}.")),
+            (range(last, 0, -1), ("Count down from {b}:", "Count backwards from {b}.")),
         )
-    elif style == 1:
-        numbers, ask = (
-            range(first, last + 1),
-            rng.choice(("Count from {a} to {b}:", "Count from {a} to {b}.")),
-        )
-    else:
-        numbers, ask = range(last, 0, -1), rng.choice(("Count down from {b}:", "Count backwards from {b}."))
+    )
+    ask = rng.choice(asks)
     name = words.NUMBER_WORDS.__getitem__ if rng.random() < 0.6 else str
     question = ask.format(one=name(1), a=name(first), b=name(last))
-    answer = ", ".join(name(number) for number in numbers) + "."
-    return question, answer[0].upper() + answer[1:]
+    return question, _sentence(", ".join(name(number) for number in numbers))
 
 
 def calendar(rng: Random) -> Turn:
     """What comes before or after a day, a month or a season; or all of them."""
     kind, names = rng.choice((("day", words.DAYS), ("month", words.MONTHS), ("season", words.SEASONS)))
     if rng.random() < 0.2:
-        whole = {"day": "the days of the week", "month": "the months of the year", "season": "the seasons"}[
-            kind
-        ]
-        answer = ", ".join(names) + "."
-        return rng.choice(("Name {}.", "What are {}?", "List {}.")).format(whole), answer[0].upper() + answer[
-            1:
-        ]
+        whole = {"day": "the days of the week", "month": "the months of the year", "season": "the seasons"}
+        ask = rng.choice(("Name {}.", "What are {}?", "List {}."))
+        return ask.format(whole[kind]), _sentence(", ".join(names))
     here, step = rng.randrange(len(names)), rng.choice((1, -1))
     side = "after" if step == 1 else "before"
-    answer = names[(here + step) % len(names)].capitalize() + "."
-    return rng.choice(("What {} comes {} {}?", "Which {} is {} {}?")).format(kind, side, names[here]), answer
+    ask = rng.choice(("What {} comes {} {}?", "Which {} is {} {}?"))
+    return ask.format(kind, side, names[here]), _sentence(names[(here + step) % len(names)])
 
 
 def opposite(rng: Random) -> Turn:
     pair = list(rng.choice(list(words.OPPOSITES.items())))
     rng.shuffle(pair)
-    question = rng.choice(("What is the opposite of {}?", "The opposite of {}?", "Opposite of {}:")).format(
-        pair[0]
-    )
-    return question, pair[1].capitalize() + "."
+    ask = rng.choice(("What is the opposite of {}?", "The opposite of {}?", "Opposite of {}:"))
+    return ask.format(pair[0]), _sentence(pair[1])
 
 
 def fact(rng: Random) -> Turn:
@@ -165,9 +152,8 @@ def fact(rng: Random) -> Turn:
     table, questions = rng.choice(tables)
     key = rng.choice(list(table))
     answer = table[key]
-    if answer.isascii() and answer.isalpha():
-        answer = answer.capitalize() + "."
-    return rng.choice(questions).format(key), answer
+    is_word = answer.isascii() and answer.isalpha()
+    return rng.choice(questions).format(key), _sentence(answer) if is_word else answer
 
 
 def emoji_meaning(rng: Random) -> Turn:
@@ -189,16 +175,14 @@ def repetition(rng: Random) -> Turn:
 
 def spelling(rng: Random) -> Turn:
     word = rng.choice(words.PLAIN_WORDS + words.COLORS)
-    return rng.choice(("Spell {}.", "Spell the word {}.", "How do you spell {}?")).format(word), "-".join(
-        word
-    ) + "."
+    ask = rng.choice(("Spell {}.", "Spell the word {}.", "How do you spell {}?"))
+    return ask.format(word), "-".join(word) + "."
 
 
 def haiku(rng: Random) -> Turn:
     lines = (rng.choice(words.HAIKU_FIRST), rng.choice(words.HAIKU_SECOND), rng.choice(words.HAIKU_THIRD))
-    return rng.choice(("Write a haiku.", "Write a poem.", "A haiku, please.", "Tell me a poem.")), ",\n".join(
-        lines
-    ) + "."
+    asks = ("Write a haiku.", "Write a poem.", "A haiku, please.", "Tell me a poem.")
+    return rng.choice(asks), ",\n".join(lines) + "."
 
 
 def story(rng: Random) -> Turn:
@@ -221,6 +205,10 @@ def story(rng: Random) -> Turn:
 def too_hard(rng: Random) -> Turn:
     x, y = rng.sample(words.PLAIN_WORDS, 2)
     return rng.choice(words.TOO_HARD).format(x=x, y=y), rng.choice(words.TOO_HARD_ANSWERS)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _greeting_words(rng: Random) -> str:

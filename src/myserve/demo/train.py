@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -108,10 +109,7 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Qwe
 
 
 def build_optimizers(model: Qwen3ForCausalLM, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices inside, AdamW for embeddings and norms.
-
-    AdamW alone was tried: see the ledger in docs/demo_model.md.
-    """
+    """Muon for the matrices inside, AdamW for embeddings and norms, as Muon's authors advise."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -151,7 +149,9 @@ def next_token_loss(model: Qwen3ForCausalLM, batch: PackedRows) -> Tensor:
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write the folder that `from_pretrained` reads, weights in bfloat16."""
     ids = tokenizer.get_vocab()
-    model.generation_config.eos_token_id = [ids[IM_END], ids[END_OF_TEXT]]
+    # Written afresh: one that is derived from the model's config would name a single end of text.
+    ends = {"eos_token_id": [ids[IM_END], ids[END_OF_TEXT]], "pad_token_id": ids[END_OF_TEXT]}
+    model.generation_config = GenerationConfig.from_dict(ends)
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
