@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from myserve.core import fast
 from myserve.core.logprobs import prompt_logprobs
 from myserve.core.sampling import (
     RowState,
@@ -110,6 +111,25 @@ def test_compiled_and_tensor_draws_are_the_same_bits(make_row: MakeRow, vocab: i
         logits[1::2, 1] = -torch.inf
     for _ in range(2):
         assert step(Sampler(), logits, rows) == step(Sampler(compiled=False), logits, again)
+
+
+@pytest.mark.parametrize("vocab", [1, 63, VOCAB, 4_999])
+def test_compiled_and_tensor_logprobs_are_the_same_bits(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    logits = (logits_for(70, vocab) * 4).round() / 4  # many ties
+    logits[::2, vocab // 2] = -torch.inf
+    targets = [t % vocab for t in range(70)]
+    logits[torch.arange(70), torch.arange(70) % vocab] = 0.25
+    for k in (1, 5, 200):
+        compiled = prompt_logprobs(logits, targets, k)
+        with monkeypatch.context() as patched:
+            patched.setattr(fast, "covers", lambda scores: False)
+            assert prompt_logprobs(logits, targets, k) == compiled
+
+
+def test_logits_that_still_carry_a_graph_are_taken(make_row: MakeRow) -> None:
+    logits = logits_for(1).requires_grad_()
+    assert Sampler().sample(logits, [make_row()]) == Sampler().sample(logits.detach(), [make_row()])
+    assert prompt_logprobs(logits, [1]) == prompt_logprobs(logits.detach(), [1])
 
 
 def test_a_batch_dependent_operation_would_have_been_noticed(two_threads: None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from myserve.core.numerics import MASS_ONE
 from myserve.core.rows import RowState
 
 SMALLEST_NORMAL = 2.0**-126
-ROWS_A_THREAD = 1 << 18  # scores that are worth waking another thread for
+SCORES_A_THREAD = 1 << 18  # scores that are worth waking another thread for
 
 
 class Drawn(NamedTuple):
@@ -45,33 +45,46 @@ def knows(row: RowState) -> bool:
     return row.torch_noise is None and not (processed or truncated or p.kept)
 
 
+def covers(scores: Tensor) -> bool:
+    """Whether compiled code can read these scores."""
+    return available() and scores.device.type == "cpu" and scores.dtype == torch.float32
+
+
+def normalise(scores: Tensor) -> tuple[list[float], list[int]]:
+    """(largest score, mass in quanta) of each row of [R, V]."""
+    from myserve.core import kernels
+
+    largest, masses = torch.empty(len(scores)), torch.empty(len(scores), dtype=torch.int64)
+    _over_threads(kernels.normalise_rows, scores.contiguous(), largest, masses)
+    return largest.tolist(), masses.tolist()
+
+
+def best_tokens(scores: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """The k[r] best (id, score) of each row, k[r] >= 1, in no order; never one at -inf."""
+    from myserve.core import kernels
+
+    most = min(max(k), scores.shape[1])
+    ids = torch.full((len(k), most), -1)
+    values = torch.empty(len(k), most)
+    _over_threads(kernels.best_rows, scores.contiguous(), torch.tensor(k), ids, values)
+    return [
+        [(token_id, value) for token_id, value in zip(*row, strict=True) if token_id >= 0]
+        for row in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+
+
 def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
     """Draw every row of CPU float32 `edited` [B, V], the raw scores after stages 1 to 4."""
     from myserve.core import kernels  # compiles, or loads what was compiled: on first use, not at import
 
     B = len(rows)
-    numbers = torch.tensor([_numbers(row) for row in rows], dtype=torch.float64).numpy()
-    top_k = torch.tensor([row.params.top_k or 0 for row in rows]).numpy()
-    keys = torch.tensor([row.counter_key for row in rows], dtype=torch.int64).view(torch.uint64).numpy()
+    numbers = torch.tensor([_numbers(row) for row in rows], dtype=torch.float64)
+    top_k = torch.tensor([row.params.top_k or 0 for row in rows])
+    keys = torch.tensor([row.counter_key for row in rows], dtype=torch.int64).view(torch.uint64)
     tokens = torch.empty(B, dtype=torch.int64)
     floats = torch.empty(B, 4)
     masses = torch.full((B, 2), int(MASS_ONE))  # a row without a draw leaves its own as it is
-    arrays = (
-        raw.numpy(),
-        edited.numpy(),
-        numbers,
-        top_k,
-        keys,
-        tokens.numpy(),
-        floats.numpy(),
-        masses.numpy(),
-    )
-    parts = max(1, min(torch.get_num_threads(), B, raw.numel() // ROWS_A_THREAD))
-    edges = [B * part // parts for part in range(parts + 1)]
-    others = [_pool().submit(kernels.draw_rows, a, b, *arrays) for a, b in pairwise(edges[1:])]
-    kernels.draw_rows(0, edges[1], *arrays)
-    for other in others:
-        other.result()
+    _over_threads(kernels.draw_rows, raw, edited, numbers, top_k, keys, tokens, floats, masses)
     return Drawn(tokens.tolist(), *floats.T.tolist(), *masses.T.tolist())
 
 
@@ -79,6 +92,18 @@ def _numbers(row: RowState) -> tuple[float, float, float, float]:
     p = row.params
     temperature = max(p.temperature, SMALLEST_NORMAL) if p.temperature else 0.0
     return temperature, p.top_p, p.min_p, float(row.edits_scores)
+
+
+def _over_threads(kernel: Callable[..., None], scores: Tensor, *others: Tensor) -> None:
+    """Run `kernel(start, stop, *arrays)` over all rows of `scores`, parts of them on other threads."""
+    arrays = [tensor.numpy() for tensor in (scores, *others)]
+    rows = len(scores)
+    parts = max(1, min(torch.get_num_threads(), rows, scores.numel() // SCORES_A_THREAD))
+    edges = [rows * part // parts for part in range(parts + 1)]
+    running = [_pool().submit(kernel, *part, *arrays) for part in pairwise(edges[1:])]
+    kernel(0, edges[1], *arrays)
+    for part in running:
+        part.result()
 
 
 @cache

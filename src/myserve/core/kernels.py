@@ -313,6 +313,35 @@ def race(weights: Any, key: Any) -> Any:
 
 
 @compiled
+def normalise_rows(start: int, stop: int, scores: Any, largest: Any, masses: Any) -> None:
+    """The largest score and the mass of rows `start` to `stop`."""
+    weights = np.empty(scores.shape[1], np.float32)
+    for b in range(start, stop):
+        largest[b] = largest_score(scores[b])
+        masses[b] = weigh(scores[b], largest[b], weights)
+
+
+@compiled
+def best_rows(start: int, stop: int, scores: Any, wanted: Any, ids: Any, values: Any) -> None:
+    """The `wanted[b]` best tokens of each row, in order of id, those above the edge first; -1 where there is none."""
+    for b in range(start, stop):
+        row, maxima, k = scores[b], block_maxima(scores[b]), min(wanted[b], scores.shape[1])
+        if not abs(largest_score(maxima)) < INFINITY:
+            continue  # NaN has no order
+        edge = best_scores(row, maxima, k)[k - 1]
+        count = 0
+        for at_edge in range(2):
+            for block in range(len(maxima)):
+                if maxima[block] < edge:
+                    continue
+                for i in range(block * BLOCK, min((block + 1) * BLOCK, len(row))):
+                    chosen = row[i] == edge if at_edge else row[i] > edge
+                    if chosen and count < k and row[i] > -INFINITY:
+                        ids[b, count], values[b, count] = i, row[i]
+                        count += 1
+
+
+@compiled
 def draw_rows(
     start: int,
     stop: int,

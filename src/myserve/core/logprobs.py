@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from myserve.core.numerics import exp, log_mass, quanta, weights_of
+from myserve.core import fast
+from myserve.core.numerics import log_mass, quanta, weights_of
 from myserve.core.stages import entropy_of, kth_largest
 from myserve.errors import NonFiniteLogitsError
 
@@ -71,17 +72,19 @@ def to_float32(value: float) -> float:
 
 def normalisers(scores: Tensor) -> list[Normaliser]:
     """Of float32 scores [R, V] with a finite maximum in every row."""
-    largest = scores.amax(-1, keepdim=True)
-    totals = quanta(exp(scores - largest)).sum(-1)
-    return [
-        Normaliser(top, log_mass(total))
-        for top, total in zip(largest[:, 0].tolist(), totals.tolist(), strict=True)
-    ]
+    if fast.covers(scores):
+        tops, totals = fast.normalise(scores)
+    else:
+        largest, weights = weights_of(scores)
+        tops, totals = largest[:, 0].tolist(), quanta(weights).sum(-1).tolist()
+    return [Normaliser(top, log_mass(total)) for top, total in zip(tops, totals, strict=True)]
 
 
 def top_tokens(scores: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]]]:
     """The k[r] best (id, score) of each row, best first, the lower id among equals; never one at -inf."""
-    wanted = torch.tensor([max(count, 1) for count in k], device=scores.device).unsqueeze(1)
+    if fast.covers(scores):
+        return [sorted(row, key=_best_first) for row in fast.best_tokens(scores, k)]
+    wanted = torch.tensor(k, device=scores.device).unsqueeze(1)
     edge = kth_largest(scores, wanted)
     # by value, not by topk's indices: which of several equal scores topk returns depends on the largest k
     # asked for
@@ -131,7 +134,7 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], k: int = 0) -> li
     """
     scored: list[Scored] = []
     for start in range(0, len(target_ids), PROMPT_CHUNK):
-        chunk = logits[start : start + PROMPT_CHUNK].to(torch.float32)
+        chunk = logits[start : start + PROMPT_CHUNK].detach().to(torch.float32)
         targets = list(target_ids[start : start + PROMPT_CHUNK])
         _require_finite(chunk, start)
         values = chunk.gather(1, torch.tensor(targets, device=chunk.device).unsqueeze(1))[:, 0].tolist()

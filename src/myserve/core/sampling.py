@@ -84,7 +84,7 @@ class Sampler:
         A row whose logits hold NaN or +inf, or whose constraints forbid every token, gets an error in its
         place.
         """
-        raw = logits.to(torch.float32).contiguous()
+        raw = logits.detach().to(torch.float32).contiguous()
         edited = edit(raw, rows)
         outcomes: dict[int, Outcome] = {}
         for draw, places in self._divide(rows, raw.device):
