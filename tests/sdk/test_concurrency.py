@@ -118,12 +118,13 @@ async def test_on_a_saturated_server_the_window_follows_the_queue_down_and_up_an
     calls = [
         asyncio.create_task(sampler.sample_with_prompt_tokens([1, i % 256], max_tokens=2)) for i in range(900)
     ]
-    while controller.window > 4:
-        await asyncio.sleep(0.002)
-    queue = 0.0
-    while controller.window < 32:
-        await asyncio.sleep(0.002)
-    await asyncio.gather(*calls)
+    async with asyncio.timeout(60):
+        while controller.window > 4:
+            await asyncio.sleep(0.002)
+        queue = 0.0
+        while controller.window < 32:
+            await asyncio.sleep(0.002)
+        await asyncio.gather(*calls)
     watcher.cancel()
     assert controller.in_flight == 0
     # In flight follows: as a rule all of the window is used, whatever it is at the time.

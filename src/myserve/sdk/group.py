@@ -16,13 +16,12 @@ from myserve.sdk.errors import AttemptFailed, Failure, SamplingDeadlineError, Sa
 from myserve.sdk.gate import Permit
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.retry import retrying
-from myserve.sdk.track import Track
+from myserve.sdk.track import Decode, Track
 from myserve.sdk.transport import describe
 from myserve.sdk.types import SampledCompletion, SampleDelta
 from myserve.wire.perf_metrics import PerfMetrics
 
 OnError = Literal["raise", "keep", "refill"]
-Decode = Callable[[list[int]], str]
 REFILL_ROUNDS = 3
 
 

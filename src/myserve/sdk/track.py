@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from myserve.sdk.request import SampleRequest
 from myserve.sdk.types import Alternative, SampledCompletion, SampleDelta
 
 T = TypeVar("T")
+Decode = Callable[[list[int]], str]
 
 
 class Track:
@@ -28,6 +30,7 @@ class Track:
         self.ids: list[int] = []
         self.finish_reason: str | None = None
         self._texts: list[str] = []
+        self._offsets: list[int] = []  # with echo: where each row's token begins in the text
         self._times: list[float] = []
         self._raw_ids: list[int] | None = None
         self._num_prior = 0  # how many of `ids` came with earlier attempts
@@ -109,6 +112,8 @@ class Track:
         for entry in content:
             self.logprobs.append(entry["logprob"])
             self._sampling.append(entry.get("sampling_logprob"))
+            if self.request.echo and "text_offset" in entry:
+                self._offsets.append(entry["text_offset"])
             if (token_id := entry.get("token_id")) is not None:
                 ids.append(token_id)
             if (tops := entry.get("top_logprobs")) is not None:
@@ -131,7 +136,7 @@ class Track:
         ids = [_written_id(token) for token in logprobs.get("tokens") or ()]
         return [token_id for token_id in ids if token_id is not None]
 
-    def complete(self, request_id: str, decode: Any = None) -> SampledCompletion:
+    def complete(self, request_id: str, decode: Decode | None = None) -> SampledCompletion:
         """The finished sample, every length checked; `AttemptFailed` says what does not fit."""
         prompt_ids, ids = self.prompt_ids, self._completion_ids()
         echo = self.request.echo
@@ -145,7 +150,7 @@ class Track:
         sampling = self._sampling[-len(ids) :] if ids else []
         times = self._times[-len(ids) :] if ids else []
         self.completion = SampledCompletion(
-            text=decode(ids) if echo and decode is not None else "".join(self._texts),
+            text=self._completion_text(ids, decode) if echo else "".join(self._texts),
             full_tokens=prompt_ids + ids,
             prompt_len=len(prompt_ids),
             completion_len=len(ids),
@@ -166,6 +171,15 @@ class Track:
             request_id=request_id,
         )
         return self.completion
+
+    def _completion_text(self, ids: list[int], decode: Decode | None) -> str:
+        """The text without the prompt's, which an echo begins with."""
+        if decode is not None:
+            return decode(ids)
+        text, num_prompt = "".join(self._texts), len(self.prompt_ids)
+        if len(self._offsets) >= num_prompt:
+            return text[self._offsets[num_prompt] :] if len(self._offsets) > num_prompt else ""
+        return text
 
     def _completion_ids(self) -> list[int]:
         streamed, raw = self.ids, self._raw_ids
