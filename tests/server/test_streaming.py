@@ -83,6 +83,20 @@ async def test_a_whole_stream_ends_with_done() -> None:
 
 
 @pytest.mark.asyncio
+async def test_what_is_ready_together_is_written_together() -> None:
+    async def two_steps() -> AsyncGenerator[Mapping[str, Any], None]:
+        for i in range(6):
+            if i == 3:
+                await asyncio.sleep(0.01)
+            yield {"i": i}
+
+    client = Client()
+    await EventStream(two_steps(), lambda: None)({"type": "http"}, client.receive, client.send)
+    bodies = [message["body"] for message in client.received[1:-1]]
+    assert [body.count(b"data: ") for body in bodies] == [3, 4]  # the last with [DONE]
+
+
+@pytest.mark.asyncio
 async def test_a_failure_on_the_way_is_an_error_event_and_no_done(caplog: pytest.LogCaptureFixture) -> None:
     client = Client()
     await serve(Chunks(fails_at=1), client)

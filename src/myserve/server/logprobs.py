@@ -21,17 +21,23 @@ class TokenWriter:
         self._table = table
         self._hidden = table.special_ids if skip_special_tokens else frozenset[int]()
         self._as_ids = as_ids
+        self._shown: dict[int, tuple[str, list[int]]] = {}  # the likeliest alternatives come again and again
 
     def text(self, token_id: int) -> str:
         """A token alone; half a character shows as U+FFFD, which is why there are bytes."""
-        if self._as_ids:
-            return f"token_id:{token_id}"
-        raw: bytes = self._table[token_id]
-        return raw.decode("utf-8", "replace")
+        return self._show(token_id)[0]
 
     def bytes_in_text(self, token_id: int) -> list[int] | None:
         """What the token adds to the text, or None for one that the text leaves out."""
-        return None if token_id in self._hidden else list(self._table[token_id])
+        return None if token_id in self._hidden else self._show(token_id)[1]
+
+    def _show(self, token_id: int) -> tuple[str, list[int]]:
+        shown = self._shown.get(token_id)
+        if shown is None:
+            raw: bytes = self._table[token_id]
+            text = f"token_id:{token_id}" if self._as_ids else raw.decode("utf-8", "replace")
+            shown = self._shown[token_id] = (text, list(raw))
+        return shown
 
     def entry(self, token: TokenOutput, *, in_text: bool = True) -> TokenLogprob:
         """One sampled token. `in_text` is False for what ended the completion and was cut off with it."""
@@ -78,10 +84,11 @@ class TokenWriter:
         return {str(token.token_id): own} | ranked
 
     def _alternatives(self, pairs: Iterable[tuple[int, float]]) -> list[TopLogprob]:
-        return [
-            {"token": self.text(i), "bytes": list(self._table[i]), "logprob": value, "token_id": i}
-            for i, value in _finite_pairs(pairs)
-        ]
+        written: list[TopLogprob] = []
+        for token_id, value in _finite_pairs(pairs):
+            text, raw = self._show(token_id)
+            written.append({"token": text, "bytes": raw, "logprob": value, "token_id": token_id})
+        return written
 
 
 def with_offsets(entries: Sequence[TokenLogprob], start: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, NamedTuple
+
+import orjson
 
 DONE_DATA = "[DONE]"
 DONE = b"data: [DONE]\n\n"
@@ -30,8 +31,8 @@ class ServerSentEvent(NamedTuple):
         return self.data == DONE_DATA
 
     def json(self) -> Any:
-        """The data as a JSON value; `json.JSONDecodeError` (a ValueError) when it is none."""
-        return json.loads(self.data)
+        """The data as a JSON value; `orjson.JSONDecodeError` (a ValueError) when it is none."""
+        return orjson.loads(self.data)
 
 
 def encode_event(data: str | bytes, event: str | None = None) -> bytes:
