@@ -42,14 +42,18 @@ def exact_forward(model: PreTrainedModel) -> PreTrainedModel:
     modules: list[Any] = list(model.modules())
     for module in modules:
         if isinstance(module, nn.Linear):
-            module.forward = MethodType(lambda self, x: exact_linear(x, self.weight, self.bias), module)
+            _replace_forward(module, lambda self, x: exact_linear(x, self.weight, self.bias))
         elif isinstance(module, Conv1D):
-            module.forward = MethodType(lambda self, x: exact_linear(x, self.weight.T, self.bias), module)
+            _replace_forward(module, lambda self, x: exact_linear(x, self.weight.T, self.bias))
         elif is_router(module):
             module.forward = _with_exact_products(module.forward)
         elif hasattr(module, "_is_expert_parallel"):
             module.config._experts_implementation = TRAINER_NAME
     return model
+
+
+def _replace_forward(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> None:
+    module.forward = MethodType(forward, module)
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -139,7 +143,7 @@ def _attention_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [B, H, T, D], key and value [B, Hkv, T, D], attention_mask [B, T] or None; gives [B, T, H, D]."""
-    batch, _, length, head_dim = query.shape
+    batch, length, head_dim = query.shape[0], *query.shape[2:]
     real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     options: dict[str, Any] = {
         "scale": head_dim**-0.5 if scaling is None else scaling,
