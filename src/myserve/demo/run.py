@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,11 +30,9 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="end after the answers instead of staying up")
     once = parser.parse_args().once
     began = time.monotonic()
-    with ThreadPoolExecutor(1) as pool, served_model(free_port()) as (url, server):
-        # transformers takes seconds to import: that happens while the server starts.
-        tokenizer = pool.submit(load_tokenizer)
+    with served_model(free_port()) as (url, server):
         try:
-            asyncio.run(show(url, server, tokenizer, began))
+            asyncio.run(show(url, server, began))
             if not once:
                 out.print("[dim]serving until Ctrl-C[/]")
                 server.wait()
@@ -64,7 +62,9 @@ def free_port() -> int:
 @contextmanager
 def served_model(port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`myserve serve` as a process of its own, as anybody would run it; ended with the block."""
-    server = subprocess.Popen([sys.executable, "-m", "myserve", "serve", "--port", str(port)])
+    environment = {**os.environ, "TQDM_DISABLE": "1"}  # no bar for four megabytes
+    command = [sys.executable, "-m", "myserve", "serve", "--port", str(port)]
+    server = subprocess.Popen(command, env=environment)
     try:
         yield f"http://127.0.0.1:{port}", server
     finally:
@@ -76,15 +76,7 @@ def served_model(port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
             server.wait()
 
 
-def load_tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    from myserve.demo import embedded_model_path
-
-    return AutoTokenizer.from_pretrained(embedded_model_path())
-
-
-async def show(url: str, server: subprocess.Popen[bytes], tokenizer: Future[Any], began: float) -> None:
+async def show(url: str, server: subprocess.Popen[bytes], began: float) -> None:
     """The three conversations, then where to go on."""
     client = ServerClient(url)
     with out.status("starting the server on the embedded model"):
@@ -94,7 +86,7 @@ async def show(url: str, server: subprocess.Popen[bytes], tokenizer: Future[Any]
     out.print(legend(), end="\n\n")
     await count_to_three(client, model)
     await say_a_color(client, model)
-    await solve(url, model, tokenizer)
+    await solve(client, model)
     out.print(how_to_go_on(url, model), soft_wrap=True)
     await client.aclose()
 
@@ -135,17 +127,21 @@ async def count_to_three(client: ServerClient, model: str) -> None:
     entries = answer["choices"][0]["logprobs"]["content"]
     asked("Count to three:", "seed 1337, five alternatives a token")
     out.print(ProbabilityPrinter().all(entries))
-    out.print(alternatives(entries))
+    out.print(alternatives(entries), end="\n\n")
 
 
 def alternatives(entries: list[Mapping[str, Any]]) -> Table:
-    """A row a token: what was drawn, and what stood beside it."""
+    """A row a token: what was drawn, and those of the five alternatives that had a chance."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("token", "probability", "alternatives"):
         table.add_column(column, justify="right" if column == "probability" else "left")
     for entry in entries:
         p = probability(entry)
-        others = [Text(f"{top['token']!r} {probability(top):.0%}", "dim") for top in entry["top_logprobs"]]
+        others = [
+            Text(f"{top['token']!r} {probability(top):.1%}", "dim")
+            for top in entry["top_logprobs"]
+            if top["token_id"] != entry["token_id"] and probability(top) >= 0.001
+        ]
         table.add_row(Text(repr(entry["token"]), colour_of(p)), f"{p:.1%}", Text("  ").join(others))
     return table
 
@@ -177,24 +173,28 @@ async def streamed_entries(client: ServerClient, body: Mapping[str, Any]) -> Asy
             yield entry
 
 
-async def solve(url: str, model: str, tokenizer: Future[Any]) -> None:
-    """Four samples of one prompt through the SDK, as a trainer draws them: one prefill, ids, logprobs."""
+async def solve(client: ServerClient, model: str) -> None:
+    """Four samples of one prompt through the SDK, as a trainer draws them: one prefill, ids, logprobs.
+
+    A trainer has its tokenizer at hand and calls `sample_with_tokens(messages)`; here the server tokenizes, for
+    importing transformers would take longer than all the rest.
+    """
+    prompt = await client.post("/tokenize", {"model": model, "messages": said("Solve: 2+2=")})
     sampler = DeploymentSampler(
-        inference_url=url,
+        inference_url=client.url,
         model=model,
-        tokenizer=await asyncio.wrap_future(tokenizer),
         concurrency_controller=AdaptiveConcurrencyController(initial_window=16),
     )
     asked("Solve: 2+2=", "four samples through DeploymentSampler")
     async with sampler:
-        for c in await sampler.sample_with_tokens(
-            messages=said("Solve: 2+2="), n=4, max_tokens=32, temperature=0.7, seed=7, logprobs=True
+        for c in await sampler.sample_with_prompt_tokens(
+            prompt["tokens"], n=4, max_tokens=32, temperature=0.7, seed=7, logprobs=True
         ):
             likelihood = sum(c.inference_logprobs or ())
             out.print(
                 Text.assemble(
                     (c.text, "bold"),
-                    (f"   {c.completion_len} tokens, logprob {likelihood:.2f}, {c.finish_reason}", "dim"),
+                    (f"   {c.completion_len} tokens, logprob {likelihood:.4f}, {c.finish_reason}", "dim"),
                 )
             )
     out.print()
