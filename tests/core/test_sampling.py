@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from myserve.core import fast
+from myserve.core import fast, kernels
 from myserve.core.logprobs import prompt_logprobs
 from myserve.core.sampling import (
     RowState,
@@ -111,6 +113,14 @@ def test_compiled_and_tensor_draws_are_the_same_bits(make_row: MakeRow, vocab: i
         logits[1::2, 1] = -torch.inf
     for _ in range(2):
         assert step(Sampler(), logits, rows) == step(Sampler(compiled=False), logits, again)
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=300), st.integers(1, 300))
+@settings(max_examples=200, deadline=None)
+def test_sort_best_brings_the_k_largest_to_the_front(values: list[int], k: int) -> None:
+    k = min(k, len(values))
+    ordered = kernels.sort_best(torch.tensor(values, dtype=torch.float32).numpy(), k)
+    assert ordered[:k].tolist() == sorted(values, reverse=True)[:k]
 
 
 @pytest.mark.parametrize("vocab", [1, 63, VOCAB, 4_999])

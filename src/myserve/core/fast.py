@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from myserve.core.numerics import MASS_ONE
+from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 
 SMALLEST_NORMAL = 2.0**-126
@@ -35,6 +36,23 @@ class Drawn(NamedTuple):
 def available() -> bool:
     """Whether Numba is installed."""
     return find_spec("numba") is not None
+
+
+def warm_up() -> None:
+    """Load the compiled code, or compile it (about ten seconds, once an installation), before it is waited for."""
+    if available():
+        scores = torch.zeros(1, 2)
+        row = RowState(
+            SamplingParams(),
+            seed=0,
+            sample_index=0,
+            prompt_token_ids=(),
+            vocab_size=2,
+            eos_token_ids=(),
+        )
+        draw(scores, scores, [row])
+        normalise(scores)
+        best_tokens(scores, [1])
 
 
 def knows(row: RowState) -> bool:
