@@ -310,6 +310,14 @@ def test_health(server: Any) -> None:
     assert "version" in httpx.get(server.url + "/version").json()
 
 
+def test_the_playground_asks_nobody_else(server: Any) -> None:
+    page = httpx.get(server.url + "/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+
+
 def test_the_schema_documents_the_bodies(server: Any) -> None:
     schema = httpx.get(server.url + "/openapi.json").json()
     body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"][

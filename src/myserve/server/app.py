@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from myserve.errors import MyserveError
-from myserve.server import chat, completions, health, tokenize
+from myserve.server import chat, completions, health, playground, tokenize
 from myserve.server.errors import error_response, http_error_response, status_of
 from myserve.server.models import Models
 from myserve.server.reading import SCHEMAS
@@ -48,7 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
     app.state.models = Models(settings)
-    for family in (chat, completions, tokenize, health):
+    for family in (chat, completions, tokenize, health, playground):
         app.include_router(family.router)
     app.add_exception_handler(MyserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
