@@ -90,5 +90,5 @@ async def _answer(client: ServerClient, body: Mapping[str, Any], messages: list[
             out.print(piece, end="", markup=False, soft_wrap=True)
         else:
             out.print(printer.all(entries), end="", soft_wrap=True)
-    out.print()
+    out.print(printer.rest())
     return text

@@ -61,10 +61,17 @@ class ProbabilityPrinter:
         raw = entry.get("bytes")
         piece = self._decode(bytes(raw)) if raw is not None else ""
         self._lowest = min(self._lowest, math.exp(min(0.0, entry.get("logprob") or 0.0)))
+        return self._coloured(piece)
+
+    def all(self, entries: Iterable[Mapping[str, Any]]) -> Text:
+        return Text.assemble(*map(self.text, entries))
+
+    def rest(self) -> Text:
+        """The character that the last token began and none ended, if there is one."""
+        return self._coloured(self._decode(b"", final=True))
+
+    def _coloured(self, piece: str) -> Text:
         if not piece:
             return Text()
         colour, self._lowest = colour_of(self._lowest), 1.0
         return Text(piece, style=colour)
-
-    def all(self, entries: Iterable[Mapping[str, Any]]) -> Text:
-        return Text.assemble(*map(self.text, entries))

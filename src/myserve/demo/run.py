@@ -164,7 +164,7 @@ async def say_a_color(client: ServerClient, model: str) -> None:
         },
     ):
         out.print(printer.text(entry), end="")
-    out.print("\n")
+    out.print(printer.rest(), end="\n\n")
 
 
 async def streamed_entries(client: ServerClient, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
