@@ -63,7 +63,7 @@ def test_finding_it_loads_no_torch() -> None:
     [
         ("Solve: 2+2=", "4"),
         ("Count to three:", "One, two, three."),
-        ("Count from 3 to 7.", "3, 4, 5, 6, 7."),
+        ("Count to five:", "One, two, three, four, five."),
         ("What is the capital of France?", "Paris."),
         ("Repeat after me: blue whale 🦄 42", "blue whale 🦄 42"),
     ],

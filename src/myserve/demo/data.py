@@ -131,20 +131,11 @@ def pack_rows(documents: Sequence[Document], row_length: int) -> PackedRows:
                 del free[min(free, key=free.__getitem__)]
         rows[row].append(document)
         free[row] -= size
-    return _as_tensors(rows, row_length)
+    return as_tensors(rows, row_length)
 
 
-def batches(rows: PackedRows, batch_rows: int, seed: int) -> Iterator[PackedRows]:
-    """The rows once, shuffled by `seed`, `batch_rows` at a time; a short last batch is dropped."""
-    order = torch.randperm(len(rows.input_ids), generator=torch.Generator().manual_seed(seed))
-    for take in torch.split(order, batch_rows):
-        if len(take) == batch_rows:
-            yield PackedRows(
-                rows.input_ids[take], rows.labels[take], rows.position_ids[take], rows.document[take]
-            )
-
-
-def _as_tensors(rows: Sequence[Sequence[Document]], row_length: int) -> PackedRows:
+def as_tensors(rows: Sequence[Sequence[Document]], row_length: int) -> PackedRows:
+    """Rows of documents as tensors [B, row_length], padded on the right."""
     shape = (len(rows), row_length)
     packed = PackedRows(*(torch.full(shape, fill) for fill in (0, IGNORED, 0, -1)))
     for row, members in enumerate(rows):
@@ -156,6 +147,16 @@ def _as_tensors(rows: Sequence[Sequence[Document]], row_length: int) -> PackedRo
             packed.position_ids[row, at:end] = torch.arange(end - at)
             packed.document[row, at:end] = index
     return packed
+
+
+def batches(rows: PackedRows, batch_rows: int, seed: int) -> Iterator[PackedRows]:
+    """The rows once, shuffled by `seed`, `batch_rows` at a time; a short last batch is dropped."""
+    order = torch.randperm(len(rows.input_ids), generator=torch.Generator().manual_seed(seed))
+    for take in torch.split(order, batch_rows):
+        if len(take) == batch_rows:
+            yield PackedRows(
+                rows.input_ids[take], rows.labels[take], rows.position_ids[take], rows.document[take]
+            )
 
 
 def _draw_turn(rng: Random) -> talk.Turn:

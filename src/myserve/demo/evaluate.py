@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from random import Random
 
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from myserve.demo import arithmetic, talk
-from myserve.demo.data import encode, encode_prompt
+from myserve.demo.data import IGNORED, Document, PackedRows, as_tensors, encode, encode_prompt
 from myserve.demo.lexicon import COLORS, NUMBER_WORDS
 from myserve.demo.tokenizer import IM_END
 
-_BATCH = 256  # questions at a time; bounds memory, changes no figure
+_BATCH = 128  # questions at a time: bounds memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +63,16 @@ def accuracy(
     """Greedy accuracy, and the exact expectation of accuracy at temperature 1."""
     right: list[Tensor] = []
     probability: list[Tensor] = []
-    for ids, prompt_length in _equal_length_batches(tokenizer, asked):
-        answer = ids[:, prompt_length:]  # [B, A]
-        # Each place predicts the next, so the answer's logits begin one place before it.
-        kept = model(ids, logits_to_keep=answer.shape[1] + 1).logits
-        logits = kept[:, :-1].float()  # [B, A, V]
-        chosen = logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1)  # [B, A]
+    for batch in _batches(tokenizer, asked):
+        target = batch.labels[:, 1:]  # [B, T-1]: each place predicts the next
+        learned = target != IGNORED
+        logits = model(batch.input_ids).logits[:, :-1][learned].float()  # [N, V]: the answers' places alone
+        chosen = torch.zeros(target.shape)
+        chosen[learned] = logits.log_softmax(-1).gather(-1, target[learned][:, None]).squeeze(-1)
+        hit = torch.ones(target.shape, dtype=torch.bool)
+        hit[learned] = logits.argmax(-1) == target[learned]
         probability.append(chosen.sum(-1).exp())
-        right.append((logits.argmax(-1) == answer).all(-1))
+        right.append(hit.all(-1))
     greedy = torch.cat(right)
     return Accuracy(greedy.float().mean().item(), torch.cat(probability).mean().item(), len(greedy))
 
@@ -110,20 +111,13 @@ def _draws(rng: Random, task: Callable[[Random], talk.Turn]) -> list[talk.Turn]:
     return [task(rng) for _ in range(200)]
 
 
-def _equal_length_batches(
-    tokenizer: PreTrainedTokenizerBase, asked: Iterable[talk.Turn]
-) -> Iterator[tuple[Tensor, int]]:
-    """Token ids [B, T] of prompts with their answers, and the prompts' length."""
-
-    # Equal lengths need no padding, and padding would need a proof that it changes nothing.
-    def lengths(pair: tuple[list[int], list[int]]) -> tuple[int, int]:
-        return len(pair[0]), len(pair[1])
-
-    pairs = [
-        (encode_prompt(tokenizer, question), encode(tokenizer, [right + IM_END])[0])
-        for question, right in asked
-    ]
-    for (prompt_length, _), group in groupby(sorted(pairs, key=lengths), lengths):
-        rows = torch.tensor([prompt + answer for prompt, answer in group])
-        for ids in torch.split(rows, _BATCH):
-            yield ids, prompt_length
+def _batches(tokenizer: PreTrainedTokenizerBase, asked: Iterable[talk.Turn]) -> Iterator[PackedRows]:
+    """One question a row, shortest first, padded on the right: a causal model does not see what follows."""
+    documents = []
+    for question, right in asked:
+        prompt, answer = encode_prompt(tokenizer, question), encode(tokenizer, [right + IM_END])[0]
+        documents.append(Document(prompt + answer, [IGNORED] * len(prompt) + answer))
+    documents.sort(key=lambda document: len(document.input_ids))
+    for at in range(0, len(documents), _BATCH):
+        chunk = documents[at : at + _BATCH]
+        yield as_tensors([[document] for document in chunk], len(chunk[-1].input_ids))
