@@ -136,6 +136,24 @@ def test_compiled_and_tensor_logprobs_are_the_same_bits(monkeypatch: pytest.Monk
             assert prompt_logprobs(logits, targets, k) == compiled
 
 
+def test_the_callers_grad_mode_does_not_matter(make_row: MakeRow) -> None:
+    sampler, logits, mix = Sampler(), logits_for(1), {"frequency_penalty": 0.5, "repetition_penalty": 1.2}
+    inside, outside = torch.inference_mode, torch.enable_grad
+    for made, used in ((inside, outside), (outside, inside)):
+        with made():
+            row = make_row(**mix)
+            first = step(sampler, logits, [row])
+        with used():
+            assert first + step(sampler, logits, [row]) == [
+                *first,
+                *step(Sampler(), logits, [row_after(make_row, first, mix)]),
+            ]
+
+
+def row_after(make_row: MakeRow, drawn: list[Sampled], mix: dict[str, float]) -> RowState:
+    return make_row(completion=[one.token_id for one in drawn], **mix)
+
+
 def test_logits_that_still_carry_a_graph_are_taken(make_row: MakeRow) -> None:
     logits = logits_for(1).requires_grad_()
     assert Sampler().sample(logits, [make_row()]) == Sampler().sample(logits.detach(), [make_row()])

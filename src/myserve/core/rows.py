@@ -96,6 +96,7 @@ class History:
     number.
     """
 
+    @torch.inference_mode()  # here and in `append`: whatever mode the caller is in, they agree
     def __init__(self, prompt_token_ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
         known = [token_id for token_id in dict.fromkeys(prompt_token_ids) if 0 <= token_id < vocab_size]
         self._slots = {token_id: slot for slot, token_id in enumerate(known)}
@@ -107,6 +108,7 @@ class History:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @torch.inference_mode()
     def append(self, token_id: int) -> None:
         slot = self._slots.setdefault(token_id, len(self._slots))
         if slot == len(self._ids):

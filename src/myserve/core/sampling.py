@@ -16,7 +16,7 @@ from torch import Tensor
 
 from myserve.core import fast
 from myserve.core.behaviour import scale, truncate
-from myserve.core.edits import edit
+from myserve.core.edits import Scratch, edit
 from myserve.core.logprobs import (
     Kept,
     Normaliser,
@@ -76,8 +76,9 @@ class Sampler:
 
     def __init__(self, *, compiled: bool = True) -> None:
         self._compiled = compiled and fast.available()
+        self._scratch = Scratch()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[Outcome]:
         """Draw from `logits` [B, V] (raw, any float dtype), row b under `rows[b]`; append nothing to them.
 
@@ -85,7 +86,7 @@ class Sampler:
         place.
         """
         raw = logits.detach().to(torch.float32).contiguous()
-        edited = edit(raw, rows)
+        edited = edit(raw, rows, self._scratch)
         outcomes: dict[int, Outcome] = {}
         for draw, places in self._divide(rows, raw.device):
             # indexing copies a vocabulary a row: not when a part is the whole
