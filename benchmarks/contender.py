@@ -25,7 +25,7 @@ from myserve.bench.workload import SAMPLING, Prompt, Workload, id_prompts
 # Above the tokenizer's bytes and its special tokens, below the model's vocabulary.
 PROMPT_IDS = range(1000, 150_000)
 _LETTERS = string.ascii_lowercase  # of which the benchmark's tokenizer makes a token each
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 900.0  # vLLM compiles for two minutes on a quiet machine
 
 
 class Contender:
@@ -34,6 +34,7 @@ class Contender:
     def __init__(self, peer: Peer, model: Path) -> None:
         self.name = peer.name
         self._peer = peer
+        self._model = str(model)  # what all of them call it: some take no other name
         self._log = ROOT / f"{peer.name}.log"
         port = _free_port()
         self._url = f"http://127.0.0.1:{port}"
@@ -43,7 +44,7 @@ class Contender:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 launch.command,
-                env=os.environ | dict(launch.env),
+                env=_environment() | dict(launch.env),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if peer.prompts == "stdin" else log,
                 stderr=log,
@@ -92,13 +93,15 @@ class Contender:
             self._process.stdout.close()
 
     async def _run_over_http(self, workload: Workload, seed: int) -> Figures:
-        target = Target(self._url, "bench")
+        target = Target(self._url, self._model)
         try:
             if self._peer.prompts == "ids":
                 extras = {"ignore_eos": True, "stream_options": {"include_usage": True}}
                 return await target.run(
                     workload, id_prompts(workload, PROMPT_IDS, seed), Dialect(True, extras)
                 )
+            if workload.sampling == "logprobs":
+                raise BenchError(f"{self.name} gives no logprobs")
             # Without `n` and `ignore_eos`: n requests then, and an end token once in 150,000.
             alone = Workload(workload.choices, workload.prompt_len, workload.output_len, workload.sampling)
             texts = [text for text in _texts(workload, seed) for _ in range(workload.n)]
@@ -131,7 +134,7 @@ class Contender:
         """A token has come back: a server that listens need not have loaded its model."""
         dialect = Dialect(self._peer.prompts == "ids", {}, takes_filters=False)
         prompt: Prompt = [1000, 1001] if self._peer.prompts == "ids" else "ab"
-        body = dialect.body("bench", Workload(1, 2, 1), prompt) | {"stream": False}
+        body = dialect.body(self._model, Workload(1, 2, 1), prompt) | {"stream": False}
         request = urllib.request.Request(
             self._url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
@@ -150,6 +153,11 @@ def _texts(workload: Workload, seed: int) -> list[str]:
     """As many letters as tokens are asked for."""
     draw = random.Random(seed)
     return ["".join(draw.choices(_LETTERS, k=workload.prompt_len)) for _ in range(workload.streams)]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, less what our Makefile sets for ourselves: peers run as their own users run them."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
 
 
 def _free_port() -> int:

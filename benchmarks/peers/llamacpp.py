@@ -47,7 +47,7 @@ def launch(folder: Path, model: Path, port: int) -> Launch:
     # One pool of KV for all slots; no reuse of prompts, which differ anyhow.
     slots = ["--parallel", "32", "--ctx-size", "16384", "--kv-unified", "--no-cache-prompt"]
     threads = ["--threads", str(os.cpu_count())]
-    command = [server, "--model", str(folder / "model.gguf"), "--alias", "bench", "--no-webui"]
+    command = [server, "--model", str(folder / "model.gguf"), "--alias", str(model), "--no-webui"]
     return Launch([*command, "--host", "127.0.0.1", "--port", str(port), *slots, *threads])
 
 

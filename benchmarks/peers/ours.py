@@ -13,7 +13,7 @@ def _nothing_to_install(folder: Path, model: Path) -> None:
 
 
 def launch(folder: Path, model: Path, port: int) -> Launch:
-    command = [sys.executable, "-m", "myserve", "serve", str(model), "--served-model-name", "bench"]
+    command = [sys.executable, "-m", "myserve", "serve", str(model), "--served-model-name", str(model)]
     return Launch([*command, "--port", str(port)])
 
 

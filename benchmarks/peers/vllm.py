@@ -34,8 +34,17 @@ def install(folder: Path, model: Path) -> None:
 
 def launch(folder: Path, model: Path, port: int) -> Launch:
     options = ["--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", "4096"]
-    command = [str(folder / "bin" / "vllm"), "serve", str(model), "--served-model-name", "bench"]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "2", "LD_PRELOAD": ":".join(_preloaded(folder))}
+    # Not its `vllm` command, which looks for a distribution of that name: this one is called vllm-cpu.
+    command = [
+        str(folder / "bin" / "python"),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+    ]
+    # It would keep one core for itself: of two, that is half of its speed.
+    env = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    env |= {"LD_PRELOAD": ":".join(_preloaded(folder))}
     return Launch([*command, "--host", "127.0.0.1", "--port", str(port), *options], env)
 
 
