@@ -2,6 +2,7 @@
 
 from myserve.sdk.batch import Batch, BatchGroup
 from myserve.sdk.concurrency import AdaptiveConcurrencyController, FixedConcurrencyController, StepSummary
+from myserve.sdk.conversation import Conversation, Trajectory
 from myserve.sdk.errors import SamplingDeadlineError, SamplingError
 from myserve.sdk.options import SampleOptions
 from myserve.sdk.retry import RetryPolicy
@@ -14,6 +15,7 @@ __all__ = [
     "Batch",
     "BatchGroup",
     "Completions",
+    "Conversation",
     "DeploymentSampler",
     "FixedConcurrencyController",
     "RetryPolicy",
@@ -24,4 +26,5 @@ __all__ = [
     "SamplingDeadlineError",
     "SamplingError",
     "StepSummary",
+    "Trajectory",
 ]

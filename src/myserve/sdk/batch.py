@@ -125,7 +125,8 @@ class _Runner:
         def on_end(end: SampledCompletion | SamplingError) -> None:
             if self._journal is not None and isinstance(end, SampledCompletion):
                 self._journal.add(fingerprint, end)
-            if self._bar is not None:
+            is_final = isinstance(end, SampledCompletion) or call.on_error == "keep"  # else it is asked for again
+            if self._bar is not None and is_final:
                 self._bar.advance(1)
 
         if self._bar is not None:

@@ -72,6 +72,7 @@ class Group:
 
     async def _refill(self) -> None:
         failed = [track for track in self.tracks if track.error is not None and track.error.retryable]
+        self._backend.stats.failed -= len(failed)
         for track in failed:
             track.error = None
         if failed:

@@ -148,7 +148,7 @@ def _choice(index: int, drawn: Drawn | None, seed: int) -> dict[str, Any]:
     }
     return {
         "index": index,
-        "text": token,
+        "text": ToyTokenizer().decode([drawn.token_id], skip_special_tokens=True),
         "token_ids": [drawn.token_id],
         "logprobs": {"content": [entry]},
         "seed": seed,
