@@ -110,7 +110,7 @@ def test_typical_p_is_theirs(case: tuple[int, int, float], mass: float) -> None:
 def test_temperature_is_theirs_bit_for_bit_where_theirs_is_finite(values: list[float], t: float) -> None:
     scores = torch.tensor([values])
     expected = theirs.TemperatureLogitsWarper(t)(NO_IDS, scores)
-    assume(expected.amax() < torch.inf)
+    assume(bool(expected.amax().isfinite()))
     assert torch.equal(apply_temperature(scores, column(t)), expected)
 
 

@@ -8,109 +8,29 @@ would let the compiler change the bits. Needs Numba; without it `sampling` uses 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
 
-from myserve.core import noise, numerics
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def compiled(function: Function) -> Function:
-    """Compile on first call, without the interpreter's lock; what was compiled is kept on disk."""
-    return cast("Function", njit(nogil=True, cache=True, error_model="numpy")(function))
-
-
-BLOCK = noise.BLOCK
-WORD = np.uint64(noise.WORD)
-M0, M1 = np.uint64(noise.PHILOX_M0), np.uint64(noise.PHILOX_M1)
-W0, W1 = np.uint64(noise.PHILOX_W0), np.uint64(noise.PHILOX_W1)
-HALF_WORD = np.uint64(32)
-ROUNDS = noise.PHILOX_ROUNDS
-LARGEST_UNIFORM = noise.LARGEST_UNIFORM
-
-LOG2_E, ROUND_TO_INTEGER = np.float32(numerics.LOG2_E), np.float32(numerics.ROUND_TO_INTEGER)
-LN2_HIGH, LN2_LOW = np.float32(numerics.LN2_HIGH), np.float32(numerics.LN2_LOW)
-UNDERFLOW = np.float32(numerics.EXP_UNDERFLOW)
-C7, C6, C5, C4, C3, C2, C1, C0 = (np.float32(c) for c in numerics.EXP_COEFFICIENTS)
-ZERO, MASS_ONE, INFINITY = np.float32(0.0), np.float32(numerics.MASS_ONE), np.float32(math.inf)
-LN2, SQRT_HALF = numerics.LN2, numerics.SQRT_HALF
-ATANH = np.array(numerics.ATANH_COEFFICIENTS)
-INFINITY_BITS = 0x7F800000
-LOWEST_KEY, MAGNITUDE, SIGN_SHIFT = np.int32(-(2**31)), np.int32(0x7FFFFFFF), np.int32(31)
+from myserve.core.kernel_math import (
+    BLOCK,
+    INFINITY,
+    INFINITY_BITS,
+    LOWEST_KEY,
+    MAGNITUDE,
+    MASS_ONE,
+    SIGN_SHIFT,
+    ZERO,
+    compiled,
+    exp,
+    neg_log1m,
+    philox,
+    uniform,
+)
 
 BUCKETS = 2048  # of distances below the largest score, BUCKETS_PER_UNIT to 1; the last one takes all the rest
 BUCKETS_PER_UNIT, LAST_BUCKET = np.float32(64.0), np.float32(BUCKETS - 1)
 FIRST_GUESS = 64  # scores to try a nucleus with, before the whole row is looked at
-
-
-@intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
-def power_of_two(typing_context: Any, shifted: Any) -> Any:
-    """2**n of the float32 n + ROUND_TO_INTEGER, whose lowest bits are n's."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(32)
-        n = builder.shl(builder.bitcast(args[0], word), ir.Constant(word, 23))
-        return builder.bitcast(builder.add(n, ir.Constant(word, 127 << 23)), ir.FloatType())
-
-    return types.float32(types.float32), codegen
-
-
-@compiled
-def exp(x: Any) -> Any:
-    """`numerics.exp`."""
-    y = max(UNDERFLOW, x)
-    shifted = y * LOG2_E + ROUND_TO_INTEGER
-    n = shifted - ROUND_TO_INTEGER
-    r = (y - n * LN2_HIGH) - n * LN2_LOW
-    poly = ((((((C7 * r + C6) * r + C5) * r + C4) * r + C3) * r + C2) * r + C1) * r + C0
-    weight = poly * power_of_two(shifted)
-    return ZERO if x < UNDERFLOW else weight
-
-
-@compiled
-def neg_log1m(v: float) -> float:
-    """`numerics.neg_log1m`."""
-    k = 0
-    if v < 1.0 - SQRT_HALF:
-        s = -v / (2.0 - v)
-    else:
-        mantissa, k = math.frexp(1.0 - v)
-        if mantissa < SQRT_HALF:
-            mantissa, k = mantissa * 2.0, k - 1
-        s = (mantissa - 1.0) / (mantissa + 1.0)
-    square = s * s
-    poly = ATANH[0]
-    for i in range(1, len(ATANH)):
-        poly = poly * square + ATANH[i]
-    return float(-(k * LN2 + (s * 2.0) * poly))
-
-
-@compiled
-def philox(x0: Any, x1: Any, x2: Any, x3: Any, k0: Any, k1: Any) -> Any:
-    """`noise.philox`, its first three words; uint64 that hold 32 bits."""
-    for _ in range(ROUNDS):
-        product0, product1 = x0 * M0, x2 * M1
-        x0, x1, x2, x3 = (
-            (product1 >> HALF_WORD) ^ x1 ^ k0,
-            product1 & WORD,
-            (product0 >> HALF_WORD) ^ x3 ^ k1,
-            product0 & WORD,
-        )
-        k0, k1 = (k0 + W0) & WORD, (k1 + W1) & WORD
-    return x0, x1, x2
-
-
-@compiled
-def uniform(w0: Any, w1: Any) -> Any:
-    """`noise.exponential`'s v."""
-    v = np.float64(w0) * 2.0**-32 + (np.float64(w1) + 0.5) * 2.0**-64
-    return min(LARGEST_UNIFORM, v)
 
 
 @compiled
