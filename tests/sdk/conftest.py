@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import uvicorn
 from aiohttp import web
 
 from myserve.sdk import DeploymentSampler, RetryPolicy
 from myserve.sdk.testing import NextToken, ToyTokenizer, fake_events, tiny_model
+from myserve.server.app import create_app
+from myserve.server.settings import Settings
 from myserve.wire.sse import DONE, encode_event
 
 QUICK = RetryPolicy(max_attempts=6, first_pause=0.01, longest_pause=0.05)
@@ -175,3 +182,19 @@ def make_sampler(stub: StubServer) -> Callable[..., DeploymentSampler]:
 @pytest.fixture
 def fault() -> type[Fault]:
     return Fault
+
+
+@pytest.fixture(scope="session")
+def server_url(tiny_model: Callable[[str], Path]) -> Iterator[str]:
+    app = create_app(Settings(models={"tiny": str(tiny_model("qwen3"))}))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while set(app.state.models.readiness().values()) != {"ready"}:
+        assert thread.is_alive()
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    listener.close()

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
-import uvicorn
 
 from myserve.sdk import (
     AdaptiveConcurrencyController,
@@ -20,29 +15,11 @@ from myserve.sdk import (
     FixedConcurrencyController,
     RetryPolicy,
 )
-from myserve.server.app import create_app
-from myserve.server.settings import Settings
 
 pytestmark = pytest.mark.asyncio
 PROMPTS = [[1, 67, 281, number] for number in range(5, 9)]
 OPTIONS = {"n": 3, "max_tokens": 16, "seed": 7, "logprobs": True, "top_logprobs": 2, "top_p": 0.9}
 MANY = RetryPolicy(max_attempts=20, first_pause=0.005, longest_pause=0.02)
-
-
-@pytest.fixture(scope="module")
-def server_url(tiny_model: Callable[[str], Path]) -> Iterator[str]:
-    app = create_app(Settings(models={"tiny": str(tiny_model("qwen3"))}))
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while set(app.state.models.readiness().values()) != {"ready"}:
-        assert thread.is_alive()
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    listener.close()
 
 
 @asynccontextmanager
