@@ -104,9 +104,8 @@ class Generation:
     def _take(self, position: int, delta: Delta) -> tuple[Choice, Delta]:
         first = position * self._n
         if delta.prompt_logprobs is not None:
-            for sibling in self.choices[
-                first : first + self._n
-            ]:  # the prompt was scored once for all of them
+            # The prompt was scored once for all of its choices.
+            for sibling in self.choices[first : first + self._n]:
                 sibling.prompt_logprobs = delta.prompt_logprobs
         choice = self.choices[first + delta.index]
         choice.add(delta)
