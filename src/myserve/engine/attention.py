@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,10 +55,14 @@ def allocate_layer(
     """
     if torch.device(device).type != "cpu":
         shape: tuple[int, ...] = (num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
-    else:
-        shape = (num_blocks, num_kv_heads, BLOCK_SIZE * padded(head_dim))
-        dtype = _cpu_cache_dtype(dtype)
-    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+    shape = (num_blocks, num_kv_heads, BLOCK_SIZE * padded(head_dim))
+    return _untouched_zeros(shape, _cpu_cache_dtype(dtype)), _untouched_zeros(shape, _cpu_cache_dtype(dtype))
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the system hands out when they are first written; torch.zeros would write them all now."""
+    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8)).view(dtype).squeeze(-1)
 
 
 def bytes_per_block(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
