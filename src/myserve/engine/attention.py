@@ -10,6 +10,7 @@ transformers calls `paged_forward`, which finds what it needs in a keyword of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,14 @@ def allocate_layer(
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages the system hands out when they are first written; torch.zeros would write them all now."""
-    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8)).view(dtype).squeeze(-1)
+    """Zeros whose pages the system hands out when they are first written; torch.zeros would write them all now.
+
+    They begin at a cache line, as torch's own memory does, or every vector load would touch two.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + 64, np.uint8))
+    aligned = memory[-memory.data_ptr() % 64 :][:size]
+    return aligned.view(dtype).view(shape)
 
 
 def bytes_per_block(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
