@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .kernels import ATTEND, BLOCK_SIZE, STORE, TILE_ROWS, attend_kernel, padded, store_kernel
 from .lanes import LANES, PARTITION
 from .native import filled, launch, threads_for
+from .tiles import tile_configuration
 
 ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says
 
@@ -32,8 +33,8 @@ ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says
 class PagedContext:
     """Where the packed tokens of one step lie in the cache: the same for every layer but the tensors.
 
-    Rows of different requests follow each other without padding; a request's rows are the last positions of
-    its context.
+    Rows of different requests follow each other without padding; a request has at least one, and its rows are the
+    last positions of its context. Rows behind the last request's belong to nobody and come out as zeros.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]  # (K, V) of each layer, as `allocate_layer` makes them
@@ -48,11 +49,11 @@ def allocate_layer(
 ) -> tuple[Tensor, Tensor]:
     """K and V of one layer, zeroed, [num_blocks, ...]: `cache[b]` is block b, so that a block is copied as a row.
 
-    On a CPU a block is [num_kv_heads, BLOCK_SIZE * dim] in the kernel's own order, dim in whole vectors; bfloat16
+    On a CPU a block is [num_kv_heads, BLOCK_SIZE * dim] in the kernel's own order, dim in whole tiles; bfloat16
     stays, all else is kept in float32. Elsewhere it is [BLOCK_SIZE, num_kv_heads, head_dim] in `dtype`.
 
     >>> [tuple(t.shape) for t in allocate_layer(10, 2, 8, torch.bfloat16)]
-    [(10, 2, 512), (10, 2, 512)]
+    [(10, 2, 1024), (10, 2, 1024)]
     """
     if torch.device(device).type != "cpu":
         shape: tuple[int, ...] = (num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
@@ -139,11 +140,14 @@ def paged_attention(
     group = heads // kv_heads
     out = torch.zeros(tokens, heads, head_dim, dtype=rows.dtype)  # rows that belong to no request stay 0
     sinks = None if sinks is None else sinks.detach().float().contiguous()
-    work = int(context_lens.sum()) * heads * head_dim * max(1, tokens // len(context_lens))
+    work = tokens * heads * head_dim * block_tables.shape[1] * BLOCK_SIZE  # at most
     threads = threads_for(work)
     scratch_bytes = _scratch_bytes(group, head_dim)
     scratch = torch.empty(threads * scratch_bytes + 64, dtype=torch.uint8)
     tickets = torch.zeros(2, dtype=torch.int64)  # thread, item
+    tiles = tile_configuration(
+        min(16, group) if tokens == len(context_lens) else 16
+    )  # decodes fill no whole tile
     record = filled(
         ATTEND,
         query=rows.data_ptr(), query_token=size * rows.stride(0), query_head=size * rows.stride(1),
@@ -152,7 +156,7 @@ def paged_attention(
         context_lens=context_lens.data_ptr(), sinks=0 if sinks is None else sinks.data_ptr(),
         scratch=scratch.data_ptr() + -scratch.data_ptr() % 64, scratch_bytes=scratch_bytes,
         tickets=tickets.data_ptr(), requests=len(context_lens), kv_heads=kv_heads, group=group, head_dim=head_dim,
-        window=window, scale=scale, softcap=softcap,
+        window=window, tiles=tiles.ctypes.data, scale=scale, softcap=softcap,
     )  # fmt: skip
     launch(attend_kernel(rows.dtype), record, threads)
     return out.to(query.dtype)
@@ -165,9 +169,11 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scratch_bytes(group: int, head_dim: int) -> int:
-    """What one thread needs: key addresses, then peak, alpha, 16 partial sums, query, sum and scores of each row."""
-    rows = -(-max(1, TILE_ROWS // group) * group // 4) * 4
-    return 64 * (1 + -(-4 * rows * (2 + LANES + 2 * int(padded(head_dim)) + PARTITION) // 64))
+    """What a thread needs: addresses; a row's peak, alpha, 16 sums, query, out, weights, scores; a block of V."""
+    rows = -(-max(1, TILE_ROWS // group) * group // 16) * 16
+    dim = int(padded(head_dim))
+    floats = rows * (2 + LANES + 2 * dim + PARTITION // 2 + PARTITION) + 16 * dim
+    return 64 * (2 + -(-4 * floats // 64))
 
 
 def _gathered_attention(

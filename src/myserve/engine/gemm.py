@@ -14,9 +14,7 @@ from torch.nn import functional as F
 
 from .gemm_kernels import LINEAR, PANEL, ROWS, linear_kernel
 from .native import filled, launch, threads_for
-from .tiles import tile_configuration
-
-_FULL_TILES = tile_configuration(16)
+from .tiles import FULL_TILES, tile_configuration
 
 
 class PackedWeight:
@@ -72,7 +70,7 @@ class PackedWeight:
             out=out.data_ptr(), out_row=size * self.out_features, rows=rows, inner=inner,
             columns=self.out_features, scratch=scratch.data_ptr() + -scratch.data_ptr() % 64,
             scratch_bytes=scratch_bytes, tickets=tickets.data_ptr(),
-            full_tiles=_FULL_TILES.ctypes.data, last_tiles=last_tiles.ctypes.data,
+            full_tiles=FULL_TILES.ctypes.data, last_tiles=last_tiles.ctypes.data,
         )  # fmt: skip
         launch(linear_kernel(self.dtype), record, threads)
         return out

@@ -19,6 +19,7 @@ from .lanes import (
     divide_and_round,
     lane_sum,
     multiply,
+    scale_lanes,
     size_of,
     softmax_step,
     take_ticket,
@@ -26,6 +27,7 @@ from .lanes import (
     widen,
 )
 from .native import compiled, fingerprint, record_type
+from .tiles import bfloat16_unit, get_tiles, multiply_tiles, set_tiles, uses_tiles
 
 BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
@@ -39,7 +41,7 @@ Record = Any  # ATTEND or STORE
 ATTEND = record_type(
     "query", "query_token", "query_head", "out", "keys", "values", "tables", "table_row", "query_start",
     "context_lens", "sinks", "scratch", "scratch_bytes", "tickets", "requests", "kv_heads", "group",
-    "head_dim", "window", "scale", "softcap",
+    "head_dim", "window", "tiles", "scale", "softcap",
 )  # fmt: skip
 STORE = record_type(
     "source_keys", "key_token", "key_head", "source_values", "value_token", "value_head", "slots", "keys",
@@ -49,8 +51,8 @@ STORE = record_type(
 
 @njit(error_model="numpy")
 def padded(dim: int) -> int:
-    """The head dimension as the cache has it: whole vectors, zeros behind."""
-    return (dim + LANES - 1) // LANES * LANES
+    """The head dimension as the cache has it: whole tiles of 32, zeros behind."""
+    return (dim + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)
 
 
 @njit(error_model="numpy")
@@ -90,6 +92,64 @@ def _mix(
 
 
 @njit(error_model="numpy")
+def _scores_by_tiles(rows: int, query: Address, dim: int, keys: Address, scores: Address, ahead: int) -> None:
+    """`_scores` for bfloat16 queries."""
+    groups = carray(view(keys, np.int64(0)), PARTITION // LANES)
+    row, s_row, k_row = 2 * dim, 4 * PARTITION, 4 * BLOCK_SIZE
+    for done in range(0, rows, 32):
+        q, s = query + done * row, scores + done * s_row
+        for g in range(0, PARTITION // LANES, 2):
+            c = s + 64 * g
+            if rows - done > 16:
+                multiply_tiles(2, q, row, groups[g], groups[g + 1], k_row, dim // 32, c, s_row, ahead, 1)
+            else:
+                multiply_tiles(1, q, row, groups[g], groups[g + 1], k_row, dim // 32, c, s_row, ahead, 1)
+
+
+@njit(error_model="numpy")
+def _mix_by_tiles(rows: int, weights: Address, values: Address, dim: int, out: Address, ahead: int) -> None:
+    """`_mix` for bfloat16 weights, over a whole block; `out` has been scaled."""
+    w_row, row = 2 * PARTITION, 4 * dim
+    for done in range(0, rows, 32):
+        w, o = weights + done * w_row, out + done * row
+        for d in range(0, dim, 32):
+            v, c = values + 4 * d, o + 4 * d
+            if rows - done > 16:
+                multiply_tiles(2, w, w_row, v, v + 64, row, 1, c, row, ahead, 0)
+            else:
+                multiply_tiles(1, w, w_row, v, v + 64, row, 1, c, row, ahead, 0)
+
+
+@njit(error_model="numpy")
+def _scale_rows(rows: int, out: Address, dim: int, alpha: Address) -> None:
+    factors = carray(view(alpha, np.float32(0)), rows)
+    for r in range(rows):
+        if factors[r] != np.float32(1.0):
+            for d in range(0, dim, LANES):
+                scale_lanes(out + 4 * (r * dim + d), alpha + 4 * r)
+
+
+@njit(error_model="numpy")
+def _copy_keys(values: Address, keys: int, dim: int, target: Address) -> None:
+    """A block's first keys, zeros behind: a tile multiplies all 32, and what lies there may be another's NaN."""
+    pairs, clean = carray(view(values, np.uint32(0)), 16 * dim), carray(view(target, np.uint32(0)), 16 * dim)
+    whole = keys // 2 * dim
+    for i in range(whole):
+        clean[i] = pairs[i]
+    clean[whole:] = np.uint32(0)
+    if keys % 2:
+        for i in range(whole, whole + dim):
+            clean[i] = pairs[i] & np.uint32(0xFFFF)
+
+
+@njit(error_model="numpy")
+def _copy_row(source: Address, count: int, target: Address) -> None:
+    row, copy = carray(view(source, np.int16(0)), count), carray(view(target, np.int16(0)), count)
+    for d in range(count):
+        copy[d] = row[d]
+
+
+@njit(error_model="numpy")
 def _read_row(kind: Kind, source: Address, count: int, target: Address) -> None:
     whole = count // LANES * LANES
     for d in range(0, whole, LANES):
@@ -121,19 +181,26 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
     position = context_lens[request] - (end_token - token)  # of the tile's first row
     rows = positions * a.group
 
-    room = (rows + 3) // 4 * 4  # whole register tiles; the rows beyond are zeros and are dropped
+    room = (rows + 15) // 16 * 16  # whole register tiles; the rows beyond are zeros and are dropped
     groups = carray(view(scratch, np.int64(0)), PARTITION // LANES)
     peaks = scratch + 64
     alphas = peaks + 4 * room
     totals = alphas + 4 * room
     query = totals + 4 * room * LANES
     out = query + 4 * room * dim
-    scores = out + 4 * room * dim
-    state = carray(view(peaks, np.float32(0)), room * (2 + LANES + 2 * dim))
+    rounded = out + 4 * room * dim
+    scores = rounded + 2 * room * PARTITION
+    clean = scores + 4 * room * PARTITION
+    weights, weight = (rounded, 2) if uses_tiles(kind) else (scores, 4)
+    state = carray(view(peaks, np.float32(0)), room * (2 + LANES + 2 * dim + PARTITION // 2))
     state[:] = np.float32(0.0)
     for r in range(rows):
         t, h = token + r // a.group, head * a.group + r % a.group
-        _read_row(kind, a.query + t * a.query_token + h * a.query_head, a.head_dim, query + 4 * r * dim)
+        source = a.query + t * a.query_token + h * a.query_head
+        if uses_tiles(kind):
+            _copy_row(source, a.head_dim, query + 2 * r * dim)
+        else:
+            _read_row(kind, source, a.head_dim, query + 4 * r * dim)
         state[r] = np.float32(-np.inf)
         if a.sinks != 0:  # a sink is a score without a value: it is there before the first key
             widen(np.float32(0), 1, a.sinks + 4 * h, peaks + 4 * r)
@@ -148,25 +215,32 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
             )  # lanes beyond the end repeat the last ones: read, never weighed
             block = np.int64(table[at // BLOCK_SIZE]) * a.kv_heads + head
             groups[g] = a.keys + block * block_bytes + at % BLOCK_SIZE // LANES * 64
-        _scores(kind, rows, query, dim, scratch, scores, a.values - a.keys)
+        if uses_tiles(kind):
+            _scores_by_tiles(rows, query, dim, scratch, scores, a.values - a.keys)
+        else:
+            _scores(kind, rows, query, dim, scratch, scores, a.values - a.keys)
         for r in range(rows):
             end = position + r // a.group + 1
             begin = max(0, end - a.window) if a.window > 0 else 0
             softmax_step(
-                scores + 4 * r * PARTITION, begin - key, end - key, a.scale, a.softcap,
-                peaks + 4 * r, alphas + 4 * r, totals + 4 * r * LANES,
+                kind, scores + 4 * r * PARTITION, weights + weight * r * PARTITION, begin - key, end - key, a.scale,
+                a.softcap, peaks + 4 * r, alphas + 4 * r, totals + 4 * r * LANES,
             )  # fmt: skip
-        seen = max(
-            key, first // BLOCK_SIZE * BLOCK_SIZE
-        )  # blocks below the window may be another request's by now
-        for at in range(seen, min(key + PARTITION, last), BLOCK_SIZE):
+        if uses_tiles(kind):
+            _scale_rows(rows, out, dim, alphas)
+        # blocks below the window may be another request's by now
+        for at in range(max(key, first // BLOCK_SIZE * BLOCK_SIZE), min(key + PARTITION, last), BLOCK_SIZE):
             values = a.values + (np.int64(table[at // BLOCK_SIZE]) * a.kv_heads + head) * block_bytes
             following = np.int64(table[min(at + PARTITION, last - 1) // BLOCK_SIZE]) * a.kv_heads + head
-            _mix(
-                kind, rows, scores + 4 * (at - key), min(BLOCK_SIZE, last - at), values, dim, out,
-                a.keys + following * block_bytes - values, alphas,
-            )  # fmt: skip
-            state[room : room + rows] = np.float32(1.0)  # alpha has been applied: once a partition
+            ahead, keys = a.keys + following * block_bytes - values, min(BLOCK_SIZE, last - at)
+            if uses_tiles(kind):
+                if keys < BLOCK_SIZE:
+                    _copy_keys(values, keys, dim, clean)
+                    values = clean
+                _mix_by_tiles(rows, weights + 2 * (at - key), values, dim, out, ahead)
+            else:
+                _mix(kind, rows, weights + 4 * (at - key), keys, values, dim, out, ahead, alphas)
+                state[room : room + rows] = np.float32(1.0)  # alpha has been applied: once a partition
 
     for r in range(rows):
         t, h = token + r // a.group, head * a.group + r % a.group
@@ -180,6 +254,10 @@ def _attend(a: Record, kind: Kind) -> None:
     query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
     scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
     step = max(1, TILE_ROWS // a.group)
+    found = scratch + a.scratch_bytes - 64  # oneDNN relies on finding its own tile configuration again
+    if uses_tiles(kind):
+        get_tiles(found)
+        set_tiles(a.tiles)
     before = request = 0
     item = take_ticket(a.tickets + 8)
     while request < a.requests:
@@ -191,6 +269,8 @@ def _attend(a: Record, kind: Kind) -> None:
         else:
             before += tiles * a.kv_heads
             request += 1
+    if uses_tiles(kind):
+        set_tiles(found)
 
 
 @njit(error_model="numpy")
@@ -229,11 +309,17 @@ def attend_kernel(dtype: torch.dtype) -> Any:
         if source >= 0:
             _attend(carray(p, 1)[0], np.uint16(0))
 
+    def attend_tiles(p: Any) -> None:
+        if source >= 0:
+            _attend(carray(p, 1)[0], np.int16(0))
+
     def attend_float32(p: Any) -> None:
         if source >= 0:
             _attend(carray(p, 1)[0], np.float32(0))
 
-    return compiled(ATTEND)(attend_bfloat16 if dtype == torch.bfloat16 else attend_float32)
+    if dtype == torch.float32:
+        return compiled(ATTEND)(attend_float32)
+    return compiled(ATTEND)(attend_tiles if bfloat16_unit() == "tiles" else attend_bfloat16)
 
 
 @functools.cache

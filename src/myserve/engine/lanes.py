@@ -136,7 +136,7 @@ def multiply(ctx: Any, kind: Any, rows: Any, groups: Any, a: Any, a_row: Any, b:
     type: uint16 (bfloat16's bits) or float32. What lies `ahead` bytes from B is fetched into the cache on the
     way: pages are scattered, so no hardware prefetcher knows where the next one is.
     """
-    packed = kind == types.uint16
+    packed = kind.bitwidth == 16
     R, G = rows.literal_value, groups.literal_value
     fresh = isinstance(alpha, types.Literal)
 
@@ -187,16 +187,18 @@ def multiply(ctx: Any, kind: Any, rows: Any, groups: Any, a: Any, a_row: Any, b:
 
 
 @intrinsic
-def softmax_step(ctx: Any, scores: Any, first: Any, last: Any, scale: Any, cap: Any, peak: Any, alpha: Any,
-                  total: Any) -> Any:  # fmt: skip
-    """Turns one row's PARTITION scores into weights, in place; keys outside [first, last) weigh exactly 0.
+def softmax_step(ctx: Any, kind: Any, scores: Any, weights: Any, first: Any, last: Any, scale: Any, cap: Any,
+                 peak: Any, alpha: Any, total: Any) -> Any:  # fmt: skip
+    """Turns one row's PARTITION scores into weights; keys outside [first, last) weigh exactly 0.
 
     Updates the running maximum `peak` and the 16 partial sums `total`; `alpha` is what earlier sums scale by.
-    A block with no visible key leaves everything as it was: alpha is exactly 1.
+    A block with no visible key leaves everything as it was: alpha is exactly 1. Weights are float32, or bfloat16
+    for tiles (`kind` int16); their sum is taken before they are rounded.
     """
+    rounded = kind == types.int16
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        scores, first, last, scale, cap, peak, alpha, total = args
+        _, scores, weights, first, last, scale, cap, peak, alpha, total = args
         first, last = (_splat(b, b.trunc(x, _I32), _IVEC) for x in (first, last))
         scale, cap_lanes = _splat(b, scale), _splat(b, cap)
         slots = [cgutils.alloca_once(b, _VEC) for _ in range(PARTITION // LANES)]
@@ -225,7 +227,7 @@ def softmax_step(ctx: Any, scores: Any, first: Any, last: Any, scale: Any, cap: 
         running = b.fmul(_load(b, total), factor)
         for g, s in enumerate(values):
             weight = _exp(b, b.fsub(s, shift))
-            _store(b, weight, _offset(b, scores, 64 * g))
+            _round_and_store(b, weight, _offset(b, weights, (32 if rounded else 64) * g), rounded)
             running = b.fadd(running, weight)
         _store(b, running, total)
         _store(b, new, peak)
@@ -233,7 +235,19 @@ def softmax_step(ctx: Any, scores: Any, first: Any, last: Any, scale: Any, cap: 
         return context.get_dummy_value()
 
     size, f = types.int64, types.float32
-    return types.void(size, size, size, f, f, size, size, size), codegen
+    return types.void(kind, size, size, size, size, f, f, size, size, size), codegen
+
+
+@intrinsic
+def scale_lanes(ctx: Any, target: Any, factor: Any) -> Any:
+    """16 floats in place, times the float at `factor`."""
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        target, factor = args
+        _store(b, b.fmul(_load(b, target), _splat(b, _load(b, factor, _F32))), target)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -279,7 +293,7 @@ def size_of(ctx: Any, kind: Any) -> Any:
 @intrinsic(prefer_literal=True)
 def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
     """Widens 1 or 16 elements at `source` to float32 at `target`."""
-    packed, count = kind == types.uint16, lanes.literal_value
+    packed, count = kind.bitwidth == 16, lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, _, source, target = args
@@ -315,7 +329,7 @@ def _round_and_store(b: IR, value: IR, target: IR, packed: bool) -> None:
 @intrinsic(prefer_literal=True)
 def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any, target: Any) -> Any:
     """Stores 1 or 16 float32 divided by one."""
-    packed, count = kind == types.uint16, lanes.literal_value
+    packed, count = kind.bitwidth == 16, lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, _, source, divisor, target = args
@@ -335,7 +349,7 @@ def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any,
 @intrinsic(prefer_literal=True)
 def add_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, bias: Any, target: Any) -> Any:
     """Stores the sums of 1 or 16 float32 and as many of a bias."""
-    packed, count = kind == types.uint16, lanes.literal_value
+    packed, count = kind.bitwidth == 16, lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, _, source, bias, target = args

@@ -107,18 +107,32 @@ def multiply_pairs(ctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_group: Any
     return types.void(rows, size, size, size, size, size, size), codegen
 
 
-@intrinsic(prefer_literal=True)
-def multiply_tiles(
-    ctx: Any, blocks: Any, x: Any, x_row: Any, w: Any, w_group: Any, steps: Any, c: Any
-) -> Any:
-    """c[:16 * blocks, :32] = x @ W, 32 terms a step, k ascending; c is [rows, 64] float32.
-
-    The thread's tiles must be set by `set_tiles`; x and W as in `multiply_pairs`, two groups of 16 columns.
-    """
-    B = blocks.literal_value
+@intrinsic
+def uses_tiles(ctx: Any, kind: Any) -> Any:
+    """Whether `kind` is int16: how bfloat16 by tiles is told from bfloat16 by lanes (uint16) where types decide."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, x, x_row, w, w_group, steps, c = args
+        return ir.Constant(ir.IntType(1), int(kind == types.int16))
+
+    return types.boolean(kind), codegen
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, w_row: Any, steps: Any, c: Any,
+                   c_row: Any, ahead: Any, fresh: Any) -> Any:  # fmt: skip
+    """c[:16 * blocks, :32] = x @ W (`fresh` 1) or += x @ W (0), 32 terms a step, k ascending; c is float32.
+
+    x is bfloat16; w0 and w1 are two groups of 16 columns, pairs of terms `w_row` bytes apart; what lies `ahead` of
+    them is fetched on the way. The thread's tiles must be set by `set_tiles`.
+    """
+    B, start_new = blocks.literal_value, bool(fresh.literal_value)
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, x, x_row, w0, w1, w_row, steps, c, c_row, ahead, _ = args
+        if (
+            bfloat16_unit() != "tiles"
+        ):  # compiled with the rest, never run: LLVM must not meet what it cannot emit
+            return context.get_dummy_value()
 
         def tile(name: str, *operands: IR) -> None:
             kinds = [operand.type for operand in operands]
@@ -130,34 +144,41 @@ def multiply_tiles(
         def number(index: int) -> IR:
             return ir.Constant(_I8, index)
 
-        x_blocks = [b.add(x, _bytes(b, x_row, 16 * i)) for i in range(B)]
-        groups = [w, b.add(w, w_group)]
-        for i in range(B):
-            for g in range(2):
-                tile("tilezero", number(2 * i + g))
+        sums = [
+            (2 * i + g, b.add(c, b.add(_bytes(b, c_row, 16 * i), ir.Constant(_I64, 64 * g))))
+            for i in range(B)
+            for g in range(2)
+        ]
+        for index, address in sums:
+            if start_new:
+                tile("tilezero", number(index))
+            else:
+                tile("tileloadd64", number(index), _at(b, address, _I8), c_row)
         with cgutils.for_range(b, steps) as loop:
-            for g in range(2):
-                address = b.add(groups[g], _bytes(b, loop.index, 1024))
-                tile("tileloadd64", number(6 + g), _at(b, address, _I8), ir.Constant(_I64, 64))
+            for g, group in enumerate((w0, w1)):
+                address = b.add(group, b.mul(loop.index, _bytes(b, w_row, 16)))
+                tile("tileloadd64", number(6 + g), _at(b, address, _I8), w_row)
+                for line in range(16):
+                    _prefetch(b, b.add(b.add(address, ahead), _bytes(b, w_row, line)))
             for i in range(B):
-                address = b.add(x_blocks[i], _bytes(b, loop.index, 64))
+                address = b.add(b.add(x, _bytes(b, x_row, 16 * i)), _bytes(b, loop.index, 64))
                 tile("tileloadd64", number(4 + i), _at(b, address, _I8), x_row)
             for i in range(B):
                 for g in range(2):
                     tile("tdpbf16ps", number(2 * i + g), number(4 + i), number(6 + g))
-        for i in range(B):
-            for g in range(2):
-                address = _offset(b, c, 16 * 256 * i + 64 * g)
-                tile("tilestored64", number(2 * i + g), _at(b, address, _I8), ir.Constant(_I64, 256))
+        for index, address in sums:
+            tile("tilestored64", number(index), _at(b, address, _I8), c_row)
         return context.get_dummy_value()
 
     size = types.int64
-    return types.void(blocks, size, size, size, size, size, size), codegen
+    return types.void(blocks, size, size, size, size, size, size, size, size, size, fresh), codegen
 
 
 def _tile_call(name: str, documentation: str) -> Any:
     def call(ctx: Any, config: Any) -> Any:
         def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+            if bfloat16_unit() != "tiles":
+                return context.get_dummy_value()
             address = _at(b, args[0], _I8)
             kind = ir.FunctionType(ir.VoidType(), [address.type])
             b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.{name}"), [address])
@@ -175,6 +196,7 @@ get_tiles = _tile_call(
 )
 
 
+@functools.cache
 def tile_configuration(rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Eight tiles of 64 bytes a row: sums and x of `rows` rows, W of 16."""
     config = np.zeros(64, np.uint8)
@@ -185,12 +207,4 @@ def tile_configuration(rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return config
 
 
-__all__ = [
-    "Unit",
-    "bfloat16_unit",
-    "get_tiles",
-    "multiply_pairs",
-    "multiply_tiles",
-    "set_tiles",
-    "tile_configuration",
-]
+FULL_TILES = tile_configuration(16)
