@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import textwrap
 
 import pytest
 
-from myserve.sdk.journal import Journal
+from myserve.sdk.journal import Journal, JournalError
 from myserve.sdk.types import SampledCompletion
 
 PROMPTS = [[1, 2, number % 20] for number in range(40)]  # each prompt twice
@@ -72,6 +73,21 @@ def test_another_file_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="is not a journal"):
         Journal(path, run_seed=7)
     assert path.read_text() == '{"my": "notes"}\n'
+
+
+@pytest.mark.asyncio
+async def test_a_full_disk_stops_the_run_instead_of_passing_for_a_broken_connection(
+    make_sampler, stub, tmp_path, monkeypatch
+):
+    def full(file: int, data: bytes) -> int:
+        if b'"key"' not in data:
+            return len(data)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(JournalError, match=r"cannot write .*run\.jsonl: No space left"):
+        await make_sampler().sample_batch([[1, 2]], journal=tmp_path / "run.jsonl")
+    assert len(stub.bodies) == 1  # nothing was asked again
 
 
 PROGRAM = """

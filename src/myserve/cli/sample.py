@@ -13,14 +13,14 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from myserve.cli.client import ServerClient, ServerError
+from myserve.cli.client import ServerClient
 from myserve.cli.console import DEFAULT_URL, err, fail
+from myserve.errors import MyserveError
 from myserve.sdk import (
     AdaptiveConcurrencyController,
     BatchGroup,
     DeploymentSampler,
     FixedConcurrencyController,
-    SamplingError,
 )
 
 TOKENIZE_AT_ONCE = 16
@@ -77,7 +77,7 @@ def sample(
 
     try:
         failed = asyncio.run(run())
-    except (ServerError, SamplingError, ValueError, OSError) as error:
+    except (MyserveError, ValueError, OSError) as error:
         fail(str(error))
     if failed:
         raise typer.Exit(1)

@@ -125,7 +125,8 @@ class _Runner:
         def on_end(end: SampledCompletion | SamplingError) -> None:
             if self._journal is not None and isinstance(end, SampledCompletion):
                 self._journal.add(fingerprint, end)
-            is_final = isinstance(end, SampledCompletion) or call.on_error == "keep"  # else it is asked for again
+            # With "refill", a failure is asked for again; it counts when it is a sample.
+            is_final = isinstance(end, SampledCompletion) or call.on_error == "keep"
             if self._bar is not None and is_final:
                 self._bar.advance(1)
 

@@ -189,17 +189,13 @@ class Group:
                         if samples > 1 and track.finish_reason is not None and track.is_whole:
                             self._complete(track, permit)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise AttemptFailed(
-                Failure("protocol", f"a chunk of another shape: {describe(error)}")
-            ) from error
+            raise _broken(f"a chunk of another shape: {describe(error)}") from error
         finally:
             if isinstance(metrics, dict):
                 self._backend.observe(PerfMetrics.from_mapping(metrics), samples, permit)
         for track in tracks:
             if not track.is_done and track.finish_reason is None:
-                raise AttemptFailed(
-                    Failure("protocol", f"the stream ended without a word on sample {track.index}")
-                )
+                raise _broken(f"the stream ended without a word on sample {track.index}")
             self._complete(track, permit)
 
     def _feed(self, track: Track, choice: dict[str, Any], now: float) -> None:

@@ -12,12 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from myserve.errors import MyserveError
 from myserve.sdk.types import SampledCompletion
 
 if sys.platform != "win32":
     import fcntl
 
 _VERSION = 1
+
+
+class JournalError(MyserveError):
+    """A sample could not be written down; going on would lose it."""
 
 
 class Journal:
@@ -69,9 +74,13 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> int:
         line = json.dumps(entry, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-        offset = os.fstat(self._file).st_size
-        while line:  # one write as a rule; the rest of it where the disk took a part
-            line = line[os.write(self._file, line) :]
+        try:
+            offset = os.fstat(self._file).st_size
+            while line:  # one write as a rule; the rest of it where the disk took a part
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            # Not an OSError any more: inside a request that would pass for a broken connection, and be retried.
+            raise JournalError(f"cannot write {self.path}: {error.strerror or error}") from error
         return offset
 
     def _read(self, offset: int) -> SampledCompletion:
