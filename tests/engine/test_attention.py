@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from myserve.engine.attention import allocate_layer, bytes_per_block, dense_attention, paged_attention, store_kv
-from myserve.engine.kernels import BLOCK_SIZE
+from myserve.engine import attention
+from myserve.engine.attention import (
+    allocate_layer,
+    bytes_per_block,
+    dense_attention,
+    paged_attention,
+    store_kv,
+)
+from myserve.engine.kernels import BLOCK_SIZE, attend_kernel
 
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [(16, 8, 128), (4, 4, 16), (6, 2, 40), (7, 1, 64), (3, 3, 8), (5, 1, 200)]  # heads, KV heads, head_dim
-OPTIONS: list[dict[str, Any]] = [{}, {"window": 17}, {"softcap": 5.0}, {"sinks": True}, {"window": 65, "sinks": True}]
+SHAPES = [
+    (16, 8, 128),
+    (4, 4, 16),
+    (6, 2, 40),
+    (7, 1, 64),
+    (3, 3, 8),
+    (5, 1, 200),
+]  # heads, KV heads, head_dim
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"window": 17},
+    {"softcap": 5.0},
+    {"sinks": True},
+    {"window": 65, "sinks": True},
+]
 CONTEXTS, QUERIES = [1, 5, 64, 133, 200, 31], [1, 1, 64, 50, 1, 7]
 
 
@@ -57,7 +78,9 @@ class Case:
         return paged_attention(torch.cat(rows), *self.cache, self.tables[which], starts, lens, **self.options)
 
 
-def make_case(dtype: torch.dtype, shape: tuple[int, int, int], options: dict[str, Any], seed: int = 0) -> Case:
+def make_case(
+    dtype: torch.dtype, shape: tuple[int, int, int], options: dict[str, Any], seed: int = 0
+) -> Case:
     heads, kv_heads, dim = shape
     torch.manual_seed(seed)
     blocks = [-(-c // BLOCK_SIZE) for c in CONTEXTS]
@@ -96,8 +119,12 @@ def test_is_attention(dtype: torch.dtype, shape: tuple[int, int, int], options: 
 def test_the_definition_is_pytorchs(causal_window: int) -> None:
     query, key, value = (torch.randn(h, 40, 16, dtype=torch.float64) for h in (6, 2, 2))
     position = torch.arange(40)
-    seen = (position[:, None] >= position) & ((position[:, None] - position < causal_window) | (not causal_window))
-    wanted = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=seen, enable_gqa=True)[0]
+    seen = (position[:, None] >= position) & (
+        (position[:, None] - position < causal_window) | (not causal_window)
+    )
+    wanted = F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=seen, enable_gqa=True
+    )[0]
     torch.testing.assert_close(dense_attention(query, key, value, scale=0.25, window=causal_window), wanted)
 
 
@@ -135,6 +162,13 @@ def test_one_thread_and_two_give_the_same(dtype: torch.dtype) -> None:
     assert torch.equal(bits(case.run(list(range(len(CONTEXTS))))), bits(two))
 
 
+def test_lanes_serve_bfloat16_where_there_are_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "attend_kernel", functools.partial(attend_kernel, unit="lanes"))
+    for shape in SHAPES:
+        test_is_attention(torch.bfloat16, shape, {})
+        test_a_row_is_the_same_prefilled_decoded_or_in_chunks(torch.bfloat16, shape, {})
+
+
 def test_control_pytorchs_attention_tells_decode_from_prefill() -> None:
     """Were the kernels above as free in their order as this one, the tests above would fail."""
     torch.manual_seed(0)
@@ -151,7 +185,9 @@ def test_keys_below_the_window_are_never_read() -> None:
     case = make_case(torch.float32, (4, 4, 16), {"window": 17})
     before = case.run([4])
     for tensor in case.cache:
-        tensor[case.tables[4, :5].long()] = float("nan")  # 200 keys: the window starts at 183, in the sixth block
+        tensor[case.tables[4, :5].long()] = float(
+            "nan"
+        )  # 200 keys: the window starts at 183, in the sixth block
     assert torch.equal(bits(case.run([4])), bits(before))
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from myserve.engine import gemm
 from myserve.engine.gemm import PackedWeight
-from myserve.engine.gemm_kernels import LINEAR
+from myserve.engine.gemm_kernels import LINEAR, linear_kernel
+from myserve.engine.tiles import Unit, bfloat16_unit
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1024, 1536), (2048, 200), (33, 65), (100, 60), (8, 7), (1, 1)]  # K, N
+UNITS: list[Unit] = ["tiles", "pairs", "lanes"]
+HERE = UNITS[UNITS.index(bfloat16_unit()) :]  # a CPU has what is worse than its best, too
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 129]
 
 
@@ -62,6 +68,19 @@ def test_is_the_product(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 def test_a_row_is_the_same_in_any_number_of_rows(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x, weight = cancelling(*shape, dtype)
     assert rows_that_differ(PackedWeight(weight), x) == 0
+
+
+@pytest.mark.parametrize("unit", HERE)
+def test_bfloat16_is_right_on_every_unit(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "linear_kernel", functools.partial(linear_kernel, unit=unit))
+    for shape in SHAPES:
+        x, weight = cancelling(*shape, torch.bfloat16)
+        assert rows_that_differ(PackedWeight(weight), x) == 0
+        plain = torch.randn(19, shape[0]).bfloat16()
+        wanted = F.linear(plain.double(), weight.double())
+        torch.testing.assert_close(
+            PackedWeight(weight)(plain).double(), wanted, rtol=8e-3, atol=8e-3 * shape[0] ** 0.5
+        )
 
 
 def test_control_pytorchs_product_tells_how_many_rows_there_are() -> None:

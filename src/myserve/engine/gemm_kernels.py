@@ -15,7 +15,7 @@ from numba import carray, njit
 
 from .lanes import LANES, add_and_round, multiply, size_of, take_ticket, view, widen
 from .native import compiled, fingerprint, record_type
-from .tiles import bfloat16_unit, get_tiles, multiply_pairs, multiply_tiles, set_tiles
+from .tiles import Unit, bfloat16_unit, get_tiles, multiply_pairs, multiply_tiles, set_tiles
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
 ROWS = 32  # of a thread's scratch [ROWS, PANEL]
@@ -116,8 +116,8 @@ def _panel_by_tiles(a: Any, panel: int, scratch: Address) -> None:
 
 
 @functools.cache
-def linear_kernel(dtype: torch.dtype) -> Any:
-    """The entry point for one element type, on the best unit of this machine."""
+def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Any:
+    """The entry point for one element type; bfloat16 on `unit`, or on the best of this machine."""
     source = fingerprint()
 
     def linear_float32(p: Any) -> None:
@@ -156,6 +156,5 @@ def linear_kernel(dtype: torch.dtype) -> Any:
 
     if dtype == torch.float32:
         return compiled(LINEAR)(linear_float32)
-    unit = bfloat16_unit()
-    chosen = {"tiles": linear_tiles, "pairs": linear_pairs, "lanes": linear_lanes}[unit]
-    return compiled(LINEAR)(chosen)
+    chosen = {"tiles": linear_tiles, "pairs": linear_pairs, "lanes": linear_lanes}
+    return compiled(LINEAR)(chosen[unit or bfloat16_unit()])

@@ -27,7 +27,7 @@ from .lanes import (
     widen,
 )
 from .native import compiled, fingerprint, record_type
-from .tiles import bfloat16_unit, get_tiles, multiply_tiles, set_tiles, uses_tiles
+from .tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles, uses_tiles
 
 BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
@@ -301,8 +301,8 @@ def _store(a: Record, element: Kind) -> None:
 
 
 @functools.cache
-def attend_kernel(dtype: torch.dtype) -> Any:
-    """The entry point for caches of one element type."""
+def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Any:
+    """The entry point for caches of one element type; bfloat16 on `unit`, or on the best of this machine."""
     source = fingerprint()
 
     def attend_bfloat16(p: Any) -> None:
@@ -319,7 +319,7 @@ def attend_kernel(dtype: torch.dtype) -> Any:
 
     if dtype == torch.float32:
         return compiled(ATTEND)(attend_float32)
-    return compiled(ATTEND)(attend_tiles if bfloat16_unit() == "tiles" else attend_bfloat16)
+    return compiled(ATTEND)(attend_tiles if (unit or bfloat16_unit()) == "tiles" else attend_bfloat16)
 
 
 @functools.cache
