@@ -26,7 +26,7 @@ from benchmarks.peers.registry import OURS, PEERS
 from myserve.bench.load import BenchError
 from myserve.bench.workload import PRESETS, Workload
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)  # a log is wider than 80
 DEFAULT_PEERS = ("openvino",)
 LAST_RUN = ROOT / "last-run.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from myserve.bench.figures import Figures
@@ -20,16 +21,15 @@ _STYLE = """text{font:12px system-ui,sans-serif;fill:#1f2937}.head{font-weight:6
 
 def table(results: Mapping[str, Figures]) -> Table:
     """One row a workload."""
-    shown = Table(title_justify="left")
-    shown.add_column("workload")
-    columns = ("TTFT p50", "p99", "between p50", "p90", "p99", "ms/step", "tok/s", "prefill tok/s", "req/s")
-    for name in columns:
-        shown.add_column(name, justify="right")
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns are enough for it
+    shown.add_column("workload", no_wrap=True)
+    for name in ("TTFT", "p99", "between", "p90", "p99", "ms/step", "tok/s", "prefill", "req/s"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for label, f in results.items():
         values = (f.ttft_p50, f.ttft_p99, f.inter_token_p50, f.inter_token_p90, f.inter_token_p99)
         rates = (f.ms_per_step, f.tokens_per_s, f.prefill_tokens_per_s, f.requests_per_s)
         shown.add_row(label, *map(number, (*values, *rates)))
-    shown.caption = "times in ms; between: from one token of a stream to its next"
+    shown.caption = "ms, p50 unless said; between: one token to the next; prefill: prompt tok/s"
     return shown
 
 

@@ -84,10 +84,10 @@ async def _measure(
         with Progress(*columns, console=err, refresh_per_second=2, transient=True) as progress:
             for name, workload in workloads.items():
                 total = repeat * workload.choices * workload.output_len
-                bar = progress.add_task(_label(name, workload), total=total)
+                bar = progress.add_task(name, total=total)
                 session.on_read = lambda data, bar=bar: progress.advance(bar, data.count(b"data: {"))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
                 figures, runs, dialect = await session.measure(workload, repeat)
-                results[_label(name, workload)] = figures
+                results[name] = figures
                 record["workloads"][name] = {
                     "workload": str(workload),
                     "prompt_ids": dialect.takes_ids,
@@ -98,10 +98,6 @@ async def _measure(
     finally:
         await target.aclose()
     return results, record
-
-
-def _label(name: str, workload: Workload) -> str:
-    return name if name == str(workload) else f"{name}  {workload}"
 
 
 async def _first_model(target: Target) -> str:
