@@ -27,7 +27,7 @@ check: install ## formatting, lint, types, the laws of the house
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-timing
+	$(BIN)/lint-imports --no-logo
 
 test: check ## check, then all tests
 	$(BIN)/python -m pytest

@@ -55,8 +55,12 @@ def test_the_readme_shows_both_commands() -> None:
 def test_a_block_runs(number: int, port: int) -> None:
     language, code = BLOCKS[number]
     code = code.replace("localhost:8000", f"localhost:{port}")
-    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ.copy())
+    command = (
+        [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ.copy()
+    )
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stdout.lower()
 

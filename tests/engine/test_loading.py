@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import trained_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import trained_tokenizer
 from myserve.engine import attention
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
@@ -27,12 +27,14 @@ def saved(folder: Path, arch: str, **config: object) -> str:
 
 def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
     path = saved(tmp_path, "mamba", vocab_size=384, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(UnsupportedModelError, match="mamba|Mamba"):
+    with pytest.raises(UnsupportedModelError, match=r"[mM]amba"):
         Engine.from_pretrained(path, SMALL)
 
 
 def test_a_hybrid_model_is_refused_for_its_layers(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("qwen3", layer_types=["full_attention", "linear_attention"], num_hidden_layers=2)
+    config = AutoConfig.for_model(
+        "qwen3", layer_types=["full_attention", "linear_attention"], num_hidden_layers=2
+    )
     config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="linear_attention"):
         Engine.from_pretrained(str(tmp_path), SMALL)
@@ -65,7 +67,13 @@ def test_a_path_that_is_no_model_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("knob", "value"),
-    [("dtype", "fp32"), ("exact", "maybe"), ("max_num_seqs", 0), ("max_queue", 0), ("max_num_batched_tokens", 8)],
+    [
+        ("dtype", "fp32"),
+        ("exact", "maybe"),
+        ("max_num_seqs", 0),
+        ("max_queue", 0),
+        ("max_num_batched_tokens", 8),
+    ],
 )
 def test_a_knob_out_of_range_says_its_name(knob: str, value: object) -> None:
     with pytest.raises(RequestError, match=knob):
@@ -77,7 +85,9 @@ def test_dtype_is_what_was_asked_for(make_engine: Callable[..., Engine]) -> None
     assert make_engine("llama", dtype="bfloat16").runner.model.dtype == torch.bfloat16
 
 
-def test_the_context_is_no_longer_than_asked_or_than_the_cache_holds(tiny_model: Callable[[str], Path]) -> None:
+def test_the_context_is_no_longer_than_asked_or_than_the_cache_holds(
+    tiny_model: Callable[[str], Path],
+) -> None:
     path = str(tiny_model("llama"))
     for config, length in [
         (EngineConfig(num_blocks=64), 512),

@@ -1,6 +1,6 @@
 """Many requests on one model, exactly. `Engine.from_pretrained(path).submit(...)`.
 
-`Engine` is imported when it is first asked for: the server reads the plain values of `outputs` without waiting for torch.
+`Engine` is imported when it is first asked for: who only reads the values of `outputs` does not wait for torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -17,7 +17,9 @@ from .request import Request
 from .scheduler import Batch, Piece
 
 LENGTHS = (7, 12)  # two requests that share a step
-AGREEMENT = 0.9  # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
+AGREEMENT = (
+    0.9  # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
+)
 
 
 @torch.inference_mode()
@@ -42,7 +44,7 @@ def _packed_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor
         request.block_table = [next(blocks) for _ in range(0, len(prompt), runner.kv_cache.block_size)]
         batch.add(Piece(request, 0, len(prompt)))
     logits = runner.forward(batch, list(range(batch.num_tokens)))  # [T, V]
-    return list(logits.split([len(prompt) for prompt in prompts]))
+    return list(torch.split(logits, [len(prompt) for prompt in prompts]))
 
 
 def _own_logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
