@@ -66,7 +66,7 @@ def svg(results: Mapping[str, Figures], title: str) -> str:
     ]
     for row, (label, f) in enumerate(results.items()):
         y = top + row * _ROW
-        scale = 0.8 * _PANEL  # the rest is for the numbers behind the bars
+        scale = _PANEL - 110  # the rest is for the numbers behind the bars
         length = scale * f.tokens_per_s / fastest
         parts += [_text(_PAD, y + _BAR, label), _rect(left, y, length, "bar")]
         parts.append(_text(left + length + 6, y + _BAR - 1, number(f.tokens_per_s), "dim"))
