@@ -222,8 +222,11 @@ def test_a_nan_row_fails_alone(make_engine: MakeEngine, monkeypatch: pytest.Monk
 def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -> None:
     engine = make_engine()
 
-    async def submit(prompt: list[int], n: int = 1, **params: Any) -> None:
-        engine.submit(prompt, SamplingParams(**params), n=n)
+    async def submit(prompt: list[int], **asked: Any) -> None:
+        of_submit = {
+            name: asked.pop(name) for name in ("n", "sample_index", "num_prior_tokens") if name in asked
+        }
+        engine.submit(prompt, SamplingParams(**asked), **of_submit)
 
     for prompt, params, error, words in [
         ([], {}, RequestError, "the prompt has no tokens"),
@@ -233,6 +236,8 @@ def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -
         ([5] * 500, {"max_tokens": 13}, ContextLengthError, "ask for at most 12"),
         ([5], {"logit_bias": {999: 1.0}}, RequestError, "logit_bias"),
         ([5], {"n": 0}, RequestError, "n must be at least 1"),
+        ([5], {"sample_index": 2**32}, RequestError, "sample_index must be in"),
+        ([5], {"num_prior_tokens": 1}, RequestError, "num_prior_tokens must be in"),
     ]:
         with pytest.raises(error, match=words):
             asyncio.run(submit(prompt, **params))

@@ -95,3 +95,12 @@ def test_the_context_is_no_longer_than_asked_or_than_the_cache_holds(
         (EngineConfig(num_blocks=2), 64),
     ]:
         assert Engine.from_pretrained(path, config).max_model_len == length
+
+
+def test_what_exactness_was_found_is_told(make_engine: Callable[..., Engine]) -> None:
+    on, off = (
+        make_engine("llama").exactness,
+        make_engine("llama", prefix_caching=False, exact="off").exactness,
+    )
+    assert (on["mode"], on["rows_are_independent"]) == ("on", True)
+    assert (off["mode"], off["rows_are_independent"]) == ("off", False)

@@ -57,7 +57,7 @@ def test_a_strict_server_refuses_what_no_api_knows() -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "temprature")
 
 
-def test_while_it_loads_it_is_alive_and_not_ready() -> None:
+def test_while_it_loads_it_is_neither_healthy_nor_ready() -> None:
     app = create_app(settings_of())
     may_load = threading.Event()
 
@@ -66,13 +66,16 @@ def test_while_it_loads_it_is_alive_and_not_ready() -> None:
         return load_model(path, settings)
 
     app.state.models = models = Models(settings_of(), load)
+    assert ask(app, "GET", "/health").status_code == 200  # nobody has asked for anything yet
     models.preload()
-    assert ask(app, "GET", "/health").status_code == 200
+    busy = ask(app, "GET", "/health")
+    assert (busy.status_code, busy.json()) == (503, {"status": "loading", "models": ["tiny"]})
     loading = ask(app, "GET", "/ready")
     assert (loading.status_code, loading.json()["models"]) == (503, {"tiny": "loading"})
     may_load.set()
     assert ask(app, "POST", "/v1/completions", json=BODY).status_code == 200  # it waits for the load
     assert ask(app, "GET", "/ready").json() == {"status": "ready", "models": {"tiny": "ready"}}
+    assert ask(app, "GET", "/health").status_code == 200
     models.close()
 
 

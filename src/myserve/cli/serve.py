@@ -128,5 +128,15 @@ def _run(settings: Settings, listener: socket.socket, log_level: str) -> None:
     err.print(
         f"[bold]myserve[/]  [dim]{', '.join(settings.preload or ())}[/]  at [bold]http://{host}:{port}[/]"
     )
-    config = uvicorn.Config(create_app(settings), log_level=log_level, timeout_graceful_shutdown=5, ws="none")
-    uvicorn.Server(config).run(sockets=[listener])
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=5, ws="none"))
+    failures: list[str] = []
+
+    def give_up(name: str, error: BaseException) -> None:
+        failures.append(f"{name} did not load: {error}")
+        server.should_exit = True
+
+    app.state.on_load_failure = give_up
+    server.run(sockets=[listener])
+    if failures:
+        fail(failures[0])

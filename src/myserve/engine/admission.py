@@ -16,6 +16,8 @@ from ..errors import ContextLengthError, RequestError
 from .request import Request
 from .stream import RequestStream
 
+MAX_SAMPLES = 2**32  # sample indices of one seed: a word of the counter noise
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -73,6 +75,11 @@ def admit(
     """Check everything, draw a seed if none is given, and make the n requests. Raises RequestError."""
     if n < 1:
         raise RequestError(f"n must be at least 1, got {n}", param="n")
+    if not 0 <= sample_index <= MAX_SAMPLES - n:
+        raise RequestError(
+            f"sample_index must be in [0, {MAX_SAMPLES} - n], got {sample_index} with n = {n}",
+            param="sample_index",
+        )
     prompt = checked_prompt(prompt_token_ids, facts.vocab_size)
     if not 0 <= num_prior_tokens < len(prompt):
         raise RequestError(

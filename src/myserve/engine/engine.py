@@ -18,7 +18,7 @@ from .config import EngineConfig
 from .detokenizer import Detokenizer
 from .model_runner import ModelRunner, StepResult
 from .outputs import RequestMetrics
-from .packing_check import check_packing
+from .packing_check import check_packing, rows_are_independent
 from .request import Request
 from .results import outcome_of, request_metrics
 from .scheduler import Batch, Limits, Scheduler
@@ -45,6 +45,7 @@ class Engine:
         self.weight_version = 0
         self.runner = ModelRunner(loaded, config)
         check_packing(self.runner, loaded.vocab_size)
+        self._independent = rows_are_independent(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
         longest = min(loaded.max_model_len, cache.num_blocks * cache.block_size)
         self.facts = ModelFacts(
@@ -59,6 +60,11 @@ class Engine:
                 self.facts.max_model_len,
             ),
         )
+        if config.exact == "on" and not self._independent:
+            logger.warning(
+                "%s: tokens depend on their batch; no exact product is built for it", loaded.device
+            )
+        logger.info("exactness %s; %r; context %d", self.exactness, self.scheduler.pool, self.max_model_len)
         self._arrivals = count()
         self._owner: dict[
             Request, Submission
@@ -93,6 +99,12 @@ class Engine:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a completion unless `ignore_eos`."""
         return self.facts.eos_token_ids
+
+    @property
+    def exactness(self) -> dict[str, str | int | bool]:
+        """How this model's rows are made independent of each other (`exact.ExactReport`), and whether they were found
+        so at start, on this machine."""
+        return self.runner.exact_report.as_dict() | {"rows_are_independent": self._independent}
 
     @property
     def is_alive(self) -> bool:

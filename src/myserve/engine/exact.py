@@ -2,8 +2,8 @@
 
 What mixes rows in a transformer is the libraries' matrix products, which sum in an order that the number of rows
 decides. Here every one of them becomes a `PackedWeight`: linear layers, routers, the experts of a mixture. Attention
-is `attention`'s. What is left (norms, activations, rotary angles) works on one row at a time already; `disagreements`
-runs the whole model in company and alone, so that none of this has to be believed.
+is `attention`'s. What is left (norms, activations, rotary angles) works on one row at a time already;
+`packing_check.rows_are_independent` runs the loaded model in company and alone, so that this need not be believed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""An honest refusal: before a model serves, two sequences packed together must give what each gives alone.
+"""Two questions to a model before it serves: can it be packed at all, and do its rows depend on their company?
 
-Reading a config tells which models cannot be packed only as far as someone thought of them; this asks the model.
+Reading a config answers only for what someone thought of, and tests answer only for the machines they ran on; this
+asks the loaded model, on this machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .model_runner import ModelRunner
 from .request import Request
 from .scheduler import Batch, Piece
 
-LENGTHS = (7, 12)  # two requests that share a step
+LENGTHS = (7, 12, 1, 30)  # requests that share a step
 AGREEMENT = (
     0.9  # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
 )
@@ -25,7 +26,7 @@ AGREEMENT = (
 @torch.inference_mode()
 def check_packing(runner: ModelRunner, vocab_size: int) -> None:
     """Raise UnsupportedModelError unless packed logits are those of the model's own forward, but for rounding."""
-    prompts = [[(17 + 31 * i + 7 * r) % vocab_size for i in range(n)] for r, n in enumerate(LENGTHS)]
+    prompts = _prompts(runner, vocab_size)
     packed = _packed_logits(runner, prompts)
     own = _own_logits(runner.model, prompts)
     agreement = min(_correlation(a, b) for a, b in zip(packed, own, strict=True))
@@ -34,6 +35,33 @@ def check_packing(runner: ModelRunner, vocab_size: int) -> None:
             f"{type(runner.model).__name__} gives other logits packed than alone (correlation {agreement:.3f}): it "
             "keeps state, masks or positions of its own, so its requests cannot be batched exactly"
         )
+
+
+@torch.inference_mode()
+def rows_are_independent(runner: ModelRunner, vocab_size: int) -> bool:
+    """Whether every row has the same bits in company and alone, prefilled whole and token by token."""
+    prompts = _prompts(runner, vocab_size)
+    packed = _packed_logits(runner, prompts)
+    alone = [_packed_logits(runner, [prompt])[0] for prompt in prompts]
+    decoded = _decoded_logits(runner, prompts[0])
+    return all(map(torch.equal, packed, alone)) and torch.equal(decoded, packed[0])
+
+
+def _prompts(runner: ModelRunner, vocab_size: int) -> list[list[int]]:
+    """As many as the cache has blocks for; each fits one."""
+    lengths = LENGTHS[: runner.kv_cache.num_blocks]
+    return [[(17 + 31 * i + 7 * r) % vocab_size for i in range(n)] for r, n in enumerate(lengths)]
+
+
+def _decoded_logits(runner: ModelRunner, prompt: list[int]) -> Tensor:
+    """One token a step, as it is decoded."""
+    request = Request(id="check", prompt_token_ids=prompt, max_tokens=1, block_table=[0])
+    rows = []
+    for position in range(len(prompt)):
+        batch = Batch()
+        batch.add(Piece(request, position, 1))
+        rows.append(runner.forward(batch, [0]))
+    return torch.cat(rows)
 
 
 def _packed_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor]:

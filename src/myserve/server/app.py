@@ -48,6 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
     app.state.models = Models(settings)
+    app.state.on_load_failure = None  # who starts a server may want to end it then
     for family in (chat, completions, tokenize, health, playground):
         app.include_router(family.router)
     app.add_exception_handler(MyserveError, _on_error)
@@ -76,7 +77,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start loading at once, without waiting: /health answers while the weights are read."""
     models: Models = app.state.models
-    models.preload()
+    models.preload(app.state.on_load_failure)
     yield
     await asyncio.to_thread(models.close)
 

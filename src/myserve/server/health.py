@@ -17,17 +17,21 @@ router = APIRouter()
 @router.get("/health")
 @router.get("/healthz")
 async def health(http: Request) -> Response:
-    """200 while the process can serve; 503 once an engine has died, which a restart alone repairs."""
+    """200 once what was to be served can be; 503 while it loads, and for good if it failed or its engine died.
+
+    An app whose lifespan nobody runs loads on first use: until then it is healthy with nothing loaded.
+    """
     states = models_of(http).readiness()
-    dead = [name for name, state in states.items() if state == "dead"]
-    if dead:
-        return Response(to_json({"status": "dead", "models": dead}), 503, media_type="application/json")
+    for trouble in ("dead", "failed", "loading"):
+        if names := [name for name, state in states.items() if state == trouble]:
+            body = to_json({"status": trouble, "models": names})
+            return Response(body, 503, media_type="application/json")
     return json_response({"status": "ok"})
 
 
 @router.get("/ready")
 async def ready(http: Request) -> Response:
-    """200 once every model that the operator wants ready is; 503 before, with the state of each."""
+    """200 once every model that the operator wants ready is loaded; 503 before, with the state of each."""
     states = models_of(http).readiness()
     is_ready = all(state == "ready" for state in states.values())
     body = {"status": "ready" if is_ready else "not ready", "models": states}
@@ -35,14 +39,17 @@ async def ready(http: Request) -> Response:
 
 
 @router.get("/version")
-async def show_version() -> Response:
-    """What runs here."""
+async def show_version(http: Request) -> Response:
+    """What runs here, and how each loaded model is made exact."""
+    models = models_of(http)
+    loaded = {name: model for name in models.names if (model := models.if_loaded(name)) is not None}
     return json_response(
         {
             "name": "myserve",
             "version": version("myserve"),
             "transformers": version("transformers"),
             "torch": version("torch"),
+            "exact": {name: model.engine.exactness for name, model in loaded.items()},
             "extensions": ["num_prior_tokens", "sample_index"],  # by which our SDK knows that it may use them
         }
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -49,6 +51,8 @@ class Backend(Protocol):
     def weight_version(self) -> int: ...
     @property
     def is_alive(self) -> bool: ...
+    @property
+    def exactness(self) -> Mapping[str, str | int | bool]: ...
     def submit(
         self,
         prompt_token_ids: Sequence[int],
@@ -125,13 +129,18 @@ class Models:
         future = self._loads.get(self._settings.models[name])
         return future.result() if future is not None and _succeeded(future) else None
 
-    def preload(self) -> None:
-        """Begin to load what the operator wants ready; returns at once."""
+    def preload(self, on_failure: Callable[[str, BaseException], None] | None = None) -> None:
+        """Begin to load what the operator wants ready; returns at once. `on_failure` gets a name and why it failed."""
+
+        def report(name: str, done: Future[ServedModel]) -> None:
+            if on_failure is not None and not done.cancelled() and (error := done.exception()) is not None:
+                on_failure(name, error)
+
         for name in self._settings.preload or ():
-            self._start_loading(self._settings.models[name])
+            self._start_loading(self._settings.models[name]).add_done_callback(partial(report, name))
 
     def readiness(self) -> dict[str, str]:
-        """What each model that is to be ready at start is: "ready", "loading", "failed" or "dead"."""
+        """What each model that is to be ready at start is: "unloaded", "loading", "ready", "failed" or "dead"."""
         return {name: self._state(self._settings.models[name]) for name in self._settings.preload or ()}
 
     def close(self) -> None:
@@ -154,7 +163,9 @@ class Models:
 
     def _state(self, path: str) -> str:
         future = self._loads.get(path)
-        if future is None or not future.done():
+        if future is None:
+            return "unloaded"
+        if not future.done():
             return "loading"
         if not _succeeded(future):
             return "failed"
@@ -167,8 +178,12 @@ def load_model(path: str, settings: Settings) -> ServedModel:
     if settings.force_echo:
         engine = EchoEngine()
     else:
+        from transformers.utils import logging as transformers_logging
+
         from myserve.engine.engine import Engine  # torch is imported when a model is, and not before
 
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is no terminal
         engine = Engine.from_pretrained(path, settings.engine)
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
