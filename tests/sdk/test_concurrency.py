@@ -111,8 +111,9 @@ async def test_on_a_saturated_server_the_window_follows_the_queue_down_and_up_an
 
     async def watch() -> None:
         while True:
-            seen.append((controller.window, controller.in_flight))
-            await asyncio.sleep(0.002)
+            if controller.gate.waiting:  # not before it began, nor while the last ones end
+                seen.append((controller.window, controller.in_flight))
+            await asyncio.sleep(0.001)
 
     watcher = asyncio.create_task(watch())
     calls = [

@@ -51,14 +51,15 @@ class AIMD:
         >>> AIMD().next_window(2, Observed(refused=True))
         1
         """
-        if self._pressed(seen):
+        if self.is_pressed(seen):
             return self._clamp(int(window * (self._cut(seen) if gentle else 0.5)))
         if seen.avg_queue is None or 2 * seen.peak_in_flight < window:
             return window  # nothing was learnt: a window that is not filled says nothing about a larger one
         room = 1.0 - seen.avg_queue / self.target
         return self._clamp(window + ceil(self.growth * window * room))
 
-    def _pressed(self, seen: Observed) -> bool:
+    def is_pressed(self, seen: Observed) -> bool:
+        """Whether the server has more than it should: a queue over the target, a refusal, a full KV cache."""
         too_long = seen.avg_queue is not None and seen.avg_queue > self.target
         too_full = seen.kv_usage is not None and seen.kv_usage > self.kv_ceiling
         return seen.refused or too_long or too_full

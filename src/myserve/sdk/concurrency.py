@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from myserve.sdk.aimd import AIMD, Observed
@@ -134,6 +134,9 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
         self.law = AIMD(min_window=min_window, max_window=max_window, target=prefill_queue_target)
         self._within_step = adapt_within_step
         self._fresh = _Tally()  # what was admitted since the last move
+        # Until the first pressure a step's window doubles, as TCP's does: from 16 to 128 in three moves, not ten.
+        self._slow_start = replace(self.law, growth=1.0)
+        self._was_pressed = False
 
     def observe(self, metrics: PerfMetrics, *, samples: int, epoch: int) -> None:
         super().observe(metrics, samples=samples, epoch=epoch)
@@ -160,4 +163,6 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
         if not fresh.samples and not fresh.refused:
             return
         seen = Observed(fresh.avg_queue, fresh.refused > 0, self.gate.peak_in_flight, fresh.kv_usage)
-        self.gate.limit = self.law.next_window(self.window, seen, gentle=gentle)  # also a new epoch
+        self._was_pressed |= self.law.is_pressed(seen)
+        law = self._slow_start if gentle and not self._was_pressed else self.law
+        self.gate.limit = law.next_window(self.window, seen, gentle=gentle)  # also a new epoch
