@@ -1,0 +1,17 @@
+"""Sampling from language models, exactly: a server, a client SDK, and what a trainer needs to agree with both."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from myserve.engine.exact_forward import exact_forward
+
+__all__ = ["exact_forward"]
+
+
+def __getattr__(name: str) -> Any:
+    # asked for, not imported: `import myserve.sdk` must not pull in torch
+    if name == "exact_forward":
+        from myserve.engine.exact_forward import exact_forward
+
+        return exact_forward
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

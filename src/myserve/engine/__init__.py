@@ -5,11 +5,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .config import EngineConfig
-from .outputs import Delta, KeptSet, PromptLogprob, RequestMetrics, TokenOutput
+from myserve.engine.config import EngineConfig
+from myserve.engine.outputs import Delta, KeptSet, PromptLogprob, RequestMetrics, TokenOutput
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from myserve.engine.engine import Engine
 
 __all__ = [
     "Delta",
@@ -24,7 +24,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Engine":
-        from .engine import Engine
+        from myserve.engine.engine import Engine
 
         return Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..core.params import SamplingParams
-from ..core.rows import RowState
-from ..core.stopping import StopIds
-from ..errors import ContextLengthError, RequestError
-from .request import Request
-from .stream import RequestStream
+from myserve.core.params import SamplingParams
+from myserve.core.rows import RowState
+from myserve.core.stopping import StopIds
+from myserve.engine.request import Request
+from myserve.engine.stream import RequestStream
+from myserve.errors import ContextLengthError, RequestError
 
 MAX_SAMPLES = 2**32  # sample indices of one seed: a word of the counter noise
 

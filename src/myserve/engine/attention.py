@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .kernels import ATTEND, BLOCK_SIZE, STORE, TILE_ROWS, attend_kernel, padded, store_kernel
-from .lanes import LANES, PARTITION
-from .native import filled, launch, threads_for
-from .tiles import tile_configuration
+from myserve.engine.kernels import ATTEND, BLOCK_SIZE, STORE, TILE_ROWS, attend_kernel, padded, store_kernel
+from myserve.engine.lanes import LANES, PARTITION
+from myserve.engine.native import filled, launch, threads_for
+from myserve.engine.tiles import tile_configuration
 
 ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says
 

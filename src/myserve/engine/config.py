@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import RequestError
+from myserve.errors import RequestError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -10,10 +10,10 @@ import codecs
 from collections import deque
 from dataclasses import dataclass
 
-from ..core.params import SamplingParams
-from ..core.stopping import StopMatcher
-from .outputs import TokenOutput
-from .token_bytes import TokenBytes
+from myserve.core.params import SamplingParams
+from myserve.core.stopping import StopMatcher
+from myserve.engine.outputs import TokenOutput
+from myserve.engine.token_bytes import TokenBytes
 
 UNKNOWN = -1  # where a token ends whose last character is not complete yet
 

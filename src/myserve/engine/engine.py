@@ -10,21 +10,21 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from itertools import count
 
-from ..core.params import SamplingParams
-from ..errors import EngineDeadError, OverloadedError
-from .admission import ModelFacts, Submission, admit
-from .blocks import BlockPool
-from .config import EngineConfig
-from .detokenizer import Detokenizer
-from .model_runner import ModelRunner, StepResult
-from .outputs import RequestMetrics
-from .packing_check import check_packing, rows_are_independent
-from .request import Request
-from .results import outcome_of, request_metrics
-from .scheduler import Batch, Limits, Scheduler
-from .stream import Outcome, RequestStream
-from .token_bytes import TokenBytes
-from .weights import LoadedModel, load
+from myserve.core.params import SamplingParams
+from myserve.engine.admission import ModelFacts, Submission, admit
+from myserve.engine.blocks import BlockPool
+from myserve.engine.config import EngineConfig
+from myserve.engine.detokenizer import Detokenizer
+from myserve.engine.model_runner import ModelRunner, StepResult
+from myserve.engine.outputs import RequestMetrics
+from myserve.engine.packing_check import check_packing, rows_are_independent
+from myserve.engine.request import Request
+from myserve.engine.results import outcome_of, request_metrics
+from myserve.engine.scheduler import Batch, Limits, Scheduler
+from myserve.engine.stream import Outcome, RequestStream
+from myserve.engine.token_bytes import TokenBytes
+from myserve.engine.weights import LoadedModel, load
+from myserve.errors import EngineDeadError, OverloadedError
 
 logger = logging.getLogger("myserve.engine")
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .gemm import PackedWeight
-from .tiles import bfloat16_unit
+from myserve.engine.gemm import PackedWeight
+from myserve.engine.tiles import bfloat16_unit
 
 EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
 

@@ -19,10 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .attention import allocate_layer, dense_attention, paged_attention, store_kv
-from .exact import is_router
-from .gemm import PackedWeight
-from .kernels import BLOCK_SIZE
+from myserve.engine.attention import allocate_layer, dense_attention, paged_attention, store_kv
+from myserve.engine.exact import is_router
+from myserve.engine.gemm import PackedWeight
+from myserve.engine.kernels import BLOCK_SIZE
 
 TRAINER_NAME = "myserve_trainer"  # attention and experts, as a model's config says them
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gemm_kernels import LINEAR, PANEL, ROWS, linear_kernel
-from .native import filled, launch, threads_for
-from .tiles import FULL_TILES, tile_configuration
+from myserve.engine.gemm_kernels import LINEAR, PANEL, ROWS, linear_kernel
+from myserve.engine.native import filled, launch, threads_for
+from myserve.engine.tiles import FULL_TILES, tile_configuration
 
 
 class PackedWeight:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from .lanes import LANES, add_and_round, multiply, size_of, take_ticket, view, widen
-from .native import compiled, fingerprint, record_type
-from .tiles import Unit, bfloat16_unit, get_tiles, multiply_pairs, multiply_tiles, set_tiles
+from myserve.engine.lanes import LANES, add_and_round, multiply, size_of, take_ticket, view, widen
+from myserve.engine.native import compiled, fingerprint, record_type
+from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_pairs, multiply_tiles, set_tiles
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
 ROWS = 32  # of a thread's scratch [ROWS, PANEL]

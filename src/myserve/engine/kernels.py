@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from .lanes import (
+from myserve.engine.lanes import (
     LANES,
     PARTITION,
     divide_and_round,
@@ -26,8 +26,8 @@ from .lanes import (
     view,
     widen,
 )
-from .native import compiled, fingerprint, record_type
-from .tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles, uses_tiles
+from myserve.engine.native import compiled, fingerprint, record_type
+from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles, uses_tiles
 
 BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys

@@ -8,9 +8,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from .attention import allocate_layer, bytes_per_block
-from .config import EngineConfig
-from .kernels import BLOCK_SIZE
+from myserve.engine.attention import allocate_layer, bytes_per_block
+from myserve.engine.config import EngineConfig
+from myserve.engine.kernels import BLOCK_SIZE
 
 FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.logprobs import prompt_logprobs
-from ..core.params import SamplingParams
-from ..core.rows import RowState
-from ..core.sampling import Sampled, Sampler
-from ..errors import NonFiniteLogitsError
-from .attention import PagedContext
-from .config import EngineConfig
-from .exact import make_exact
-from .kv_cache import KVCache
-from .outputs import PromptLogprob
-from .request import Request
-from .scheduler import Batch, Piece
-from .weights import LoadedModel
+from myserve.core.logprobs import prompt_logprobs
+from myserve.core.params import SamplingParams
+from myserve.core.rows import RowState
+from myserve.core.sampling import Sampled, Sampler
+from myserve.engine.attention import PagedContext
+from myserve.engine.config import EngineConfig
+from myserve.engine.exact import make_exact
+from myserve.engine.kv_cache import KVCache
+from myserve.engine.outputs import PromptLogprob
+from myserve.engine.request import Request
+from myserve.engine.scheduler import Batch, Piece
+from myserve.engine.weights import LoadedModel
+from myserve.errors import NonFiniteLogitsError
 
 
 @dataclass(frozen=True, slots=True)

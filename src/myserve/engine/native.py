@@ -98,9 +98,9 @@ def threads_for(work: int) -> int:
 
 def warm() -> None:
     """Compiles every kernel that this machine uses into Numba's cache (some seconds, once)."""
-    from ..core import fast
-    from .gemm_kernels import linear_kernel
-    from .kernels import attend_kernel, store_kernel
+    from myserve.core import fast
+    from myserve.engine.gemm_kernels import linear_kernel
+    from myserve.engine.kernels import attend_kernel, store_kernel
 
     fast.warm_up()
     for dtype in (torch.bfloat16, torch.float32):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
-from .attention import ATTENTION_NAME
-from .model_runner import ModelRunner
-from .request import Request
-from .scheduler import Batch, Piece
+from myserve.engine.attention import ATTENTION_NAME
+from myserve.engine.model_runner import ModelRunner
+from myserve.engine.request import Request
+from myserve.engine.scheduler import Batch, Piece
+from myserve.errors import UnsupportedModelError
 
 LENGTHS = (7, 12, 1, 30)  # requests that share a step
 AGREEMENT = (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
-from ..core.sampling import Sampled
-from ..errors import NonFiniteLogitsError
-from .admission import Submission
-from .outputs import FinishReason, KeptSet, RequestMetrics, TokenOutput
-from .request import Request
-from .stream import Outcome
+from myserve.core.sampling import Sampled
+from myserve.engine.admission import Submission
+from myserve.engine.outputs import FinishReason, KeptSet, RequestMetrics, TokenOutput
+from myserve.engine.request import Request
+from myserve.engine.stream import Outcome
+from myserve.errors import NonFiniteLogitsError
 
 
 def outcome_of(

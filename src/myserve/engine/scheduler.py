@@ -6,8 +6,8 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .blocks import BlockPool
-from .request import Event, Request, State
+from myserve.engine.blocks import BlockPool
+from myserve.engine.request import Event, Request, State
 
 
 @dataclass(frozen=True, slots=True)

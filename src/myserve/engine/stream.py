@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from .detokenizer import Detokenizer, Released
-from .outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
+from myserve.engine.detokenizer import Detokenizer, Released
+from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 
 
 @dataclass(frozen=True, slots=True)

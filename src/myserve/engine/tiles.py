@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .lanes import (
+from myserve.engine.lanes import (
     _I32,
     _I64,
     _IVEC,

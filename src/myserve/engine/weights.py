@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import UnsupportedModelError
-from . import attention
-from .config import EngineConfig
+from myserve.engine import attention
+from myserve.engine.config import EngineConfig
+from myserve.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True)
