@@ -93,7 +93,7 @@ def test_a_failed_load_is_an_error_each_time_and_never_an_echo() -> None:
 def test_readiness_follows_the_load() -> None:
     loader = CountingLoader()
     models = Models(ECHO, loader)
-    assert models.readiness() == {"a": "loading"}
+    assert models.readiness() == {"a": "unloaded"}
     models.preload()
     assert models.readiness() == {"a": "loading"}
     loader.release.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,10 @@ def _run(settings: Settings, listener: socket.socket, log_level: str) -> None:
         server.should_exit = True
 
     app.state.on_load_failure = give_up
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn shuts down in order, then raises the signal again for whoever had it before: nobody, so that the
+        # process ends as a server that was asked to end, with status 0
+        signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
     if failures:
         fail(failures[0])
