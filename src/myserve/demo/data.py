@@ -23,7 +23,7 @@ _TASKS: tuple[tuple[float, Callable[[Random], talk.Turn]], ...] = (
     (8.0, arithmetic.one_digit_sum),
     (3.0, arithmetic.one_digit_difference),
     (3.0, arithmetic.larger_number),
-    (5.0, talk.counting),
+    (7.0, talk.counting),
     (8.0, talk.repetition),
     (7.0, talk.fact),
     (6.0, talk.small_talk),

@@ -106,16 +106,17 @@ def color(rng: Random) -> Turn:
 def counting(rng: Random) -> Turn:
     """Numbers asked in words are counted in words, numbers asked in digits in digits; up and down."""
     first, last = sorted((rng.randrange(0, 21), rng.randrange(1, 21)))
+    end = rng.randrange(1, 21)  # not `last`, the larger of two: short counts would be rare
     numbers, asks = rng.choice(
         (
-            (range(1, last + 1), ("Count to {b}:", "Count to {b}.", "Count from {one} to {b}.")),
+            (range(1, end + 1), ("Count to {end}:", "Count to {end}.", "Count from {one} to {end}.")),
             (range(first, last + 1), ("Count from {a} to {b}:", "Count from {a} to {b}.")),
-            (range(last, 0, -1), ("Count down from {b}:", "Count backwards from {b}.")),
+            (range(end, 0, -1), ("Count down from {end}:", "Count backwards from {end}.")),
         )
     )
     ask = rng.choice(asks)
     name = words.NUMBER_WORDS.__getitem__ if rng.random() < 0.6 else str
-    question = ask.format(one=name(1), a=name(first), b=name(last))
+    question = ask.format(one=name(1), a=name(first), b=name(last), end=name(end))
     return question, _sentence(", ".join(name(number) for number in numbers))
 
 
