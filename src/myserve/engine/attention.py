@@ -106,7 +106,7 @@ def store_kv(
         slots=slot_mapping.data_ptr(), keys=key_cache.data_ptr(), values=value_cache.data_ptr(),
         tickets=tickets.data_ptr(), tokens=tokens, kv_heads=heads, head_dim=head_dim,
     )  # fmt: skip
-    launch(store_kernel(key.dtype), record, threads_for(key.numel()))
+    launch(store_kernel(key.dtype), record.ctypes.data, threads_for(key.numel()))
 
 
 def paged_attention(
@@ -158,7 +158,7 @@ def paged_attention(
         tickets=tickets.data_ptr(), requests=len(context_lens), kv_heads=kv_heads, group=group, head_dim=head_dim,
         window=window, tiles=tiles.ctypes.data, scale=scale, softcap=softcap,
     )  # fmt: skip
-    launch(attend_kernel(rows.dtype), record, threads)
+    launch(attend_kernel(rows.dtype), record.ctypes.data, threads)
     return out.to(query.dtype)
 
 

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from myserve.engine.gemm_kernels import LINEAR, PANEL, ROWS, linear_kernel
-from myserve.engine.native import filled, launch, threads_for
-from myserve.engine.tiles import FULL_TILES, tile_configuration
+from myserve.engine.native import launch, this_thread, threads_for
+from myserve.engine.tiles import tile_configuration
+
+_TILES = [tile_configuration(rows) for rows in range(1, 17)]
+_TILE_ADDRESSES = [tiles.ctypes.data for tiles in _TILES]
 
 
 class PackedWeight:
@@ -33,6 +36,9 @@ class PackedWeight:
         """Takes new values of the same shape."""
         assert weight.shape == (self.out_features, self.in_features)
         self.weight = _packed(weight.detach())
+        self._inner = self.weight.shape[1] * (2 if self.dtype == torch.bfloat16 else 1)
+        self._scratch_bytes = 64 * (3 + -(-4 * (ROWS * PANEL + 4 * self._inner) // 64))
+        self._kernel = linear_kernel(self.dtype)
         columns = self.weight.shape[0] * 16
         self.bias = torch.zeros(columns)  # float32, as the sums it is added to
         if bias is not None:
@@ -45,35 +51,33 @@ class PackedWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], in x's dtype."""
-        rows = x.detach().reshape(-1, self.in_features).to(self.dtype)
-        out = self._multiply(rows).to(x.dtype)
-        return out.view(*x.shape[:-1], self.out_features)
+        out = torch.empty((*x.shape[:-1], self.out_features), dtype=self.dtype)
+        self._multiply(self._rows(x), out)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
-    def _multiply(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
-        inner = self.weight.shape[1] * (2 if self.dtype == torch.bfloat16 else 1)
-        if inner != self.in_features:
-            x = F.pad(x, (0, inner - self.in_features))
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        rows, size = x.shape[0], x.element_size()
-        out = torch.empty(rows, self.out_features, dtype=self.dtype)
+    def _rows(self, x: Tensor) -> Tensor:
+        """x as the kernel reads it: of our dtype, rows behind one another, K in whole tiles."""
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if self._inner != self.in_features:
+            x = F.pad(x, (0, self._inner - self.in_features))
+        return x if x.is_contiguous() else x.contiguous()
+
+    def _multiply(self, x: Tensor, out: Tensor) -> None:  # [..., K] -> [..., N]
+        rows, size = x.numel() // self._inner, out.element_size()
         if rows == 0:
-            return out
-        threads = threads_for(rows * self.out_features * inner // 16)
-        last_tiles = tile_configuration(rows % 16 or 16)
-        scratch_bytes = 64 * (3 + -(-4 * (ROWS * PANEL + 4 * inner) // 64))
-        scratch = torch.empty(threads * scratch_bytes + 64, dtype=torch.uint8)
-        tickets = torch.zeros(2, dtype=torch.int64)  # thread, panel
-        record = filled(
-            LINEAR,
-            x=x.data_ptr(), x_row=size * x.stride(0), weight=self.weight.data_ptr(), bias=self.bias.data_ptr(),
-            out=out.data_ptr(), out_row=size * self.out_features, rows=rows, inner=inner,
-            columns=self.out_features, scratch=scratch.data_ptr() + -scratch.data_ptr() % 64,
-            scratch_bytes=scratch_bytes, tickets=tickets.data_ptr(),
-            full_tiles=FULL_TILES.ctypes.data, last_tiles=last_tiles.ctypes.data,
+            return
+        threads = threads_for(rows * self.out_features * self._inner // 16)
+        workspace = this_thread()
+        address = workspace.record(
+            # in the order of LINEAR's fields; the tickets stand behind them: of the thread, of the panel
+            x.data_ptr(), size * self._inner, self.weight.data_ptr(), self.bias.data_ptr(),
+            out.data_ptr(), size * self.out_features, rows, self._inner, self.out_features,
+            workspace.scratch(threads * self._scratch_bytes), self._scratch_bytes,
+            workspace.address + LINEAR.itemsize, _TILE_ADDRESSES[15], _TILE_ADDRESSES[(rows - 1) % 16],
+            0, 0,
         )  # fmt: skip
-        launch(linear_kernel(self.dtype), record, threads)
-        return out
+        launch(self._kernel, address, threads)
 
 
 def _packed(weight: Tensor) -> Tensor:
