@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import socket
 import threading
 import time
@@ -93,29 +92,3 @@ def completion_stream_client(server: RunningServer) -> Iterator[openai.OpenAI]:
     """
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as lenient:
         yield lenient
-
-
-@pytest.fixture(scope="session")
-def hub_cache(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub cache as a download leaves it, with a GPT-2 of ours as sshleifer/tiny-gpt2; it has no chat template."""
-    folder = tmp_path_factory.mktemp("hub") / "models--sshleifer--tiny-gpt2"
-    commit = "5f91d94bd9cd7190a9f3216ff93cd1dd95f2c7be"
-    snapshot = folder / "snapshots" / commit
-    for part in (snapshot, folder / "blobs", folder / "refs"):
-        part.mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
-    for file in tiny_model("gpt2").iterdir():
-        if file.name == "chat_template.jinja":
-            continue
-        data = file.read_bytes()
-        blob = folder / "blobs" / hashlib.sha256(data).hexdigest()
-        blob.write_bytes(data)
-        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
-    return folder.parent
-
-
-@pytest.fixture
-def offline(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub is that cache and nothing else, as with HF_HUB_CACHE and HF_HUB_OFFLINE=1 at start."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
