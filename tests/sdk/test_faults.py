@@ -41,6 +41,15 @@ async def test_a_cut_stream_goes_on_from_its_last_token(make_sampler, stub, faul
     assert await draws(make_sampler()) != faultless
 
 
+async def test_wherever_a_stream_is_cut_its_samples_are_the_same(make_sampler, stub, fault):
+    faultless = await draws(make_sampler(), max_tokens=6)
+    sampler = make_sampler(concurrency_controller=FixedConcurrencyController(8))
+    for after in range(40):  # before any token, between any two, behind the last sample, behind the end
+        stub.faults = [fault(after=after, cut=True)]
+        async with asyncio.timeout(10):  # a flight with nothing left to ask for once waited for ever
+            assert await draws(sampler, max_tokens=6) == faultless
+
+
 async def test_a_stream_that_is_cut_again_and_again_goes_on_each_time(make_sampler, stub, fault):
     stub.next_token = scripted(["0123456789" * 4])
     stub.faults = [fault(after=3, cut=True)] * 12  # more cuts than attempts without progress would be allowed

@@ -49,6 +49,7 @@ class Gate:
 
     def ticket(self, n: int) -> Ticket:
         """A place in the queue for n samples; enter it with `async with`."""
+        assert n > 0, "a ticket for nothing would wait for ever, and everyone behind it"
         return Ticket(self, n)
 
     def restart_peak(self) -> None:

@@ -97,6 +97,8 @@ class Group:
 
     async def _admit(self, tracks: list[Track]) -> None:
         """Lets tracks fly as the gate grants permits, in order; what is granted together flies together."""
+        if not tracks:
+            return
         async with self._backend.gate.ticket(len(tracks)) as ticket:
             while tracks:
                 permit = await ticket.take()
@@ -126,6 +128,8 @@ class Group:
             if held:
                 return await self._fly(tracks, held.pop())
             left = [track for track in tracks if not track.is_done]
+            if not left:
+                return None  # the stream was cut behind its last sample: nothing was lost
             if len(self._flights(left)) > 1:  # something was gained: each goes on from what it has
                 tracks.clear()
                 self._tasks.create_task(self._admit(left))
