@@ -73,7 +73,6 @@ def test_a_run_against_our_server(ours: str, tmp_path: Path) -> None:
     assert prefill["inter_token_p50"] is None, "one token has none after it"
     # One request, so the time until the last first token is its time to first token, from a start of its own.
     assert prefill["prefill_tokens_per_s"] * prefill["ttft_p50"] / 1e3 == pytest.approx(40, rel=0.05)
-    assert prefill["ttft_p50"] <= 1e3 * prefill["wall_s"]
     assert ElementTree.parse(chart).getroot().tag.endswith("svg")
 
 

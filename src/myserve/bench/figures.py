@@ -39,7 +39,7 @@ class Figures:
     wall_s: float
 
     def as_dict(self) -> dict[str, float | None]:
-        return {name: None if value is None else round(value, 3) for name, value in asdict(self).items()}
+        return {name: None if value is None else round(value, 6) for name, value in asdict(self).items()}
 
 
 def percentile(values: Sequence[float], q: float) -> float:
