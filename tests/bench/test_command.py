@@ -68,7 +68,7 @@ def test_a_run_against_our_server(ours: str, tmp_path: Path) -> None:
     sampled = record["workloads"]["1x30:5@t1,n=4"]["runs"][0]
     # All tokens of all four choices, over the whole run: what the server did is what was counted.
     assert sampled["tokens_per_s"] * sampled["wall_s"] == pytest.approx(4 * 5, rel=0.05)
-    assert sampled["ttft_p50"] <= 1e3 * sampled["wall_s"]
+    assert sampled["ttft_p50"] <= 1e3 * sampled["wall_s"] + 0.01  # both are rounded
     prefill = record["workloads"]["1x40:1"]["runs"][0]
     assert prefill["inter_token_p50"] is None, "one token has none after it"
     # One request, so the time until the last first token is its time to first token, from a start of its own.
