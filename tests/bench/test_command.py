@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
@@ -75,9 +75,10 @@ def test_a_run_against_our_server(ours: str, tmp_path: Path) -> None:
     assert ElementTree.parse(chart).getroot().tag.endswith("svg")
 
 
-def plain_server(asked: list[dict[str, object]], events: list[str]) -> FastAPI:
+def plain_server(asked: list[dict[str, object]], events: list[str], knows: Set[str] = frozenset()) -> FastAPI:
     """Takes text and OpenAI's fields alone, as many servers do; answers `events` over and over."""
     app = FastAPI()
+    known = {"model", "prompt", "max_tokens", "stream", "temperature", "top_p", *knows}
 
     @app.get("/v1/models")
     async def models() -> dict[str, object]:
@@ -86,7 +87,7 @@ def plain_server(asked: list[dict[str, object]], events: list[str]) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
         body = await http.json()
-        if unknown := body.keys() - {"model", "prompt", "max_tokens", "stream", "temperature", "top_p"}:
+        if unknown := body.keys() - known:
             return JSONResponse({"error": {"message": f"unknown fields: {sorted(unknown)}"}}, 400)
         asked.append(body)
 
@@ -114,6 +115,21 @@ def test_a_server_that_knows_openais_fields_alone(tmp_path: Path) -> None:
     assert all(isinstance(body["prompt"], str) for body in asked)
     median = json.loads(figures.read_text())["workloads"]["2x8:3@top_p"]["median"]
     assert median["tokens_per_s"] * median["wall_s"] == pytest.approx(2 * 3, rel=0.05)
+
+
+ALL_SPECIAL = '{"choices": [], "usage": {"prompt_tokens": 8, "completion_tokens": 1}}'
+
+
+def test_tokens_without_text_are_tokens(tmp_path: Path) -> None:
+    """A completion may be one EOS, or half a character: `usage` says that there was a token."""
+    asked: list[dict[str, object]] = []
+    figures = tmp_path / "figures.json"
+    with listening(plain_server(asked, [LAST, ALL_SPECIAL], {"stream_options", "seed"})) as url:
+        result = bench(url, "--workload", "2x8:1", "--repeat", 1, "--json", figures, "--seed", 7)
+    assert result.exit_code == 0, result.output
+    median = json.loads(figures.read_text())["workloads"]["2x8:1"]["median"]
+    assert median["tokens_per_s"] * median["wall_s"] == pytest.approx(2, rel=0.05)
+    assert [body["seed"] for body in asked if "seed" in body][-2:] == [7, 8], "a run can be repeated"
 
 
 @pytest.mark.parametrize(

@@ -40,16 +40,17 @@ class Dialect:
     extras: Mapping[str, Any]
     takes_filters: bool = True  # top_k and min_p
 
-    def body(self, model: str, workload: Workload, prompt: Prompt) -> dict[str, Any]:
-        """The request for one prompt.
+    def body(self, model: str, workload: Workload, prompt: Prompt, seed: int | None = None) -> dict[str, Any]:
+        """The request for one prompt; with a `seed`, one whose draws can be repeated.
 
-        >>> Dialect(True, {}).body("m", Workload(1, 2, 3), [7, 8])
-        {'model': 'm', 'prompt': [7, 8], 'max_tokens': 3, 'stream': True, 'temperature': 0.0}
+        >>> Dialect(True, {}).body("m", Workload(1, 2, 3), [7, 8], seed=5)
+        {'model': 'm', 'prompt': [7, 8], 'max_tokens': 3, 'stream': True, 'temperature': 0.0, 'seed': 5}
         """
         sampling = SAMPLING[workload.sampling]
         body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": workload.output_len}
         body |= {"stream": True, **self.extras}
         body |= {k: v for k, v in sampling.items() if self.takes_filters or k in _OPENAI_SAMPLING}
+        body |= {} if seed is None else {"seed": seed}
         return body | {"n": workload.n} if workload.n > 1 else body
 
     @classmethod
@@ -85,9 +86,15 @@ class Target:
         prompts: Sequence[Prompt],
         dialect: Dialect,
         on_read: Callable[[bytes], None] = lambda data: None,
+        seed: int | None = None,
     ) -> Figures:
-        """All streams at once, until the last has ended."""
-        bodies = [json.dumps(dialect.body(self.model, workload, prompt)).encode() for prompt in prompts]
+        """All streams at once, until the last has ended; the i-th draws with `seed` + i, where there is one."""
+        bodies = [
+            json.dumps(
+                dialect.body(self.model, workload, prompt, seed if seed is None else seed + i)
+            ).encode()
+            for i, prompt in enumerate(prompts)
+        ]
         recordings = [Recording() for _ in bodies]
         try:
             await asyncio.gather(
@@ -150,7 +157,7 @@ def traces_of(recording: Recording, workload: Workload) -> list[Trace]:
     """
     decoder = SSEDecoder()
     times: list[list[float]] = [[] for _ in range(workload.n)]
-    unfinished = set(range(workload.n))
+    ends: dict[int, float] = {}
     usage: Mapping[str, Any] = {}
     for moment, data in recording.reads:
         for event in decoder.feed(data):
@@ -163,11 +170,16 @@ def traces_of(recording: Recording, workload: Workload) -> list[Trace]:
                 if _brings_tokens(choice):
                     times[index].append(moment)
                 if choice.get("finish_reason"):
-                    unfinished.discard(index)
-    if unfinished or not all(times):
-        raise BenchError("a stream ended before it was done, or brought no tokens for one of its choices")
+                    ends[index] = moment
+    if len(ends) < workload.n:
+        raise BenchError("a stream ended before it was done")
+    counted = usage.get("completion_tokens")
+    if counted:  # a completion whose tokens have no text at all (EOS, half a character) came with its end
+        times = [moments or [ends[index]] for index, moments in enumerate(times)]
+    if not all(times):
+        raise BenchError("a stream brought no tokens for one of its choices")
     # Without usage an event is taken for a token, and the prompt for as long as was asked.
-    total = usage.get("completion_tokens") or sum(map(len, times))
+    total = counted or sum(map(len, times))
     prompt_tokens = usage.get("prompt_tokens") or workload.prompt_len
     return [Trace(recording.started, tuple(moments), total // workload.n, prompt_tokens) for moments in times]
 
@@ -175,4 +187,6 @@ def traces_of(recording: Recording, workload: Workload) -> list[Trace]:
 def _brings_tokens(choice: Mapping[str, Any]) -> bool:
     """Servers may close with a choice that has a finish_reason alone: no token came with it."""
     logprobs = choice.get("logprobs") or {}
-    return bool(choice.get("text") or logprobs.get("tokens") or logprobs.get("content"))
+    return bool(
+        choice.get("text") or choice.get("token_ids") or logprobs.get("tokens") or logprobs.get("content")
+    )

@@ -12,21 +12,27 @@ from myserve.bench.workload import Prompt, Workload, id_prompts, text_prompts
 
 @dataclass(slots=True)
 class Session:
-    """`ids`: what prompts are drawn from; empty for a server that takes text alone."""
+    """`ids`: what prompts are drawn from; empty for a server that takes text alone.
+
+    `seed` makes the prompts and, when `seeds_draws`, goes with the requests: some servers (vLLM) draw slower then.
+    """
 
     target: Target
     ids: Sequence[int]
     seed: int = 0
+    seeds_draws: bool = False
     on_read: Callable[[bytes], None] = lambda data: None
     _drawn: int = field(default=0, init=False)
 
     @classmethod
-    async def open(cls, target: Target, *, vocab_size: int | None = None, seed: int = 0) -> Session:
+    async def open(
+        cls, target: Target, *, vocab_size: int | None = None, seed: int = 0, seeds_draws: bool = False
+    ) -> Session:
         """Prompts of any ids below `vocab_size`; if None, of those that the server's tokenizer makes of a text."""
         if vocab_size is not None:
-            return cls(target, range(vocab_size), seed)
+            return cls(target, range(vocab_size), seed, seeds_draws)
         ids = await target.tokenize(" ".join(text_prompts(Workload(1, 200, 1), seed)))
-        return cls(target, sorted(set(ids or ())), seed)
+        return cls(target, sorted(set(ids or ())), seed, seeds_draws)
 
     async def measure(self, workload: Workload, repeats: int) -> tuple[Figures, list[Figures], Dialect]:
         """The medians of `repeats` runs, the runs, and in what words they were asked for."""
@@ -36,7 +42,9 @@ class Session:
         return median_of(runs), runs, dialect
 
     async def run(self, workload: Workload, dialect: Dialect) -> Figures:
-        return await self.target.run(workload, self.prompts(workload, dialect), dialect, self.on_read)
+        prompts = self.prompts(workload, dialect)
+        seed = self.seed if self.seeds_draws else None
+        return await self.target.run(workload, prompts, dialect, self.on_read, seed)
 
     async def dialect(self, workload: Workload) -> Dialect:
         """The richest that the server accepts for such a workload."""

@@ -43,7 +43,7 @@ def bench(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the prompts. None: new ones, which no cache knows.")
+        int | None, typer.Option(help="Of prompts and draws. None: new ones, which no cache knows.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Write a chart here, as SVG.")] = None,
@@ -79,7 +79,7 @@ async def _measure(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         drawn = secrets.randbits(32) if seed is None else seed
-        session = await Session.open(target, vocab_size=vocab_size, seed=drawn)
+        session = await Session.open(target, vocab_size=vocab_size, seed=drawn, seeds_draws=seed is not None)
         # Twice a second: drawing costs CPU that the server may need.
         with Progress(*columns, console=err, refresh_per_second=2, transient=True) as progress:
             for name, workload in workloads.items():
