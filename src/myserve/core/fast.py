@@ -70,21 +70,21 @@ def covers(scores: Tensor) -> bool:
 
 def normalise(scores: Tensor) -> tuple[list[float], list[int]]:
     """(largest score, mass in quanta) of each row of [R, V]."""
-    from myserve.core import kernels
+    from myserve.core import entry_points
 
     largest, masses = torch.empty(len(scores)), torch.empty(len(scores), dtype=torch.int64)
-    _over_threads(kernels.normalise_rows, scores.contiguous(), largest, masses)
+    _over_threads(entry_points.normalise_rows(), scores.contiguous(), largest, masses)
     return largest.tolist(), masses.tolist()
 
 
 def best_tokens(scores: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]]]:
     """The k[r] best (id, score) of each row, k[r] >= 1, in no order; never one at -inf."""
-    from myserve.core import kernels
+    from myserve.core import entry_points
 
     most = min(max(k), scores.shape[1])
     ids = torch.full((len(k), most), -1)
     values = torch.empty(len(k), most)
-    _over_threads(kernels.best_rows, scores.contiguous(), torch.tensor(k), ids, values)
+    _over_threads(entry_points.best_rows(), scores.contiguous(), torch.tensor(k), ids, values)
     return [
         [(token_id, value) for token_id, value in zip(*row, strict=True) if token_id >= 0]
         for row in zip(ids.tolist(), values.tolist(), strict=True)
@@ -93,7 +93,7 @@ def best_tokens(scores: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]
 
 def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
     """Draw every row of CPU float32 `edited` [B, V], the raw scores after stages 1 to 4."""
-    from myserve.core import kernels  # compiles, or loads what was compiled: on first use, not at import
+    from myserve.core import entry_points  # compiles, or loads what was compiled: on first use, not at import
 
     B = len(rows)
     numbers = torch.tensor([_numbers(row) for row in rows], dtype=torch.float64)
@@ -102,7 +102,7 @@ def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
     tokens = torch.empty(B, dtype=torch.int64)
     floats = torch.empty(B, 4)
     masses = torch.full((B, 2), int(MASS_ONE))  # a row without a draw leaves its own as it is
-    _over_threads(kernels.draw_rows, raw, edited, numbers, top_k, keys, tokens, floats, masses)
+    _over_threads(entry_points.draw_rows(), raw, edited, numbers, top_k, keys, tokens, floats, masses)
     return Drawn(tokens.tolist(), *floats.T.tolist(), *masses.T.tolist())
 
 

@@ -17,8 +17,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
-    """Compile on first call, without the interpreter's lock; what was compiled is kept on disk."""
-    return cast("Function", njit(nogil=True, cache=True, error_model="numpy")(function))
+    """Compile on first call, without the interpreter's lock. What is kept on disk: see `entry_points`."""
+    return cast("Function", njit(nogil=True, error_model="numpy")(function))
 
 
 BLOCK = noise.BLOCK

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import struct
 import threading
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from numba import cfunc, from_dtype, types
+
+from myserve.core.fingerprint import fingerprint as source_fingerprint
 
 Record = np.ndarray[Any, np.dtype[np.void]]
 Kernel = Callable[[Any], None]
@@ -45,16 +46,9 @@ def filled(kind: np.dtype[np.void], **fields: float) -> Record:
     return record
 
 
-@functools.cache
 def fingerprint() -> int:
-    """Of the sources that kernels are compiled from.
-
-    Every entry point holds it in a closure cell: Numba's cache key covers a function's own file and its cells, so
-    without it a change in a file of helpers would be answered with the old machine code.
-    """
-    folder = Path(__file__).parent
-    names = ("lanes.py", "tiles.py", "kernels.py", "gemm_kernels.py")
-    return zlib.crc32(b"".join((folder / name).read_bytes() for name in names))
+    """Of the sources that this package's kernels are compiled from; every entry point holds it."""
+    return source_fingerprint(Path(__file__).parent, "lanes.py", "tiles.py", "kernels.py", "gemm_kernels.py")
 
 
 def compiled(record: np.dtype[np.void]) -> Callable[[Kernel], Any]:

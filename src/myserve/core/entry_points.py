@@ -1,0 +1,72 @@
+"""The three ways into the compiled draw: kept on disk, under a key that covers all they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from numba import njit
+
+from myserve.core import kernels
+from myserve.core.fingerprint import fingerprint
+
+SOURCES = ("kernels.py", "kernel_math.py", "noise.py", "numerics.py")
+
+Kernel = Callable[..., None]  # (start, stop, *arrays): rows `start` to `stop`
+
+
+def kept(function: Kernel) -> Kernel:
+    """Compile on first call, without the interpreter's lock, or read what was compiled from disk."""
+    return cast("Kernel", njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+@cache
+def normalise_rows() -> Kernel:
+    """`kernels.normalise_rows`."""
+    source = fingerprint(Path(__file__).parent, *SOURCES)
+
+    @kept
+    def normalise(start: int, stop: int, scores: Any, largest: Any, masses: Any) -> None:
+        if source >= 0:
+            kernels.normalise_rows(start, stop, scores, largest, masses)
+
+    return normalise
+
+
+@cache
+def best_rows() -> Kernel:
+    """`kernels.best_rows`."""
+    source = fingerprint(Path(__file__).parent, *SOURCES)
+
+    @kept
+    def best(start: int, stop: int, scores: Any, wanted: Any, ids: Any, values: Any) -> None:
+        if source >= 0:
+            kernels.best_rows(start, stop, scores, wanted, ids, values)
+
+    return best
+
+
+@cache
+def draw_rows() -> Kernel:
+    """`kernels.draw_rows`."""
+    source = fingerprint(Path(__file__).parent, *SOURCES)
+
+    @kept
+    def draw(
+        start: int,
+        stop: int,
+        raw: Any,
+        edited: Any,
+        numbers: Any,
+        top_k: Any,
+        keys: Any,
+        tokens: Any,
+        floats: Any,
+        masses: Any,
+    ) -> None:
+        if source >= 0:
+            kernels.draw_rows(start, stop, raw, edited, numbers, top_k, keys, tokens, floats, masses)
+
+    return draw
