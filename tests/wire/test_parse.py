@@ -127,3 +127,28 @@ def test_unknown_fields_pass_unless_strict() -> None:
 def test_strict_knows_the_hints_and_the_idle_values() -> None:
     fields = CHAT | dict.fromkeys(HINTS, "x") | {"tools": []}
     parse_request(ChatCompletionRequest, json.dumps(fields).encode(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "a", "mood": 1}]}, "messages[0].mood"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages[0].content[0].x",
+        ),
+        ({"stream_options": {"include_usage": True, "chunk": 3}}, "stream_options.chunk"),
+    ],
+)
+def test_strict_looks_inside(fields: dict[str, Any], param: str) -> None:
+    body = json.dumps(CHAT | fields).encode()
+    parse_request(ChatCompletionRequest, body)
+    with pytest.raises(RequestError) as caught:
+        parse_request(ChatCompletionRequest, body, strict=True)
+    assert (caught.value.param, caught.value.code) == (param, "unknown_parameter")
+
+
+def test_strict_takes_back_an_answer_as_openais_client_dumps_it() -> None:
+    nulls = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "anything"))
+    turn = {"role": "assistant", "content": "hi"} | nulls
+    parse_request(ChatCompletionRequest, json.dumps(CHAT | {"messages": [turn]}).encode(), strict=True)

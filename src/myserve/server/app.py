@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from myserve.errors import MyserveError
-from myserve.server import chat, completions, health, playground, tokenize
+from myserve.server import chat, completions, generate, health, playground, tokenize
 from myserve.server.errors import error_response, http_error_response, status_of
 from myserve.server.models import Models
 from myserve.server.reading import SCHEMAS
@@ -28,6 +28,7 @@ from myserve.server.streaming import ClientGoneError
 from myserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
+from myserve.wire.generate import GenerateRequest
 
 log = logging.getLogger("myserve.server")
 
@@ -49,7 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.models = Models(settings)
     app.state.on_load_failure = None  # who starts a server may want to end it then
-    for family in (chat, completions, tokenize, health, playground):
+    for family in (chat, completions, generate, tokenize, health, playground):
         app.include_router(family.router)
     app.add_exception_handler(MyserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -64,7 +65,13 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document with the schemas of the bodies that our routes parse themselves."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=version("myserve"), routes=app.routes)
-        kinds = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+        kinds = (
+            ChatCompletionRequest,
+            CompletionRequest,
+            GenerateRequest,
+            TokenizeRequest,
+            DetokenizeRequest,
+        )
         _, bodies = models_json_schema(
             [(kind, "validation") for kind in kinds], ref_template=SCHEMAS + "{model}"
         )

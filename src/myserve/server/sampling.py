@@ -58,6 +58,11 @@ def completion_params(request: CompletionRequest, codec: Codec, *, room: int) ->
     return _params(request, codec, max_tokens=1 if scores_only(request) else limit, **asked)
 
 
+def generate_params(request: CompletionRequest, codec: Codec) -> SamplingParams:
+    """What the token route asks of the sampler: to the end of the context unless a limit is sent, as vLLM does."""
+    return _params(request, codec, max_tokens=request.max_tokens)
+
+
 def scores_only(request: CompletionRequest) -> bool:
     """`max_tokens` 0 with `echo` or `prompt_logprobs`: the prompt is scored, and that is all."""
     return request.max_tokens == 0 and bool(request.echo or request.prompt_logprobs is not None)

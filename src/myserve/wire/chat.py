@@ -45,6 +45,9 @@ class ChatMessage(WireModel):
     ''
     """
 
+    # What OpenAI's clients put beside an answer that they send back.
+    HINTS: ClassVar[frozenset[str]] = frozenset({"refusal", "annotations", "audio", "function_call"})
+
     role: Role
     content: str | tuple[ContentPart, ...] | None = None
     name: str | None = None

@@ -59,18 +59,10 @@ class StreamOptions(WireModel):
     include_usage: bool | None = None
 
 
-class GenerationRequest(WireModel):
-    """What one may say about a generation, whatever its prompt. Ranges are `SamplingParams`' to check."""
+class SamplingFields(WireModel):
+    """What one may say about the draw, on any route. Ranges are `SamplingParams`' to check."""
 
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED
-
-    model: Annotated[str, Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
-
     # length and stopping
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -105,6 +97,19 @@ class GenerationRequest(WireModel):
     logprob_token_ids: TokenIds | None = None
     kept: bool | None = None
     prompt_logprobs: int | None = None
+
+
+class GenerationRequest(SamplingFields):
+    """What one may say about a generation, whatever its prompt."""
+
+    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED
+
+    model: Annotated[str, Field(min_length=1)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     raw_output: bool | None = None

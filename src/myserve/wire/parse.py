@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -34,19 +35,37 @@ def parse_request(kind: type[R], body: bytes, *, strict: bool = False) -> R:
 
 
 def _refuse_unsupported(request: BaseModel) -> None:
-    harmless = getattr(request, "UNSUPPORTED", {})
-    for name, value in (request.model_extra or {}).items():
-        if name in harmless and value is not None and value not in harmless[name]:
-            raise RequestError(
-                f"{name} is not supported by this server", param=name, code="unsupported_parameter"
-            )
+    for path, model in _models_in(request):
+        harmless = getattr(model, "UNSUPPORTED", {})
+        for name, value in (model.model_extra or {}).items():
+            if name in harmless and value is not None and value not in harmless[name]:
+                raise RequestError(
+                    f"{path}{name} is not supported by this server",
+                    param=path + name,
+                    code="unsupported_parameter",
+                )
 
 
 def _refuse_unknown(request: BaseModel) -> None:
-    known = HINTS | getattr(request, "UNSUPPORTED", {}).keys()
-    for name in request.model_extra or {}:
-        if name not in known:
-            raise RequestError(f"{name} is no field of this request", param=name, code="unknown_parameter")
+    for path, model in _models_in(request):
+        known = HINTS | getattr(model, "HINTS", frozenset()) | getattr(model, "UNSUPPORTED", {}).keys()
+        for name, value in (model.model_extra or {}).items():
+            if name not in known and value is not None:
+                raise RequestError(
+                    f"{path}{name} is no field of this request", param=path + name, code="unknown_parameter"
+                )
+
+
+def _models_in(model: BaseModel, path: str = "") -> Iterator[tuple[str, BaseModel]]:
+    """The request and every model inside it, each with what its fields' names begin with."""
+    yield path, model
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from _models_in(value, f"{path}{name}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            for position, item in enumerate(value):
+                yield from _models_in(item, f"{path}{name}[{position}].")
 
 
 def _as_request_error(error: ValidationError, body: bytes) -> RequestError:

@@ -151,3 +151,23 @@ class Completion(TypedDict):
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
     perf_metrics: NotRequired[dict[str, int | float | str]]
+
+
+class GenerateChoice(ChoiceExtras):
+    """One choice of vLLM's token route; in a stream, what it gained."""
+
+    index: int
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Generated(TypedDict):
+    """vLLM's answer, whole or a stream's chunk."""
+
+    request_id: str
+    model: str
+    created: int
+    choices: list[GenerateChoice]
+    usage: NotRequired[Usage]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, Any] | None] | None]

@@ -1,0 +1,69 @@
+"""Tokens in, tokens out: vLLM's `/inference/v1/generate`, which renderers, verifiers and prime-rl call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from myserve.wire.completions import CompletionRequest
+from myserve.wire.fields import UNSUPPORTED, SamplingFields, StreamOptions, TokenIds, WireModel
+
+
+class GenerateSampling(SamplingFields):
+    """vLLM's `SamplingParams`, and ours. `logprobs`: so many alternatives of each token, 0 for the token alone."""
+
+    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED
+    # How vLLM stores and detokenizes inside itself; plugins' own words, which are answered in plain JSON.
+    HINTS: ClassVar[frozenset[str]] = frozenset(
+        {"detokenize", "flat_logprobs", "extra_args", "output_kind", "skip_clone"}
+        | {"spaces_between_special_tokens"}
+    )
+
+    logprobs: int | None = None
+
+
+class GenerateRequest(WireModel):
+    """`POST /inference/v1/generate`. Without a model, the first served one.
+
+    >>> asked = GenerateRequest(token_ids=(5, 6), sampling_params=GenerateSampling(temperature=0.5, logprobs=1))
+    >>> completion = asked.as_completion("m")
+    >>> completion.prompts, completion.temperature, completion.logprobs
+    ([(5, 6)], 0.5, 1)
+    """
+
+    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "features": (),
+        "content_parts": ([],),
+        "kv_transfer_params": (),
+        "ec_transfer_params": (),
+    }
+    # What vLLM's renderer says of its own work, beside the ids.
+    HINTS: ClassVar[frozenset[str]] = frozenset({"assistant_tokens_mask", "token_offsets"})
+
+    token_ids: Annotated[TokenIds, Field(min_length=1)]
+    sampling_params: GenerateSampling
+    model: str | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    return_token_ids: bool | None = None
+
+    def as_completion(self, model: str) -> CompletionRequest:
+        """The same request as the completions route knows it; tokens are named by their ids."""
+        asked: dict[str, Any] = {
+            name: getattr(self.sampling_params, name) for name in GenerateSampling.model_fields
+        }
+        return CompletionRequest(
+            model=model,
+            prompt=self.token_ids,
+            stream=self.stream,
+            stream_options=self.stream_options,
+            cache_salt=self.cache_salt,
+            priority=self.priority,
+            return_tokens_as_token_ids=True,
+            **asked,
+        )

@@ -1,0 +1,138 @@
+"""vLLM's token route: the same draws as the other routes, in ids, and its words for what they are."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import httpx
+import pytest
+
+from myserve.wire.sse import SSEDecoder
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+def post(server: Any, path: str, body: dict[str, Any], status: int = 200) -> dict[str, Any]:
+    response = httpx.post(server.url + path, json=body, timeout=30)
+    assert response.status_code == status, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def generate(server: Any, sampling: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "token_ids": PROMPT, "sampling_params": {"max_tokens": 8, "seed": 3} | sampling}
+    return post(server, "/inference/v1/generate", body | fields)
+
+
+def chunks(server: Any, sampling: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
+    body = {"model": "tiny", "token_ids": PROMPT, "sampling_params": {"max_tokens": 8, "seed": 3} | sampling}
+    sent = httpx.post(
+        server.url + "/inference/v1/generate", json=body | fields | {"stream": True}, timeout=30
+    )
+    events = SSEDecoder().feed(sent.content)
+    assert events.pop().is_done
+    return [event.json() for event in events]
+
+
+def test_it_draws_what_the_completions_route_draws(server: Any) -> None:
+    sampled = {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01, "ignore_eos": True}
+    (choice,) = generate(server, sampled | {"logprobs": 3})["choices"]
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "seed": 3, "return_token_ids": True}
+    (other,) = post(server, "/v1/completions", asked | sampled | {"logprobs": True, "top_logprobs": 3})[
+        "choices"
+    ]
+    assert choice["token_ids"] == other["token_ids"]
+    assert len(choice["token_ids"]) == 8
+    assert choice["finish_reason"] == "length"
+    entries = choice["logprobs"]["content"]
+    assert [entry["logprob"] for entry in entries] == [
+        entry["logprob"] for entry in other["logprobs"]["content"]
+    ]
+    assert [entry["token"] for entry in entries] == [f"token_id:{i}" for i in choice["token_ids"]]
+    assert [len(entry["top_logprobs"]) for entry in entries] == [3] * 8
+    assert all(alternative["token"].startswith("token_id:") for alternative in entries[0]["top_logprobs"])
+    assert generate(server, sampled)["choices"][0]["logprobs"] is None
+
+
+def test_the_token_that_ended_it_is_listed_with_its_logprob(server: Any) -> None:
+    for ending in ({"stop_token_ids": [9], "logit_bias": {"9": 100}}, {"logit_bias": {"2": 100}}):
+        (choice,) = generate(server, ending | {"logprobs": 0})["choices"]
+        (entry,) = choice["logprobs"]["content"]
+        assert choice["token_ids"] == [int(entry["token"].removeprefix("token_id:"))]
+        assert (choice["finish_reason"], entry["top_logprobs"]) == ("stop", [])
+
+
+def test_a_stream_joined_is_the_whole(server: Any) -> None:
+    sampling = {"n": 2, "logprobs": 1}
+    whole = generate(server, sampling, request_id="mine", return_token_ids=True)
+    *gained, last = chunks(server, sampling, request_id="mine", stream_options={"include_usage": True})
+    assert {chunk["request_id"] for chunk in (whole, *gained, last)} == {"mine"}
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert whole["prompt_token_ids"] == PROMPT
+    ids, entries, ends = defaultdict[int, list[Any]](list), defaultdict[int, list[Any]](list), {}
+    for chunk in gained:
+        (choice,) = chunk["choices"]
+        ids[choice["index"]] += choice["token_ids"]
+        entries[choice["index"]] += choice["logprobs"]["content"]
+        ends[choice["index"]] = choice["finish_reason"]
+    for choice in whole["choices"]:
+        index = choice["index"]
+        assert ids[index] == choice["token_ids"]
+        assert entries[index] == choice["logprobs"]["content"]
+        assert ends[index] == choice["finish_reason"]
+
+
+def test_a_prompt_is_scored_in_vllms_form(server: Any) -> None:
+    scored = generate(server, {"max_tokens": 1, "prompt_logprobs": 1})["prompt_logprobs"]
+    assert scored[0] is None
+    echoed = post(
+        server,
+        "/v1/completions",
+        {"model": "tiny", "prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 0},
+    )["choices"][0]["logprobs"]["token_logprobs"]
+    own = [by_id[str(token_id)]["logprob"] for by_id, token_id in zip(scored[1:], PROMPT[1:], strict=True)]
+    assert own == echoed[1:]
+    assert all(any(entry["rank"] == 1 for entry in by_id.values()) for by_id in scored[1:])
+    (first, *rest) = chunks(server, {"prompt_logprobs": 1})
+    assert first["prompt_logprobs"] == scored
+    assert not any("prompt_logprobs" in chunk for chunk in rest)
+
+
+def test_without_a_limit_it_goes_on_to_the_end_of_the_context(server: Any) -> None:
+    answer = generate(server, {"max_tokens": None, "ignore_eos": True})
+    assert answer["usage"]["total_tokens"] == server.model("tiny").engine.max_model_len
+
+
+def test_without_a_model_the_first_one_answers(server: Any) -> None:
+    assert generate(server, {}, model=None)["model"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"token_ids": PROMPT}, "sampling_params"),
+        ({"token_ids": [], "sampling_params": {}}, "token_ids"),
+        ({"token_ids": [10**6], "sampling_params": {}}, "prompt"),
+        ({"token_ids": PROMPT, "sampling_params": {"top_p": 2.0}}, "top_p"),
+        ({"token_ids": PROMPT, "sampling_params": {"logprobs": -1}}, "logprobs"),
+        (
+            {"token_ids": PROMPT, "sampling_params": {"use_beam_search": True}},
+            "sampling_params.use_beam_search",
+        ),
+        ({"token_ids": PROMPT, "sampling_params": {}, "features": {"mm_hashes": {}}}, "features"),
+    ],
+)
+def test_a_refusal_names_the_field(server: Any, body: dict[str, Any], param: str) -> None:
+    assert post(server, "/inference/v1/generate", body, 400)["error"]["param"] == param
+
+
+def test_what_vllms_clients_send_by_habit_is_taken(server: Any) -> None:
+    habits = {
+        "detokenize": False,
+        "flat_logprobs": True,
+        "extra_args": {"a": 1},
+        "skip_special_tokens": False,
+    }
+    assert json.dumps(generate(server, habits)["choices"]) == json.dumps(generate(server, {})["choices"])
