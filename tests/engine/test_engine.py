@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import set_seed
 
+from myserve.core.logprobs import PROMPT_CHUNK
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
@@ -93,6 +94,23 @@ def test_prompt_logprobs_are_the_models_own(make_engine: MakeEngine, hf_model: H
     theirs = logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor([s.logprob for s in scores[1:]]), theirs, atol=2e-5, rtol=0)
     assert [i for i, _ in scores[5].top_logprobs] == logprobs[4].topk(2).indices.tolist()
+
+
+def test_a_prompt_is_scored_in_tiles_of_logits(make_engine: MakeEngine) -> None:
+    """However long the chunk, no more than `PROMPT_CHUNK` rows of logits exist at once."""
+    engine = make_engine("gemma2", max_num_batched_tokens=512)
+    rows: list[int] = []
+    head = engine.runner.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, out: rows.append(out.numel() // out.shape[-1]))
+    try:
+        prompt = [5 + i % 300 for i in range(400)]
+        completion = run_one(engine, prompt, max_tokens=1, prompt_logprobs=1, seed=0)
+    finally:
+        hook.remove()
+    scores = next(d.prompt_logprobs for d in completion.deltas if d.prompt_logprobs is not None)
+    assert len(scores) == len(prompt)
+    assert max(rows) == PROMPT_CHUNK, "the scores come in whole tiles"
+    assert sum(rows) == len(prompt), "399 targets and one draw: nothing is computed twice"
 
 
 def test_n_choices_differ_and_each_is_what_its_sample_index_says(make_engine: MakeEngine) -> None:

@@ -24,6 +24,7 @@ MODELS = [
     ("llama", "bfloat16"),
     ("gpt2", "float32"),
     ("gemma3_text", "bfloat16"),
+    ("gemma2", "bfloat16"),
     ("qwen3_moe", "float32"),
     ("qwen3_moe", "bfloat16"),
     ("mixtral", "float32"),
@@ -136,14 +137,18 @@ def test_one_is_the_first_of_sixteen(arch: str, dtype: str, make_engine: MakeEng
 def test_teacher_forcing_is_decoding(arch: str, dtype: str, make_engine: MakeEngine) -> None:
     engine = make_engine(arch, dtype=dtype)
     prompt = list(range(60, 93))
-    drawn = run(engine, [Asked(prompt, SamplingParams(max_tokens=40, seed=8, ignore_eos=True))])[0][0]
+    params = SamplingParams(max_tokens=140, seed=8, ignore_eos=True, top_logprobs=3)
+    drawn = run(engine, [Asked(prompt, params)])[0][0]
+    scoring = SamplingParams(max_tokens=1, seed=8, prompt_logprobs=3)
+    others = mixed_requests(4)  # the prompt is scored in chunks of other lengths, among rows that decode
     forced = run(
-        engine, [Asked(prompt + drawn.ids, SamplingParams(max_tokens=1, seed=8, prompt_logprobs=0))]
-    )[0][0]
-    scores = next(d.prompt_logprobs for d in forced.deltas if d.prompt_logprobs is not None)
-    assert [(s.token_id, s.logprob) for s in scores[len(prompt) :]] == [
-        (t.token_id, t.logprob) for t in drawn.tokens
-    ]
+        engine, [Asked(prompt + drawn.ids, scoring), Asked((prompt + drawn.ids)[:90], scoring), *others]
+    )
+    for choice, count in ((forced[0][0], 140), (forced[1][0], 90 - len(prompt))):
+        scores = next(d.prompt_logprobs for d in choice.deltas if d.prompt_logprobs is not None)
+        assert [(s.token_id, s.logprob, s.top_logprobs) for s in scores[len(prompt) :]] == [
+            (t.token_id, t.logprob, t.top_logprobs) for t in drawn.tokens[:count]
+        ]
 
 
 def test_before_is_after_a_restart(tiny_model: Callable[[str], Path], make_engine: MakeEngine) -> None:

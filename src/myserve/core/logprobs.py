@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from myserve.core.stages import entropy_of, kth_largest
 from myserve.errors import NonFiniteLogitsError
 
 LOWEST_FLOAT32 = -3.4028234663852886e38
-PROMPT_CHUNK = 64  # rows: bounds the float32 copies of a long prompt's logits
+PROMPT_CHUNK = 64  # rows of logits that exist at once while a prompt is scored
 
 TopLogprobs = tuple[tuple[int, float], ...]
 
@@ -123,19 +124,32 @@ def kept_sets(scaled: Tensor, behaviour: Tensor) -> list[Kept]:
     ]
 
 
-def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], k: int = 0) -> list[Scored]:
+class Rows(Protocol):
+    """Rows of logits, which may be made as they are looked at; a tensor [T, V] is one."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+def prompt_logprobs(logits: Rows, target_ids: Sequence[int], k: int = 0) -> list[Scored]:
     """The raw logprob of `target_ids[t]` under `logits[t]`, with the k best alternatives beside it.
 
-    `logits` [T, V] of any float dtype: row t is what the model says after the tokens before target t. Raises
-    `NonFiniteLogitsError` naming the row if one holds NaN or +inf.
+    `logits` [T, V] of any float dtype, looked at `PROMPT_CHUNK` rows at a time: row t is what the model says after
+    the tokens before target t. Raises `NonFiniteLogitsError` naming the row if one holds NaN or +inf.
 
     >>> prompt_logprobs(torch.zeros(1, 4), [3], k=1)
     [Scored(token_id=3, logprob=-1.3862943649291992, top_logprobs=((0, -1.3862943649291992),))]
     """
     scored: list[Scored] = []
+    scores = torch.empty(
+        0
+    )  # [PROMPT_CHUNK, V]: a fresh 40 MB for each chunk costs as much as the head's product
     for start in range(0, len(target_ids), PROMPT_CHUNK):
-        chunk = logits[start : start + PROMPT_CHUNK].detach().to(torch.float32)
         targets = list(target_ids[start : start + PROMPT_CHUNK])
+        chunk = logits[start : start + len(targets)].detach()
+        if chunk.dtype != torch.float32:
+            if not len(scores):
+                scores = torch.empty_like(chunk, dtype=torch.float32)
+            chunk = scores[: len(chunk)].copy_(chunk)
         _require_finite(chunk, start)
         values = chunk.gather(1, torch.tensor(targets, device=chunk.device).unsqueeze(1))[:, 0].tolist()
         best = top_tokens(chunk, [k] * len(targets)) if k else [[]] * len(targets)

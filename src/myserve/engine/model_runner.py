@@ -15,6 +15,7 @@ from myserve.engine.attention import PagedContext
 from myserve.engine.config import EngineConfig
 from myserve.engine.exact import make_exact
 from myserve.engine.kv_cache import KVCache
+from myserve.engine.lm_head import LogitRows, keep_rows
 from myserve.engine.outputs import PromptLogprob
 from myserve.engine.request import Request
 from myserve.engine.scheduler import Batch, Piece
@@ -67,10 +68,11 @@ class ModelRunner:
     def run(self, batch: Batch) -> StepResult:
         """One packed forward, then a draw for each row that is complete."""
         wanted = self._wanted_positions(batch)
-        logits = self.forward(batch, wanted)  # [len(wanted), V]
+        with keep_rows(self.model) as rows:
+            logits = self.forward(batch, wanted)  # [len(wanted), V]
         self.kv_cache.copy(batch.copies)
         row_of = {position: row for row, position in enumerate(wanted)}
-        scored, failed = self._score_prompts(batch, logits, row_of)
+        scored, failed = self._score_prompts(batch, rows)
         return StepResult(self._draw(batch, logits, row_of), scored, failed)
 
     def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
@@ -112,20 +114,18 @@ class ModelRunner:
         )
 
     def _wanted_positions(self, batch: Batch) -> list[int]:
-        """Packed rows whose logits are needed: the last of each piece that draws, and all of a scored prompt."""
+        """Packed rows that are drawn from: the last of each piece that draws."""
         drawing = {index for _, index in batch.draws}
         wanted: list[int] = []
         start = 0
         for index, piece in enumerate(batch.pieces):
-            if piece.request in self._scored and piece.start < piece.request.num_prompt_tokens:
-                wanted.extend(range(start, start + piece.count))
-            elif index in drawing:
+            if index in drawing:
                 wanted.append(start + piece.count - 1)
             start += piece.count
         return wanted or [start - 1]  # a model cannot be asked for no logits
 
     def _score_prompts(
-        self, batch: Batch, logits: Tensor, row_of: dict[int, int]
+        self, batch: Batch, rows: LogitRows
     ) -> tuple[dict[Request, tuple[PromptLogprob, ...]], dict[Request, NonFiniteLogitsError]]:
         complete: dict[Request, tuple[PromptLogprob, ...]] = {}
         failed: dict[Request, NonFiniteLogitsError] = {}
@@ -133,7 +133,7 @@ class ModelRunner:
         for piece in batch.pieces:
             if piece.request in self._scored and piece.start < piece.request.num_prompt_tokens:
                 try:
-                    self._score_piece(piece, logits[row_of[start] : row_of[start] + piece.count])
+                    self._score_piece(piece, rows.from_row(start))
                 except NonFiniteLogitsError as error:
                     failed[piece.request] = error
                 if len(self._scored[piece.request]) == piece.request.num_prompt_tokens:
@@ -141,13 +141,13 @@ class ModelRunner:
             start += piece.count
         return complete, failed
 
-    def _score_piece(self, piece: Piece, logits: Tensor) -> None:  # logits [count, V]
+    def _score_piece(self, piece: Piece, logits: LogitRows) -> None:  # logits [count, V]
         """Row i gives the logprob of token i + 1; the rows behind the prompt's end score nothing."""
         request, gathered = piece.request, self._scored[piece.request]
         first = max(piece.start, len(gathered) - 1)  # a preempted prompt is not scored twice
         targets = request.prompt_token_ids[first + 1 : piece.start + piece.count + 1]
         if targets:
-            rows = logits[first - piece.start : first - piece.start + len(targets)]
+            rows = logits.from_row(first - piece.start)
             gathered.extend(
                 PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs)
                 for scored in prompt_logprobs(rows, targets, self._alternatives[request])
