@@ -46,6 +46,13 @@ class UnsupportedModelError(RequestError):
     """A model that the engine cannot run exactly, and why."""
 
 
+class BadSnapshotError(RequestError):
+    """Weights that cannot become this model's. Nothing was changed, and the old ones go on serving."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="bad_snapshot")
+
+
 class EngineError(MyserveError, RuntimeError):
     """Something of ours failed; the request was fine."""
 
@@ -60,6 +67,12 @@ class OverloadedError(EngineError):
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class WeightsLoadingError(EngineError):
+    """New weights are about to be swapped in, and whoever asked for them wants nobody to wait. Try again soon."""
+
+    retry_after = 1.0  # seconds
 
 
 class EngineDeadError(EngineError):

@@ -113,10 +113,9 @@ def test_what_pytorch_multiplies_between_two_of_ours_is_right() -> None:
         assert torch.equal(F.linear(x, weight), wanted)
 
 
-def test_takes_new_values_and_any_layout_of_x() -> None:
-    product = PackedWeight(torch.zeros(5, 6), torch.zeros(5))
+def test_takes_a_new_bias_and_any_layout_of_x() -> None:
     weight, bias, x = torch.randn(5, 6), torch.randn(5), torch.randn(6, 4).T
-    product.load_(weight, bias)
+    product = PackedWeight(weight, torch.zeros(5)).with_bias(bias)
     torch.testing.assert_close(product(x), F.linear(x, weight, bias))
     assert product(torch.empty(2, 0, 6)).shape == (2, 0, 5)
 

@@ -23,8 +23,10 @@ from myserve.engine.results import outcome_of, request_metrics
 from myserve.engine.scheduler import Batch, Limits, Scheduler
 from myserve.engine.stream import Outcome, RequestStream
 from myserve.engine.token_bytes import TokenBytes
+from myserve.engine.weight_update import Mode, Prepared, Source, UpdateOptions, prepare
+from myserve.engine.weight_updates import WeightUpdate, WeightUpdates
 from myserve.engine.weights import LoadedModel, load
-from myserve.errors import EngineDeadError, OverloadedError
+from myserve.errors import EngineDeadError, OverloadedError, WeightsLoadingError
 
 logger = logging.getLogger("myserve.engine")
 
@@ -42,7 +44,6 @@ class Engine:
         self.config = config
         self.tokenizer = loaded.tokenizer
         self.token_bytes = TokenBytes(loaded.tokenizer, loaded.vocab_size)
-        self.weight_version = 0
         self.runner = ModelRunner(loaded, config)
         check_packing(self.runner, loaded.vocab_size)
         self._independent = rows_are_independent(self.runner, loaded.vocab_size)
@@ -65,6 +66,8 @@ class Engine:
                 "%s: tokens depend on their batch; no exact product is built for it", loaded.device
             )
         logger.info("exactness %s; %r; context %d", self.exactness, self.scheduler.pool, self.max_model_len)
+        self._loaded = loaded
+        self._updates = WeightUpdates(self._prepare_weights, self._post)
         self._arrivals = count()
         self._owner: dict[
             Request, Submission
@@ -107,6 +110,11 @@ class Engine:
         return self.runner.exact_report.as_dict() | {"rows_are_independent": self._independent}
 
     @property
+    def weight_version(self) -> int:
+        """What the weights are called that compute now; 0 at first."""
+        return self.scheduler.weight_version
+
+    @property
     def is_alive(self) -> bool:
         """False once a step has failed in a way that was not one request's own, or after `shutdown`."""
         return self._fatal is None and not self._stopping
@@ -139,7 +147,7 @@ class Engine:
             priority=priority,
             arrival=arrival,
             # no two requests agree on a fresh object, so without prefix caching nothing is ever found
-            cache_root=(cache_salt, self.weight_version) if self.config.prefix_caching else object(),
+            cache_root=cache_salt if self.config.prefix_caching else object(),
             sample_index=sample_index,
             num_prior_tokens=num_prior_tokens,
             now=time.monotonic(),
@@ -149,6 +157,38 @@ class Engine:
         self._post(lambda: self._add(submission))
         self.start()
         return submission.stream
+
+    def update_weights(
+        self,
+        source: Source,
+        *,
+        mode: Mode = "drain",
+        partial: bool = False,
+        version: int | None = None,
+        checksum: str | None = None,
+        refuse_new: bool = False,
+        reset_prefix_cache: bool = False,
+    ) -> WeightUpdate:
+        """New weights for the same model, from a folder of safetensors or a `state_dict`: await it, or `.result()`.
+
+        They are read, checked and packed beside the old ones, and then put in place between two steps. `mode`:
+        "drain" lets who is in flight finish first and keeps newcomers waiting (`refuse_new`: WeightsLoadingError
+        instead); "keep" lets them go on with the keys and values they have; "abort" ends them with the tokens they
+        have. `UpdateOptions` has the rest. Tensors of a state dict must not change until it is done.
+        Raises RequestError here, BadSnapshotError from the update: then nothing was changed.
+        """
+        options = UpdateOptions(
+            mode=mode,
+            partial=partial,
+            version=version,
+            checksum=checksum,
+            refuse_new=refuse_new,
+            reset_prefix_cache=reset_prefix_cache,
+        )
+        update = WeightUpdate(source, options)
+        self._updates.add(update, lambda: self.weight_version)
+        self.start()
+        return update
 
     def start(self) -> None:
         """Start the engine's thread; nothing happens where it runs already."""
@@ -181,6 +221,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._take_inbox()
+                self._updates.advance(self)
                 if not self.step():
                     self._wait_for_work()
             self._fail_everyone(EngineDeadError("the engine was shut down"))
@@ -250,11 +291,48 @@ class Engine:
             self._abort([request for request, owner in self._owner.items() if owner.loop is loop])
 
     def _fail_everyone(self, error: Exception) -> None:
+        self._updates.close(error)
         self._take_inbox()
         for request, owner in list(self._owner.items()):
             outcome = Outcome(request.index, finish_reason="error", error=error)
             self._forget(request)
             self._send(owner.loop, [(owner.stream, outcome)])
+
+    # ---- new weights, on the engine's thread (`weight_updates.Swapper`)
+
+    @property
+    def is_drained(self) -> bool:
+        return self.scheduler.is_drained
+
+    def drain(self) -> None:
+        self.scheduler.drain()
+
+    def end_begun(self) -> int:
+        """Everyone in flight that has tokens ends with them; the others have nothing to lose, and start over."""
+        begun = [request for request in self.scheduler.begun if request.num_output_tokens]
+        for request in begun:
+            owner = self._owner[request]
+            self._abort([request])
+            self._send(owner.loop, [(owner.stream, Outcome(request.index, finish_reason="abort"))])
+        return len(begun)
+
+    def swap(self, prepared: Prepared, version: int, options: UpdateOptions) -> None:
+        prepared.install()
+        for request in self.scheduler.change_weights(version):
+            self.runner.restart(request)
+        if options.reset_prefix_cache:
+            self.scheduler.pool.forget_all()
+        logger.info("weights %d, %s", version, prepared.checksum)
+
+    def _prepare_weights(self, source: Source, options: UpdateOptions) -> Prepared:
+        return prepare(
+            source,
+            self.runner.model,
+            self._loaded.weight_names,
+            partial=options.partial,
+            checksum=options.checksum,
+            may_cast=self._loaded.casts,
+        )
 
     # ---- between the threads
 
@@ -268,6 +346,8 @@ class Engine:
         with self._wake:
             if not self.is_alive:
                 raise EngineDeadError(f"the engine has stopped ({self._fatal or 'shut down'})")
+            if self._updates.refuses_requests:
+                raise WeightsLoadingError("new weights are about to be swapped in; try again in a moment")
             if self._num_open + n > self.config.max_queue:
                 share = (self._num_open + n - self.config.max_queue) / self.config.max_num_seqs
                 raise OverloadedError(

@@ -43,16 +43,15 @@ class ExactReport:
 
 
 class ExactLinear(nn.Module):
-    """A linear layer by our own kernel. It holds the weight in the kernel's order alone; new values: `load_`."""
+    """A linear layer by our own kernel. It holds the weight in the kernel's order alone; new values: a new `packed`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:  # weight [N, K]
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, is_transposed: bool = False) -> None:
+        """`weight` [N, K]; [K, N] where the layer that it comes from has it so."""
         super().__init__()
+        self.is_transposed = is_transposed
+        weight = weight.T if is_transposed else weight
         self.packed = PackedWeight(weight, bias)
         self.out_features, self.in_features = weight.shape
-
-    def load_(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Takes new values of the same shape."""
-        self.packed.load_(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.packed(x)
@@ -61,10 +60,16 @@ class ExactLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.packed.dtype}"
 
 
-class _ExactWeight(Tensor):
+class ExactWeight(Tensor):
     """A router's weight: transformers' routers give it to `F.linear` themselves, so it is the weight that knows."""
 
     packed: PackedWeight
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> ExactWeight:
+        exact = weight.detach().as_subclass(cls)
+        exact.packed = PackedWeight(weight, bias)
+        return exact
 
     @classmethod
     def __torch_function__(
@@ -84,12 +89,12 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     if mode == "off" or not on_cpu:
         return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0)
-    experts = sum(_pack_experts(module) for module in list(model.modules()) if _has_experts(module))
+    experts = sum(_pack_experts(module) for module in list(model.modules()) if has_experts(module))
     routers = sum(_pack_router(module) for module in list(model.modules()) if is_router(module))
     linears = 0
     for parent, name, module in list(_linears(model)):
-        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        setattr(parent, name, ExactLinear(weight, module.bias))
+        exact = ExactLinear(module.weight, module.bias, is_transposed=isinstance(module, Conv1D))
+        setattr(parent, name, exact)
         linears += 1
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     unit = bfloat16_unit() if half else "lanes"
@@ -113,13 +118,11 @@ def is_router(module: nn.Module) -> bool:
 def _pack_router(module: nn.Module) -> int:
     weight, bias = module._parameters.pop("weight"), module._parameters.get("bias")
     assert weight is not None
-    exact = weight.detach().as_subclass(_ExactWeight)
-    exact.packed = PackedWeight(weight, bias)
-    module.weight = exact
+    module.weight = ExactWeight.of(weight, bias)
     return 1
 
 
-def _has_experts(module: nn.Module) -> bool:
+def has_experts(module: nn.Module) -> bool:
     """Experts as transformers holds them: three-dimensional weights, and a forward that looks itself up."""
     return hasattr(module, "_is_expert_parallel") and "down_proj" in module._parameters
 
@@ -133,7 +136,13 @@ def _pack_experts(module: Any) -> int:
 
 def _pack_each(module: Any, name: str) -> list[PackedWeight]:
     weights, biases = module._parameters.pop(name), module._parameters.get(f"{name}_bias")
-    weights = weights.transpose(1, 2) if module.is_transposed else weights  # [E, N, K]
+    return packed_experts(weights, biases, is_transposed=module.is_transposed)
+
+
+def packed_experts(
+    weights: Tensor, biases: Tensor | None, *, is_transposed: bool
+) -> list[PackedWeight]:  # weights [E, N, K] or [E, K, N], biases [E, N]
+    weights = weights.transpose(1, 2) if is_transposed else weights
     return [PackedWeight(w, None if biases is None else biases[e]) for e, w in enumerate(weights)]
 
 

@@ -8,6 +8,8 @@ up to three times a prefill; a kernel of our own costs nothing and needs no sear
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,19 +32,23 @@ class PackedWeight:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
-        self.load_(weight, bias)
-
-    def load_(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Takes new values of the same shape."""
-        assert weight.shape == (self.out_features, self.in_features)
         self.weight = _packed(weight.detach())
         self._inner = self.weight.shape[1] * (2 if self.dtype == torch.bfloat16 else 1)
         self._scratch_bytes = 64 * (3 + -(-4 * (ROWS * PANEL + 4 * self._inner) // 64))
         self._kernel = linear_kernel(self.dtype)
-        columns = self.weight.shape[0] * 16
-        self.bias = torch.zeros(columns)  # float32, as the sums it is added to
+        self.bias = self._padded_bias(bias)
+
+    def with_bias(self, bias: Tensor) -> PackedWeight:
+        """The same weight, shared, with another bias."""
+        other = copy(self)
+        other.bias = self._padded_bias(bias)
+        return other
+
+    def _padded_bias(self, bias: Tensor | None) -> Tensor:
+        columns = torch.zeros(self.weight.shape[0] * 16)  # float32, as the sums it is added to
         if bias is not None:
-            self.bias[: self.out_features] = bias.detach()
+            columns[: self.out_features] = bias.detach()
+        return columns
 
     @property
     def dtype(self) -> torch.dtype:

@@ -59,6 +59,11 @@ class ModelRunner:
             self._alternatives[request] = params.prompt_logprobs
             self._scored[request] = [PromptLogprob(request.prompt_token_ids[0], None)]
 
+    def restart(self, request: Request) -> None:
+        """Its prompt will be run again, by other weights: what was scored of it is void."""
+        if request in self._scored:
+            del self._scored[request][1:]
+
     def remove(self, request: Request) -> None:
         self._rows.pop(request, None)
         self._scored.pop(request, None)

@@ -34,6 +34,7 @@ class TokenOutput:
     token_id_logprobs: tuple[tuple[int, float | None], ...] = ()  # for logprob_token_ids
     kept: KeptSet | None = None
     weight_version: int = 0
+    recomputed: bool = False  # everything before it was run again by this version: it had been preempted
     # unix seconds at which the step that made it ended
     time: float = 0.0
 

@@ -26,14 +26,20 @@ def outcome_of(
     stopped = ended == "stop"
     return Outcome(
         request.index,
-        token=token_output(draw, weight_version, now),
+        token=token_output(
+            draw,
+            weight_version,
+            now,
+            recomputed=request.recomputed_at is not None
+            and request.recomputed_at == request.num_output_tokens - 1,
+        ),
         finish_reason=cast("FinishReason | None", ended),
         stop_reason=owner.ends.reason(draw.token_id) if stopped else None,
         hides_token=stopped and not owner.params.include_stop_str_in_output,
     )
 
 
-def token_output(draw: Sampled, weight_version: int, now: float) -> TokenOutput:
+def token_output(draw: Sampled, weight_version: int, now: float, *, recomputed: bool = False) -> TokenOutput:
     kept = draw.kept
     return TokenOutput(
         draw.token_id,
@@ -43,6 +49,7 @@ def token_output(draw: Sampled, weight_version: int, now: float) -> TokenOutput:
         token_id_logprobs=draw.token_id_logprobs,
         kept=None if kept is None else KeptSet(kept.token_ids, kept.mass, kept.entropy),
         weight_version=weight_version,
+        recomputed=recomputed,
         time=now,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from myserve.engine.blocks import BlockPool
@@ -63,6 +63,10 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.held: dict[Request, None] = {}
         self.num_preemptions = 0
+        self.weight_version = 0
+        self._draining: set[int] | None = (
+            None  # arrivals of those who may still finish; None: no swap is awaited
+        )
 
     @property
     def has_work(self) -> bool:
@@ -112,6 +116,35 @@ class Scheduler:
         sibling.apply(Event.RELEASE)
         insort(self.waiting, sibling, key=Request.order)
 
+    # ---- new weights
+
+    @property
+    def begun(self) -> list[Request]:
+        """Who has tokens, or is being computed: in flight."""
+        return self.running + [r for r in self.waiting if r.num_output_tokens]
+
+    def drain(self) -> None:
+        """From now on only who is in flight goes on, with the siblings that belong to it; all others wait."""
+        self._draining = {r.arrival for r in self.begun}
+
+    @property
+    def is_drained(self) -> bool:
+        """Nobody who was in flight at `drain` is left."""
+        draining = self._draining or set()
+        return not any(r.arrival in draining for r in (*self.running, *self.waiting, *self.held))
+
+    def change_weights(self, version: int) -> list[Request]:
+        """Other weights compute from the next step on. Who has tokens keeps its blocks; who has none starts over, so
+        that a prompt is computed by one version alone. Returns the latter."""
+        self.weight_version = version
+        self._draining = None
+        restarted = [r for r in self.running if not r.num_output_tokens]
+        for request in restarted:
+            self.running.remove(request)
+            self._preempt(request)
+            request.times.admitted = None  # so that what it found in the old cache is not counted
+        return restarted
+
     # ---- planning a step
 
     def schedule(self, now: float) -> Batch:
@@ -144,8 +177,7 @@ class Scheduler:
 
     def _admit_waiting(self, batch: Batch, now: float) -> None:
         """Let in who waits, in order; the first that does not fit closes the door, so that nobody is overtaken."""
-        while self.waiting and len(self.running) < self.limits.max_num_seqs:
-            request = self.waiting[0]
+        while len(self.running) < self.limits.max_num_seqs and (request := self._first_waiting()):
             shared, names = self._cached_prefix(request)
             cached = len(shared) * self.pool.block_size
             count = self._affordable(request.num_tokens - cached, batch, decoders_left=0)
@@ -153,7 +185,7 @@ class Scheduler:
             needed = self.pool.blocks_for(cached + count) - len(shared)
             if not count or needed + newly_held > self.pool.num_free:
                 return
-            self.waiting.pop(0)
+            self.waiting.remove(request)
             self.pool.hold(shared)
             request.block_table, request.content_ids = list(shared), list(names)
             request.num_computed_tokens = cached
@@ -161,7 +193,16 @@ class Scheduler:
             self._extend_blocks(request, count)
             self._plan(request, count, batch)
 
+    def _first_waiting(self) -> Request | None:
+        """The next to come in; while others drain, the next of theirs."""
+        if self._draining is None:
+            return self.waiting[0] if self.waiting else None
+        return next((r for r in self.waiting if r.arrival in self._draining), None)
+
     def _admitted(self, request: Request, cached: int, now: float) -> None:
+        if request.num_output_tokens and request.weight_version != self.weight_version:
+            request.recomputed_at = request.num_output_tokens
+        request.weight_version = self.weight_version
         request.apply(Event.ADMIT)
         insort(self.running, request, key=Request.order)
         if request.times.admitted is None:
@@ -172,7 +213,17 @@ class Scheduler:
         """At least one token is always left to run, for its logits are what the next token is drawn from."""
         if request.needs_prompt_logits and request.num_output_tokens == 0:
             return [], []
-        return self.pool.match(request.cache_root, request.token_ids[: request.num_tokens - 1])
+        return self.pool.match(
+            self._root(request, self.weight_version), request.token_ids[: request.num_tokens - 1]
+        )
+
+    @staticmethod
+    def _root(request: Request, weight_version: int) -> Hashable:
+        """Where the names of a request's blocks begin: blocks of two versions are never taken for one another.
+
+        Versions only grow, so blocks that older weights began can never be found again, whatever is added to them.
+        """
+        return (request.cache_root, weight_version)
 
     def _affordable(self, wanted: int, batch: Batch, decoders_left: int) -> int:
         """How many of the wanted tokens this step's budget allows. Prefills leave room for who is still to decode."""
@@ -212,6 +263,7 @@ class Scheduler:
             return False
         del self.held[sibling]
         sibling.apply(Event.FORK)
+        sibling.weight_version = leader.weight_version
         shared = leader.block_table[:full]
         self.pool.hold(shared)
         sibling.block_table = list(shared)
@@ -268,7 +320,8 @@ class Scheduler:
     def _publish_full_blocks(self, request: Request) -> None:
         size = self.pool.block_size
         for index in range(len(request.content_ids), request.num_computed_tokens // size):
-            parent = request.content_ids[-1] if request.content_ids else request.cache_root
+            root = self._root(request, request.weight_version)
+            parent = request.content_ids[-1] if request.content_ids else root
             tokens = request.token_ids[index * size : (index + 1) * size]
             request.content_ids.append(self.pool.publish(request.block_table[index], parent, tokens))
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from myserve.engine import attention
 from myserve.engine.config import EngineConfig
+from myserve.engine.weight_plan import WeightNames
 from myserve.errors import UnsupportedModelError
 
 
@@ -23,6 +24,8 @@ class LoadedModel:
     max_model_len: int
     vocab_size: int  # of the logits: padded vocabularies are wider than the tokenizer's
     device: torch.device
+    weight_names: WeightNames
+    casts: bool  # an explicit dtype: what has another is rounded to it, now and in every update
 
 
 def load(model: str, config: EngineConfig) -> LoadedModel:
@@ -45,13 +48,16 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
             "kinds do"
         )
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    loaded = loaded.eval().requires_grad_(False).to(device)
     return LoadedModel(
-        model=loaded.eval().requires_grad_(False).to(device),
+        model=loaded,
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids(loaded, tokenizer),
         max_model_len=context_length(hf_config),
         vocab_size=loaded.get_output_embeddings().weight.shape[0],
         device=device,
+        weight_names=WeightNames.of(loaded),
+        casts=config.dtype != "auto",
     )
 
 

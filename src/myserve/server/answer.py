@@ -140,14 +140,19 @@ def finish_reason_of(choice: Choice) -> FinishReason:
 def weight_version_spans(tokens: Sequence[TokenOutput]) -> list[dict[str, int]]:
     """Runs of tokens that one version of the weights made, as half-open intervals.
 
+    The keys and values of a run were made with it, those before stayed as they were; in a run that says `recomputed`,
+    all before it were made anew by its version (the request had been preempted).
+
     >>> made = [TokenOutput(1, 0.0, 0.0, weight_version=version) for version in (3, 3, 4)]
     >>> weight_version_spans(made)
     [{'start': 0, 'end': 2, 'weight_version': 3}, {'start': 2, 'end': 3, 'weight_version': 4}]
     """
     spans: list[dict[str, int]] = []
     for position, token in enumerate(tokens):
-        if not spans or spans[-1]["weight_version"] != token.weight_version:
+        if not spans or spans[-1]["weight_version"] != token.weight_version or token.recomputed:
             spans.append({"start": position, "end": position, "weight_version": token.weight_version})
+            if token.recomputed:
+                spans[-1]["recomputed"] = True
         spans[-1]["end"] = position + 1
     return spans
 
