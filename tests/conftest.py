@@ -61,6 +61,12 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "qwen3_moe": SMALL | MOE | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "mixtral": SMALL | {"num_experts_per_tok": 2, "num_local_experts": 4},
     "olmoe": SMALL | MOE,
+    "gpt_oss": SMALL
+    | {"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": 24, "rope_scaling": None},
+}
+# Of an architecture above, with a change: more experts than a byte can name.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "wide_moe": ("qwen3_moe", {"num_experts": 300, "num_experts_per_tok": 4, "moe_intermediate_size": 8}),
 }
 
 
@@ -91,7 +97,8 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
 def make_tiny_model(arch: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Write a random model of `arch` with its tokenizer, as `save_pretrained` writes any model."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(arch, **ARCHITECTURES[arch])
+    arch, change = VARIANTS.get(arch, (arch, {}))
+    config = AutoConfig.for_model(arch, **ARCHITECTURES[arch] | change)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.save_pretrained(folder)
     trained_tokenizer().save_pretrained(folder)

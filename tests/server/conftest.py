@@ -76,6 +76,16 @@ def server(tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def moe_server(tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
+    """Mixtures of experts: "moe" has 8 a layer, "wide" 300; "dense" has none."""
+    served = {"moe": "qwen3_moe", "wide": "wide_moe", "dense": "llama"}
+    with run_server(
+        Settings(models={name: str(tiny_model(arch)) for name, arch in served.items()})
+    ) as running:
+        yield running
+
+
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
     """The unmodified client, checking every field of every answer."""

@@ -53,6 +53,7 @@ SENT: dict[str, tuple[Any, str, Any]] = {
     "logprob_token_ids": ((4,), "logprob_token_ids", (4,)),
     "kept": (True, "kept", True),
     "prompt_logprobs": (0, "prompt_logprobs", 0),
+    "include_routing_matrix": (True, "routed_experts", True),
 }
 
 
@@ -65,7 +66,8 @@ def test_every_field_arrives(name: str) -> None:
 
 def test_the_table_above_is_complete() -> None:
     """Whatever the wire and the sampler both know is tested above."""
-    unnamed = set(SamplingParams.__dataclass_fields__) - {"bad_words_ids", "top_logprobs"}
+    renamed = {"bad_words_ids", "top_logprobs", "routed_experts"}
+    unnamed = set(SamplingParams.__dataclass_fields__) - renamed
     assert unnamed <= set(SENT)
 
 

@@ -88,6 +88,8 @@ class SamplingParams:
     """Ids whose logprob is reported at every position, whatever is drawn."""
     kept: bool = False
     """Report the support of every draw, with its mass and the entropy."""
+    routed_experts: bool = False
+    """Report which experts of a mixture each token's forward pass used; with `prompt_logprobs`, the prompt's too."""
     prompt_logprobs: int | None = None
     """Report the prompt's logprobs with so many alternatives, 0 to 1024; None: do not."""
 

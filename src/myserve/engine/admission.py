@@ -12,6 +12,7 @@ import torch
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.stopping import StopIds
+from myserve.engine.outputs import RoutingShape
 from myserve.engine.request import Request
 from myserve.engine.stream import RequestStream
 from myserve.errors import ContextLengthError, RequestError
@@ -26,6 +27,7 @@ class ModelFacts:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    routing_shape: RoutingShape | None = None  # of a mixture of experts
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +91,11 @@ def admit(
         )
     max_tokens = checked_max_tokens(len(prompt), params.max_tokens, facts.max_model_len)
     params.check_vocabulary(facts.vocab_size)
+    if params.routed_experts and facts.routing_shape is None:
+        raise RequestError(
+            "this model is dense: it has no experts to report (include_routing_matrix, routed_experts); leave it out",
+            param="include_routing_matrix",
+        )
     ends = StopIds(
         eos_token_ids=facts.eos_token_ids, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
     )

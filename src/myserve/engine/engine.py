@@ -16,7 +16,7 @@ from myserve.engine.blocks import BlockPool
 from myserve.engine.config import EngineConfig
 from myserve.engine.detokenizer import Detokenizer
 from myserve.engine.model_runner import ModelRunner, StepResult
-from myserve.engine.outputs import RequestMetrics
+from myserve.engine.outputs import RequestMetrics, RoutingShape
 from myserve.engine.packing_check import check_packing, rows_are_independent
 from myserve.engine.request import Request
 from myserve.engine.results import outcome_of, request_metrics
@@ -50,7 +50,10 @@ class Engine:
         cache = self.runner.kv_cache
         longest = min(loaded.max_model_len, cache.num_blocks * cache.block_size)
         self.facts = ModelFacts(
-            loaded.vocab_size, min(longest, config.max_model_len or longest), loaded.eos_token_ids
+            loaded.vocab_size,
+            min(longest, config.max_model_len or longest),
+            loaded.eos_token_ids,
+            self.runner.routed_experts.shape,
         )
         self.scheduler = Scheduler(
             BlockPool(cache.num_blocks, cache.block_size),
@@ -102,6 +105,11 @@ class Engine:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a completion unless `ignore_eos`."""
         return self.facts.eos_token_ids
+
+    @property
+    def routing_shape(self) -> RoutingShape | None:
+        """What `SamplingParams.routed_experts` gives for each token; None for a dense model."""
+        return self.facts.routing_shape
 
     @property
     def exactness(self) -> dict[str, str | int | bool]:
@@ -262,9 +270,9 @@ class Engine:
         """One message to each event loop for the whole step: a loop wakes once a step, not once a token."""
         mail: defaultdict[asyncio.AbstractEventLoop, Mail] = defaultdict(list)
         now = time.time()
-        for (request, _), draw in zip(batch.draws, result.draws, strict=True):
+        for (request, _), draw, routed in zip(batch.draws, result.draws, result.routed_experts, strict=True):
             owner = self._owner[request]
-            outcome = outcome_of(request, draw, ended.get(request), owner, self.weight_version, now)
+            outcome = outcome_of(request, draw, routed, ended.get(request), owner, self.weight_version, now)
             mail[owner.loop].append((owner.stream, outcome))
         for request, error in result.failed_prompts.items():
             owner = self._owner[request]

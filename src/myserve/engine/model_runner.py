@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from myserve.engine.kv_cache import KVCache
 from myserve.engine.lm_head import LogitRows, keep_rows
 from myserve.engine.outputs import PromptLogprob
 from myserve.engine.request import Request
+from myserve.engine.routed_experts import Heard, RoutedExperts
 from myserve.engine.scheduler import Batch, Piece
 from myserve.engine.weights import LoadedModel
 from myserve.errors import NonFiniteLogitsError
@@ -28,6 +32,7 @@ class StepResult:
     """For each of the batch's draws, a sample or its row's error; and the prompts whose scores are done, or broke."""
 
     draws: list[Sampled | NonFiniteLogitsError]
+    routed_experts: list[bytes | None]  # of each draw's forward pass, where its request asked
     prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
     failed_prompts: dict[Request, NonFiniteLogitsError]
 
@@ -46,6 +51,7 @@ class ModelRunner:
         self.model = loaded.model
         self.device = loaded.device
         self.exact_report = make_exact(loaded.model, mode=config.exact)
+        self.routed_experts = RoutedExperts(loaded.model)
         self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, loaded.device, config)
         self.sampler = Sampler()
         self._rows: dict[Request, RowState] = {}
@@ -73,12 +79,14 @@ class ModelRunner:
     def run(self, batch: Batch) -> StepResult:
         """One packed forward, then a draw for each row that is complete."""
         wanted = self._wanted_positions(batch)
-        with keep_rows(self.model) as rows:
+        with keep_rows(self.model) as rows, self._listening_for(batch) as heard:
             logits = self.forward(batch, wanted)  # [len(wanted), V]
         self.kv_cache.copy(batch.copies)
         row_of = {position: row for row, position in enumerate(wanted)}
-        scored, failed = self._score_prompts(batch, rows)
-        return StepResult(self._draw(batch, logits, row_of), scored, failed)
+        scored, failed = self._score_prompts(batch, rows, heard)
+        drawing = _drawing_positions(batch)
+        draws = self._draw(batch, logits, [row_of[position] for position in drawing])
+        return StepResult(draws, self._routing_of_draws(batch, heard.rows(drawing)), scored, failed)
 
     def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
         """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted."""
@@ -129,8 +137,20 @@ class ModelRunner:
             start += piece.count
         return wanted or [start - 1]  # a model cannot be asked for no logits
 
+    def _listening_for(self, batch: Batch) -> AbstractContextManager[Heard]:
+        return self.routed_experts.listening(any(self._asks_routing(piece.request) for piece in batch.pieces))
+
+    def _asks_routing(self, request: Request) -> bool:
+        return self._rows[request].params.routed_experts
+
+    def _routing_of_draws(self, batch: Batch, routed: Sequence[bytes | None]) -> list[bytes | None]:
+        return [
+            experts if self._asks_routing(request) else None
+            for (request, _), experts in zip(batch.draws, routed, strict=True)
+        ]
+
     def _score_prompts(
-        self, batch: Batch, rows: LogitRows
+        self, batch: Batch, rows: LogitRows, heard: Heard
     ) -> tuple[dict[Request, tuple[PromptLogprob, ...]], dict[Request, NonFiniteLogitsError]]:
         complete: dict[Request, tuple[PromptLogprob, ...]] = {}
         failed: dict[Request, NonFiniteLogitsError] = {}
@@ -138,7 +158,7 @@ class ModelRunner:
         for piece in batch.pieces:
             if piece.request in self._scored and piece.start < piece.request.num_prompt_tokens:
                 try:
-                    self._score_piece(piece, rows.from_row(start))
+                    self._score_piece(piece, rows.from_row(start), heard.from_row(start))
                 except NonFiniteLogitsError as error:
                     failed[piece.request] = error
                 if len(self._scored[piece.request]) == piece.request.num_prompt_tokens:
@@ -146,29 +166,27 @@ class ModelRunner:
             start += piece.count
         return complete, failed
 
-    def _score_piece(self, piece: Piece, logits: LogitRows) -> None:  # logits [count, V]
+    def _score_piece(self, piece: Piece, logits: LogitRows, heard: Heard) -> None:  # logits [count, V]
         """Row i gives the logprob of token i + 1; the rows behind the prompt's end score nothing."""
         request, gathered = piece.request, self._scored[piece.request]
         first = max(piece.start, len(gathered) - 1)  # a preempted prompt is not scored twice
         targets = request.prompt_token_ids[first + 1 : piece.start + piece.count + 1]
         if targets:
             rows = logits.from_row(first - piece.start)
+            scores = prompt_logprobs(rows, targets, self._alternatives[request])
+            routed: Sequence[bytes | None] = [None] * len(targets)
+            if self._asks_routing(request):
+                routed = heard.from_row(first - piece.start).rows(range(len(targets)))
             gathered.extend(
-                PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs)
-                for scored in prompt_logprobs(rows, targets, self._alternatives[request])
+                PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs, experts)
+                for scored, experts in zip(scores, routed, strict=True)
             )
 
     def _draw(
-        self, batch: Batch, logits: Tensor, row_of: dict[int, int]
+        self, batch: Batch, logits: Tensor, picked: list[int]
     ) -> list[Sampled | NonFiniteLogitsError]:
         if not batch.draws:
             return []
-        last_rows: list[int] = []
-        end = 0
-        for piece in batch.pieces:
-            end += piece.count
-            last_rows.append(end - 1)
-        picked = [row_of[last_rows[piece]] for _, piece in batch.draws]
         if picked != list(range(logits.shape[0])):
             logits = logits[torch.tensor(picked, device=logits.device)]
         rows = [self._rows[request] for request, _ in batch.draws]
@@ -177,3 +195,9 @@ class ModelRunner:
             if isinstance(draw, Sampled):
                 row.append(draw.token_id)
         return draws
+
+
+def _drawing_positions(batch: Batch) -> list[int]:
+    """For each draw, the packed row that it is drawn from: the last of its piece."""
+    last_rows = [end - 1 for end in accumulate(piece.count for piece in batch.pieces)]
+    return [last_rows[piece] for _, piece in batch.draws]

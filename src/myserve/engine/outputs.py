@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -33,10 +37,42 @@ class TokenOutput:
     ] = ()  # (id, logprob), best first, raw or processed by logprobs_mode
     token_id_logprobs: tuple[tuple[int, float | None], ...] = ()  # for logprob_token_ids
     kept: KeptSet | None = None
+    routed_experts: bytes | None = None  # of the forward pass that gave it: `RoutingShape.array` reads it
     weight_version: int = 0
     recomputed: bool = False  # everything before it was run again by this version: it had been preempted
     # unix seconds at which the step that made it ended
     time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingShape:
+    """The form of a token's routing: expert ids [num_moe_layers, experts_per_token], each row best first.
+
+    As bytes they are uint8, or little-endian uint16 where a layer has more than 256 experts.
+
+    >>> shape = RoutingShape(num_moe_layers=2, experts_per_token=2, num_experts=8)
+    >>> shape.dtype, shape.array([bytes([3, 1, 0, 7])]).tolist()
+    ('uint8', [[[3, 1], [0, 7]]])
+    """
+
+    num_moe_layers: int
+    experts_per_token: int
+    num_experts: int
+
+    @property
+    def dtype(self) -> Literal["uint8", "uint16"]:
+        return "uint8" if self.num_experts <= 256 else "uint16"
+
+    @property
+    def numpy_dtype(self) -> str:
+        return "<u1" if self.dtype == "uint8" else "<u2"
+
+    def array(self, rows: Sequence[bytes]) -> np.ndarray[Any, Any]:
+        """Rows as `TokenOutput.routed_experts` has them, as an array [len(rows), num_moe_layers, experts_per_token]."""
+        import numpy as np
+
+        flat = np.frombuffer(b"".join(rows), self.numpy_dtype)
+        return flat.reshape(len(rows), self.num_moe_layers, self.experts_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +82,7 @@ class PromptLogprob:
     token_id: int
     logprob: float | None  # None at position 0
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    routed_experts: bytes | None = None  # of the position before it, which gives its logprob
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from myserve.errors import NonFiniteLogitsError
 def outcome_of(
     request: Request,
     draw: Sampled | NonFiniteLogitsError,
+    routed_experts: bytes | None,
     ended: str | None,
     owner: Submission,
     weight_version: int,
@@ -28,6 +29,7 @@ def outcome_of(
         request.index,
         token=token_output(
             draw,
+            routed_experts,
             weight_version,
             now,
             recomputed=request.recomputed_at is not None
@@ -39,7 +41,14 @@ def outcome_of(
     )
 
 
-def token_output(draw: Sampled, weight_version: int, now: float, *, recomputed: bool = False) -> TokenOutput:
+def token_output(
+    draw: Sampled,
+    routed_experts: bytes | None,
+    weight_version: int,
+    now: float,
+    *,
+    recomputed: bool = False,
+) -> TokenOutput:
     kept = draw.kept
     return TokenOutput(
         draw.token_id,
@@ -48,6 +57,7 @@ def token_output(draw: Sampled, weight_version: int, now: float, *, recomputed: 
         top_logprobs=draw.top_logprobs,
         token_id_logprobs=draw.token_id_logprobs,
         kept=None if kept is None else KeptSet(kept.token_ids, kept.mass, kept.entropy),
+        routed_experts=routed_experts,
         weight_version=weight_version,
         recomputed=recomputed,
         time=now,

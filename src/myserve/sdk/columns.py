@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from myserve.sdk.routing import aligned_routing
 from myserve.sdk.types import SampledCompletion
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def to_columns(completions: Sequence[SampledCompletion]) -> dict[str, np.ndarray
     `tokens` [T] int32 and `offsets` [B+1] int64: completion i has `tokens[offsets[i]:offsets[i+1]]`, of which the
     first `prompt_len[i]` are its prompt. `logprobs` and `sampling_logprobs` [T] float64 are aligned with
     `tokens`, NaN where there is none. Then `prompt_len`, `index` [B] int64, `seed` [B] uint64, `finish_reason`
-    and `text` [B].
+    and `text` [B]. With routing in every completion, `routing` [T, layers, experts] int32 as `aligned_routing` has it.
 
     >>> sample = SampledCompletion(text="4", full_tokens=[1, 2, 4], prompt_len=2, finish_reason="stop",
     ...     completion_len=1, inference_logprobs=[-0.5])
@@ -28,6 +29,7 @@ def to_columns(completions: Sequence[SampledCompletion]) -> dict[str, np.ndarray
     import numpy as np
 
     lengths = [len(c.full_tokens) for c in completions]
+    has_routing = bool(completions) and all(c.routing_matrices is not None for c in completions)
     return {
         "tokens": np.fromiter(_flat(c.full_tokens for c in completions), np.int32, sum(lengths)),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
@@ -38,6 +40,7 @@ def to_columns(completions: Sequence[SampledCompletion]) -> dict[str, np.ndarray
         "seed": np.array([c.seed or 0 for c in completions], np.uint64),
         "finish_reason": np.array([c.finish_reason for c in completions], np.str_),
         "text": np.array([c.text for c in completions], np.object_),
+        **({"routing": np.concatenate([aligned_routing(c) for c in completions])} if has_routing else {}),
     }
 
 

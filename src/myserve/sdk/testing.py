@@ -5,6 +5,7 @@ Only the network is replaced. Requests, event streams, checks, retries and limit
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -123,6 +124,9 @@ def fake_events(body: Mapping[str, Any], next_token: NextToken) -> Iterator[byte
                 else None
             )
             choice = _choice(index, drawn, seed)
+            if drawn is not None and body.get("include_routing_matrix"):
+                choice |= {"routing_matrix_shape": [2, 2]}
+                choice["logprobs"]["content"][0]["routing_matrix"] = _routing(len(prompt) + len(ids))
             if drawn is None:
                 choice |= {"finish_reason": "length" if len(ids) - prior >= body["max_tokens"] else "stop"}
                 choice |= {"raw_output": {"completion_token_ids": ids[prior:]}}
@@ -133,6 +137,12 @@ def fake_events(body: Mapping[str, Any], next_token: NextToken) -> Iterator[byte
     metrics = {"prompt-tokens": len(prompt), "cached-prompt-tokens": 0, "prefill-queue-duration": 0.0}
     yield encode_event(json.dumps({"choices": [], "perf_metrics": metrics}))
     yield DONE
+
+
+def _routing(position: int) -> str:
+    """Of a fake with two layers of eight experts, of which each token uses two."""
+    first, second = position % 8, position // 8 % 8
+    return base64.b64encode(bytes([first, (first + 1) % 8, second, (second + 3) % 8])).decode()
 
 
 def _choice(index: int, drawn: Drawn | None, seed: int) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Track:
         self._sampling: list[float | None] = []
         self._tops: list[list[Alternative]] = []
         self._routing: list[str] = []
+        self._routing_shape: list[int] | None = None
+        self._routing_dtype = "uint8"
         self._kept: list[dict[str, Any]] = []
         self._seed: int | None = None
         self._stop_reason: int | str | None = None
@@ -81,6 +83,8 @@ class Track:
             self._feed_raw(raw)
         if (seed := get("seed")) is not None:
             self._seed = seed
+        if (shape := get("routing_matrix_shape")) is not None:
+            self._routing_shape = shape
         if (finish_reason := get("finish_reason")) is not None:
             self.finish_reason = finish_reason
             self._stop_reason = get("stop_reason")
@@ -122,6 +126,7 @@ class Track:
                 )
             if (routing := entry.get("routing_matrix")) is not None:
                 self._routing.append(routing)
+                self._routing_dtype = entry.get("routing_matrix_dtype", "uint8")
             if (kept := entry.get("kept")) is not None:
                 self._kept.append(kept)
         return ids
@@ -158,6 +163,8 @@ class Track:
             inference_logprobs=logprobs,  # type: ignore[arg-type]  # None was looked for above
             logprobs_echoed=echo and logprobs is not None,
             routing_matrices=self._routing_rows(num_rows, len(ids)),
+            routing_shape=self._routing_shape,
+            routing_dtype=self._routing_dtype,
             sampling_logprobs=sampling if logprobs is not None and None not in sampling else None,  # type: ignore[arg-type]
             top_logprobs=self._rows("top_logprobs", self._tops, num_rows) if wants_tops else None,
             kept=self._rows("kept sets", self._kept, len(ids)) if self._kept else None,

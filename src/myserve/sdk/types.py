@@ -22,7 +22,7 @@ class SampledCompletion:
     """One completion, with every number that a trainer needs. P prompt tokens, C completion tokens.
 
     The first eight names are the seed document's. Lists over the completion have C entries;
-    `inference_logprobs` (and `routing_matrices`) have P+C-1 when `logprobs_echoed`.
+    `inference_logprobs` have P+C-1 when `logprobs_echoed`, and `routing_matrices` when `echo` was asked for.
 
     >>> sample = SampledCompletion(text=" 4", full_tokens=[5, 6, 9], prompt_len=2, finish_reason="stop",
     ...     completion_len=1, inference_logprobs=[-0.25])
@@ -37,10 +37,12 @@ class SampledCompletion:
     completion_len: int  # C
     inference_logprobs: list[float] | None = None  # [C] or [P+C-1]: log-softmax of the raw logits
     logprobs_echoed: bool = False
-    routing_matrices: list[str] | None = None  # base64 of uint8 [moe_layers, experts], a row a token
+    routing_matrices: list[str] | None = None  # base64, [C] or [P+C-1]; `routing.routing_array` reads them
     # beyond the seed document
     sampling_logprobs: list[float] | None = None  # [C]: log of the distribution that the draw really used
     top_logprobs: list[list[Alternative]] | None = None  # as long as inference_logprobs
+    routing_shape: list[int] | None = None  # of each routing matrix: [layers with experts, experts per token]
+    routing_dtype: str = "uint8"  # of its ids; "uint16", little-endian, for more than 256 experts
     kept: list[dict[str, Any]] | None = None  # [C]: support, its mass and entropy, where asked for
     index: int = 0  # which of the n samples
     seed: int | None = None  # with `index`, draws this completion again

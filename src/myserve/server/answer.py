@@ -13,7 +13,7 @@ from myserve.engine.outputs import TokenOutput
 from myserve.errors import EngineError
 from myserve.server.codec import Tokenizing
 from myserve.server.generation import Choice
-from myserve.server.logprobs import TokenWriter
+from myserve.server.logprobs import TokenWriter, as_base64
 from myserve.server.models import ServedModel
 from myserve.wire.fields import GenerationRequest
 from myserve.wire.perf_metrics import PerfMetrics
@@ -38,6 +38,7 @@ class Answer:
             model.codec.token_bytes,
             skip_special_tokens=request.skip_special_tokens is not False,
             as_ids=bool(request.return_tokens_as_token_ids),
+            routing_shape=model.engine.routing_shape,
         )
         tokenizing = Tokenizing(model.tokenizer_thread)
         return cls(request, model, f"{prefix}-{uuid.uuid4().hex}", tokenizing, writer)
@@ -45,7 +46,8 @@ class Answer:
     @property
     def returns_ids(self) -> bool:
         """Then every sampled token is listed, the one that ended it too: ids and logprobs align."""
-        return bool(self.request.return_token_ids or self.request.raw_output)
+        asked = self.request
+        return bool(asked.return_token_ids or asked.raw_output or asked.include_routing_matrix)
 
     def perf_metrics(self, choices: Sequence[Choice]) -> PerfMetrics:
         """The request's costs; of several choices the slowest one's durations."""
@@ -95,6 +97,14 @@ class Answer:
             extras["prompt_logprobs"] = [
                 self.writer.prompt_ranks(token, asked) for token in choice.prompt_logprobs
             ]
+        shape = self.model.engine.routing_shape
+        if self.request.include_routing_matrix and shape is not None:
+            extras["routing_matrix_shape"] = [shape.num_moe_layers, shape.experts_per_token]
+            if asked is not None and choice.prompt_logprobs is not None:
+                matrices = [token.routed_experts for token in choice.prompt_logprobs]
+                extras["prompt_routing_matrices"] = [
+                    None if raw is None else as_base64(raw) for raw in matrices
+                ]
         return extras
 
     def _token_extras(self, tokens: Sequence[TokenOutput]) -> ChoiceExtras:

@@ -11,7 +11,7 @@ from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answer import Answer, finish_reason_of, usage_of
 from myserve.server.generation import Choice, Generation
 from myserve.server.reading import documented, models_of, read_request
-from myserve.server.sampling import chat_params
+from myserve.server.sampling import chat_params, lists_tokens
 from myserve.server.streaming import EventStream, json_response, unless_gone
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.responses import (
@@ -39,7 +39,7 @@ async def create_chat_completion(http: Request) -> Response:
         lambda: model.codec.encode_chat(request.messages, request.chat_template_kwargs or {}),
     )
     generation = Generation(model, [prompt], [params], request, answer.id)
-    wants_logprobs = bool(request.logprobs)
+    wants_logprobs = lists_tokens(request)
     if request.stream:
         return EventStream(_chunks(answer, generation, wants_logprobs), generation.abort)
     try:

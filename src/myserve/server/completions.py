@@ -14,7 +14,7 @@ from myserve.server.generation import Choice, Generation, params_of_prompts
 from myserve.server.logprobs import legacy, with_offsets
 from myserve.server.models import ServedModel
 from myserve.server.reading import documented, models_of, read_request
-from myserve.server.sampling import completion_params, top_logprobs_of, wants_logprobs
+from myserve.server.sampling import completion_params, lists_tokens, top_logprobs_of, wants_logprobs
 from myserve.server.streaming import EventStream, json_response, unless_gone
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.responses import (
@@ -124,7 +124,7 @@ class CompletionWriter:
         first = choice.index not in self._offsets
         echoed = self._echoed(choice) if first else ()
         entries: list[TokenLogprob] = []
-        if wants_logprobs(self.request):
+        if lists_tokens(self.request):
             entries = self._entries(choice, echoed, tokens, stop_tokens)
         self._offsets[choice.index] = with_offsets(entries, self._offsets.get(choice.index, 0))
         return {
@@ -169,7 +169,8 @@ class CompletionWriter:
         return entries
 
     def _logprobs(self, entries: list[TokenLogprob]) -> LegacyLogprobs | ChatLogprobs | None:
-        """`logprobs: true` asks for chat's form, a number for the four lists."""
-        if not wants_logprobs(self.request):
+        """A number in `logprobs` asks for the four lists; `true`, or routing alone, for chat's form."""
+        if not lists_tokens(self.request):
             return None
-        return {"content": entries} if self.request.logprobs is True else legacy(entries)
+        is_legacy = wants_logprobs(self.request) and self.request.logprobs is not True
+        return legacy(entries) if is_legacy else {"content": entries}

@@ -12,7 +12,7 @@ from myserve.errors import ContextLengthError, RequestError
 from myserve.server.errors import EchoHasNoModelError
 
 # What a distribution is needed for. The rest of the parameters shape a draw, and an echo draws nothing.
-_NEEDS_A_MODEL = ("top_logprobs", "prompt_logprobs", "kept", "logprob_token_ids")
+_NEEDS_A_MODEL = ("top_logprobs", "prompt_logprobs", "kept", "logprob_token_ids", "routed_experts")
 
 
 class CharacterTokenizer:
@@ -48,6 +48,7 @@ class EchoEngine:
     max_model_len = 1 << 20
     vocab_size = 0x110000
     weight_version = 0
+    routing_shape = None
     is_alive = True
     exactness: ClassVar[
         dict[str, str | int | bool]

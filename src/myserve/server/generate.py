@@ -11,7 +11,7 @@ from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answer import Answer, finish_reason_of, usage_of
 from myserve.server.generation import Choice, Generation
 from myserve.server.reading import documented, models_of, read_request
-from myserve.server.sampling import generate_params, wants_logprobs
+from myserve.server.sampling import generate_params, lists_tokens
 from myserve.server.streaming import EventStream, json_response, unless_gone
 from myserve.wire.generate import GenerateRequest
 from myserve.wire.responses import GenerateChoice, Generated
@@ -71,7 +71,7 @@ def _gained(answer: Answer, choice: Choice, delta: Delta) -> GenerateChoice:
 
 
 def _choice(answer: Answer, choice: Choice, tokens: Sequence[TokenOutput], *, last: bool) -> GenerateChoice:
-    entries = [answer.writer.entry(token) for token in tokens] if wants_logprobs(answer.request) else None
+    entries = [answer.writer.entry(token) for token in tokens] if lists_tokens(answer.request) else None
     return {
         "index": choice.index,
         "logprobs": None if entries is None else {"content": entries},

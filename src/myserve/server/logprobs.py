@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from myserve.engine.outputs import PromptLogprob, TokenOutput
+from myserve.engine.outputs import PromptLogprob, RoutingShape, TokenOutput
 from myserve.engine.token_bytes import TokenBytes
 from myserve.wire.responses import LegacyLogprobs, TokenLogprob, TopLogprob
 
@@ -17,8 +18,16 @@ class TokenWriter:
     `as_ids` writes every token's text as `token_id:7`: texts of different tokens can be equal, ids cannot.
     """
 
-    def __init__(self, table: TokenBytes, *, skip_special_tokens: bool, as_ids: bool) -> None:
+    def __init__(
+        self,
+        table: TokenBytes,
+        *,
+        skip_special_tokens: bool,
+        as_ids: bool,
+        routing_shape: RoutingShape | None = None,
+    ) -> None:
         self._table = table
+        self._routing_is_wide = routing_shape is not None and routing_shape.dtype == "uint16"
         self._hidden = table.special_ids if skip_special_tokens else frozenset[int]()
         self._as_ids = as_ids
         self._shown: dict[int, tuple[str, list[int]]] = {}  # the likeliest alternatives come again and again
@@ -60,17 +69,27 @@ class TokenWriter:
                 "mass": token.kept.mass,
                 "entropy": token.kept.entropy,
             }
+        self._add_routing(entry, token.routed_experts)
         return entry
 
     def prompt_entry(self, token: PromptLogprob, top: int) -> TokenLogprob:
         """One echoed prompt token: scored, not sampled. The first has no logprob, with nothing before it."""
-        return {
+        entry: TokenLogprob = {
             "token": self.text(token.token_id),
             "bytes": self.bytes_in_text(token.token_id),
             "logprob": token.logprob,
             "top_logprobs": self._alternatives(token.top_logprobs[:top]),
             "token_id": token.token_id,
         }
+        self._add_routing(entry, token.routed_experts)
+        return entry
+
+    def _add_routing(self, entry: TokenLogprob, routed_experts: bytes | None) -> None:
+        if routed_experts is None:
+            return
+        entry["routing_matrix"] = as_base64(routed_experts)
+        if self._routing_is_wide:
+            entry["routing_matrix_dtype"] = "uint16"
 
     def prompt_ranks(self, token: PromptLogprob, top: int) -> dict[str, Any] | None:
         """vLLM's form of a prompt token's alternatives: by id, with the rank where it is known."""
@@ -113,12 +132,19 @@ def legacy(entries: Sequence[TokenLogprob]) -> LegacyLogprobs:
 
     Alternatives are a dict by text there, so of two with the same text the likelier one is kept.
     """
-    return {
+    lists: LegacyLogprobs = {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
         "top_logprobs": [_by_text(entry) for entry in entries],
         "text_offset": [entry["text_offset"] for entry in entries],
     }
+    if any("routing_matrix" in entry for entry in entries):
+        lists["routing_matrix"] = [entry.get("routing_matrix") for entry in entries]
+    return lists
+
+
+def as_base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode("ascii")
 
 
 def _by_text(entry: TokenLogprob) -> dict[str, float] | None:

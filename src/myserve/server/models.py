@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from myserve.core.params import SamplingParams
-from myserve.engine.outputs import Delta
+from myserve.engine.outputs import Delta, RoutingShape
 from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import ModelNotFoundError, MyserveError
 from myserve.server.codec import Codec
@@ -51,6 +51,8 @@ class Backend(Protocol):
     def weight_version(self) -> int: ...
     @property
     def is_alive(self) -> bool: ...
+    @property
+    def routing_shape(self) -> RoutingShape | None: ...
     @property
     def exactness(self) -> Mapping[str, str | int | bool]: ...
     def submit(

@@ -51,7 +51,7 @@ def completion_params(request: CompletionRequest, codec: Codec, *, room: int) ->
     if best_of is not None and best_of != n:
         raise RequestError(f"best_of ({best_of}) other than n ({n}) is not supported", param="best_of")
     asked = {}
-    if (request.echo or request.echo_last) and wants_logprobs(request):
+    if (request.echo or request.echo_last) and lists_tokens(request):
         asked["prompt_logprobs"] = max(top_logprobs_of(request), request.prompt_logprobs or 0)
     default = max(1, min(COMPLETION_MAX_TOKENS, room))
     limit = default if request.max_tokens is None else request.max_tokens
@@ -72,6 +72,11 @@ def wants_logprobs(request: GenerationRequest) -> bool:
     """`logprobs: 0` asks for the chosen tokens' logprobs, `false` for none."""
     asked = getattr(request, "logprobs", None)
     return asked is not None and asked is not False
+
+
+def lists_tokens(request: GenerationRequest) -> bool:
+    """Whether the answer has an entry for each token: routing stands there too, so it brings them."""
+    return wants_logprobs(request) or bool(request.include_routing_matrix)
 
 
 def prompt_seed(seed: int | None, position: int) -> int | None:
@@ -96,6 +101,7 @@ def _params(
     fields["max_tokens"] = max_tokens
     fields["stop"] = (request.stop,) if isinstance(request.stop, str) else request.stop
     fields["top_logprobs"] = top_logprobs_of(request)
+    fields["routed_experts"] = request.include_routing_matrix
     fields["logit_bias"] = None if request.logit_bias is None else _by_id(request.logit_bias)
     fields["bad_words_ids"] = None if request.bad_words is None else _bad_words(request.bad_words, codec)
     # null means "not sent", here as in OpenAI's API

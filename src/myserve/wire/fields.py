@@ -42,7 +42,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "truncate_prompt_tokens": (),
     "prompt_embeds": (),
-    "include_routing_matrix": (False,),
+    "routing_matrix_format": ("base64_inline",),
     "mirostat": (0,),
     "dry_multiplier": (0, 0.0),
     "xtc_probability": (0, 0.0),
@@ -97,6 +97,7 @@ class SamplingFields(WireModel):
     logprob_token_ids: TokenIds | None = None
     kept: bool | None = None
     prompt_logprobs: int | None = None
+    include_routing_matrix: bool | None = None
 
 
 class GenerationRequest(SamplingFields):

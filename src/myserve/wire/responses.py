@@ -37,6 +37,8 @@ class TokenLogprob(TypedDict):
     text_offset: NotRequired[int]  # in characters, completions only
     token_id_logprobs: NotRequired[list[dict[str, Any]]]
     kept: NotRequired[dict[str, Any]]
+    routing_matrix: NotRequired[str]  # base64 of uint8 [moe layers, experts per token]
+    routing_matrix_dtype: NotRequired[Literal["uint16"]]  # little-endian; only where uint8 is too small
 
 
 class ChatLogprobs(TypedDict):
@@ -51,6 +53,7 @@ class LegacyLogprobs(TypedDict):
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+    routing_matrix: NotRequired[list[str | None]]  # ours: as in chat's entries
 
 
 class PromptTokensDetails(TypedDict):
@@ -79,6 +82,8 @@ class ChoiceExtras(TypedDict, total=False):
     token_ids: list[int]
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[str, Any] | None]
+    routing_matrix_shape: list[int]  # [moe layers, experts per token] of every routing matrix in the answer
+    prompt_routing_matrices: list[str | None]
     raw_output: RawOutput
 
 

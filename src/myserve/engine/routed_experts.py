@@ -1,0 +1,83 @@
+"""Which experts each row of a forward pass went to: heard where a layer's experts are called, kept only when asked for.
+
+Listening at the experts, and not at the routers, hears what was really used, whatever a model's router is like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from myserve.engine.outputs import RoutingShape
+
+
+def moe_layers(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Each layer's block with the module in it that holds the experts, as transformers builds them, in order."""
+    return [
+        (block, child)
+        for block in model.modules()
+        for child in block.children()
+        if hasattr(child, "_is_expert_parallel")
+    ]
+
+
+def routing_shape(model: Any) -> RoutingShape | None:
+    """The form of this model's routing; None for a dense one."""
+    layers = moe_layers(model)
+    experts_per_token = getattr(model.config, "num_experts_per_tok", None)
+    if not layers or experts_per_token is None:
+        return None
+    return RoutingShape(len(layers), int(experts_per_token), max(int(e.num_experts) for _, e in layers))
+
+
+class RoutedExperts:
+    """Hears the experts of one model's layers, for as long as a forward pass that someone wants to know about."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shape = routing_shape(model)
+        self._experts = [experts for _, experts in moe_layers(model)]
+
+    @contextmanager
+    def listening(self, wanted: bool) -> Iterator[Heard]:
+        """What the forward passes inside this block use. Where it is not wanted, the model is not touched at all."""
+        heard = Heard(self.shape if wanted else None)
+        hooks = [m.register_forward_pre_hook(heard.take) for m in self._experts] if wanted else []
+        try:
+            yield heard
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class Heard:
+    """The expert ids of one forward pass: a tensor [T, k] a layer."""
+
+    def __init__(self, shape: RoutingShape | None, first_row: int = 0) -> None:
+        self._shape = shape
+        self._first = first_row
+        self._layers: list[Tensor] = []
+
+    def take(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A layer's experts are called with hidden states [T, D], expert ids [T, k] and their weights."""
+        self._layers.append(args[1])
+
+    def from_row(self, first: int) -> Heard:
+        """The rows from `first` on."""
+        rest = Heard(self._shape, self._first + first)
+        rest._layers = self._layers
+        return rest
+
+    def rows(self, wanted: Sequence[int]) -> list[bytes] | list[None]:
+        """The packed rows `wanted`, each as bytes; None for each where nobody asked."""
+        if self._shape is None or not wanted:
+            return [None] * len(wanted)
+        assert len(self._layers) == self._shape.num_moe_layers, "a layer's experts were not called as a module"
+        ids = torch.stack(self._layers, dim=1)  # [T, num_moe_layers, k]
+        index = torch.tensor(wanted, device=ids.device) + self._first
+        raw = ids[index].cpu().numpy().astype(self._shape.numpy_dtype).tobytes()
+        size = len(raw) // len(wanted)
+        return [raw[start : start + size] for start in range(0, len(raw), size)]
