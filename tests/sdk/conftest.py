@@ -186,7 +186,8 @@ def fault() -> type[Fault]:
 
 @pytest.fixture(scope="session")
 def server_url(tiny_model: Callable[[str], Path]) -> Iterator[str]:
-    app = create_app(Settings(models={"tiny": str(tiny_model("qwen3"))}))
+    served = {"tiny": "qwen3", "moe": "mixtral", "wide": "wide_moe"}
+    app = create_app(Settings(models={name: str(tiny_model(arch)) for name, arch in served.items()}))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

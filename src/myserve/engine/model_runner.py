@@ -182,9 +182,7 @@ class ModelRunner:
                 for scored, experts in zip(scores, routed, strict=True)
             )
 
-    def _draw(
-        self, batch: Batch, logits: Tensor, picked: list[int]
-    ) -> list[Sampled | NonFiniteLogitsError]:
+    def _draw(self, batch: Batch, logits: Tensor, picked: list[int]) -> list[Sampled | NonFiniteLogitsError]:
         if not batch.draws:
             return []
         if picked != list(range(logits.shape[0])):

@@ -75,7 +75,9 @@ class Heard:
         """The packed rows `wanted`, each as bytes; None for each where nobody asked."""
         if self._shape is None or not wanted:
             return [None] * len(wanted)
-        assert len(self._layers) == self._shape.num_moe_layers, "a layer's experts were not called as a module"
+        assert len(self._layers) == self._shape.num_moe_layers, (
+            "a layer's experts were not called as a module"
+        )
         ids = torch.stack(self._layers, dim=1)  # [T, num_moe_layers, k]
         index = torch.tensor(wanted, device=ids.device) + self._first
         raw = ids[index].cpu().numpy().astype(self._shape.numpy_dtype).tobytes()
