@@ -11,10 +11,12 @@ from functools import lru_cache
 
 from myserve.engine.outputs import TokenOutput
 from myserve.errors import EngineError
+from myserve.server.arrays import token_arrays
 from myserve.server.codec import Tokenizing
 from myserve.server.generation import Choice
 from myserve.server.logprobs import TokenWriter, as_base64
 from myserve.server.models import ServedModel
+from myserve.server.sampling import top_logprobs_of
 from myserve.wire.fields import GenerationRequest
 from myserve.wire.perf_metrics import PerfMetrics
 from myserve.wire.responses import ChoiceExtras, FinishReason, Usage
@@ -83,7 +85,7 @@ class Answer:
         """
         return {
             **(self._first_extras(choice) if first else {}),
-            **(self._token_extras(tokens)),
+            **self._token_extras(choice, tokens, echoed if first else ()),
             **(self._last_extras(choice, echoed) if last else {}),
         }
 
@@ -107,8 +109,16 @@ class Answer:
                 ]
         return extras
 
-    def _token_extras(self, tokens: Sequence[TokenOutput]) -> ChoiceExtras:
-        return {"token_ids": [token.token_id for token in tokens]} if self.request.return_token_ids else {}
+    def _token_extras(
+        self, choice: Choice, tokens: Sequence[TokenOutput], echoed: Sequence[int]
+    ) -> ChoiceExtras:
+        extras: ChoiceExtras = {}
+        if self.request.return_token_ids:
+            extras["token_ids"] = [token.token_id for token in tokens]
+        if self.request.token_arrays:
+            scored = (choice.prompt_logprobs or ())[-len(echoed) :] if echoed else ()
+            extras["token_arrays"] = token_arrays(scored, tokens, top_logprobs_of(self.request))
+        return extras
 
     def _last_extras(self, choice: Choice, echoed: Sequence[int]) -> ChoiceExtras:
         assert choice.last is not None, "asked only of a choice that has ended"

@@ -11,6 +11,7 @@ from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 from myserve.errors import EngineDeadError, EngineError
 from myserve.server.models import ServedModel, Stream
+from myserve.server.pacing import Pace
 from myserve.server.sampling import prompt_seed
 from myserve.wire.fields import GenerationRequest
 
@@ -85,6 +86,7 @@ class Generation:
             for position, stream in enumerate(self._streams)
             for index in range(n)
         ]
+        self._paces = [Pace(request.stream_interval or 1 if request.stream else 1) for _ in self.choices]
 
     def abort(self) -> None:
         """Stop whatever still runs; harmless when all has ended."""
@@ -97,7 +99,10 @@ class Generation:
             async with aclosing(_merged(self._streams)) as deltas:
                 async for position, delta in deltas:
                     _raise_if_failed(delta)
-                    yield self._take(position, _without_sample(delta) if self._scores_only else delta)
+                    pace = self._paces[position * self._n + delta.index]
+                    ready = pace.take(_without_sample(delta) if self._scores_only else delta)
+                    if ready is not None:
+                        yield self._take(position, ready)
         finally:
             self.abort()
 

@@ -51,7 +51,7 @@ def completion_params(request: CompletionRequest, codec: Codec, *, room: int) ->
     if best_of is not None and best_of != n:
         raise RequestError(f"best_of ({best_of}) other than n ({n}) is not supported", param="best_of")
     asked = {}
-    if (request.echo or request.echo_last) and lists_tokens(request):
+    if (request.echo or request.echo_last) and (lists_tokens(request) or request.token_arrays):
         asked["prompt_logprobs"] = max(top_logprobs_of(request), request.prompt_logprobs or 0)
     default = max(1, min(COMPLETION_MAX_TOKENS, room))
     limit = default if request.max_tokens is None else request.max_tokens
@@ -69,14 +69,14 @@ def scores_only(request: CompletionRequest) -> bool:
 
 
 def wants_logprobs(request: GenerationRequest) -> bool:
-    """`logprobs: 0` asks for the chosen tokens' logprobs, `false` for none."""
+    """`logprobs: 0` asks for the chosen tokens' logprobs, `false` for none; `token_arrays` has them instead."""
     asked = getattr(request, "logprobs", None)
-    return asked is not None and asked is not False
+    return asked is not None and asked is not False and not request.token_arrays
 
 
 def lists_tokens(request: GenerationRequest) -> bool:
     """Whether the answer has an entry for each token: routing stands there too, so it brings them."""
-    return wants_logprobs(request) or bool(request.include_routing_matrix)
+    return wants_logprobs(request) or bool(request.include_routing_matrix and not request.token_arrays)
 
 
 def prompt_seed(seed: int | None, position: int) -> int | None:

@@ -111,6 +111,8 @@ class GenerationRequest(SamplingFields):
     priority: int | None = None
     cache_salt: str | None = None
 
+    stream_interval: Annotated[int, Field(ge=1)] | None = None  # tokens a chunk
+    token_arrays: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     raw_output: bool | None = None

@@ -50,6 +50,8 @@ class GenerateRequest(WireModel):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    stream_interval: Annotated[int, Field(ge=1)] | None = None  # tokens a chunk
+    token_arrays: bool | None = None
     return_token_ids: bool | None = None
 
     def as_completion(self, model: str) -> CompletionRequest:
@@ -64,6 +66,8 @@ class GenerateRequest(WireModel):
             stream_options=self.stream_options,
             cache_salt=self.cache_salt,
             priority=self.priority,
+            stream_interval=self.stream_interval,
+            token_arrays=self.token_arrays,
             return_tokens_as_token_ids=True,
             **asked,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+from myserve.wire.token_arrays import TokenArrays
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -85,6 +87,7 @@ class ChoiceExtras(TypedDict, total=False):
     routing_matrix_shape: list[int]  # [moe layers, experts per token] of every routing matrix in the answer
     prompt_routing_matrices: list[str | None]
     raw_output: RawOutput
+    token_arrays: TokenArrays
 
 
 class Message(TypedDict):
