@@ -157,3 +157,16 @@ def test_the_token_route_has_it_too(moe_server: Any) -> None:
     choice = post(moe_server, asked, "/inference/v1/generate")["choices"][0]
     assert matrices_of(choice) == matrices_of(post(moe_server, ROUTED)["choices"][0])
     assert matrices_of(*streamed(moe_server, asked, "/inference/v1/generate")) == matrices_of(choice)
+
+
+def test_token_arrays_hold_the_same_routing_in_one_string(moe_server: Any) -> None:
+    body = ROUTED | {"echo": True}
+    listed = [matrix or "" for matrix in matrices_of(*post(moe_server, body | {"logprobs": True})["choices"])]
+    packed = post(moe_server, body | {"token_arrays": True})["choices"][0]
+    assert packed["logprobs"] is None
+    arrays = packed["token_arrays"]
+    rows = base64.b64decode(arrays["routing_matrix"])
+    width = len(rows) // arrays["count"]
+    first, *others = [rows[i * width : (i + 1) * width] for i in range(arrays["count"])]
+    assert others == [base64.b64decode(matrix) for matrix in listed[1:]]
+    assert (first, listed[0]) == (bytes(width), "")
