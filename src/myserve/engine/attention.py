@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from myserve.engine.kernels import ATTEND, BLOCK_SIZE, STORE, TILE_ROWS, attend_kernel, padded, store_kernel
 from myserve.engine.lanes import LANES, PARTITION
-from myserve.engine.native import filled, launch, threads_for
+from myserve.engine.native import this_thread, threads_for
 from myserve.engine.tiles import tile_configuration
 
 ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says
@@ -97,16 +97,14 @@ def store_kv(
         return
     key, value = (_rows(x, key_cache.dtype) for x in (key, value))
     tokens, heads, head_dim = key.shape
-    tickets = torch.zeros(2, dtype=torch.int64)
     size = key.element_size()
-    record = filled(
-        STORE,
+    store_kernel(key.dtype)(
+        threads_for(key.numel()),
         source_keys=key.data_ptr(), key_token=size * key.stride(0), key_head=size * key.stride(1),
         source_values=value.data_ptr(), value_token=size * value.stride(0), value_head=size * value.stride(1),
         slots=slot_mapping.data_ptr(), keys=key_cache.data_ptr(), values=value_cache.data_ptr(),
-        tickets=tickets.data_ptr(), tokens=tokens, kv_heads=heads, head_dim=head_dim,
+        tokens=tokens, kv_heads=heads, head_dim=head_dim,
     )  # fmt: skip
-    launch(store_kernel(key.dtype), record.ctypes.data, threads_for(key.numel()))
 
 
 def paged_attention(
@@ -138,27 +136,23 @@ def paged_attention(
     tokens, heads, head_dim = rows.shape
     kv_heads, size = key_cache.shape[1], rows.element_size()
     group = heads // kv_heads
-    out = torch.zeros(tokens, heads, head_dim, dtype=rows.dtype)  # rows that belong to no request stay 0
+    out = torch.empty(tokens, heads, head_dim, dtype=rows.dtype)
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     work = tokens * heads * head_dim * block_tables.shape[1] * BLOCK_SIZE  # at most
     threads = threads_for(work)
     scratch_bytes = _scratch_bytes(group, head_dim)
-    scratch = torch.empty(threads * scratch_bytes + 64, dtype=torch.uint8)
-    tickets = torch.zeros(2, dtype=torch.int64)  # thread, item
-    tiles = tile_configuration(
-        min(16, group) if tokens == len(context_lens) else 16
-    )  # decodes fill no whole tile
-    record = filled(
-        ATTEND,
+    decodes = tokens == len(context_lens)  # they fill no whole tile
+    tiles = tile_configuration(min(16, group) if decodes else 16)
+    attend_kernel(rows.dtype)(
+        threads,
         query=rows.data_ptr(), query_token=size * rows.stride(0), query_head=size * rows.stride(1),
         out=out.data_ptr(), keys=key_cache.data_ptr(), values=value_cache.data_ptr(),
         tables=block_tables.data_ptr(), table_row=4 * block_tables.stride(0), query_start=query_start.data_ptr(),
         context_lens=context_lens.data_ptr(), sinks=0 if sinks is None else sinks.data_ptr(),
-        scratch=scratch.data_ptr() + -scratch.data_ptr() % 64, scratch_bytes=scratch_bytes,
-        tickets=tickets.data_ptr(), requests=len(context_lens), kv_heads=kv_heads, group=group, head_dim=head_dim,
+        scratch=this_thread().scratch(threads * scratch_bytes), scratch_bytes=scratch_bytes, tokens=tokens,
+        requests=len(context_lens), kv_heads=kv_heads, group=group, head_dim=head_dim,
         window=window, tiles=tiles.ctypes.data, scale=scale, softcap=softcap,
     )  # fmt: skip
-    launch(attend_kernel(rows.dtype), record.ctypes.data, threads)
     return out.to(query.dtype)
 
 

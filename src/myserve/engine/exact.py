@@ -2,8 +2,9 @@
 
 What mixes rows in a transformer is the libraries' matrix products, which sum in an order that the number of rows
 decides. Here every one of them becomes a `PackedWeight`: linear layers, routers, the experts of a mixture. Attention
-is `attention`'s. What is left (norms, activations, rotary angles) works on one row at a time already;
-`packing_check.rows_are_independent` runs the loaded model in company and alone, so that this need not be believed.
+is `attention`'s; norms, gates and rotary angles are made one pass each (`fusion`). What is left works on one row at a
+time already; `packing_check.rows_are_independent` runs the loaded model in company and alone, so that this need not be
+believed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from myserve.engine.fusion import SharedInput, fuse_gates, fuse_norms, fuse_rotary, join_products
 from myserve.engine.gemm import PackedWeight
 from myserve.engine.tiles import bfloat16_unit
 
@@ -28,7 +30,7 @@ EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
 class ExactReport:
     """What was done to a model, for the log and for `/version`.
 
-    >>> ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0).as_dict()["mode"]
+    >>> ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0).as_dict()["mode"]
     'off'
     """
 
@@ -37,13 +39,14 @@ class ExactReport:
     linears: int
     routers: int
     experts: int  # modules that hold the experts of a layer
+    norms: int
 
     def as_dict(self) -> dict[str, str | int]:
         return asdict(self)
 
 
 class ExactLinear(nn.Module):
-    """A linear layer by our own kernel. It holds the weight in the kernel's order alone; new values: a new `packed`."""
+    """A linear layer by our own kernel. It holds the weight in the kernel's order alone; new values: `replace`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, is_transposed: bool = False) -> None:
         """`weight` [N, K]; [K, N] where the layer that it comes from has it so."""
@@ -52,9 +55,24 @@ class ExactLinear(nn.Module):
         weight = weight.T if is_transposed else weight
         self.packed = PackedWeight(weight, bias)
         self.out_features, self.in_features = weight.shape
+        self._shared: tuple[SharedInput, int] | None = None
+
+    def share(self, shared: SharedInput, part: int) -> None:
+        """From now on this layer is a part of a larger product."""
+        self._shared = shared, part
+
+    def replace(self, packed: PackedWeight) -> None:
+        """New values; a part of a joined product keeps its place."""
+        if self._shared is None:
+            self.packed = packed
+        else:
+            self.packed.copy_(packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.packed(x)
+        if self._shared is None:
+            return self.packed(x)
+        shared, part = self._shared
+        return shared.product(part, x)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.packed.dtype}"
@@ -88,7 +106,7 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
     """
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     if mode == "off" or not on_cpu:
-        return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0)
+        return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0)
     experts = sum(_pack_experts(module) for module in list(model.modules()) if has_experts(module))
     routers = sum(_pack_router(module) for module in list(model.modules()) if is_router(module))
     linears = 0
@@ -96,9 +114,12 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
         exact = ExactLinear(module.weight, module.bias, is_transposed=isinstance(module, Conv1D))
         setattr(parent, name, exact)
         linears += 1
+    join_products(model, ExactLinear)
+    fuse_gates(model)
+    fuse_rotary(model)
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     unit = bfloat16_unit() if half else "lanes"
-    return ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts)
+    return ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=fuse_norms(model))
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

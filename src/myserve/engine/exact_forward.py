@@ -16,11 +16,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from myserve.engine import pointwise
 from myserve.engine.attention import allocate_layer, dense_attention, paged_attention, store_kv
 from myserve.engine.exact import is_router
+from myserve.engine.fusion import NormKind, norm_kind
 from myserve.engine.gemm import PackedWeight
 from myserve.engine.kernels import BLOCK_SIZE
 
@@ -45,6 +48,10 @@ def exact_forward(model: PreTrainedModel) -> PreTrainedModel:
             _replace_forward(module, lambda self, x: exact_linear(x, self.weight, self.bias))
         elif isinstance(module, Conv1D):
             _replace_forward(module, lambda self, x: exact_linear(x, self.weight.T, self.bias))
+        elif isinstance(module, nn.SiLU | SiLUActivation):
+            module.forward = _Silu.apply
+        elif (norm := norm_kind(module)) is not None:
+            _replace_forward(module, _norm_forward(*norm))
         elif is_router(module):
             module.forward = _with_exact_products(module.forward)
         elif hasattr(module, "_is_expert_parallel"):
@@ -82,6 +89,44 @@ class _ExactLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
         bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), bias
+
+
+def _norm_forward(kind: NormKind, eps: float) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out: Tensor = _Norm.apply(x, self.weight, kind, eps)  # type: ignore[no-untyped-call]
+        return out
+
+    return forward
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kind: NormKind, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.kind, ctx.eps = kind, eps
+        return pointwise.rms_norm(x, weight, eps, offset=kind.offset, rounds_first=kind.rounds_first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+        with torch.enable_grad():
+            out = ctx.kind.reference(x, weight, ctx.eps)
+            return *torch.autograd.grad(out, (x, weight), grad), None, None
+
+
+class _Silu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return pointwise.silu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(F.silu(x), x, grad)[0]
 
 
 class _ExactProducts(TorchFunctionMode):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from myserve.engine.gemm_kernels import LINEAR, PANEL, ROWS, linear_kernel
-from myserve.engine.native import launch, this_thread, threads_for
+from myserve.engine.gemm_kernels import PANEL, ROWS, linear_kernel
+from myserve.engine.native import this_thread, threads_for
 from myserve.engine.tiles import tile_configuration
 
 _TILES = [tile_configuration(rows) for rows in range(1, 17)]
@@ -50,6 +50,11 @@ class PackedWeight:
             columns[: self.out_features] = bias.detach()
         return columns
 
+    def copy_(self, other: PackedWeight) -> None:
+        """Takes the values of another of the same shape, in the same memory: who joined this weight has them too."""
+        self.weight.copy_(other.weight)
+        self.bias.copy_(other.bias)
+
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
@@ -74,16 +79,43 @@ class PackedWeight:
         if rows == 0:
             return
         threads = threads_for(rows * self.out_features * self._inner // 16)
-        workspace = this_thread()
-        address = workspace.record(
-            # in the order of LINEAR's fields; the tickets stand behind them: of the thread, of the panel
-            x.data_ptr(), size * self._inner, self.weight.data_ptr(), self.bias.data_ptr(),
-            out.data_ptr(), size * self.out_features, rows, self._inner, self.out_features,
-            workspace.scratch(threads * self._scratch_bytes), self._scratch_bytes,
-            workspace.address + LINEAR.itemsize, _TILE_ADDRESSES[15], _TILE_ADDRESSES[(rows - 1) % 16],
-            0, 0,
+        self._kernel(
+            threads, x=x.data_ptr(), x_row=size * self._inner, weight=self.weight.data_ptr(),
+            bias=self.bias.data_ptr(), out=out.data_ptr(), out_row=size * self.out_features, rows=rows,
+            inner=self._inner, columns=self.out_features,
+            scratch=this_thread().scratch(threads * self._scratch_bytes), scratch_bytes=self._scratch_bytes,
+            full_tiles=_TILE_ADDRESSES[15], last_tiles=_TILE_ADDRESSES[(rows - 1) % 16],
         )  # fmt: skip
-        launch(self._kernel, address, threads)
+
+
+class JoinedWeights:
+    """Several weights that multiply the same x: one product, one call. Each keeps its own `PackedWeight`.
+
+    >>> a, b = PackedWeight(torch.eye(2)), PackedWeight(torch.ones(3, 2))
+    >>> JoinedWeights([a, b])(torch.tensor([[1.0, 2.0]]))
+    [tensor([[1., 2.]]), tensor([[3., 3., 3.]])]
+    """
+
+    def __init__(self, parts: list[PackedWeight]) -> None:
+        joined = PackedWeight.__new__(PackedWeight)
+        joined.in_features, joined._inner = parts[0].in_features, parts[0]._inner
+        joined.weight = torch.cat([part.weight for part in parts])
+        joined.bias = torch.cat([part.bias for part in parts])
+        joined.out_features = len(joined.bias)  # each part's columns end with a whole panel
+        joined._kernel, joined._scratch_bytes = parts[0]._kernel, parts[0]._scratch_bytes
+        self._joined, self._widths = joined, [part.out_features for part in parts]
+        self._starts, start = [], 0
+        for part in parts:  # the parts become views, so that a new value of one is a new value of all
+            columns = len(part.bias)
+            part.weight = joined.weight[start // 16 : (start + columns) // 16]
+            part.bias = joined.bias[start : start + columns]
+            self._starts.append(start)
+            start += columns
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., K] to one [..., N] for each part, in x's dtype: views into the rows of the whole."""
+        out = self._joined(x)
+        return [out.narrow(-1, s, n) for s, n in zip(self._starts, self._widths, strict=True)]
 
 
 def _packed(weight: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from myserve.engine.lanes import LANES, add_and_round, multiply, size_of, take_ticket, view, widen
-from myserve.engine.native import compiled, fingerprint, record_type
+from myserve.engine.lanes import LANES, add_and_round, multiply, next_item, next_thread, size_of, view, widen
+from myserve.engine.native import Kernel, fingerprint
 from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_pairs, multiply_tiles, set_tiles
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
@@ -25,9 +25,9 @@ Kind = Any
 
 # The weight lies in groups of 16 columns: float32 [N / 16, K, 16]; bfloat16 [N / 16, K / 2, 16, 2]. N is a multiple of
 # the panel and, in bfloat16, K of 32, with zeros behind; x has all K.
-LINEAR = record_type(
+LINEAR = (
     "x", "x_row", "weight", "bias", "out", "out_row", "rows", "inner", "columns", "scratch", "scratch_bytes",
-    "tickets", "full_tiles", "last_tiles",
+    "full_tiles", "last_tiles",
 )  # fmt: skip
 
 
@@ -116,45 +116,45 @@ def _panel_by_tiles(a: Any, panel: int, scratch: Address) -> None:
 
 
 @functools.cache
-def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Any:
+def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
     """The entry point for one element type; bfloat16 on `unit`, or on the best of this machine."""
     source = fingerprint()
 
     def linear_float32(p: Any) -> None:
         a = carray(p, 1)[0]
-        scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
-        panel = take_ticket(a.tickets + 8)
+        scratch = a.scratch + a.scratch_bytes * next_thread(a)
+        panel = next_item(a)
         while panel * PANEL < a.columns and source >= 0:
             _panel_by_lanes(a, np.float32(0), panel, scratch)
-            panel = take_ticket(a.tickets + 8)
+            panel = next_item(a)
 
     def linear_lanes(p: Any) -> None:
         a = carray(p, 1)[0]
-        scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
-        panel = take_ticket(a.tickets + 8)
+        scratch = a.scratch + a.scratch_bytes * next_thread(a)
+        panel = next_item(a)
         while panel * PANEL < a.columns and source >= 0:
             _panel_by_lanes(a, np.uint16(0), panel, scratch)
-            panel = take_ticket(a.tickets + 8)
+            panel = next_item(a)
 
     def linear_pairs(p: Any) -> None:
         a = carray(p, 1)[0]
-        scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
-        panel = take_ticket(a.tickets + 8)
+        scratch = a.scratch + a.scratch_bytes * next_thread(a)
+        panel = next_item(a)
         while panel * PANEL < a.columns and source >= 0:
             _panel_by_pairs(a, panel, scratch)
-            panel = take_ticket(a.tickets + 8)
+            panel = next_item(a)
 
     def linear_tiles(p: Any) -> None:
         a = carray(p, 1)[0]
-        scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
-        panel = take_ticket(a.tickets + 8)
+        scratch = a.scratch + a.scratch_bytes * next_thread(a)
+        panel = next_item(a)
         get_tiles(scratch + 4 * ROWS * PANEL)
         while panel * PANEL < a.columns and source >= 0:
             _panel_by_tiles(a, panel, scratch)
-            panel = take_ticket(a.tickets + 8)
+            panel = next_item(a)
         set_tiles(scratch + 4 * ROWS * PANEL)
 
     if dtype == torch.float32:
-        return compiled(LINEAR)(linear_float32)
+        return Kernel(LINEAR, linear_float32)
     chosen = {"tiles": linear_tiles, "pairs": linear_pairs, "lanes": linear_lanes}
-    return compiled(LINEAR)(chosen[unit or bfloat16_unit()])
+    return Kernel(LINEAR, chosen[unit or bfloat16_unit()])

@@ -19,17 +19,19 @@ from myserve.engine.lanes import (
     divide_and_round,
     lane_sum,
     multiply,
+    next_item,
+    next_thread,
     scale_lanes,
     size_of,
     softmax_step,
-    take_ticket,
     view,
     widen,
 )
-from myserve.engine.native import compiled, fingerprint, record_type
+from myserve.engine.native import Kernel, fingerprint
 from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles, uses_tiles
 
 BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
+STORE_TOKENS = 256  # that one work item writes to the cache
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
 
 Address = int  # of a byte
@@ -38,14 +40,14 @@ Record = Any  # ATTEND or STORE
 
 # What a kernel is told: addresses; strides in bytes; counts. Caches are [num_blocks, kv_heads, block]; a block
 # of K is [dim, BLOCK_SIZE], of V [BLOCK_SIZE, dim]; in bfloat16 two rows lie interleaved: [rows / 2, columns, 2].
-ATTEND = record_type(
+ATTEND = (
     "query", "query_token", "query_head", "out", "keys", "values", "tables", "table_row", "query_start",
-    "context_lens", "sinks", "scratch", "scratch_bytes", "tickets", "requests", "kv_heads", "group",
+    "context_lens", "sinks", "scratch", "scratch_bytes", "tokens", "requests", "kv_heads", "group",
     "head_dim", "window", "tiles", "scale", "softcap",
 )  # fmt: skip
-STORE = record_type(
+STORE = (
     "source_keys", "key_token", "key_head", "source_values", "value_token", "value_head", "slots", "keys",
-    "values", "tickets", "tokens", "kv_heads", "head_dim",
+    "values", "tokens", "kv_heads", "head_dim",
 )  # fmt: skip
 
 
@@ -249,23 +251,32 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
 
 
 @njit(error_model="numpy")
+def _clear_rows_of_nobody(a: Record, first: int, size: int) -> None:
+    row = a.kv_heads * a.group * a.head_dim * size
+    carray(view(a.out + first * row, np.uint8(0)), (a.tokens - first) * row)[:] = np.uint8(0)
+
+
+@njit(error_model="numpy")
 def _attend(a: Record, kind: Kind) -> None:
     """One thread's share of the items (request, KV head, tile), the longest tiles of a request first."""
     query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
-    scratch = a.scratch + a.scratch_bytes * take_ticket(a.tickets)
+    thread = next_thread(a)
+    scratch = a.scratch + a.scratch_bytes * thread
     step = max(1, TILE_ROWS // a.group)
     found = scratch + a.scratch_bytes - 64  # oneDNN relies on finding its own tile configuration again
     if uses_tiles(kind):
         get_tiles(found)
         set_tiles(a.tiles)
+    if thread == 0:
+        _clear_rows_of_nobody(a, query_start[a.requests], size_of(kind))
     before = request = 0
-    item = take_ticket(a.tickets + 8)
+    item = next_item(a)
     while request < a.requests:
         tiles = (query_start[request + 1] - query_start[request] + step - 1) // step
         if item < before + tiles * a.kv_heads:
             local = item - before
             _attend_tile(a, kind, request, local // tiles, tiles - 1 - local % tiles, scratch)
-            item = take_ticket(a.tickets + 8)
+            item = next_item(a)
         else:
             before += tiles * a.kv_heads
             request += 1
@@ -274,34 +285,73 @@ def _attend(a: Record, kind: Kind) -> None:
 
 
 @njit(error_model="numpy")
+def _store_token(a: Record, element: Kind, head: int, token: int, slot: int) -> None:
+    dim, pair, size, width = padded(a.head_dim), 4 // size_of(element), size_of(element), a.head_dim
+    at = (slot // BLOCK_SIZE * a.kv_heads + head) * BLOCK_SIZE * dim
+    offset = slot % BLOCK_SIZE
+    k = carray(view(a.keys + at * size, element), BLOCK_SIZE * dim)
+    v = carray(view(a.values + at * size, element), BLOCK_SIZE * dim)
+    key = carray(view(a.source_keys + token * a.key_token + head * a.key_head, element), width)
+    value = carray(view(a.source_values + token * a.value_token + head * a.value_head, element), width)
+    for d in range(dim):
+        inside = d < width
+        k[d // pair * BLOCK_SIZE * pair + offset * pair + d % pair] = key[d] if inside else 0
+        v[offset // pair * dim * pair + d * pair + offset % pair] = value[d] if inside else 0
+
+
+@njit(error_model="numpy")
+def _store_block(a: Record, head: int, token: int, block: int) -> None:
+    """`_store_token` of a block's 32 tokens at once, two bfloat16 at a time; the head dimension is whole tiles."""
+    width, half = a.head_dim, a.head_dim // 2
+    at = 2 * (block * a.kv_heads + head) * BLOCK_SIZE * width
+    k = carray(view(a.keys + at, np.uint32(0)), BLOCK_SIZE * half)
+    v = carray(view(a.values + at, np.uint32(0)), half * BLOCK_SIZE)
+    for offset in range(BLOCK_SIZE):
+        key = carray(view(a.source_keys + (token + offset) * a.key_token + head * a.key_head, np.uint32(0)), half)
+        for d in range(half):
+            k[d * BLOCK_SIZE + offset] = key[d]
+    for pair in range(BLOCK_SIZE // 2):
+        source = a.source_values + (token + 2 * pair) * a.value_token + head * a.value_head
+        even = carray(view(source, np.uint16(0)), width)
+        odd = carray(view(source + a.value_token, np.uint16(0)), width)
+        for d in range(width):
+            v[pair * width + d] = np.uint32(even[d]) | np.uint32(odd[d]) << np.uint32(16)
+
+
+@njit(error_model="numpy")
+def _is_block(slots: Any, token: int, end: int) -> bool:
+    """Whether the slots from `token` on are those of one block, first to last."""
+    if token + BLOCK_SIZE > end or slots[token] < 0 or slots[token] % BLOCK_SIZE != 0:
+        return False
+    for offset in range(1, BLOCK_SIZE):
+        if slots[token + offset] != slots[token] + offset:
+            return False
+    return True
+
+
+@njit(error_model="numpy")
 def _store(a: Record, element: Kind) -> None:
-    """One thread's share of the heads: keys and values to the slots of their tokens; negative slots are nobody's."""
+    """One thread's share of (head, some tokens): keys and values to their slots; negative slots are nobody's."""
     slots = carray(view(a.slots, np.int64(0)), a.tokens)
-    dim, pair = padded(a.head_dim), 4 // size_of(element)  # rows that lie interleaved
-    block_elements = BLOCK_SIZE * dim
-    head = take_ticket(a.tickets + 8)
-    while head < a.kv_heads:
-        for t in range(a.tokens):
-            if slots[t] >= 0:
-                at, offset = (
-                    (slots[t] // BLOCK_SIZE * a.kv_heads + head) * block_elements,
-                    slots[t] % BLOCK_SIZE,
-                )
-                k = carray(view(a.keys + at * size_of(element), element), block_elements)
-                v = carray(view(a.values + at * size_of(element), element), block_elements)
-                key = carray(view(a.source_keys + t * a.key_token + head * a.key_head, element), a.head_dim)
-                value = carray(
-                    view(a.source_values + t * a.value_token + head * a.value_head, element), a.head_dim
-                )
-                for d in range(dim):
-                    inside = d < a.head_dim
-                    k[d // pair * BLOCK_SIZE * pair + offset * pair + d % pair] = key[d] if inside else 0
-                    v[offset // pair * dim * pair + d * pair + offset % pair] = value[d] if inside else 0
-        head = take_ticket(a.tickets + 8)
+    shares = (a.tokens + STORE_TOKENS - 1) // STORE_TOKENS
+    whole = size_of(element) == 2 and a.head_dim % 32 == 0 and (a.key_token | a.key_head) % 4 == 0
+    item = next_item(a)
+    while item < shares * a.kv_heads:
+        head, token = item // shares, item % shares * STORE_TOKENS
+        end = min(a.tokens, token + STORE_TOKENS)
+        while token < end:
+            if whole and _is_block(slots, token, end):
+                _store_block(a, head, token, slots[token] // BLOCK_SIZE)
+                token += BLOCK_SIZE
+            else:
+                if slots[token] >= 0:
+                    _store_token(a, element, head, token, slots[token])
+                token += 1
+        item = next_item(a)
 
 
 @functools.cache
-def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Any:
+def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
     """The entry point for caches of one element type; bfloat16 on `unit`, or on the best of this machine."""
     source = fingerprint()
 
@@ -318,12 +368,12 @@ def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Any:
             _attend(carray(p, 1)[0], np.float32(0))
 
     if dtype == torch.float32:
-        return compiled(ATTEND)(attend_float32)
-    return compiled(ATTEND)(attend_tiles if (unit or bfloat16_unit()) == "tiles" else attend_bfloat16)
+        return Kernel(ATTEND, attend_float32)
+    return Kernel(ATTEND, attend_tiles if (unit or bfloat16_unit()) == "tiles" else attend_bfloat16)
 
 
 @functools.cache
-def store_kernel(dtype: torch.dtype) -> Any:
+def store_kernel(dtype: torch.dtype) -> Kernel:
     """The entry point for caches of one element type."""
     source = fingerprint()
 
@@ -335,4 +385,4 @@ def store_kernel(dtype: torch.dtype) -> Any:
         if source >= 0:
             _store(carray(p, 1)[0], np.float32(0))
 
-    return compiled(STORE)(store_bfloat16 if dtype == torch.bfloat16 else store_float32)
+    return Kernel(STORE, store_bfloat16 if dtype == torch.bfloat16 else store_float32)

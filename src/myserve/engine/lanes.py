@@ -260,14 +260,20 @@ def lane_sum(ctx: Any, address: Any) -> Any:
     return types.float32(types.int64), codegen
 
 
-@intrinsic
-def take_ticket(ctx: Any, counter: Any) -> Any:
-    """Adds one to the int64 at `counter` and returns what it was: how threads share work out."""
+def _ticket(name: str, offset: int, documentation: str) -> Any:
+    def take(ctx: Any, record: Any) -> Any:
+        def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+            address = _offset(b, b.ptrtoint(args[0], _I64), offset)
+            return b.atomic_rmw("add", _at(b, address, _I64), ir.Constant(_I64, 1), "acq_rel")
 
-    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        return b.atomic_rmw("add", _at(b, args[0], _I64), ir.Constant(_I64, 1), "monotonic")
+        return types.int64(record), codegen
 
-    return types.int64(types.int64), codegen
+    take.__name__, take.__doc__ = name, documentation
+    return intrinsic(take)
+
+
+next_thread = _ticket("next_thread", 0, "A kernel's threads, counted as they come in.")
+next_item = _ticket("next_item", 8, "The record's next item of work that no thread has taken.")
 
 
 @intrinsic
@@ -290,6 +296,16 @@ def size_of(ctx: Any, kind: Any) -> Any:
     return types.int64(kind), codegen
 
 
+def _load_wide(b: IR, source: IR, packed: bool, count: int) -> IR:
+    """`count` elements at `source`, as float32."""
+    if not packed:
+        return b.load(_at(b, source, ir.VectorType(_F32, count)), align=4)
+    wide = ir.VectorType(_I32, count)
+    half = b.load(_at(b, source, ir.VectorType(ir.IntType(16), count)), align=2)
+    bits = b.shl(b.zext(half, wide), ir.Constant(wide, [16] * count))
+    return b.bitcast(bits, ir.VectorType(_F32, count))
+
+
 @intrinsic(prefer_literal=True)
 def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
     """Widens 1 or 16 elements at `source` to float32 at `target`."""
@@ -297,16 +313,34 @@ def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, _, source, target = args
-        wide = ir.VectorType(_I32, count)
-        if packed:
-            half = b.load(_at(b, source, ir.VectorType(ir.IntType(16), count)), align=2)
-            bits = b.shl(b.zext(half, wide), ir.Constant(wide, [16] * count))
-        else:
-            bits = b.load(_at(b, source, wide), align=4)
-        _store(b, bits, target)
+        _store(b, _load_wide(b, source, packed, count), target)
         return context.get_dummy_value()
 
     return types.void(kind, lanes, types.int64, types.int64), codegen
+
+
+@intrinsic
+def sum_of_squares(ctx: Any, kind: Any, source: Any, count: Any) -> Any:
+    """Of `count` elements: lane by lane, the lanes first to last, then what is left over."""
+    packed, size = kind.bitwidth == 16, kind.bitwidth // 8
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, source, count = args
+        lanes, total = cgutils.alloca_once(b, _VEC), cgutils.alloca_once(b, _F32)
+        b.store(_const(0.0), lanes)
+        whole = b.lshr(count, ir.Constant(_I64, 4))
+        with cgutils.for_range(b, whole) as loop:
+            x = _load_wide(b, b.add(source, _bytes(b, loop.index, size * LANES)), packed, LANES)
+            b.store(_fma(b, x, x, b.load(lanes)), lanes)
+        b.store(_reduce(b, "fadd", b.load(lanes), ir.Constant(_F32, 0.0)), total)
+        done = b.shl(whole, ir.Constant(_I64, 4))
+        with cgutils.for_range(b, b.sub(count, done)) as loop:
+            one = _load_wide(b, b.add(source, _bytes(b, b.add(done, loop.index), size)), packed, 1)
+            x = b.extract_element(one, ir.Constant(_I32, 0))
+            b.store(b.fadd(b.load(total), b.fmul(x, x)), total)
+        return b.load(total)
+
+    return types.float32(kind, types.int64, types.int64), codegen
 
 
 def _round_and_store(b: IR, value: IR, target: IR, packed: bool) -> None:

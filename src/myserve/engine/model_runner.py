@@ -16,6 +16,7 @@ from myserve.core.rows import RowState
 from myserve.core.sampling import Sampled, Sampler
 from myserve.engine.attention import PagedContext
 from myserve.engine.config import EngineConfig
+from myserve.engine.decode_steps import DecodeSteps
 from myserve.engine.exact import make_exact
 from myserve.engine.kv_cache import KVCache
 from myserve.engine.lm_head import LogitRows, keep_rows
@@ -53,6 +54,11 @@ class ModelRunner:
         self.exact_report = make_exact(loaded.model, mode=config.exact)
         self.routed_experts = RoutedExperts(loaded.model)
         self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, loaded.device, config)
+        self.decode_steps = DecodeSteps(
+            self._run_model, self.kv_cache.layers, -(-loaded.max_model_len // self.kv_cache.block_size)
+        )
+        # An expert's tokens are chosen by looking at them, which a recording cannot.
+        self.decode_steps.usable = self.exact_report.mode == "on" and not self.exact_report.experts
         self.sampler = Sampler()
         self._rows: dict[Request, RowState] = {}
         self._scored: dict[Request, list[PromptLogprob]] = {}
@@ -90,16 +96,23 @@ class ModelRunner:
 
     def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
         """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted."""
+        if len(wanted) == len(batch.pieces) and self.decode_steps.take(batch.pieces):
+            return self.decode_steps.logits(batch.pieces)
         tokens = [t for p in batch.pieces for t in p.request.token_ids[p.start : p.start + p.count]]
         positions = [i for p in batch.pieces for i in range(p.start, p.start + p.count)]
-        out = self.model(
-            input_ids=torch.tensor([tokens], device=self.device),  # [1, T]
-            position_ids=torch.tensor([positions], device=self.device),  # [1, T]
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted, device=self.device),
-            paged=self._paged_context(batch, positions),
+        return self._run_model(
+            torch.tensor([tokens], device=self.device),
+            torch.tensor([positions], device=self.device),
+            torch.tensor(wanted, device=self.device),
+            self._paged_context(batch, positions),
         )
-        logits: Tensor = out.logits[0]  # [len(wanted), V]
+
+    def _run_model(self, ids: Tensor, positions: Tensor, wanted: Tensor, context: PagedContext) -> Tensor:
+        """ids and positions [1, T], wanted rows [n]; logits [n, V]."""
+        out = self.model(
+            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, paged=context
+        )
+        logits: Tensor = out.logits[0]
         return logits
 
     def _paged_context(self, batch: Batch, positions: list[int]) -> PagedContext:

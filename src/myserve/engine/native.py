@@ -13,7 +13,9 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +25,66 @@ from numba import cfunc, from_dtype, types
 
 from myserve.core.fingerprint import fingerprint as source_fingerprint
 
-Record = np.ndarray[Any, np.dtype[np.void]]
-Kernel = Callable[[Any], None]
-
-_REALS = {"scale", "softcap"}
-
-
-def record_type(*names: str) -> np.dtype[np.void]:
-    """A struct of int64, but for the few that are float32."""
-    return np.dtype([(name, np.float32 if name in _REALS else np.int64) for name in names], align=True)
-
-
-def filled(kind: np.dtype[np.void], **fields: float) -> Record:
-    """One record; every field must be given.
-
-    >>> filled(record_type("rows", "scale"), rows=3, scale=0.5)["rows"].item()
-    3
-    """
-    record = np.zeros(1, kind)
-    record[0] = tuple(fields.pop(name) for name in kind.names or ())
-    assert not fields, f"the record has no {', '.join(fields)}"
-    return record
+_TICKETS = ("next_thread", "next_item")  # every record begins with them: `lanes.next_thread`, `lanes.next_item`
+_REALS = {"scale", "softcap", "eps", "offset"}
+_RECORD_BYTES = 512
 
 
 def fingerprint() -> int:
     """Of the sources that this package's kernels are compiled from; every entry point holds it."""
-    return source_fingerprint(Path(__file__).parent, "lanes.py", "tiles.py", "kernels.py", "gemm_kernels.py")
+    files = ("lanes.py", "tiles.py", "kernels.py", "gemm_kernels.py", "pointwise_kernels.py", "replay_kernel.py")
+    return source_fingerprint(Path(__file__).parent, *files)
 
 
-def compiled(record: np.dtype[np.void]) -> Callable[[Kernel], Any]:
-    """Compiles a kernel of one `record`, or reads it from Numba's cache."""
+class Kernel:
+    """A compiled function of one record, and how its fields lie there: int64, but for the few that are float32."""
+
+    def __init__(self, fields: tuple[str, ...], function: Callable[[Any], None]) -> None:
+        self.fields = fields
+        letters = "".join("f" if name in _REALS else "q" for name in fields)
+        self._layout = struct.Struct(letters)  # aligned as C aligns, which is how NumPy's record has it
+        self.size = 8 * len(_TICKETS) + self._layout.size
+        assert self.size <= _RECORD_BYTES
+        self._function = _compiled(_record_type(fields), function)
+        self.address: int = self._function.address
+
+    def __call__(self, threads: int, **values: float) -> None:
+        """Runs on `threads` threads of torch's team, without the GIL; its bits do not tell how many there were."""
+        workspace = this_thread()
+        self.fill(workspace.record, values)
+        if workspace.launches is not None:
+            record = ctypes.string_at(workspace.record_address, self.size)
+            workspace.launches.append(Launch(self.address, record, threads))
+        enter(self.address, workspace.record_address, threads)
+
+    def fill(self, record: Any, values: dict[str, float]) -> None:
+        """Writes fresh tickets and every field."""
+        assert len(values) == len(self.fields), set(values) ^ set(self.fields)
+        struct.pack_into("2q", record, 0, 0, 0)
+        self._layout.pack_into(record, 8 * len(_TICKETS), *[values[name] for name in self.fields])
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One call of a kernel, to be made again: its entry, the bytes of its record, its threads."""
+
+    kernel: int
+    record: bytes
+    threads: int
+
+
+def _record_type(fields: tuple[str, ...]) -> np.dtype[np.void]:
+    names = _TICKETS + fields
+    return np.dtype([(name, np.float32 if name in _REALS else np.int64) for name in names], align=True)
+
+
+def _compiled(record: np.dtype[np.void], function: Callable[[Any], None]) -> Any:
+    """Compiled, or read from Numba's cache."""
     signature = types.void(types.CPointer(from_dtype(record)))
-
-    def compile_(function: Kernel) -> Any:
-        try:
-            return cfunc(signature, cache=True)(function)
-        except RuntimeError:  # there is no place on this machine that Numba may write its cache to
-            return cfunc(signature)(function)
-
-    return compile_
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:  # there is no place on this machine that Numba may write its cache to
+        return cfunc(signature)(function)
 
 
 class Workspace(threading.local):
@@ -72,21 +95,17 @@ class Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self._record = ctypes.create_string_buffer(8 * 32)
-        self.address = ctypes.addressof(self._record)
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-
-    def record(self, *fields: int) -> int:
-        """Fill the record with int64 fields; its address."""
-        struct.pack_into(f"{len(fields)}q", self._record, 0, *fields)
-        return self.address
+        self.record = ctypes.create_string_buffer(_RECORD_BYTES)
+        self.record_address = ctypes.addressof(self.record)
+        self.launches: list[Any] | None = None
+        self._scratch = [bytearray(0)]
 
     def scratch(self, size: int) -> int:
         """The address of at least `size` bytes, at a cache line."""
-        if self._scratch.numel() < size + 64:
-            self._scratch = torch.empty(size + 64, dtype=torch.uint8)
-        address = self._scratch.data_ptr()
-        return address + -address % 64
+        if len(self._scratch[-1]) < size + 64:  # what was outgrown stays: a recorded launch may know its address
+            self._scratch.append(bytearray(max(size + 64, 2 * len(self._scratch[-1]))))
+            self._scratch_address = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch[-1]))
+        return self._scratch_address + -self._scratch_address % 64
 
 
 _workspace = Workspace()
@@ -96,19 +115,27 @@ def this_thread() -> Workspace:
     return _workspace
 
 
-def launch(kernel: Any, record: int, threads: int) -> None:
-    """Runs `kernel` on the record at an address, on `threads` threads of torch's team, without the GIL.
+@contextmanager
+def recording() -> Iterator[list[Any]]:
+    """Every kernel call that this thread makes meanwhile, also appended to the list, in its order."""
+    workspace = this_thread()
+    workspace.launches = []
+    try:
+        yield workspace.launches
+    finally:
+        workspace.launches = None
 
-    Its bits do not tell how many threads there were.
-    """
+
+def enter(kernel: int, record: int, threads: int) -> None:
+    """Every thread of a team calls the function at one address with the record at another."""
     team = _team() if threads > 1 else None
     if team is None:
-        _alone(kernel.address)(record)
+        _alone(kernel)(record)
     else:
-        team(kernel.address, record, threads, 0)
+        team(kernel, record, threads, 0)
 
 
-_alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_alone = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
 
 
 @functools.cache
@@ -130,12 +157,16 @@ def threads_for(work: int) -> int:
 def warm() -> None:
     """Compiles every kernel that this machine uses into Numba's cache (some seconds, once)."""
     from myserve.core import fast
+    from myserve.engine import pointwise_kernels
     from myserve.engine.gemm_kernels import linear_kernel
     from myserve.engine.kernels import attend_kernel, store_kernel
+    from myserve.engine.replay_kernel import replay_kernel
 
     fast.warm_up()
+    replay_kernel()
     for dtype in (torch.bfloat16, torch.float32):
         attend_kernel(dtype), store_kernel(dtype), linear_kernel(dtype)
+        pointwise_kernels.warm(dtype)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def _linear(module: ExactLinear, weight: str, bias: str) -> Holder:
             packed = PackedWeight(new.to(packed.dtype), values.get(bias, old_bias))
         else:
             packed = packed.with_bias(values[bias])
-        return [lambda: setattr(module, "packed", packed)]
+        return [lambda: module.replace(packed)]
 
     return Holder((weight, bias), prepare)
 

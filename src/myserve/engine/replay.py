@@ -1,0 +1,189 @@
+"""A decode step recorded once and replayed without Python: what CUDA graphs are to a GPU, for a CPU.
+
+A step of n requests makes the same kernel calls every time, on the same memory if we give it the same memory. The
+model's own forward runs once under a dispatch mode that writes down every call of a kernel of ours and every tensor
+operation. Replaying, a run of kernel calls is one call into compiled code; what is not ours (embedding, angles, the
+choice of rows) is called again as the tensor operation that it was, and its result copied to where it was.
+
+Rejected: writing the forward pass of the common models ourselves. This serves any model and changes no bit of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from myserve.engine import pointwise
+from myserve.engine.native import Launch, recording
+from myserve.engine.replay_kernel import replay_kernel
+
+_aten = torch.ops.aten
+# What a recording cannot hold: a result that Python has looked at, or whose shape the data decides.
+_LOOKS_AT_DATA = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default}
+
+
+class NotRecordable(Exception):
+    """The step depends on its data in another way than through tensors."""
+
+
+class Pool:
+    """Memory for the tensors of recordings: what one tensor leaves is taken by the next, and all of it is kept.
+
+    Recordings of one pool share it, for only one is replayed at a time; so the largest decides how much there is.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._free: dict[int, list[int]] = defaultdict(list)  # size, a power of two -> addresses
+        self._recording = 0
+
+    def begin(self) -> None:
+        """A new recording: everything is free again."""
+        self._recording += 1
+        self._free.clear()
+        for block in self._blocks:
+            self._free[block.numel() - 64].append(block.data_ptr() + -block.data_ptr() % 64)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised, at a cache line."""
+        count = math.prod(shape)
+        size = 1 << max(6, (count * dtype.itemsize - 1).bit_length())
+        if not self._free[size]:
+            block = torch.empty(size + 64, dtype=torch.uint8)
+            self._blocks.append(block)
+            self._free[size].append(block.data_ptr() + -block.data_ptr() % 64)
+        address = self._free[size].pop()
+        # PyTorch tells nobody when a storage dies; but a storage made from a buffer holds the buffer.
+        buffer = (ctypes.c_char * size).from_address(address)
+        weakref.finalize(buffer, self._release, size, address, self._recording)
+        return torch.frombuffer(buffer, dtype=dtype, count=max(count, 1))[:count].view(shape)
+
+    def _release(self, size: int, address: int, recording: int) -> None:
+        if recording == self._recording:
+            self._free[size].append(address)
+
+
+class _Recorder(TorchDispatchMode):
+    """Lets a forward pass run and adds what is not a kernel's call to the list of calls."""
+
+    def __init__(self, calls: list[Any], pool: Pool) -> None:
+        super().__init__()
+        self.calls, self.pool = calls, pool
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten.empty.memory_format:
+            return self.pool.empty(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
+        if func in _LOOKS_AT_DATA:
+            raise NotRecordable(str(func))
+        if func is _aten.add.Tensor and not kwargs and _adds_like_with_like(*args):
+            with self:
+                return pointwise.add(*args)
+        out = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self.calls.append(lambda: func(*args, **kwargs))
+        elif fresh := list(_fresh(out, (args, kwargs))):
+            self.calls.append(_again(func, args, kwargs, out, fresh))
+        return out
+
+
+def _adds_like_with_like(a: Any, b: Any) -> bool:
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return (
+        tensors and a.shape == b.shape and a.dim() > 0 and a.is_contiguous() and b.is_contiguous()
+        and pointwise.is_ours(a, b)
+    )  # fmt: skip
+
+
+def _fresh(out: Any, inputs: Any) -> Iterator[int]:
+    """Which of an operation's results are not views of what it was given."""
+    given = {x.untyped_storage().data_ptr() for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+    for number, result in enumerate(tree_leaves(out)):
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+            yield number
+
+
+def _again(func: Any, args: Any, kwargs: Any, out: Any, fresh: list[int]) -> Callable[[], None]:
+    kept = tree_leaves(out)
+
+    def call() -> None:
+        results = tree_leaves(func(*args, **kwargs))
+        for number in fresh:
+            kept[number].copy_(results[number])
+
+    return call
+
+
+class Recording:
+    """One forward pass, to be made again on whatever its input tensors then hold.
+
+    >>> x = torch.ones(2, 3)
+    >>> step = Recording(lambda: (x + x) * 3, Pool())
+    >>> x.fill_(5.0).sum(), step.replay()[0, 0]
+    (tensor(30.), tensor(30.))
+    """
+
+    def __init__(self, forward: Callable[[], Tensor], pool: Pool) -> None:
+        pool.begin()
+        with recording() as calls, _Recorder(calls, pool):
+            self.out = forward()
+        self._pool = pool
+        self._parts: list[Callable[[], None]] = []
+        pending: list[Launch] = []
+        for call in calls:
+            if isinstance(call, Launch):
+                pending.append(call)
+                continue
+            if pending:
+                self._parts.append(Launches(pending))
+            pending = []
+            self._parts.append(call)
+        if pending:
+            self._parts.append(Launches(pending))
+
+    def replay(self) -> Tensor:
+        """The result, in the same memory every time."""
+        for part in self._parts:
+            part()
+        return self.out
+
+
+class Launches:
+    """Kernel calls that follow each other, as one call."""
+
+    def __init__(self, launches: list[Launch]) -> None:
+        self._records = [ctypes.create_string_buffer(launch.record, len(launch.record)) for launch in launches]
+        threads = [launch.threads for launch in launches]
+        waits = [max(pair) > 1 for pair in zip(threads, [*threads[1:], 1], strict=True)]
+        rows = [
+            (launch.kernel, ctypes.addressof(record), launch.threads, wait)
+            for launch, record, wait in zip(launches, self._records, waits, strict=True)
+        ]
+        self._table = np.array(rows, np.int64)
+        for record in self._records:
+            ctypes.memset(record, 0, 16)  # the tickets
+        self._threads = max(threads)
+        self._kernel = replay_kernel()
+
+    def __call__(self) -> None:
+        self._kernel(
+            self._threads, launches=self._table.ctypes.data, count=len(self._table),
+            team_size=_address_of("omp_get_num_threads") if self._threads > 1 else 0,
+            give_way=_address_of("sched_yield"),
+        )  # fmt: skip
+
+
+def _address_of(name: str) -> int:
+    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0
