@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from myserve.engine import gemm
-from myserve.engine.gemm import PackedWeight
-from myserve.engine.gemm_kernels import LINEAR, linear_kernel
+from myserve.engine.gemm import JoinedWeights, PackedWeight
+from myserve.engine.gemm_kernels import linear_kernel
 from myserve.engine.tiles import Unit, bfloat16_unit
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -127,5 +127,12 @@ def test_float16_computes_in_float32() -> None:
     torch.testing.assert_close(got, F.linear(x.float(), weight.float()).half())
 
 
-def test_the_record_has_a_place_for_every_field() -> None:
-    assert LINEAR.itemsize == 8 * len(LINEAR.names or ())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_joined_products_are_those_of_the_parts_also_after_new_values(dtype: torch.dtype) -> None:
+    parts = [PackedWeight(torch.randn(n, 96).to(dtype), torch.randn(n)) for n in (70, 64, 5)]
+    x = torch.randn(3, 96).to(dtype)
+    joined = JoinedWeights(parts)
+    assert all(map(torch.equal, joined(x), [part(x) for part in parts]))
+    before = parts[1](x)
+    parts[1].copy_(PackedWeight(torch.randn(64, 96).to(dtype)))
+    assert torch.equal(joined(x)[1], parts[1](x)) and not torch.equal(parts[1](x), before)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from myserve.engine.kernels import ATTEND, BLOCK_SIZE, STORE, TILE_ROWS, attend_kernel, padded, store_kernel
+from myserve.engine.kernels import BLOCK_SIZE, TILE_ROWS, attend_kernel, padded, store_kernel
 from myserve.engine.lanes import LANES, PARTITION
 from myserve.engine.native import this_thread, threads_for
 from myserve.engine.tiles import tile_configuration

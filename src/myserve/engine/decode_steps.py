@@ -11,14 +11,16 @@ from torch import Tensor
 
 from myserve.engine.attention import PagedContext
 from myserve.engine.kernels import BLOCK_SIZE
-from myserve.engine.replay import NotRecordable, Pool, Recording
+from myserve.engine.replay import NotRecordableError, Pool, Recording
 from myserve.engine.scheduler import Piece
 
 log = logging.getLogger(__name__)
 
 MOST_REQUESTS = 64  # beyond, what Python adds to a step no longer shows
 
-Forward = Callable[[Tensor, Tensor, Tensor, PagedContext], Tensor]  # ids, positions, wanted rows, pages -> logits
+Forward = Callable[
+    [Tensor, Tensor, Tensor, PagedContext], Tensor
+]  # ids, positions, wanted rows, pages -> logits
 
 
 @dataclass(slots=True)
@@ -66,9 +68,7 @@ class DecodeSteps:
     in another way than through tensors shows it there, and goes on unrecorded.
     """
 
-    def __init__(
-        self, forward: Forward, layers: Sequence[tuple[Tensor, Tensor]], max_blocks: int
-    ) -> None:
+    def __init__(self, forward: Forward, layers: Sequence[tuple[Tensor, Tensor]], max_blocks: int) -> None:
         self._forward, self._layers, self._max_blocks = forward, layers, max_blocks
         self._pool = Pool()
         self._steps: dict[int, tuple[_Inputs, Recording]] = {}
@@ -104,7 +104,7 @@ class DecodeSteps:
         inputs.fill(pieces)
         try:
             recording = Recording(lambda: self._run(inputs), self._pool)
-        except NotRecordable as reason:
+        except NotRecordableError as reason:
             self._give_up(str(reason))
             return self._run(inputs)
         self._steps[len(pieces)] = inputs, recording

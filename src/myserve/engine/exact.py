@@ -119,7 +119,9 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
     fuse_rotary(model)
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     unit = bfloat16_unit() if half else "lanes"
-    return ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=fuse_norms(model))
+    return ExactReport(
+        mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=fuse_norms(model)
+    )
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

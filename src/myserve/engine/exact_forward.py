@@ -49,7 +49,7 @@ def exact_forward(model: PreTrainedModel) -> PreTrainedModel:
         elif isinstance(module, Conv1D):
             _replace_forward(module, lambda self, x: exact_linear(x, self.weight.T, self.bias))
         elif isinstance(module, nn.SiLU | SiLUActivation):
-            module.forward = _Silu.apply
+            _replace_forward(module, lambda self, x: _silu(x))
         elif (norm := norm_kind(module)) is not None:
             _replace_forward(module, _norm_forward(*norm))
         elif is_router(module):
@@ -115,6 +115,11 @@ class _Norm(torch.autograd.Function):
             return *torch.autograd.grad(out, (x, weight), grad), None, None
 
 
+def _silu(x: Tensor) -> Tensor:
+    out: Tensor = _Silu.apply(x)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _Silu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -126,7 +131,8 @@ class _Silu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            return torch.autograd.grad(F.silu(x), x, grad)[0]
+            gradient: Tensor = torch.autograd.grad(F.silu(x), x, grad)[0]
+        return gradient
 
 
 class _ExactProducts(TorchFunctionMode):

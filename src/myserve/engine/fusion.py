@@ -51,8 +51,9 @@ def norm_kind(module: nn.Module) -> tuple[NormKind, float] | None:
     """
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = module._parameters.get("weight")
-    alone = weight is not None and set(module._parameters) == {"weight"} and weight.dim() == 1
-    if not alone or not isinstance(eps, float) or not pointwise.is_ours(weight):
+    if weight is None or weight.dim() != 1 or set(module._parameters) != {"weight"}:
+        return None
+    if not isinstance(eps, float) or not pointwise.is_ours(weight):
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, len(weight), generator=generator).to(weight.dtype)
@@ -76,11 +77,11 @@ def is_gate(module: nn.Module) -> bool:
 
 def fuse_norms(model: nn.Module) -> int:
     """Replaces the forward of every RMS norm; how many there were."""
-    found = [(module, norm_kind(module)) for module in model.modules()]
+    modules: list[Any] = list(model.modules())
+    found = [(module, known) for module in modules if (known := norm_kind(module)) is not None]
     for module, known in found:
-        if known is not None:
-            module.forward = MethodType(_norm_forward(*known), module)
-    return sum(known is not None for _, known in found)
+        module.forward = MethodType(_norm_forward(*known), module)
+    return len(found)
 
 
 def _norm_forward(kind: NormKind, eps: float) -> Callable[[Any, Tensor], Tensor]:
@@ -92,12 +93,12 @@ def _norm_forward(kind: NormKind, eps: float) -> Callable[[Any, Tensor], Tensor]
 
 def fuse_gates(model: nn.Module) -> None:
     """SiLU by our kernel, in one pass with the product where it is one."""
-    gates: list[Any] = [module for module in model.modules() if is_gate(module)]
-    for module in gates:
-        module.forward = MethodType(_gate_forward, module)
-    for module in model.modules():
-        if isinstance(module, nn.SiLU | SiLUActivation):
-            module.forward = pointwise.silu
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if is_gate(module):
+            module.forward = MethodType(_gate_forward, module)
+        elif isinstance(module, nn.SiLU | SiLUActivation):
+            module.forward = MethodType(lambda self, x: pointwise.silu(x), module)
 
 
 def _gate_forward(self: Any, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """y = x W^T + b, each row in one fixed order over k: the loops around `lanes` and `tiles`.
 
-A thread takes a panel of 64 columns and multiplies every row by it. How many rows there are only decides how they
+A thread takes a panel of 64 columns and multiplies a sweep of rows by it. How many rows there are only decides how they
 are grouped over one load of the weights.
 """
 
@@ -19,6 +19,7 @@ from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_pairs,
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
 ROWS = 32  # of a thread's scratch [ROWS, PANEL]
+SWEEP_BYTES = 1 << 20  # of x
 
 Address = int
 Kind = Any
@@ -46,15 +47,15 @@ def _finish(a: Any, kind: Kind, sums: Address, row: int, count: int, column: int
 
 
 @njit(error_model="numpy")
-def _panel_by_lanes(a: Any, kind: Kind, panel: int, scratch: Address) -> None:
+def _panel_by_lanes(a: Any, kind: Kind, panel: int, first: int, last: int, scratch: Address) -> None:
     """Four rows at a time, widened to float32."""
     group = a.inner * LANES * size_of(kind)
     groups = carray(view(scratch, np.int64(0)), 4)
     for g in range(4):
         groups[g] = a.weight + (4 * panel + g) * group
     sums, wide, step = scratch + 64, scratch + 64 + 4 * ROWS * PANEL, LANES * 4
-    for row in range(0, a.rows, 4):
-        count = min(4, a.rows - row)
+    for row in range(first, last, 4):
+        count = min(4, last - row)
         for r in range(count):
             for k in range(0, a.inner // LANES * LANES, LANES):
                 widen(kind, 16, a.x + (row + r) * a.x_row + size_of(kind) * k, wide + 4 * (r * a.inner + k))
@@ -68,17 +69,17 @@ def _panel_by_lanes(a: Any, kind: Kind, panel: int, scratch: Address) -> None:
 
 
 @njit(error_model="numpy")
-def _panel_by_pairs(a: Any, panel: int, scratch: Address) -> None:
+def _panel_by_pairs(a: Any, panel: int, first: int, last: int, scratch: Address) -> None:
     kind = np.uint16(0)
     group = a.inner * LANES * 2
     weight = a.weight + 4 * panel * group
-    row = 0
-    while row < a.rows:
+    row = first
+    while row < last:
         x = a.x + row * a.x_row
-        if a.rows - row >= 6:
+        if last - row >= 6:
             count = 6
             multiply_pairs(6, x, a.x_row, weight, group, a.inner // 2, scratch)
-        elif a.rows - row >= 3:
+        elif last - row >= 3:
             count = 3
             multiply_pairs(3, x, a.x_row, weight, group, a.inner // 2, scratch)
         else:
@@ -89,14 +90,14 @@ def _panel_by_pairs(a: Any, panel: int, scratch: Address) -> None:
 
 
 @njit(error_model="numpy")
-def _panel_by_tiles(a: Any, panel: int, scratch: Address) -> None:
+def _panel_by_tiles(a: Any, panel: int, first: int, last: int, scratch: Address) -> None:
     kind = np.uint16(0)
     group = a.inner * LANES * 2
     weight = a.weight + 4 * panel * group
-    whole = a.rows // 16 * 16
-    if whole > 0:
+    whole = first + (last - first) // 16 * 16
+    if whole > first:
         set_tiles(a.full_tiles)
-    for row in range(0, whole, ROWS):
+    for row in range(first, whole, ROWS):
         x = a.x + row * a.x_row
         for half in range(2):
             w, c = weight + 2 * half * group, scratch + 128 * half
@@ -105,14 +106,35 @@ def _panel_by_tiles(a: Any, panel: int, scratch: Address) -> None:
             else:
                 multiply_tiles(1, x, a.x_row, w, w + group, 64, a.inner // 32, c, 4 * PANEL, 1024, 1)
         _finish(a, kind, scratch, row, min(ROWS, whole - row), PANEL * panel)
-    if whole < a.rows:
+    if whole < last:
         set_tiles(a.last_tiles)
         for half in range(2):
             w, c = weight + 2 * half * group, scratch + 128 * half
             multiply_tiles(
                 1, a.x + whole * a.x_row, a.x_row, w, w + group, 64, a.inner // 32, c, 4 * PANEL, 1024, 1
             )
-        _finish(a, kind, scratch, whole, a.rows - whole, PANEL * panel)
+        _finish(a, kind, scratch, whole, last - whole, PANEL * panel)
+
+
+@njit(error_model="numpy")
+def _rows_at_once(a: Any) -> Any:
+    """What stays in a core's second-level cache while the panels pass by, in whole tiles."""
+    return max(1, SWEEP_BYTES // a.x_row // ROWS) * ROWS
+
+
+@njit(error_model="numpy")
+def _items(a: Any) -> Any:
+    """Panels, for each sweep of rows."""
+    rows = _rows_at_once(a)
+    return (a.columns + PANEL - 1) // PANEL * ((a.rows + rows - 1) // rows)
+
+
+@njit(error_model="numpy")
+def _share(a: Any, item: int) -> Any:
+    """A panel, and the rows of its sweep."""
+    panels, rows = (a.columns + PANEL - 1) // PANEL, _rows_at_once(a)
+    first = item // panels * rows
+    return item % panels, first, min(a.rows, first + rows)
 
 
 @functools.cache
@@ -123,35 +145,39 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
     def linear_float32(p: Any) -> None:
         a = carray(p, 1)[0]
         scratch = a.scratch + a.scratch_bytes * next_thread(a)
-        panel = next_item(a)
-        while panel * PANEL < a.columns and source >= 0:
-            _panel_by_lanes(a, np.float32(0), panel, scratch)
-            panel = next_item(a)
+        item = next_item(a)
+        while item < _items(a) and source >= 0:
+            panel, first, last = _share(a, item)
+            _panel_by_lanes(a, np.float32(0), panel, first, last, scratch)
+            item = next_item(a)
 
     def linear_lanes(p: Any) -> None:
         a = carray(p, 1)[0]
         scratch = a.scratch + a.scratch_bytes * next_thread(a)
-        panel = next_item(a)
-        while panel * PANEL < a.columns and source >= 0:
-            _panel_by_lanes(a, np.uint16(0), panel, scratch)
-            panel = next_item(a)
+        item = next_item(a)
+        while item < _items(a) and source >= 0:
+            panel, first, last = _share(a, item)
+            _panel_by_lanes(a, np.uint16(0), panel, first, last, scratch)
+            item = next_item(a)
 
     def linear_pairs(p: Any) -> None:
         a = carray(p, 1)[0]
         scratch = a.scratch + a.scratch_bytes * next_thread(a)
-        panel = next_item(a)
-        while panel * PANEL < a.columns and source >= 0:
-            _panel_by_pairs(a, panel, scratch)
-            panel = next_item(a)
+        item = next_item(a)
+        while item < _items(a) and source >= 0:
+            panel, first, last = _share(a, item)
+            _panel_by_pairs(a, panel, first, last, scratch)
+            item = next_item(a)
 
     def linear_tiles(p: Any) -> None:
         a = carray(p, 1)[0]
         scratch = a.scratch + a.scratch_bytes * next_thread(a)
-        panel = next_item(a)
         get_tiles(scratch + 4 * ROWS * PANEL)
-        while panel * PANEL < a.columns and source >= 0:
-            _panel_by_tiles(a, panel, scratch)
-            panel = next_item(a)
+        item = next_item(a)
+        while item < _items(a) and source >= 0:
+            panel, first, last = _share(a, item)
+            _panel_by_tiles(a, panel, first, last, scratch)
+            item = next_item(a)
         set_tiles(scratch + 4 * ROWS * PANEL)
 
     if dtype == torch.float32:

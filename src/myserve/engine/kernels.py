@@ -307,7 +307,9 @@ def _store_block(a: Record, head: int, token: int, block: int) -> None:
     k = carray(view(a.keys + at, np.uint32(0)), BLOCK_SIZE * half)
     v = carray(view(a.values + at, np.uint32(0)), half * BLOCK_SIZE)
     for offset in range(BLOCK_SIZE):
-        key = carray(view(a.source_keys + (token + offset) * a.key_token + head * a.key_head, np.uint32(0)), half)
+        key = carray(
+            view(a.source_keys + (token + offset) * a.key_token + head * a.key_head, np.uint32(0)), half
+        )
         for d in range(half):
             k[d * BLOCK_SIZE + offset] = key[d]
     for pair in range(BLOCK_SIZE // 2):
@@ -323,10 +325,10 @@ def _is_block(slots: Any, token: int, end: int) -> bool:
     """Whether the slots from `token` on are those of one block, first to last."""
     if token + BLOCK_SIZE > end or slots[token] < 0 or slots[token] % BLOCK_SIZE != 0:
         return False
+    follows = True
     for offset in range(1, BLOCK_SIZE):
-        if slots[token + offset] != slots[token] + offset:
-            return False
-    return True
+        follows &= slots[token + offset] == slots[token] + offset
+    return follows
 
 
 @njit(error_model="numpy")

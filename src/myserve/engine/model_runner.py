@@ -96,7 +96,8 @@ class ModelRunner:
 
     def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
         """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted."""
-        if len(wanted) == len(batch.pieces) and self.decode_steps.take(batch.pieces):
+        scores = any(piece.request in self._scored for piece in batch.pieces)
+        if len(wanted) == len(batch.pieces) and not scores and self.decode_steps.take(batch.pieces):
             return self.decode_steps.logits(batch.pieces)
         tokens = [t for p in batch.pieces for t in p.request.token_ids[p.start : p.start + p.count]]
         positions = [i for p in batch.pieces for i in range(p.start, p.start + p.count)]

@@ -25,7 +25,7 @@ from numba import cfunc, from_dtype, types
 
 from myserve.core.fingerprint import fingerprint as source_fingerprint
 
-_TICKETS = ("next_thread", "next_item")  # every record begins with them: `lanes.next_thread`, `lanes.next_item`
+_TICKETS = ("next_thread", "next_item")  # what every record begins with; taken by `lanes`
 _REALS = {"scale", "softcap", "eps", "offset"}
 _RECORD_BYTES = 512
 
@@ -102,7 +102,9 @@ class Workspace(threading.local):
 
     def scratch(self, size: int) -> int:
         """The address of at least `size` bytes, at a cache line."""
-        if len(self._scratch[-1]) < size + 64:  # what was outgrown stays: a recorded launch may know its address
+        if (
+            len(self._scratch[-1]) < size + 64
+        ):  # what was outgrown stays: a recorded launch may know its address
             self._scratch.append(bytearray(max(size + 64, 2 * len(self._scratch[-1]))))
             self._scratch_address = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch[-1]))
         return self._scratch_address + -self._scratch_address % 64

@@ -22,7 +22,9 @@ def is_ours(*tensors: Tensor) -> bool:
     )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_first: bool = True) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_first: bool = True
+) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, in float32; x [..., D], weight [D].
 
     `rounds_first`: what is multiplied by the weight has been rounded to x's type (Llama), or not (Gemma, OLMo 2).
@@ -103,7 +105,7 @@ def _threads(rows: int, width: int) -> int:
 
 def _flat(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """x as rows [..., D] at one distance: (x, (rows, distance)); copied where it is not."""
-    x, (rows, row, groups, group) = _as_rows(x)
+    x, (rows, row, groups, _) = _as_rows(x)
     if groups == 1:
         return x, (rows, row)
     x = x.contiguous()

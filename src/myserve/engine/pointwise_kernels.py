@@ -77,7 +77,7 @@ def _rounded(ctx: Any, kind: Any, value: Any) -> Any:
 
 
 @njit(error_model="numpy")
-def _exp_of_negative(x: np.float32) -> np.float32:
+def _exp_of_negative(x: Any) -> Any:
     """exp(x) for x <= 0, to 1 ulp or so; 0 below -87. As `lanes._exp`, without fused steps."""
     x = max(x, np.float32(-87.5))
     shifted = x * np.float32(1.4426950408889634) + np.float32(12582912.0)
@@ -97,14 +97,21 @@ def _exp_of_negative(x: np.float32) -> np.float32:
 
 
 @njit(error_model="numpy")
-def _silu(x: np.float32) -> np.float32:
+def _silu(x: Any) -> Any:
     e = _exp_of_negative(-abs(x))
     return x * ((np.float32(1.0) if x >= np.float32(0.0) else e) / (np.float32(1.0) + e))
 
 
 @njit(error_model="numpy")
 def _norm_row(
-    kind: Kind, x: Any, weight: Any, out: Any, width: int, scale: np.float32, offset: np.float32, rounds_first: bool
+    kind: Kind,
+    x: Any,
+    weight: Any,
+    out: Any,
+    width: int,
+    scale: np.float32,
+    offset: np.float32,
+    rounds_first: bool,
 ) -> None:
     if rounds_first:
         for d in range(width):
@@ -118,7 +125,10 @@ def _norm_row(
 @njit(error_model="numpy")
 def _norm(a: Record, kind: Kind) -> None:
     """out[r, g] = x[r, g] / sqrt(mean(x[r, g]^2) + eps) * (weight + offset); a row has `groups` parts."""
-    size, width = size_of(kind), a.width  # a bound that is read anew in a loop would keep it from being vectors
+    size, width = (
+        size_of(kind),
+        a.width,
+    )  # a bound that is read anew in a loop would keep it from being vectors
     weight = carray(view(a.weight, kind), width)
     item = next_item(a)
     while item * ROWS < a.rows:

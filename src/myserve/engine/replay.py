@@ -32,7 +32,7 @@ _aten = torch.ops.aten
 _LOOKS_AT_DATA = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default}
 
 
-class NotRecordable(Exception):
+class NotRecordableError(Exception):
     """The step depends on its data in another way than through tensors."""
 
 
@@ -73,11 +73,11 @@ class Pool:
             self._free[size].append(address)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
     """Lets a forward pass run and adds what is not a kernel's call to the list of calls."""
 
     def __init__(self, calls: list[Any], pool: Pool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls, self.pool = calls, pool
 
     def __torch_dispatch__(
@@ -87,7 +87,7 @@ class _Recorder(TorchDispatchMode):
         if func is _aten.empty.memory_format:
             return self.pool.empty(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
         if func in _LOOKS_AT_DATA:
-            raise NotRecordable(str(func))
+            raise NotRecordableError(str(func))
         if func is _aten.add.Tensor and not kwargs and _adds_like_with_like(*args):
             with self:
                 return pointwise.add(*args)
@@ -164,7 +164,9 @@ class Launches:
     """Kernel calls that follow each other, as one call."""
 
     def __init__(self, launches: list[Launch]) -> None:
-        self._records = [ctypes.create_string_buffer(launch.record, len(launch.record)) for launch in launches]
+        self._records = [
+            ctypes.create_string_buffer(launch.record, len(launch.record)) for launch in launches
+        ]
         threads = [launch.threads for launch in launches]
         waits = [max(pair) > 1 for pair in zip(threads, [*threads[1:], 1], strict=True)]
         rows = [

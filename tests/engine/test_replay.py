@@ -1,0 +1,129 @@
+"""A recorded step gives what the step itself gives, on whatever its inputs then hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from myserve.engine import weights
+from myserve.engine.config import EngineConfig
+from myserve.engine.gemm import PackedWeight
+from myserve.engine.model_runner import ModelRunner
+from myserve.engine.replay import Launches, NotRecordableError, Pool, Recording
+from myserve.engine.request import Request
+from myserve.engine.scheduler import Batch, Piece
+
+
+@torch.inference_mode()
+def test_kernels_and_tensor_operations_are_made_again_in_their_order() -> None:
+    weight = PackedWeight(torch.randn(96, 64).bfloat16())
+    x = torch.randn(5, 64).bfloat16()
+    state = torch.zeros(5, 64).bfloat16()
+
+    def forward() -> Tensor:
+        state.add_(x)  # in place
+        hidden = (x + state)[:, :64].reshape(1, 5, 64)
+        return weight(hidden).cumsum(-1)[0, 1:]
+
+    recording = Recording(forward, Pool())
+    assert any(isinstance(part, Launches) for part in recording._parts)
+    for _ in range(3):
+        x.copy_(torch.randn(5, 64))
+        before = state.clone()
+        replayed = recording.replay().clone()
+        state.copy_(before)
+        assert torch.equal(replayed, forward())
+
+
+@torch.inference_mode()
+def test_memory_is_shared_within_a_recording_and_between_recordings() -> None:
+    pool, a, b = Pool(), torch.randn(40, 64), torch.randn(3, 64)
+
+    def chain(x: Tensor) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            for _ in range(20):
+                x_ = x + x
+                x_ = x_ + x
+            return x_ + x
+
+        return forward
+
+    first, second = Recording(chain(a), pool), Recording(chain(b), pool)
+    assert len(pool._blocks) <= 6, "two sizes, a few at a time"
+    for _ in range(2):
+        assert torch.equal(first.replay(), 4 * a)
+        assert torch.equal(second.replay(), 4 * b)
+
+
+@pytest.mark.parametrize("look", [lambda x: x.sum().item(), lambda x: x.nonzero()], ids=["item", "nonzero"])
+def test_who_looks_at_data_cannot_be_recorded(look: Callable[[Tensor], object]) -> None:
+    def forward() -> Tensor:
+        x = torch.ones(3)
+        look(x)
+        return x
+
+    with pytest.raises(NotRecordableError):
+        Recording(forward, Pool())
+
+
+def make_runner(folder: Path, dtype: str) -> ModelRunner:
+    config = EngineConfig(dtype=dtype, num_blocks=64)
+    return ModelRunner(weights.load(str(folder), config), config)
+
+
+def decode(runner: ModelRunner, count: int, seed: int) -> Tensor:
+    """One token of each of some requests with random contexts in random pages."""
+    rng = random.Random(seed)
+    pages = rng.sample(range(64), 64)
+    batch = Batch()
+    for number in range(count):
+        prompt = [rng.randrange(384) for _ in range(rng.randint(1, 90))]
+        request = Request(id=str(number), prompt_token_ids=prompt, max_tokens=1)
+        request.block_table = [pages.pop() for _ in range(0, len(prompt), runner.kv_cache.block_size)]
+        batch.add(Piece(request, len(prompt) - 1, 1))
+    with torch.inference_mode():
+        return runner.forward(batch, list(range(count))).clone()
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("qwen3", "bfloat16"), ("gemma3_text", "float32"), ("gpt2", "float32")]
+)
+def test_replayed_decode_steps_have_the_bits_of_the_model(
+    tiny_model: Callable[[str], Path], arch: str, dtype: str
+) -> None:
+    recorded, plain = (make_runner(tiny_model(arch), dtype) for _ in range(2))
+    plain.decode_steps.usable = False
+    for runner in (recorded, plain):  # the same keys and values under both
+        generator = torch.Generator().manual_seed(0)
+        for layer in runner.kv_cache.layers:
+            for cache in layer:
+                cache.copy_(torch.randn(cache.shape, generator=generator))
+    for seed, count in enumerate([3, 3, 5, 3, 1, 5, 3, 20, 1, 20]):
+        assert torch.equal(decode(recorded, count, seed), decode(plain, count, seed)), (seed, count)
+    assert recorded.decode_steps.usable and sorted(recorded.decode_steps._steps) == [1, 3, 5, 20]
+    assert any(isinstance(part, Launches) for part in recorded.decode_steps._steps[3][1]._parts)
+
+
+def test_control_a_model_that_reads_its_data_in_python_is_found_out(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    runner = make_runner(tiny_model("llama"), "float32")
+
+    def shift(module: Any, args: Any, out: Tensor) -> Tensor:
+        return out + float(args[0].numpy().sum())  # NumPy tells no dispatch mode
+
+    runner.model.model.layers[0].mlp.register_forward_hook(shift)
+    first, second = decode(runner, 2, seed=1), decode(runner, 2, seed=2)
+    assert not runner.decode_steps.usable
+    runner.decode_steps.usable = False
+    assert torch.equal(second, decode(runner, 2, seed=2)) and not torch.equal(first, second)
+
+
+def test_mixtures_of_experts_are_not_recorded(tiny_model: Callable[[str], Path]) -> None:
+    assert not make_runner(tiny_model("qwen3_moe"), "float32").decode_steps.usable
