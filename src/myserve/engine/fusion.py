@@ -68,11 +68,15 @@ def norm_kind(module: nn.Module) -> tuple[NormKind, float] | None:
 
 def is_gate(module: nn.Module) -> bool:
     """Whether a module computes down(silu(gate(x)) * up(x)) and nothing else."""
-    if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
+    if not _is_silu(getattr(module, "act_fn", None)):
         return False
     lines = [line.strip() for line in inspect.getsource(type(module).forward).splitlines()[1:]]
     body = " ".join(line for line in lines if line)
     return body in (f"return {_GATE_SOURCE}", f"down_proj = {_GATE_SOURCE} return down_proj")
+
+
+def _is_silu(module: object) -> bool:
+    return isinstance(module, nn.SiLU | SiLUActivation)
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -97,7 +101,7 @@ def fuse_gates(model: nn.Module) -> None:
     for module in modules:
         if is_gate(module):
             module.forward = MethodType(_gate_forward, module)
-        elif isinstance(module, nn.SiLU | SiLUActivation):
+        elif _is_silu(module):
             module.forward = MethodType(lambda self, x: pointwise.silu(x), module)
 
 

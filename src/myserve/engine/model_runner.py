@@ -95,7 +95,10 @@ class ModelRunner:
         return StepResult(draws, self._routing_of_draws(batch, heard.rows(drawing)), scored, failed)
 
     def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
-        """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted."""
+        """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted.
+
+        They may lie in memory that the next call writes again.
+        """
         scores = any(piece.request in self._scored for piece in batch.pieces)
         if len(wanted) == len(batch.pieces) and not scores and self.decode_steps.take(batch.pieces):
             return self.decode_steps.logits(batch.pieces)

@@ -32,7 +32,14 @@ _RECORD_BYTES = 512
 
 def fingerprint() -> int:
     """Of the sources that this package's kernels are compiled from; every entry point holds it."""
-    files = ("lanes.py", "tiles.py", "kernels.py", "gemm_kernels.py", "pointwise_kernels.py", "replay_kernel.py")
+    files = (
+        "lanes.py",
+        "tiles.py",
+        "kernels.py",
+        "gemm_kernels.py",
+        "pointwise_kernels.py",
+        "replay_kernel.py",
+    )
     return source_fingerprint(Path(__file__).parent, *files)
 
 

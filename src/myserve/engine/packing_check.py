@@ -60,7 +60,7 @@ def _decoded_logits(runner: ModelRunner, prompt: list[int]) -> Tensor:
     for position in range(len(prompt)):
         batch = Batch()
         batch.add(Piece(request, position, 1))
-        rows.append(runner.forward(batch, [0]))
+        rows.append(runner.forward(batch, [0]).clone())
     return torch.cat(rows)
 
 
@@ -71,7 +71,7 @@ def _packed_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor
         request = Request(id=f"check-{number}", prompt_token_ids=prompt, max_tokens=1)
         request.block_table = [next(blocks) for _ in range(0, len(prompt), runner.kv_cache.block_size)]
         batch.add(Piece(request, 0, len(prompt)))
-    logits = runner.forward(batch, list(range(batch.num_tokens)))  # [T, V]
+    logits = runner.forward(batch, list(range(batch.num_tokens))).clone()  # [T, V]
     return list(torch.split(logits, [len(prompt) for prompt in prompts]))
 
 
