@@ -304,3 +304,13 @@ def test_without_prefix_caching_nothing_is_found_again(make_engine: MakeEngine) 
     engine = make_engine(prefix_caching=False)
     done = [run_one(engine, PROMPT * 8, max_tokens=2) for _ in range(2)]
     assert [c.metrics.cached_tokens for c in done if c.metrics] == [0, 0]
+
+
+def test_a_request_says_how_full_the_cache_was_when_it_ended(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=32)
+    long = Asked(PROMPT * 4, SamplingParams(max_tokens=300, ignore_eos=True))
+    short = Asked(PROMPT[:2], SamplingParams(max_tokens=1))
+    [[last], [first]] = run(engine, [long, short])
+    assert first.metrics is not None and last.metrics is not None
+    assert 0 < first.metrics.kv_cache_usage < 1  # the long one's blocks
+    assert last.metrics.kv_cache_usage == 0  # nobody is left

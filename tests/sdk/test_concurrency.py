@@ -81,14 +81,28 @@ def test_it_only_moves_between_steps_if_told_so():
 def test_the_summary_of_a_step():
     controller = FixedConcurrencyController(8)
     controller.gate.peak_in_flight = 5
-    metrics = PerfMetrics(prefill_queue_duration=0.25, prompt_tokens=100, cached_prompt_tokens=90)
+    metrics = PerfMetrics(
+        prefill_queue_duration=0.25, prompt_tokens=100, cached_prompt_tokens=90, kv_cache_usage=0.5
+    )
     controller.observe(metrics, samples=3, epoch=0)
     controller.observe(PerfMetrics(prefill_queue_duration=0.65), samples=1, epoch=0)
     controller.refused(epoch=0)
     summary = {"window": 8, "previous_window": 8, "avg_pq": 0.35, "cache_hit_rate": 0.9}
+    summary |= {"kv_usage": 0.5}
     assert controller.step_completed() == summary | {"samples": 4, "refused": 1, "peak_in_flight": 5}
-    empty = {"avg_pq": None, "cache_hit_rate": None, "samples": 0, "refused": 0, "peak_in_flight": 0}
+    empty = {"avg_pq": None, "cache_hit_rate": None, "kv_usage": None, "samples": 0, "refused": 0, "peak_in_flight": 0}
     assert controller.step_completed() == summary | empty
+
+
+def test_a_full_kv_cache_shrinks_the_window_though_nobody_queues():
+    windows = {}
+    for usage in (0.5, 0.99):
+        controller = AdaptiveConcurrencyController(initial_window=16)
+        controller.gate.peak_in_flight = 16
+        metrics = PerfMetrics(prefill_queue_duration=0.0, kv_cache_usage=usage)
+        controller.observe(metrics, samples=16, epoch=controller.gate.epoch)
+        windows[usage] = controller.window
+    assert windows[0.99] < 16 < windows[0.5]
 
 
 @pytest.mark.parametrize(

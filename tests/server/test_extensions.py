@@ -255,6 +255,7 @@ def test_metrics_in_body_and_headers(server: Any) -> None:
     assert in_body.server_processing_time is not None
     assert in_body.server_time_to_first_token is not None
     assert 0 < in_body.server_time_to_first_token <= in_body.server_processing_time
+    assert in_body.kv_cache_usage is not None and 0 <= in_body.kv_cache_usage < 1
     plain = httpx.post(server.url + "/v1/completions", json=fields | {"perf_metrics_in_response": False})
     assert "perf_metrics" not in plain.json()
     assert not any(name.startswith("fireworks-") for name in plain.headers)

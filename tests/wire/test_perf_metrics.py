@@ -18,13 +18,14 @@ FULL = PerfMetrics(
     generation_duration=1.25,
     tokenizer_queue_duration=0.0,
     tokenizer_duration=1e-05,
+    kv_cache_usage=0.875,
     backend_host="host-1",
     deployment="accounts/a/deployments/d",
 )
 
 
-def test_both_forms_carry_all_thirteen() -> None:
-    assert len(FULL.to_dict()) == len(FULL.to_headers()) == 13
+def test_both_forms_carry_all() -> None:
+    assert len(FULL.to_dict()) == len(FULL.to_headers()) == 14
     assert PerfMetrics.from_mapping(FULL.to_dict()) == FULL
     assert PerfMetrics.from_mapping(FULL.to_headers()) == FULL
 

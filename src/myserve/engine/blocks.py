@@ -52,6 +52,11 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def usage(self) -> float:
+        """Fraction of the blocks that is held."""
+        return 1.0 - len(self._free) / self.num_blocks
+
     def is_held(self, block: int) -> bool:
         return self._holders[block] > 0
 

@@ -373,7 +373,8 @@ class Engine:
             self._post(lambda: self._abort([requests[i] for i in indices]))
 
         def metrics(index: int) -> RequestMetrics:
-            return request_metrics(requests[index], time.monotonic(), self._num_open)
+            usage = self.scheduler.pool.usage
+            return request_metrics(requests[index], time.monotonic(), self._num_open, usage)
 
         detokenizers = [Detokenizer(self.token_bytes, submission.params) for _ in requests]
         return RequestStream(request_id, submission.seed, detokenizers, abort=abort, metrics=metrics)

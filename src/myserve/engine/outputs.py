@@ -87,7 +87,7 @@ class PromptLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Durations in seconds, counts in tokens; measured by the engine's own clock."""
+    """Durations in seconds, counts in tokens, usage as a fraction; measured by the engine's own clock."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -97,6 +97,7 @@ class RequestMetrics:
     generation_duration: float = 0.0
     time_to_first_token: float = 0.0
     num_concurrent_requests: int = 0
+    kv_cache_usage: float = 0.0  # blocks that running requests hold, just after this one gave back its own
 
 
 @dataclass(frozen=True, slots=True)

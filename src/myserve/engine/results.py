@@ -64,7 +64,9 @@ def token_output(
     )
 
 
-def request_metrics(request: Request, now: float, num_concurrent_requests: int) -> RequestMetrics:
+def request_metrics(
+    request: Request, now: float, num_concurrent_requests: int, kv_cache_usage: float
+) -> RequestMetrics:
     """A request's durations at its end. What never happened took no time."""
     times = request.times
     admitted = now if times.admitted is None else times.admitted
@@ -78,4 +80,5 @@ def request_metrics(request: Request, now: float, num_concurrent_requests: int) 
         generation_duration=last - first,
         time_to_first_token=first - times.arrived,
         num_concurrent_requests=num_concurrent_requests,
+        kv_cache_usage=kv_cache_usage,
     )

@@ -17,6 +17,7 @@ class StepSummary(TypedDict):
     previous_window: int  # as it was when the step began
     avg_pq: float | None  # seconds of prefill queue, over the step's samples
     cache_hit_rate: float | None  # cached prompt tokens / prompt tokens
+    kv_usage: float | None  # fraction of the server's KV cache in use, over the step's samples
     samples: int
     refused: int  # answers of 429 and 503
     peak_in_flight: int
@@ -32,7 +33,8 @@ class _Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     refused: int = 0
-    kv_usage: float | None = None
+    kv_samples: int = 0
+    kv_sum: float = 0.0
 
     def add(self, metrics: PerfMetrics, samples: int) -> None:
         self.samples += samples
@@ -42,12 +44,17 @@ class _Tally:
         if metrics.prompt_tokens is not None and metrics.cached_prompt_tokens is not None:
             self.prompt_tokens += metrics.prompt_tokens
             self.cached_tokens += metrics.cached_prompt_tokens
-        usage = getattr(metrics, "kv_cache_usage", None)  # not every server reports it
-        self.kv_usage = usage if usage is not None else self.kv_usage
+        if metrics.kv_cache_usage is not None:  # ours says it; Fireworks and vLLM do not
+            self.kv_samples += samples
+            self.kv_sum += samples * metrics.kv_cache_usage
 
     @property
     def avg_queue(self) -> float | None:
         return self.queue_seconds / self.queue_samples if self.queue_samples else None
+
+    @property
+    def kv_usage(self) -> float | None:
+        return self.kv_sum / self.kv_samples if self.kv_samples else None
 
 
 class FixedConcurrencyController:
@@ -91,6 +98,7 @@ class FixedConcurrencyController:
             previous_window=self._window_at_start,
             avg_pq=step.avg_queue,
             cache_hit_rate=step.cached_tokens / step.prompt_tokens if step.prompt_tokens else None,
+            kv_usage=step.kv_usage,
             samples=step.samples,
             refused=step.refused,
             peak_in_flight=self.gate.peak_in_flight,

@@ -66,6 +66,7 @@ class Answer:
             generation_duration=max(one.generation_duration for one in each),
             tokenizer_queue_duration=self.tokenizing.queued,
             tokenizer_duration=self.tokenizing.spent,
+            kv_cache_usage=max(one.kv_cache_usage for one in each),
             backend_host=_host(),
             deployment=self.request.model,
         )

@@ -32,6 +32,7 @@ class PerfMetrics:
     generation_duration: float | None = None
     tokenizer_queue_duration: float | None = None
     tokenizer_duration: float | None = None
+    kv_cache_usage: float | None = None  # fraction of the KV cache's blocks in use; beyond Fireworks' names
     backend_host: str | None = None
     deployment: str | None = None
 
