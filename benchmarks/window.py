@@ -1,12 +1,17 @@
-"""The adaptive window on a real server: its throughput beside fixed windows, and a plot of window and queue.
+"""The adaptive window on a real server, beside fixed ones, over the steps of a training run; and a plot of it.
 
-`python -m benchmarks.window --url http://127.0.0.1:8000 [--samples 600] [--svg docs/window.svg]`
+`python -m benchmarks.window --url http://127.0.0.1:8000 [--rounds 5] [--svg docs/window.svg]`
+
+Each round is one training step of every contender, in turn, so that a machine whose speed changes changes for all of
+them. The adaptive controller is kept from step to step, and its first step, in which it finds its window, is told apart.
+Only ratios within a run mean anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,65 +20,80 @@ from myserve.cli.client import ServerClient
 from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler, FixedConcurrencyController
 from myserve.wire.perf_metrics import PerfMetrics
 
-FIXED = (16, 64, 128)
+FIXED = (16, 64, 128, 256)
 WIDTH, HEIGHT, EDGE = 720, 260, 40
 
 
 @dataclass
 class Watched(AdaptiveConcurrencyController):
-    """The controller, writing down (seconds, window, queue) at each answer."""
+    """The controller, writing down (seconds, window, queue) at each answer; time runs in its own steps alone."""
 
     target: float
     points: list[tuple[float, int, float]] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)  # when each ended
 
     def __post_init__(self) -> None:
         super().__init__(initial_window=16, max_window=256, prefill_queue_target=self.target)
-        self.began = time.monotonic()
+        self.began = 0.0
 
     def observe(self, metrics: PerfMetrics, *, samples: int, epoch: int) -> None:
         super().observe(metrics, samples=samples, epoch=epoch)
-        now = time.monotonic() - self.began
-        self.points.append((now, self.window, metrics.prefill_queue_duration or 0.0))
+        self.points.append((self._now(), self.window, metrics.prefill_queue_duration or 0.0))
+
+    def begin_step(self) -> None:
+        self.began = time.monotonic() - (self.steps[-1] if self.steps else 0.0)
+
+    def end_step(self) -> None:
+        self.steps.append(self._now())
+        self.step_completed()
+        self.points.append((self.steps[-1], self.window, self.points[-1][2]))
+
+    def _now(self) -> float:
+        return time.monotonic() - self.began
 
 
 async def pace(url: str, model: str, controller: FixedConcurrencyController, samples: int) -> float:
-    """Tokens a second over the second half of `samples` samples of 24 tokens, each of a prompt of its own."""
-    half, done, began = samples // 2, 0, 0.0
+    """Tokens a second over a step: `samples` samples of 8 to 40 tokens, each of a prompt of its own."""
+    lengths = [8 + i * 7919 % 33 for i in range(samples)]
     async with DeploymentSampler(url, model, concurrency_controller=controller) as sampler:
-        prompts = [[1 + i % 97, 1 + i // 97, 5, 6, 7] for i in range(samples)]
-        async for _ in sampler.sample_batch(prompts, max_tokens=24, ignore_eos=True, seed=7):
-            done += 1
-            began = time.monotonic() if done == half else began
-        return 24 * (samples - half) / (time.monotonic() - began)
+        began = time.monotonic()
+        calls = [
+            sampler.sample_with_prompt_tokens(
+                [1 + i % 97, 1 + i // 97, 5, 6, 7], max_tokens=length, ignore_eos=True, seed=7
+            )
+            for i, length in enumerate(lengths)
+        ]
+        await asyncio.gather(*calls)
+        return sum(lengths) / (time.monotonic() - began)
 
 
-def plot(points: list[tuple[float, int, float]], target: float) -> str:
+def plot(watched: Watched) -> str:
     """An SVG with two curves, each on its own scale: window (left), queue in seconds (right)."""
+    points, target = watched.points, watched.target
     seconds = points[-1][0]
     highest = max(window for _, window, _ in points)
     longest = max(target * 1.5, *(queue for *_, queue in points))
 
+    def place(t: float, share: float) -> str:
+        return f"{EDGE + (WIDTH - 2 * EDGE) * t / seconds:.1f},{HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share:.1f}"
+
     def curve(values: list[tuple[float, float]], top: float, colour: str) -> str:
-        inner_width, inner_height = WIDTH - 2 * EDGE, HEIGHT - 2 * EDGE
-        places = (
-            f"{EDGE + inner_width * t / seconds:.1f},{HEIGHT - EDGE - inner_height * v / top:.1f}"
-            for t, v in values
-        )
-        return f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{" ".join(places)}"/>'
+        places = " ".join(place(t, v / top) for t, v in values)
+        return f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{places}"/>'
 
     def label(x: float, y: float, text: str, colour: str = "#555") -> str:
         return f'<text x="{x}" y="{y}" fill="{colour}" font-family="sans-serif" font-size="12">{text}</text>'
 
+    queue_words = f"prefill queue, up to {longest:.2f} s (grey: the target, {target:g} s; steps)"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        *(curve([(end, 0.0), (end, 1.0)], 1.0, "#eee") for end in watched.steps[:-1]),
         curve([(0.0, target), (seconds, target)], longest, "#ddd"),
         curve([(t, queue) for t, _, queue in points], longest, "#d08770"),
         curve([(t, float(window)) for t, window, _ in points], float(highest), "#2e5e8c"),
         label(EDGE, 20, f"window, up to {highest} samples in flight", "#2e5e8c"),
-        label(
-            WIDTH / 2, 20, f"prefill queue, up to {longest:.2f} s (grey: the target, {target:g} s)", "#d08770"
-        ),
+        label(WIDTH / 2 - 40, 20, queue_words, "#d08770"),
         label(EDGE, HEIGHT - 12, "0 s"),
         label(WIDTH - EDGE - 20, HEIGHT - 12, f"{seconds:.0f} s"),
         "</svg>",
@@ -81,28 +101,39 @@ def plot(points: list[tuple[float, int, float]], target: float) -> str:
     return "\n".join(parts) + "\n"
 
 
-async def run(url: str, samples: int, target: float, svg: Path | None) -> None:
+async def run(url: str, samples: int, rounds: int, target: float, svg: Path | None) -> None:
     model = await ServerClient(url).first_model()
-    await pace(url, model, FixedConcurrencyController(16), 32)  # warm up
-    paces = {f"fixed {k}": await pace(url, model, FixedConcurrencyController(k), samples) for k in FIXED}
+    await pace(url, model, FixedConcurrencyController(64), 200)  # warm up
     watched = Watched(target)
-    paces["adaptive"] = await pace(url, model, watched, samples)
-    best = max(value for name, value in paces.items() if name != "adaptive")
-    for name, value in paces.items():
+    paces: dict[str, list[float]] = {f"fixed {window}": [] for window in FIXED} | {"adaptive": []}
+    contenders = list(paces)
+    for turn in range(rounds + 1):
+        for name in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
+            if name == "adaptive":
+                watched.begin_step()
+                value = await pace(url, model, watched, samples)
+                watched.end_step()
+            else:
+                value = await pace(url, model, FixedConcurrencyController(int(name.split()[1])), samples)
+            paces[name].append(value)
+    medians = {name: statistics.median(values[1:]) for name, values in paces.items()}
+    best = max(value for name, value in medians.items() if name != "adaptive")
+    for name, value in medians.items():
         print(f"{name:10} {value:8,.0f} tokens/s   {value / best:.2f} of the best fixed window")
-    print(f"the window ended at {watched.window}")
+    print(f"its first step {paces['adaptive'][0]:8,.0f} tokens/s; the window ended at {watched.window}")
     if svg is not None:
-        svg.write_text(plot(watched.points, target))
+        svg.write_text(plot(watched))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--samples", type=int, default=600)
+    parser.add_argument("--samples", type=int, default=600, help="in a step")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--target", type=float, default=0.5, help="seconds of prefill queue")
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
-    asyncio.run(run(args.url, args.samples, args.target, args.svg))
+    asyncio.run(run(args.url, args.samples, args.rounds, args.target, args.svg))
 
 
 if __name__ == "__main__":

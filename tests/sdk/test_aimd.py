@@ -17,7 +17,10 @@ LAW = AIMD(min_window=2, max_window=100, target=0.5)
         (16, Observed(0.49, peak_in_flight=16), False, 17),  # still at least one
         (16, Observed(0.5, peak_in_flight=16), False, 16),  # on target: stays
         (16, Observed(0.51, peak_in_flight=16), False, 8),  # above: halves
-        (16, Observed(9.0, peak_in_flight=16), True, 11),  # inside a step: 30 per cent at most
+        (44, Observed(2.0, 4.0, peak_in_flight=44), True, 33),  # inside a step: what queues too long goes, …
+        (44, Observed(2.0, 400.0, peak_in_flight=44), True, 43),  # … which is little where samples take long
+        (44, Observed(90.0, 4.0, peak_in_flight=44), True, 22),  # … and a half at most
+        (16, Observed(9.0, peak_in_flight=16), True, 11),  # the time of service untold: 30 per cent at most
         (16, Observed(1.0, peak_in_flight=16), True, 13),  # less where the excess is less
         (16, Observed(0.51, peak_in_flight=16), True, 15),  # 5 per cent at least
         (16, Observed(0.0, peak_in_flight=7), False, 16),  # a window that was not filled says nothing

@@ -6,6 +6,7 @@ import asyncio
 import heapq
 import random
 from collections import deque
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,49 +17,85 @@ from myserve.wire.perf_metrics import PerfMetrics
 class SimulatedServer:
     """`slots` samples run at once, each for about `seconds`; the others queue. Virtual time: no clock, no sleep."""
 
-    def __init__(self, slots: int, seconds: float = 4.0, seed: int = 7) -> None:
-        self.slots, self.seconds, self.rng = slots, seconds, random.Random(seed)
+    def __init__(self, slots: int, seconds: float = 4.0, *, tells_service: bool = True) -> None:
+        self.slots, self.seconds, self.tells_service = slots, seconds, tells_service
+        self.rng = random.Random(7)
+        self.now = 0.0
 
-    def run(self, controller: FixedConcurrencyController, samples: int) -> tuple[float, list[int]]:
-        """Samples a second over the second half of `samples`, and the window over that time."""
-        now, done, started, half_time = 0.0, 0, 0, 0.0
+    def run(self, controller: FixedConcurrencyController, samples: int) -> Iterator[tuple[float, int]]:
+        """The time and the window as each sample ends."""
+        started = 0
         waiting: deque[tuple[float, int]] = deque()  # (arrival, epoch)
-        running: list[tuple[float, float, int]] = []  # (end, time in queue, epoch)
-        gate, windows = controller.gate, []
-        while done < samples:
+        running: list[tuple[float, float, float, int]] = []  # (end, service, time in queue, epoch)
+        gate = controller.gate
+        for _ in range(samples):
             while gate.in_flight < controller.window and started < samples:
                 gate.in_flight += 1
                 gate.peak_in_flight = max(gate.peak_in_flight, gate.in_flight)
-                waiting.append((now, gate.epoch))
+                waiting.append((self.now, gate.epoch))
                 started += 1
             while waiting and len(running) < self.slots:
                 arrival, epoch = waiting.popleft()
-                end = now + self.seconds * self.rng.uniform(0.5, 1.5)
-                heapq.heappush(running, (end, now - arrival, epoch))
-            now, queued, epoch = heapq.heappop(running)
+                service = self.seconds * self.rng.uniform(0.5, 1.5)
+                heapq.heappush(running, (self.now + service, service, self.now - arrival, epoch))
+            self.now, service, queued, epoch = heapq.heappop(running)
             gate.in_flight -= 1
-            done += 1
-            controller.observe(PerfMetrics(prefill_queue_duration=queued), samples=1, epoch=epoch)
-            if done == samples // 2:
-                half_time = now
-            if done > samples // 2:
-                windows.append(controller.window)
-        return (samples - samples // 2) / (now - half_time), windows
+            metrics = PerfMetrics(
+                prefill_queue_duration=queued, generation_duration=service if self.tells_service else None
+            )
+            controller.observe(metrics, samples=1, epoch=epoch)
+            yield self.now, controller.window
+
+
+def second_half(server: SimulatedServer, controller: FixedConcurrencyController) -> tuple[float, list[int]]:
+    """Samples a second, and the windows, over the second half of 8000 samples."""
+    times, windows = zip(*server.run(controller, 8000), strict=True)
+    return 4000 / (times[-1] - times[3999]), list(windows[4000:])
 
 
 @pytest.mark.parametrize("slots", [4, 32, 150])
 @pytest.mark.parametrize("initial", [1, 16, 256])
 def test_it_comes_within_a_tenth_of_the_best_fixed_window_and_holds_still(slots, initial):
-    best, _ = SimulatedServer(slots).run(FixedConcurrencyController(2 * slots), 8000)
-    adaptive = AdaptiveConcurrencyController(initial_window=initial)
-    pace, windows = SimulatedServer(slots).run(adaptive, 8000)
-    assert pace >= 0.9 * best
+    best, _ = second_half(SimulatedServer(slots), FixedConcurrencyController(2 * slots))
+    pace, windows = second_half(SimulatedServer(slots), AdaptiveConcurrencyController(initial_window=initial))
+    assert pace >= 0.95 * best
     steady = windows[: len(windows) * 3 // 4]  # the end of the run drains it
     assert min(steady) >= 0.75 * slots  # no collapse
     assert max(steady) <= 2.5 * min(steady)  # no wild swings
     # Control: a window that is too small is told apart.
-    narrow, _ = SimulatedServer(slots).run(FixedConcurrencyController(max(1, slots // 2)), 8000)
+    narrow, _ = second_half(SimulatedServer(slots), FixedConcurrencyController(max(1, slots // 2)))
     assert narrow < 0.9 * best
+
+
+def seconds_of_steps(server: SimulatedServer, controller: FixedConcurrencyController) -> float:
+    """The time of training steps 2 to 10 of 600 samples each; the first is for finding the window."""
+    began = 0.0
+    for step in range(10):
+        for _ in server.run(controller, 600):
+            pass
+        controller.step_completed()
+        began = server.now if step == 0 else began
+    return server.now - began
+
+
+@pytest.mark.parametrize("slots", [4, 32, 64, 150])
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 30.0])
+def test_over_the_steps_of_a_training_run_it_loses_little_however_long_a_sample_takes(slots, seconds):
+    best = min(
+        seconds_of_steps(SimulatedServer(slots, seconds), FixedConcurrencyController(window))
+        for window in (slots, 2 * slots, 256)
+    )
+    adaptive = seconds_of_steps(SimulatedServer(slots, seconds), AdaptiveConcurrencyController())
+    assert adaptive <= best / 0.96
+
+
+def test_without_the_time_of_service_long_samples_make_it_swing():
+    """The control of the above: cuts by a share of the window leave slots of a slow server empty."""
+    paces = [
+        seconds_of_steps(SimulatedServer(32, 30.0, tells_service=told), AdaptiveConcurrencyController())
+        for told in (True, False)
+    ]
+    assert paces[1] > 1.04 * paces[0]
 
 
 def test_one_burst_of_queueing_shrinks_the_window_once():

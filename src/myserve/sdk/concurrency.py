@@ -30,6 +30,8 @@ class _Tally:
     samples: int = 0
     queue_samples: int = 0
     queue_seconds: float = 0.0
+    service_samples: int = 0
+    service_seconds: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     refused: int = 0
@@ -41,6 +43,9 @@ class _Tally:
         if metrics.prefill_queue_duration is not None:
             self.queue_samples += samples
             self.queue_seconds += samples * metrics.prefill_queue_duration
+        if metrics.generation_duration is not None:
+            self.service_samples += samples
+            self.service_seconds += samples * (metrics.generation_duration + (metrics.prefill_duration or 0.0))
         if metrics.prompt_tokens is not None and metrics.cached_prompt_tokens is not None:
             self.prompt_tokens += metrics.prompt_tokens
             self.cached_tokens += metrics.cached_prompt_tokens
@@ -51,6 +56,10 @@ class _Tally:
     @property
     def avg_queue(self) -> float | None:
         return self.queue_seconds / self.queue_samples if self.queue_samples else None
+
+    @property
+    def avg_service(self) -> float | None:
+        return self.service_seconds / self.service_samples if self.service_samples else None
 
     @property
     def kv_usage(self) -> float | None:
@@ -109,11 +118,12 @@ class FixedConcurrencyController:
 
 
 class AdaptiveConcurrencyController(FixedConcurrencyController):
-    """A window that follows the server's prefill queue: it grows below the target and halves above it.
+    """A window that follows the server's prefill queue: it grows below the target and shrinks above it.
 
-    Between steps `step_completed` moves it. Inside a step it moves too (`adapt_within_step`), at most once
-    per window of samples, judged by those alone that were admitted after the last move: so one burst of
-    queueing shrinks it once. That is its cooldown, and why it needs no clock.
+    Between steps `step_completed` moves it, and halves it above the target. Inside a step it moves too
+    (`adapt_within_step`), at most once per window of samples, judged by those alone that were admitted after the
+    last move: so one burst of queueing shrinks it once. That is its cooldown, and why it needs no clock. These
+    moves take away what queues and no more; a step that had any ends with such a one instead of a halving.
 
     >>> controller = AdaptiveConcurrencyController(initial_window=16)
     >>> epoch = controller.gate.epoch
@@ -145,6 +155,7 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
         # Until the first pressure a step's window doubles, as TCP's does: from 16 to 128 in three moves, not ten.
         self._slow_start = replace(self.law, growth=1.0)
         self._was_pressed = False
+        self._has_moved = False  # within this step
 
     def observe(self, metrics: PerfMetrics, *, samples: int, epoch: int) -> None:
         super().observe(metrics, samples=samples, epoch=epoch)
@@ -163,14 +174,18 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
             self._move(gentle=True)
 
     def step_completed(self) -> StepSummary:
-        self._move(gentle=False)
+        self._move(gentle=self._has_moved)
+        self._has_moved = False
         return super().step_completed()
 
     def _move(self, *, gentle: bool) -> None:
         fresh, self._fresh = self._fresh, _Tally()
         if not fresh.samples and not fresh.refused:
             return
-        seen = Observed(fresh.avg_queue, fresh.refused > 0, self.gate.peak_in_flight, fresh.kv_usage)
+        seen = Observed(
+            fresh.avg_queue, fresh.avg_service, fresh.refused > 0, self.gate.peak_in_flight, fresh.kv_usage
+        )
         self._was_pressed |= self.law.is_pressed(seen)
         law = self._slow_start if gentle and not self._was_pressed else self.law
+        self._has_moved = True
         self.gate.limit = law.next_window(self.window, seen, gentle=gentle)  # also a new epoch
