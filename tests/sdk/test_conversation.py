@@ -109,6 +109,50 @@ async def test_a_turn_that_fails_changes_nothing():
     assert (conversation.tokens, conversation.messages) == ([], [SYSTEM])
 
 
+async def test_truncation_drops_whole_turns_and_keeps_the_answers_tokens():
+    conversation = talk(MergingTokenizer(), always(97, 98, 257))  # answers that encoding anew would change
+    for turn in range(4):
+        await conversation.say(f"turn {turn}", logprobs=True)
+    before = conversation.trajectory()
+    conversation.truncate(keep=2)
+    text = ToyTokenizer().decode([97 if t == 300 else t for t in conversation.tokens])
+    assert "turn 1" not in text and text.index("Be brief.") < text.index("turn 2") < text.index("turn 3")
+    assert 300 not in conversation.tokens  # what was sampled is not encoded again, here either
+    assert conversation.messages == [SYSTEM, *conversation.messages[1:]] and len(conversation.messages) == 5
+    completion = await conversation.say("turn 4", logprobs=True)
+    assert completion.prompt_tokens[: len(conversation.tokens) - 3] == conversation.tokens[:-3]
+    first, second = conversation.trajectories()
+    assert first == before
+    # Each answer is trained on once, in the context that it was sampled in.
+    assert (sum(first.is_sampled), sum(second.is_sampled)) == (4 * 3, 3)
+    assert [p is None for p in second.logprobs] == [not s for s in second.is_sampled]
+
+
+async def test_with_a_longest_context_the_oldest_turns_go_and_the_preamble_stays():
+    conversation = Conversation(talk().sampler, [SYSTEM], max_context=160)
+    for turn in range(9):
+        completion = await conversation.say(f"turn {turn}", max_tokens=16, seed=turn)
+        assert completion.prompt_len + 16 <= 160
+        assert ToyTokenizer().decode(completion.prompt_tokens).startswith("<|im_start|>system\nBe brief.")
+    assert len(conversation.trajectories()) > 2
+    # Control: without it the context grows beyond.
+    endless = Conversation(talk().sampler, [SYSTEM])
+    for turn in range(9):
+        await endless.say(f"turn {turn}", max_tokens=16, seed=turn)
+    assert len(endless.tokens) > 160 and len(endless.trajectories()) == 1
+
+
+async def test_a_tools_result_goes_with_the_call_that_it_answers():
+    conversation = talk(next_token=always(52, 257))
+    await conversation.say("2+2=")
+    await conversation.answer([{"role": "tool", "content": "4"}])
+    await conversation.say("Sure?")
+    conversation.truncate(keep=2)
+    assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
+    conversation.truncate(keep=0)
+    assert (conversation.messages, conversation.tokens) == ([SYSTEM], [])
+
+
 async def test_columns_give_every_completion_back():
     conversation = talk()
     completions = await conversation.sampler.sample_with_prompt_tokens(

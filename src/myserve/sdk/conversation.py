@@ -1,17 +1,18 @@
 """A conversation over many turns in which no sampled token is ever encoded again.
 
-The law: `tokens` only grows, so each prompt begins with the one before it and what was sampled after it. (Encoding
-the whole conversation anew each turn was rejected: text that a model wrote rarely tokenizes back to the tokens
-that it sampled, and a trainer then scores tokens that nobody drew.)
+The law: `tokens` only grows, so each prompt begins with the one before it and what was sampled after it. Where old
+turns are dropped, a new trajectory begins, and the answers that it keeps are still the tokens that were sampled.
+(Encoding the whole conversation anew each turn was rejected: text that a model wrote rarely tokenizes back to the
+tokens that it sampled, and a trainer then scores tokens that nobody drew.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
-from myserve.sdk.request import as_token_ids
+from myserve.sdk.request import DEFAULT_MAX_TOKENS, as_token_ids
 from myserve.sdk.types import Completions, SampledCompletion
 
 Message = Mapping[str, Any]
@@ -38,11 +39,26 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One training sample: a whole conversation. All lists are as long as `tokens`."""
+    """One training sample: a conversation as far as each prompt began with the last. Lists are as long as `tokens`."""
 
-    tokens: list[int]
-    is_sampled: list[bool]  # True where the model chose: what a loss is for
-    logprobs: list[float | None]  # of the sampled tokens, where they were asked for
+    tokens: list[int] = field(default_factory=list)
+    # True where the model chose within this trajectory: what a loss is for. Answers that a truncation carried over
+    # were chosen in another context, and are trained on in the trajectory before.
+    is_sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)  # of the sampled tokens, where they were asked for
+
+    def extended(self, ids: Sequence[int], logprobs: Sequence[float] | None = None, *, sampled: bool) -> Trajectory:
+        return Trajectory(
+            [*self.tokens, *ids],
+            [*self.is_sampled, *[sampled] * len(ids)],
+            [*self.logprobs, *(logprobs if logprobs is not None else [None] * len(ids))],
+        )
+
+
+class _Turn(NamedTuple):
+    messages: tuple[Message, ...]  # what was said to the model
+    answer_at: int  # where its answer begins among the tokens
+    answer: Message
 
 
 @dataclass(slots=True)
@@ -50,7 +66,8 @@ class Conversation:
     """Turns of one dialogue with a model.
 
     `drift` counts the turns after which encoding the conversation anew would have given other tokens: how often
-    the usual way would have trained on tokens that were never sampled.
+    the usual way would have trained on tokens that were never sampled. `max_context`: with it, the oldest turns are
+    dropped whenever a prompt and its `max_tokens` would be longer.
 
     >>> import asyncio
     >>> from myserve.sdk import DeploymentSampler
@@ -65,42 +82,87 @@ class Conversation:
     """
 
     sampler: Sampler
-    messages: list[Message] = field(default_factory=list)
+    preamble: Sequence[Message] = ()  # before the first turn; a truncation keeps it
     tools: Sequence[Mapping[str, Any]] | None = None
-    tokens: list[int] = field(default_factory=list, init=False)
+    max_context: int | None = None  # tokens
     drift: int = field(default=0, init=False)
-    _is_sampled: list[bool] = field(default_factory=list, init=False)
-    _logprobs: list[float | None] = field(default_factory=list, init=False)
+    _turns: list[_Turn] = field(default_factory=list, init=False)
+    _now: Trajectory = field(default_factory=Trajectory, init=False)
+    _ended: list[Trajectory] = field(default_factory=list, init=False)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the model has before it: the last prompt and its answer."""
+        return self._now.tokens
+
+    @property
+    def messages(self) -> list[Message]:
+        """The same as messages."""
+        return [*self.preamble, *(m for turn in self._turns for m in (*turn.messages, turn.answer))]
 
     async def say(self, content: str, **options: Any) -> SampledCompletion:
         """The answer to what the user says; `options` are `SampleOptions` (n stays 1)."""
         return await self.answer([{"role": "user", "content": content}], **options)
 
     async def answer(self, messages: Sequence[Message], **options: Any) -> SampledCompletion:
-        """The answer to any messages: a user's, a tool's results. Raises before anything is changed."""
+        """The answer to any messages: a user's, a tool's results. A turn that fails changes nothing."""
         if "n" in options:
             raise ValueError("a conversation has one next answer; n belongs to sample_with_tokens")
-        prompt = [*self.tokens, *self._rendered(messages)]
-        (completion,) = await self.sampler.sample_with_prompt_tokens(prompt, **options)
-        self._extend(prompt[len(self.tokens) :], sampled=False)
-        self._extend(completion.completion_tokens, sampled=True, logprobs=completion.inference_logprobs)
-        self.messages += [*messages, {"role": "assistant", "content": completion.text}]
-        self.drift += self._encoded_anew() != self.tokens[: len(prompt)] + completion.completion_tokens
+        then = self._with_room_for(messages, options.get("max_tokens", DEFAULT_MAX_TOKENS))
+        prompt = then._now.extended(then._rendered(messages), sampled=False)
+        (completion,) = await self.sampler.sample_with_prompt_tokens(prompt.tokens, **options)
+        answer = {"role": "assistant", "content": completion.text}
+        self._turns = [*then._turns, _Turn(tuple(messages), len(prompt.tokens), answer)]
+        self._now = prompt.extended(
+            completion.completion_tokens, completion.inference_logprobs, sampled=True
+        )
+        self._ended = then._ended
+        self.drift += self._encoded_anew() != self.tokens
         return completion
 
     def trajectory(self) -> Trajectory:
-        """The conversation so far, as one training sample."""
-        return Trajectory(list(self.tokens), list(self._is_sampled), list(self._logprobs))
+        """The conversation since the last truncation, as one training sample."""
+        return self._now
 
-    def _extend(self, ids: list[int], *, sampled: bool, logprobs: list[float] | None = None) -> None:
-        self.tokens += ids
-        self._is_sampled += [sampled] * len(ids)
-        self._logprobs += logprobs if logprobs is not None else [None] * len(ids)
+    def trajectories(self) -> list[Trajectory]:
+        """Every training sample of the conversation: one, and one more for each truncation."""
+        return [*self._ended, self._now]
+
+    def truncate(self, keep: int) -> None:
+        """Forgets all but the last `keep` turns (what was said, and the answer); the preamble stays.
+
+        The answers kept are the tokens that were sampled; what was said before the first of them is rendered again.
+        Fewer are kept where the first would be a tool's result, for the call that it answers is gone.
+        """
+        if keep >= len(self._turns):
+            return
+        kept = self._turns[len(self._turns) - keep :]
+        while kept and kept[0].messages[0].get("role") == "tool":
+            kept = kept[1:]
+        opening = self._opening(kept[0].messages) if kept else []
+        shift = len(opening) - kept[0].answer_at if kept else 0
+        rest = self.tokens[kept[0].answer_at :] if kept else []
+        if any(self._now.is_sampled):
+            self._ended = [*self._ended, self._now]
+        self._now = Trajectory().extended([*opening, *rest], sampled=False)
+        self._turns = [turn._replace(answer_at=turn.answer_at + shift) for turn in kept]
+
+    def _with_room_for(self, messages: Sequence[Message], max_tokens: int) -> Conversation:
+        """This conversation, or a copy without its oldest turns."""
+        then = replace(self)
+        then._turns, then._now, then._ended = self._turns, self._now, self._ended
+        if self.max_context is not None:
+            while then._turns and len(then.tokens) + len(then._rendered(messages)) + max_tokens > self.max_context:
+                then.truncate(len(then._turns) - 1)
+        return then
+
+    def _opening(self, messages: Sequence[Message]) -> list[int]:
+        return as_token_ids(self._template([*self.preamble, *messages], tokenize=True))
 
     def _rendered(self, new: Sequence[Message]) -> list[int]:
         """The ids from the end of the last answer to the start of the next one."""
         if not self.tokens:
-            return as_token_ids(self._template([*self.messages, *new], tokenize=True))
+            return self._opening(new)
         text = str(self._template([*self._history_with_mark(), *new], tokenize=False))
         _, mark, suffix = text.rpartition(_MARK)
         if not mark:
@@ -112,16 +174,15 @@ class Conversation:
         return ids[1:] if ids[:1] == self.tokens[-1:] else ids
 
     def _history_with_mark(self) -> list[Message]:
-        return [*self.messages[:-1], {**self.messages[-1], "content": _MARK}]
+        messages = self.messages
+        return [*messages[:-1], {**messages[-1], "content": _MARK}]
 
     def _encoded_anew(self) -> list[int]:
         """What the usual way makes of the conversation, up to the end of the last answer."""
         text = str(self._template([*self._history_with_mark()], tokenize=False, add_generation_prompt=False))
-        text = text[: text.rindex(_MARK)] + str(self.messages[-1]["content"])
+        text = text[: text.rindex(_MARK)] + str(self._turns[-1].answer["content"])
         ids = as_token_ids(self.sampler.tokenizer.encode(text, add_special_tokens=False))
-        ended = self._is_sampled and self.tokens[-1:] == [
-            getattr(self.sampler.tokenizer, "eos_token_id", None)
-        ]
+        ended = self.tokens[-1:] == [getattr(self.sampler.tokenizer, "eos_token_id", None)]
         return [*ids, self.tokens[-1]] if ended else ids
 
     def _template(self, messages: Sequence[Message], **how: Any) -> Any:

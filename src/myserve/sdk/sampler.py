@@ -18,7 +18,7 @@ from myserve.sdk.dialects import DIALECTS, DialectName
 from myserve.sdk.errors import SamplingError
 from myserve.sdk.group import Group
 from myserve.sdk.options import Plan, SampleOptions, plan
-from myserve.sdk.request import as_token_ids
+from myserve.sdk.request import DEFAULT_MAX_TOKENS, as_token_ids
 from myserve.sdk.retry import RetryPolicy
 from myserve.sdk.seeds import prompt_seed, random_seed
 from myserve.sdk.sync import SyncSampler
@@ -102,7 +102,7 @@ class DeploymentSampler:
         self,
         messages: Messages,
         n: int = 1,
-        max_tokens: int = 1024,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         temperature: float = 1.0,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
