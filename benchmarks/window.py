@@ -2,8 +2,8 @@
 
 `python -m benchmarks.window --url http://127.0.0.1:8000 [--rounds 5] [--svg docs/window.svg]`
 
-Each round is one training step of every contender, in turn, so that a machine whose speed changes changes for all of
-them. The adaptive controller is kept from step to step, and its first step, in which it finds its window, is told apart.
+Each round is one training step of every contender, in turn: a machine whose speed changes then changes for all of
+them. The adaptive controller is kept from step to step; its first step, in which it finds its window, is told apart.
 Only ratios within a run mean anything.
 """
 
@@ -75,7 +75,9 @@ def plot(watched: Watched) -> str:
     longest = max(target * 1.5, *(queue for *_, queue in points))
 
     def place(t: float, share: float) -> str:
-        return f"{EDGE + (WIDTH - 2 * EDGE) * t / seconds:.1f},{HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share:.1f}"
+        return (
+            f"{EDGE + (WIDTH - 2 * EDGE) * t / seconds:.1f},{HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share:.1f}"
+        )
 
     def curve(values: list[tuple[float, float]], top: float, colour: str) -> str:
         places = " ".join(place(t, v / top) for t, v in values)

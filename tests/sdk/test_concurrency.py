@@ -127,7 +127,14 @@ def test_the_summary_of_a_step():
     summary = {"window": 8, "previous_window": 8, "avg_pq": 0.35, "cache_hit_rate": 0.9}
     summary |= {"kv_usage": 0.5}
     assert controller.step_completed() == summary | {"samples": 4, "refused": 1, "peak_in_flight": 5}
-    empty = {"avg_pq": None, "cache_hit_rate": None, "kv_usage": None, "samples": 0, "refused": 0, "peak_in_flight": 0}
+    empty = {
+        "avg_pq": None,
+        "cache_hit_rate": None,
+        "kv_usage": None,
+        "samples": 0,
+        "refused": 0,
+        "peak_in_flight": 0,
+    }
     assert controller.step_completed() == summary | empty
 
 

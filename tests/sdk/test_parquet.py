@@ -23,7 +23,7 @@ def sample(**fields: object) -> SampledCompletion:
         {"top_logprobs": [[Alternative(4, -0.1, "4"), Alternative(None, -2.5, "\u2028")], []]},
         {"kept": [{"token_ids": [4, 5], "mass": 0.91, "entropy": 0.5}], "routing_matrices": ["AAE="]},
         {"weight_version_spans": [{"start": 0, "end": 1, "weight_version": 3}], "weight_version": 3},
-        {"stop_reason": "it's \"over\"\n"},
+        {"stop_reason": 'it\'s "over"\n'},
         {"stop_reason": 7, "token_times": [0.25], "attempts": 3, "request_id": "req-1"},
         {"logprobs_echoed": True, "inference_logprobs": []},
     ],

@@ -45,7 +45,9 @@ class _Tally:
             self.queue_seconds += samples * metrics.prefill_queue_duration
         if metrics.generation_duration is not None:
             self.service_samples += samples
-            self.service_seconds += samples * (metrics.generation_duration + (metrics.prefill_duration or 0.0))
+            self.service_seconds += samples * (
+                metrics.generation_duration + (metrics.prefill_duration or 0.0)
+            )
         if metrics.prompt_tokens is not None and metrics.cached_prompt_tokens is not None:
             self.prompt_tokens += metrics.prompt_tokens
             self.cached_tokens += metrics.cached_prompt_tokens

@@ -45,9 +45,13 @@ class Trajectory:
     # True where the model chose within this trajectory: what a loss is for. Answers that a truncation carried over
     # were chosen in another context, and are trained on in the trajectory before.
     is_sampled: list[bool] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)  # of the sampled tokens, where they were asked for
+    logprobs: list[float | None] = field(
+        default_factory=list
+    )  # of the sampled tokens, where they were asked for
 
-    def extended(self, ids: Sequence[int], logprobs: Sequence[float] | None = None, *, sampled: bool) -> Trajectory:
+    def extended(
+        self, ids: Sequence[int], logprobs: Sequence[float] | None = None, *, sampled: bool
+    ) -> Trajectory:
         return Trajectory(
             [*self.tokens, *ids],
             [*self.is_sampled, *[sampled] * len(ids)],
@@ -113,9 +117,7 @@ class Conversation:
         (completion,) = await self.sampler.sample_with_prompt_tokens(prompt.tokens, **options)
         answer = {"role": "assistant", "content": completion.text}
         self._turns = [*then._turns, _Turn(tuple(messages), len(prompt.tokens), answer)]
-        self._now = prompt.extended(
-            completion.completion_tokens, completion.inference_logprobs, sampled=True
-        )
+        self._now = prompt.extended(completion.completion_tokens, completion.inference_logprobs, sampled=True)
         self._ended = then._ended
         self.drift += self._encoded_anew() != self.tokens
         return completion
@@ -152,7 +154,10 @@ class Conversation:
         then = replace(self)
         then._turns, then._now, then._ended = self._turns, self._now, self._ended
         if self.max_context is not None:
-            while then._turns and len(then.tokens) + len(then._rendered(messages)) + max_tokens > self.max_context:
+            while (
+                then._turns
+                and len(then.tokens) + len(then._rendered(messages)) + max_tokens > self.max_context
+            ):
                 then.truncate(len(then._turns) - 1)
         return then
 
