@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 from pyarrow import parquet
 
@@ -21,7 +23,11 @@ def sample(**fields: object) -> SampledCompletion:
         {},
         {"inference_logprobs": [-0.1 - 2**-50], "sampling_logprobs": [0.0], "seed": 2**63 - 1, "index": 3},
         {"top_logprobs": [[Alternative(4, -0.1, "4"), Alternative(None, -2.5, "\u2028")], []]},
-        {"kept": [{"token_ids": [4, 5], "mass": 0.91, "entropy": 0.5}], "routing_matrices": ["AAE="]},
+        {
+            "kept": [{"token_ids": [4, 5], "mass": 0.91, "entropy": 0.5}],
+            "routing_matrices": ["AAE="],
+            "routing_shape": [2, 1],
+        },
         {"weight_version_spans": [{"start": 0, "end": 1, "weight_version": 3}], "weight_version": 3},
         {"stop_reason": 'it\'s "over"\n'},
         {"stop_reason": 7, "token_times": [0.25], "attempts": 3, "request_id": "req-1"},
@@ -50,3 +56,9 @@ def test_what_a_real_server_gave_survives(server_url, tmp_path):
     sampler.sync.close()
     write_parquet(tmp_path / "run.parquet", drawn)
     assert list(read_parquet(tmp_path / "run.parquet")) == drawn
+
+
+def test_there_is_a_column_for_every_field(tmp_path):
+    write_parquet(tmp_path / "run.parquet", [sample()])
+    names = {field.name for field in fields(SampledCompletion)}
+    assert set(parquet.ParquetFile(tmp_path / "run.parquet").schema_arrow.names) == names

@@ -91,6 +91,8 @@ def _schema() -> pa.Schema:
             "inference_logprobs": logprobs,
             "logprobs_echoed": pa.bool_(),
             "routing_matrices": pa.list_(pa.string()),
+            "routing_shape": pa.list_(pa.int64()),
+            "routing_dtype": pa.string(),
             "sampling_logprobs": logprobs,
             "top_logprobs": pa.list_(pa.list_(alternative)),
             "kept": pa.list_(kept),

@@ -15,7 +15,8 @@ Alternatives = Sequence[tuple[int, float]]
 class TokenArrays(TypedDict):
     """`count` tokens. Ids are int32, logprobs float32 with NaN where there is none (nobody drew a prompt's tokens).
 
-    Alternatives are [count, k], row by row, best first; routing [count, moe layers, experts per token], in its own dtype.
+    Alternatives are [count, k], row by row, best first; routing [count, moe layers, experts per token], in its own
+    dtype.
     """
 
     count: int
