@@ -119,6 +119,19 @@ def test_an_echo_has_a_row_for_every_token(server: Any) -> None:
     assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
 
 
+def test_fireworks_client_gets_a_number_in_every_row_of_an_echo(server: Any) -> None:
+    """It drops all logprobs if one is missing, and then the first, which nothing stands before."""
+    ids = tokens_of(server, PROMPT)
+    asked = {"prompt": ids, "echo": True, "logprobs": True, "max_tokens": 3, "ignore_eos": True}
+    raw = complete(server, **asked, raw_output=True)
+    plain = complete(server, **asked)["logprobs"]["content"]
+    rows = raw["logprobs"]["content"]
+    assert rows[0]["logprob"] == 0.0
+    assert plain[0]["logprob"] is None
+    assert rows[1:] == plain[1:]
+    assert len(rows) == len(raw["raw_output"]["completion_token_ids"]) == len(ids) + 3
+
+
 def test_a_streamed_echo_joined_is_the_whole_one(server: Any) -> None:
     fields: dict[str, Any] = {
         "model": "tiny",

@@ -162,6 +162,9 @@ class CompletionWriter:
         top = top_logprobs_of(self.request)
         scored = (choice.prompt_logprobs or ())[-len(echoed) :] if echoed else ()
         entries = [writer.prompt_entry(token, top) for token in scored]
+        if self.request.raw_output and len(entries) == len(choice.prompt_token_ids):
+            # Fireworks' client wants a number in every row, or it drops all; then it drops this one.
+            entries[0]["logprob"] = 0.0
         entries += [writer.entry(token) for token in tokens]
         # Who scores or trains counts tokens: the one that ended the completion must not be missing then.
         if self.answer.returns_ids or self.request.echo or self.request.echo_last:
