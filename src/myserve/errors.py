@@ -69,6 +69,10 @@ class OverloadedError(EngineError):
         self.retry_after = retry_after
 
 
+class NotEnoughMemoryError(EngineError):
+    """New weights do not fit beside the old ones, which go on serving."""
+
+
 class WeightsLoadingError(EngineError):
     """New weights are about to be swapped in, and whoever asked for them wants nobody to wait. Try again soon."""
 

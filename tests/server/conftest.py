@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,12 @@ def run_server(settings: Settings) -> Iterator[RunningServer]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+@pytest.fixture(scope="session")
+def open_server() -> Callable[[Settings], AbstractContextManager[RunningServer]]:
+    """For a test that needs a server of its own."""
+    return run_server
 
 
 @pytest.fixture(scope="session")

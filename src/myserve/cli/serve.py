@@ -48,6 +48,9 @@ def serve(
     strict: Annotated[
         bool | None, typer.Option("--strict", help="Refuse request fields that no API knows.")
     ] = None,
+    weights_dir: Annotated[
+        str | None, typer.Option(help="Take new weights from folders in here: /v1/weights, hot load.")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
     """Serve a model over OpenAI's API, with exact, reproducible sampling."""
@@ -69,7 +72,7 @@ def serve(
     }
     listener = _listen(host, port)  # before the imports: a taken port is known at once
     try:
-        settings = _settings(model, served_model_name, engine, strict=strict)
+        settings = _settings(model, served_model_name, engine, strict=strict, weights_dir=weights_dir)
     except MyserveError as error:
         fail(str(error))
     except ModuleNotFoundError as error:
@@ -89,7 +92,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _settings(
-    model: str | None, names: list[str] | None, engine: dict[str, Any], *, strict: bool | None
+    model: str | None,
+    names: list[str] | None,
+    engine: dict[str, Any],
+    *,
+    strict: bool | None,
+    weights_dir: str | None,
 ) -> Settings:
     """What the environment asks for, and over it what the command line does."""
     from myserve.server.settings import Settings
@@ -99,6 +107,8 @@ def _settings(
     changes: dict[str, Any] = {"engine": replace(settings.engine, **given)}
     if strict is not None:
         changes["strict"] = strict
+    if weights_dir is not None:
+        changes["weights_dir"] = weights_dir
     if model is not None:
         changes["models"] = dict.fromkeys(names or [_name_of(model)], model)
         changes["preload"] = None

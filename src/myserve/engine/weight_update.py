@@ -16,7 +16,7 @@ from myserve.engine.kv_cache import free_memory
 from myserve.engine.snapshot import Checksum, Snapshot, open_snapshot
 from myserve.engine.weight_holders import Deed, holders
 from myserve.engine.weight_plan import Plan, WeightNames, make_plan
-from myserve.errors import BadSnapshotError, EngineError, RequestError
+from myserve.errors import BadSnapshotError, NotEnoughMemoryError, RequestError
 
 Mode = Literal["drain", "keep", "abort"]
 Source = str | Path | Mapping[str, Tensor]
@@ -78,7 +78,7 @@ class Prepared:
 def prepare(
     source: Source, model: Any, names: WeightNames, *, partial: bool, checksum: str | None, may_cast: bool
 ) -> Prepared:
-    """Read, check and pack. Raises BadSnapshotError, or EngineError where the memory is not enough.
+    """Read, check and pack. Raises BadSnapshotError, or NotEnoughMemoryError where the memory is not enough.
 
     Takes as much memory as the weights that change, and one tensor more.
     """
@@ -101,7 +101,7 @@ def prepare(
 def _check_memory(num_bytes: int, device: torch.device) -> None:
     free = free_memory(device)
     if num_bytes > free:
-        raise EngineError(
+        raise NotEnoughMemoryError(
             f"{num_bytes >> 20} MiB of new weights do not fit beside the old ones: {free >> 20} MiB are free; "
             "nothing was changed"
         )

@@ -32,6 +32,11 @@ class WeightUpdate:
             return "failed" if self._report.exception() is not None else "done"
         return "draining" if self._checked.done() else "preparing"
 
+    @property
+    def error(self) -> BaseException | None:
+        """Why it failed, if it did."""
+        return self._report.exception() if self._report.done() else None
+
     def result(self, timeout: float | None = None) -> WeightReport:
         """Wait for the swap. Raises BadSnapshotError for what cannot be this model's, EngineError, TimeoutError."""
         return self._report.result(timeout)

@@ -116,6 +116,7 @@ class Answer:
         extras: ChoiceExtras = {}
         if self.request.return_token_ids:
             extras["token_ids"] = [token.token_id for token in tokens]
+            extras.update(_versions_so_far(choice, tokens))
         if self.request.token_arrays:
             scored = (choice.prompt_logprobs or ())[-len(echoed) :] if echoed else ()
             extras["token_arrays"] = token_arrays(scored, tokens, top_logprobs_of(self.request))
@@ -127,7 +128,9 @@ class Answer:
         extras: ChoiceExtras = {
             "stop_reason": choice.last.stop_reason,
             "seed": choice.seed,
-            "weight_version": spans[-1]["weight_version"] if spans else self.model.engine.weight_version,
+            "weight_version": self.model.engine.weight_version
+            if choice.weight_version is None
+            else choice.weight_version,
         }
         if len(spans) > 1:
             extras["weight_version_spans"] = spans
@@ -137,6 +140,17 @@ class Answer:
                 "completion_token_ids": [*echoed, *(token.token_id for token in choice.sampled)],
             }
         return extras
+
+
+def _versions_so_far(choice: Choice, tokens: Sequence[TokenOutput]) -> ChoiceExtras:
+    """Who made a chunk's tokens: now, and not with the last chunk alone, for a cut stream is resumed, perhaps by other
+    weights."""
+    if not tokens:
+        return {}
+    last = tokens[-1].weight_version
+    if all(token.weight_version == last and not token.recomputed for token in tokens):
+        return {"weight_version": last}
+    return {"weight_version": last, "weight_version_spans": weight_version_spans(choice.sampled)}
 
 
 def usage_of(choices: Sequence[Choice]) -> Usage:
@@ -153,7 +167,7 @@ def usage_of(choices: Sequence[Choice]) -> Usage:
 
 def finish_reason_of(choice: Choice) -> FinishReason:
     reason = choice.last and choice.last.finish_reason
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", "abort"):
         raise EngineError(f"a choice ended with {reason!r}")
     return reason
 

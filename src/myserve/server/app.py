@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from myserve.errors import MyserveError
-from myserve.server import chat, completions, generate, health, playground, tokenize
+from myserve.server import chat, completions, generate, health, playground, tokenize, weights
 from myserve.server.errors import error_response, http_error_response, status_of
 from myserve.server.models import Models
 from myserve.server.reading import SCHEMAS
@@ -29,6 +29,7 @@ from myserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.generate import GenerateRequest
+from myserve.wire.weights import HotLoadRequest, WeightsRequest
 
 log = logging.getLogger("myserve.server")
 
@@ -50,7 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.models = Models(settings)
     app.state.on_load_failure = None  # who starts a server may want to end it then
-    for family in (chat, completions, generate, tokenize, health, playground):
+    for family in (chat, completions, generate, tokenize, weights, health, playground):
         app.include_router(family.router)
     app.add_exception_handler(MyserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -69,6 +70,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             ChatCompletionRequest,
             CompletionRequest,
             GenerateRequest,
+            WeightsRequest,
+            HotLoadRequest,
             TokenizeRequest,
             DetokenizeRequest,
         )

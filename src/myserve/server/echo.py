@@ -75,6 +75,10 @@ class EchoEngine:
             raise ContextLengthError(f"the prompt has {len(prompt_token_ids)} tokens", param="prompt")
         return EchoStream(list(prompt_token_ids), params, n, request_id or uuid.uuid4().hex)
 
+    def update_weights(self, source: object, **_: object) -> None:
+        """An echo has no weights."""
+        raise EchoHasNoModelError("new weights need a model, and this server echoes", param="path")
+
     def shutdown(self) -> None:
         """There is nothing to end."""
 

@@ -7,7 +7,15 @@ from http import HTTPStatus
 
 from fastapi import Response
 
-from myserve.errors import EngineDeadError, EngineError, ModelNotFoundError, OverloadedError, RequestError
+from myserve.errors import (
+    EngineDeadError,
+    EngineError,
+    ModelNotFoundError,
+    NotEnoughMemoryError,
+    OverloadedError,
+    RequestError,
+    WeightsLoadingError,
+)
 from myserve.wire.responses import ErrorResponse
 
 INTERNAL = "an error inside the server; it is ours, not the request's"
@@ -40,9 +48,11 @@ def status_of(error: Exception) -> int:
             return 413
         case RequestError():
             return 400
+        case WeightsLoadingError():
+            return 425
         case OverloadedError():
             return 429
-        case ModelLoadError() | EngineDeadError():
+        case ModelLoadError() | EngineDeadError() | NotEnoughMemoryError():
             return 503
     return 500
 
@@ -60,6 +70,8 @@ def error_body(error: Exception) -> ErrorResponse:
         return _shape(error.message, kind, error.param, error.code)
     if isinstance(error, OverloadedError):
         return _shape(str(error), "rate_limit_error", None, "overloaded")
+    if isinstance(error, WeightsLoadingError):
+        return _shape(str(error), "server_error", None, "weights_loading")
     if isinstance(error, EngineError):
         code = "service_unavailable" if status_of(error) == 503 else "engine_error"
         return _shape(str(error), "server_error", None, code)
@@ -68,9 +80,9 @@ def error_body(error: Exception) -> ErrorResponse:
 
 def error_response(error: Exception) -> Response:
     """The whole answer, with `Retry-After` where it helps."""
-    headers = (
-        {"retry-after": f"{max(1, round(error.retry_after))}"} if isinstance(error, OverloadedError) else {}
-    )
+    headers = {}
+    if isinstance(error, OverloadedError | WeightsLoadingError):
+        headers["retry-after"] = f"{max(1, round(error.retry_after))}"
     return _json(error_body(error), status_of(error), headers)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
-from myserve.errors import EngineDeadError, EngineError
+from myserve.errors import EngineError
 from myserve.server.models import ServedModel, Stream
 from myserve.server.pacing import Pace
 from myserve.server.sampling import prompt_seed
@@ -29,6 +29,7 @@ class Choice:
     stop_tokens: list[TokenOutput] = field(default_factory=list)
     prompt_logprobs: tuple[PromptLogprob, ...] | None = None
     last: Delta | None = None  # the delta with the finish reason
+    weight_version: int | None = None  # of the last token drawn, shown or not
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
@@ -100,7 +101,7 @@ class Generation:
                 async for position, delta in deltas:
                     _raise_if_failed(delta)
                     pace = self._paces[position * self._n + delta.index]
-                    ready = pace.take(_without_sample(delta) if self._scores_only else delta)
+                    ready = pace.take(delta)
                     if ready is not None:
                         yield self._take(position, ready)
         finally:
@@ -113,6 +114,9 @@ class Generation:
             for sibling in self.choices[first : first + self._n]:
                 sibling.prompt_logprobs = delta.prompt_logprobs
         choice = self.choices[first + delta.index]
+        if sampled := delta.stop_tokens or delta.tokens:
+            choice.weight_version = sampled[-1].weight_version
+        delta = _without_sample(delta) if self._scores_only else delta
         choice.add(delta)
         return choice, delta
 
@@ -139,8 +143,6 @@ def _without_sample(delta: Delta) -> Delta:
 def _raise_if_failed(delta: Delta) -> None:
     if delta.finish_reason == "error":
         raise delta.error or EngineError("the engine failed without saying why")
-    if delta.finish_reason == "abort":
-        raise EngineDeadError("the request was aborted: the server is shutting down")
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from myserve.errors import ModelNotFoundError
+from myserve.server.models import ServedModel
 from myserve.server.reading import models_of
 from myserve.server.streaming import json_response, to_json
 
@@ -26,7 +27,9 @@ async def health(http: Request) -> Response:
         if names := [name for name, state in states.items() if state == trouble]:
             body = to_json({"status": trouble, "models": names})
             return Response(body, 503, media_type="application/json")
-    return json_response({"status": "ok"})
+    versions = {name: model.engine.weight_version for name, model in _loaded(http).items()}
+    header = {"myserve-weight-versions": to_json(versions).decode()}  # the body is the same for every probe
+    return json_response({"status": "ok"}, header)
 
 
 @router.get("/ready")
@@ -41,8 +44,7 @@ async def ready(http: Request) -> Response:
 @router.get("/version")
 async def show_version(http: Request) -> Response:
     """What runs here, and how each loaded model is made exact."""
-    models = models_of(http)
-    loaded = {name: model for name in models.names if (model := models.if_loaded(name)) is not None}
+    loaded = _loaded(http)
     return json_response(
         {
             "name": "myserve",
@@ -50,6 +52,10 @@ async def show_version(http: Request) -> Response:
             "transformers": version("transformers"),
             "torch": version("torch"),
             "exact": {name: model.engine.exactness for name, model in loaded.items()},
+            "weights": {
+                name: {"weight_version": model.engine.weight_version, "identity": model.snapshots.identity}
+                for name, model in loaded.items()
+            },
             "extensions": ["num_prior_tokens", "sample_index"],  # by which our SDK knows that it may use them
         }
     )
@@ -68,6 +74,11 @@ async def show_model(http: Request, name: str) -> Response:
     if name not in models_of(http).names:
         raise ModelNotFoundError(f"the model {name[:200]!r} is not served here")
     return json_response(_card(http, name))
+
+
+def _loaded(http: Request) -> dict[str, ServedModel]:
+    models = models_of(http)
+    return {name: model for name in models.names if (model := models.if_loaded(name)) is not None}
 
 
 def _card(http: Request, name: str) -> dict[str, Any]:

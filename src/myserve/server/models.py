@@ -23,6 +23,7 @@ from myserve.server.codec import Codec
 from myserve.server.echo import EchoEngine
 from myserve.server.errors import ModelLoadError
 from myserve.server.settings import Settings
+from myserve.server.snapshots import Snapshots
 
 log = logging.getLogger("myserve.server")
 
@@ -67,6 +68,7 @@ class Backend(Protocol):
         sample_index: int = 0,
         num_prior_tokens: int = 0,
     ) -> Stream: ...
+    def update_weights(self, source: Any, **options: Any) -> Any: ...
     def shutdown(self) -> None: ...
 
 
@@ -77,6 +79,7 @@ class ServedModel:
     engine: Backend
     codec: Codec
     digest: str
+    snapshots: Snapshots = field(default_factory=Snapshots)
     tokenizer_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="myserve-tokenizer")
     )

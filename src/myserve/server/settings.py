@@ -32,6 +32,7 @@ class Settings:
     engine: EngineConfig = field(default_factory=EngineConfig)
     force_echo: bool = False  # no model: answer with the prompt itself
     strict: bool = False  # refuse fields that no API knows
+    weights_dir: str | None = None  # where snapshots for new weights lie; None: the weights stay as loaded
     max_body_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
@@ -67,6 +68,7 @@ class Settings:
             ),
             force_echo=_flag(env, "MYSERVE_FORCE_ECHO"),
             strict=_flag(env, "MYSERVE_STRICT"),
+            weights_dir=env.get("MYSERVE_WEIGHTS_DIR") or None,
         )
 
 

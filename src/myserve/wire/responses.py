@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from myserve.wire.token_arrays import TokenArrays
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]  # abort: new weights ended it, at their sender's wish
 
 
 class ErrorBody(TypedDict):

@@ -1,0 +1,83 @@
+"""New weights over the wire: our own route's words, and Fireworks' hot load."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NotRequired, TypedDict
+
+from pydantic import Field
+
+from myserve.wire.fields import WireModel
+
+Mode = Literal["drain", "keep", "abort"]
+Stage = Literal["idle", "loading", "draining", "done", "error"]
+
+
+class WeightsRequest(WireModel):
+    """`POST /v1/weights`: a folder of safetensors under the server's weights directory.
+
+    >>> WeightsRequest(path="step-7", mode="keep").partial
+    False
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    model: str | None = None  # None: the first served one
+    mode: Mode = "drain"
+    partial: bool = False
+    version: int | None = None
+    checksum: str | None = None
+    new_requests: Literal["wait", "refuse"] = "wait"
+    reset_prompt_cache: bool = False
+
+
+class WeightsReport(TypedDict):
+    """What became of it. Durations in seconds."""
+
+    model: str
+    identity: str
+    weight_version: int
+    checksum: str
+    num_tensors: int
+    num_bytes: int
+    prepare_duration: float
+    drain_duration: float
+    pause_duration: float
+    num_aborted: int
+
+
+class IncrementalSnapshot(WireModel):
+    """A snapshot that has only some of the weights. Whole tensors: no compression is understood."""
+
+    previous_snapshot_identity: str | None = None
+    compression_format: Literal["none"] | None = None
+    checksum_format: Literal["none", "sha256"] | None = None
+
+
+class HotLoadRequest(WireModel):
+    """`POST /hot_load/v1/models/hot_load`; the last three fields are ours."""
+
+    identity: Annotated[str, Field(min_length=1)]
+    reset_prompt_cache: bool = False
+    incremental_snapshot_metadata: IncrementalSnapshot | None = None
+    mode: Mode = "drain"
+    version: int | None = None
+    checksum: str | None = None
+
+
+class LoadingState(TypedDict):
+    stage: Stage
+    target_snapshot_identity: str | None
+    error: NotRequired[str]
+
+
+class Replica(TypedDict):
+    current_snapshot_identity: str | None  # None: the weights that the server started with
+    readiness: bool
+    loading_state: LoadingState
+    weight_version: int
+    checksum: str | None
+
+
+class HotLoadState(TypedDict):
+    """`GET /hot_load/v1/models/hot_load`: one replica, this server."""
+
+    replicas: list[Replica]
