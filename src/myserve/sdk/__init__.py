@@ -8,6 +8,7 @@ from myserve.sdk.options import SampleOptions
 from myserve.sdk.retry import RetryPolicy
 from myserve.sdk.sampler import DeploymentSampler
 from myserve.sdk.types import Alternative, Completions, SampledCompletion, SampleDelta, SamplerStats
+from myserve.sdk.weights import WeightUpdateError
 
 __all__ = [
     "AdaptiveConcurrencyController",
@@ -27,4 +28,5 @@ __all__ = [
     "SamplingError",
     "StepSummary",
     "Trajectory",
+    "WeightUpdateError",
 ]

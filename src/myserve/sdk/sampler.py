@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack
 
+from myserve.sdk import weights
 from myserve.sdk.backend import Backend
 from myserve.sdk.batch import Batch
 from myserve.sdk.concurrency import FixedConcurrencyController
@@ -24,6 +25,13 @@ from myserve.sdk.seeds import prompt_seed, random_seed
 from myserve.sdk.sync import SyncSampler
 from myserve.sdk.transport import AiohttpTransport, Transport
 from myserve.sdk.types import Completions, SampledCompletion, SampleDelta, SamplerStats
+
+if TYPE_CHECKING:
+    from myserve.wire.weights import (  # pydantic: not imported for a sample's sake
+        Mode,
+        Replica,
+        WeightsReport,
+    )
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages | Sequence[int]
@@ -169,6 +177,50 @@ class DeploymentSampler:
         `progress`: a bar on stderr. `deadline`: seconds for the whole batch.
         """
         return Batch(self, prompts, dict(options), journal=journal, progress=progress, deadline=deadline)
+
+    async def update_weights(
+        self,
+        path: str,
+        *,
+        mode: Mode = "drain",
+        partial: bool = False,
+        version: int | None = None,
+        checksum: str | None = None,
+        new_requests: Literal["wait", "refuse"] = "wait",
+        reset_prompt_cache: bool = False,
+    ) -> list[WeightsReport]:
+        """New weights from a folder in each server's weights directory; returns when they are in place everywhere.
+
+        `mode`: what becomes of samples in flight: "drain" lets them finish first, "keep" lets them go on by the new
+        weights, "abort" ends them. Raises WeightUpdateError.
+        """
+        body: dict[str, Any] = {
+            "model": self.model, "path": path, "mode": mode, "partial": partial, "version": version,
+            "checksum": checksum, "new_requests": new_requests, "reset_prompt_cache": reset_prompt_cache,
+        }  # fmt: skip
+        return await weights.update_weights(self.backend, body)
+
+    async def hot_load(
+        self,
+        identity: str,
+        *,
+        previous_identity: str | None = None,
+        reset_prompt_cache: bool = False,
+        timeout: float = 600.0,
+    ) -> list[Replica]:
+        """The same by Fireworks' protocol. With `previous_identity` the snapshot is a part that builds on that one.
+
+        `timeout`: seconds until it must be in place. Raises WeightUpdateError.
+        """
+        body: dict[str, Any] = {"identity": identity, "reset_prompt_cache": reset_prompt_cache}
+        if previous_identity is not None:
+            body["incremental_snapshot_metadata"] = {
+                "previous_snapshot_identity": previous_identity,
+                "compression_format": "none",
+                "checksum_format": "none",
+            }
+        headers = {"fireworks-model": self.model, "fireworks-deployment": self.model}
+        return await weights.hot_load(self.backend, headers, body, timeout)
 
     def tokenize(self, messages: Messages, **template: Any) -> list[int]:
         """The prompt's ids by the tokenizer's chat template, with the generation prompt."""

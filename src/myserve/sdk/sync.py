@@ -12,6 +12,7 @@ from myserve.sdk.types import Completions, SampledCompletion
 if TYPE_CHECKING:
     from myserve.sdk.options import SampleOptions
     from myserve.sdk.sampler import DeploymentSampler, Messages, Prompt
+    from myserve.wire.weights import Replica, WeightsReport
 
 T = TypeVar("T")
 _lock = threading.Lock()
@@ -73,6 +74,12 @@ class SyncSampler:
             return await self._sampler.sample_batch(prompts, **options)
 
         return run_sync(run())
+
+    def update_weights(self, path: str, **options: Any) -> list[WeightsReport]:
+        return run_sync(self._sampler.update_weights(path, **options))
+
+    def hot_load(self, identity: str, **options: Any) -> list[Replica]:
+        return run_sync(self._sampler.hot_load(identity, **options))
 
     def close(self) -> None:
         """Closes the background loop's connections."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from myserve.sdk.errors import AttemptFailed, Failure, SamplingError
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.types import Alternative, SampledCompletion, SampleDelta
+from myserve.sdk.versions import VersionLog
 
 T = TypeVar("T")
 Decode = Callable[[list[int]], str]
@@ -44,7 +45,7 @@ class Track:
         self._seed: int | None = None
         self._stop_reason: int | str | None = None
         self._weight_version: int | None = None
-        self._weight_spans: list[dict[str, int]] | None = None
+        self._versions = VersionLog()
 
     @property
     def is_done(self) -> bool:
@@ -64,6 +65,7 @@ class Track:
         if not resume or self.request.echo or self.finish_reason is not None or is_full:
             self._clear()
         self._num_prior = len(self.ids)
+        self._versions.begin(self._num_prior)
         return self.ids
 
     def feed(self, choice: dict[str, Any], now: float) -> None:
@@ -79,6 +81,9 @@ class Track:
         if ids:
             self.ids += ids
             self._times += [now] * len(ids)
+            self._versions.feed(len(self.ids), get("weight_version"))
+        if spans := get("weight_version_spans"):
+            self._versions.correct(spans)
         if raw := get("raw_output"):
             self._feed_raw(raw)
         if (seed := get("seed")) is not None:
@@ -89,7 +94,6 @@ class Track:
             self.finish_reason = finish_reason
             self._stop_reason = get("stop_reason")
             self._weight_version = get("weight_version")
-            self._weight_spans = get("weight_version_spans")
 
     def delta(self, choice: dict[str, Any], seen_ids: int, seen_rows: int) -> SampleDelta:
         """What `choice`, just fed, brought beyond the first `seen_ids` ids and `seen_rows` logprobs."""
@@ -172,7 +176,7 @@ class Track:
             seed=self._seed if self._seed is not None else self.request.seed,
             stop_reason=self._stop_reason,
             weight_version=self._weight_version,
-            weight_version_spans=self._weight_spans,
+            weight_version_spans=self._versions.spans(),
             token_times=times if len(times) == len(ids) else None,
             attempts=self.requests,
             request_id=request_id,
