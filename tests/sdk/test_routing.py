@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from myserve.sdk.columns import to_columns
 from myserve.sdk.routing import aligned_routing, routing_array
 from myserve.sdk.testing import ScriptedTransport
 
+PAGE = Path(__file__).parents[2] / "docs" / "routing.md"
 PROMPT = [1, 67, 281, 5, 40]
 OPTIONS = {"max_tokens": 12, "seed": 7, "temperature": 1.2, "include_routing_matrix": True}
 
@@ -132,3 +136,16 @@ def test_another_servers_rows_need_the_number_of_layers():
         routing_array(sample_of(routing_matrices=["AAECAwQF", "AAEC"]), num_moe_layers=3)
     with pytest.raises(ValueError, match="include_routing_matrix=True"):
         routing_array(sample_of())
+
+
+def test_the_page_runs(server_url, tiny_model):
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    here = {"http://localhost:8000": server_url, "my-moe-folder": str(tiny_model("mixtral")), "my-moe": "moe"}
+    for theirs, ours in here.items():
+        block = block.replace(theirs, ours)
+    page: dict[str, Any] = {}
+    exec(compile(block, str(PAGE), "exec"), page)
+    gates = [p.grad for name, p in page["model"].named_parameters() if "gate.weight" in name]
+    assert len(gates) == 2 and all(gate.abs().sum() > 0 for gate in gates)
+    scored = page["logprobs"][0, : len(page["samples"][0].full_tokens) - 1, 0].tolist()
+    assert scored == pytest.approx(page["samples"][0].inference_logprobs, abs=1e-4)
