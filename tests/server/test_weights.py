@@ -46,12 +46,18 @@ def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def url(weights_dir: Path, open_server: Callable[[Settings], AbstractContextManager[Any]]) -> Iterator[str]:
+def own(weights_dir: Path, open_server: Callable[[Settings], AbstractContextManager[Any]]) -> Iterator[Any]:
     """A server of this test's own: its weights change."""
     path = str(weights_dir / "0")
     models = {"tiny": path, "accounts/a/deployments/d": path}
     with open_server(Settings(models=models, weights_dir=str(weights_dir))) as server:
-        yield server.url
+        yield server
+
+
+@pytest.fixture
+def url(own: Any) -> str:
+    url: str = own.url
+    return url
 
 
 def complete(url: str, **fields: Any) -> dict[str, Any]:
@@ -211,7 +217,17 @@ class Flight:
         return choice
 
 
-def test_requests_in_flight_keep_their_marks_or_get_what_they_have(url: str) -> None:
+def test_requests_in_flight_keep_their_marks_or_get_what_they_have(
+    own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, runner = own.url, own.model("tiny").engine.runner
+    run = runner.run
+
+    def slowly(batch: Any) -> Any:  # so that a flight outlasts an update on any machine
+        time.sleep(0.01)
+        return run(batch)
+
+    monkeypatch.setattr(runner, "run", slowly)
     long = {"max_tokens": 480, "ignore_eos": True}
 
     async def scene() -> None:
