@@ -217,27 +217,55 @@ def _add(a: Record, kind: Kind) -> None:
         item = next_item(a)
 
 
-def _entry(fields: tuple[str, ...], loop: Any) -> Any:
-    """The entry points of one loop, by element type."""
-    source = fingerprint()
-
-    @functools.cache
-    def kernel(dtype: torch.dtype) -> Kernel:
-        kind = np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
-
-        def run(p: Any) -> None:
-            if source >= 0:
-                loop(carray(p, 1)[0], kind)
-
-        return Kernel(fields, run)
-
-    return kernel
+def _kind(dtype: torch.dtype) -> Kind:
+    return np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
 
 
-norm_kernel = _entry(NORM, _norm)
-rotate_kernel = _entry(ROTATE, _rotate)
-gate_kernel = _entry(GATE, _gate)
-add_kernel = _entry(ADD, _add)
+# One entry each, written out: a loop that came in as a variable would have another name in Numba's cache every time.
+
+
+@functools.cache
+def norm_kernel(dtype: torch.dtype) -> Kernel:
+    source, kind = fingerprint(), _kind(dtype)
+
+    def norm(p: Any) -> None:
+        if source >= 0:
+            _norm(carray(p, 1)[0], kind)
+
+    return Kernel(NORM, norm)
+
+
+@functools.cache
+def rotate_kernel(dtype: torch.dtype) -> Kernel:
+    source, kind = fingerprint(), _kind(dtype)
+
+    def rotate(p: Any) -> None:
+        if source >= 0:
+            _rotate(carray(p, 1)[0], kind)
+
+    return Kernel(ROTATE, rotate)
+
+
+@functools.cache
+def gate_kernel(dtype: torch.dtype) -> Kernel:
+    source, kind = fingerprint(), _kind(dtype)
+
+    def gate(p: Any) -> None:
+        if source >= 0:
+            _gate(carray(p, 1)[0], kind)
+
+    return Kernel(GATE, gate)
+
+
+@functools.cache
+def add_kernel(dtype: torch.dtype) -> Kernel:
+    source, kind = fingerprint(), _kind(dtype)
+
+    def add(p: Any) -> None:
+        if source >= 0:
+            _add(carray(p, 1)[0], kind)
+
+    return Kernel(ADD, add)
 
 
 def warm(dtype: torch.dtype) -> None:
