@@ -17,7 +17,7 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.detokenizer import Detokenizer
 from myserve.engine.model_runner import ModelRunner, StepResult
 from myserve.engine.outputs import RequestMetrics, RoutingShape
-from myserve.engine.packing_check import check_packing, rows_are_independent
+from myserve.engine.packing_check import check_packing
 from myserve.engine.request import Request
 from myserve.engine.results import outcome_of, request_metrics
 from myserve.engine.scheduler import Batch, Limits, Scheduler
@@ -45,8 +45,7 @@ class Engine:
         self.tokenizer = loaded.tokenizer
         self.token_bytes = TokenBytes(loaded.tokenizer, loaded.vocab_size)
         self.runner = ModelRunner(loaded, config)
-        check_packing(self.runner, loaded.vocab_size)
-        self._independent = rows_are_independent(self.runner, loaded.vocab_size)
+        self._independent = check_packing(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
         longest = min(loaded.max_model_len, cache.num_blocks * cache.block_size)
         self.facts = ModelFacts(

@@ -3,7 +3,7 @@
 What mixes rows in a transformer is the libraries' matrix products, which sum in an order that the number of rows
 decides. Here every one of them becomes a `PackedWeight`: linear layers, routers, the experts of a mixture. Attention
 is `attention`'s; norms, gates and rotary angles are made one pass each (`fusion`). What is left works on one row at a
-time already; `packing_check.rows_are_independent` runs the loaded model in company and alone, so that this need not be
+time already; `packing_check` runs the loaded model in company and alone, so that this need not be
 believed.
 """
 

@@ -126,7 +126,9 @@ def _packed(weight: Tensor) -> Tensor:
     padding = (0, -inner % 32 if half else 0, 0, -columns % PANEL)
     if any(padding):
         weight = F.pad(weight, padding)
-    groups = weight.view(-1, 16, weight.shape[1])  # [N / 16, 16, K]
-    if half:
-        return groups.view(len(groups), 16, -1, 2).transpose(1, 2).contiguous()
-    return groups.transpose(1, 2).contiguous()
+    if half:  # pairs move as one number of 32 bits: twice as fast
+        pairs = (
+            weight.contiguous().view(torch.int32).view(-1, 16, weight.shape[1] // 2)
+        )  # [N / 16, 16, K / 2]
+        return pairs.transpose(1, 2).contiguous().view(torch.bfloat16).view(*pairs.mT.shape, 2)
+    return weight.reshape(-1, 16, weight.shape[1]).transpose(1, 2).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import sys
@@ -90,6 +91,12 @@ class ServedModel:
         return f"fp_{self.digest}_{self.engine.weight_version}"
 
 
+def _spare_the_collector(_: object) -> None:
+    """What a load leaves behind lives as long as the server: no collection need walk over it again."""
+    gc.freeze()
+    gc.enable()
+
+
 class Models:
     """The served names. `get` loads what it must; any number of event loops and threads may call it."""
 
@@ -163,6 +170,7 @@ class Models:
                 future.done() and not _succeeded(future)
             ):  # a failed load may be tried again
                 future = self._loads[path] = self._loader.submit(self._load, path, self._settings)
+                future.add_done_callback(_spare_the_collector)
                 future.add_done_callback(lambda done: _log_failure(path, done))
             return future
 
