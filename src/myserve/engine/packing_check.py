@@ -18,7 +18,7 @@ from myserve.engine.scheduler import Batch, Piece
 from myserve.errors import UnsupportedModelError
 
 LENGTHS = (7, 1, 30)  # requests that share a step
-DECODED = 4  # tokens of the first that are decoded, too: recorded, compared, replayed twice
+DECODED = 3  # tokens of the first that are decoded, too: recorded, compared, replayed
 AGREEMENT = (
     0.9  # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
 )

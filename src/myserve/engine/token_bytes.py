@@ -67,10 +67,17 @@ def _speller(tokenizer: Any) -> Callable[[str], bytes]:
 
 def _spell_byte_level(token: str) -> bytes:
     """A token with a character outside the alphabet is an added one and stands for itself."""
-    alphabet = byte_level_alphabet()
-    if all(c in alphabet for c in token):
-        return bytes(alphabet[c] for c in token)
-    return token.encode()
+    try:
+        return token.translate(_bytes_of_stand_ins()).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
+
+
+@lru_cache(maxsize=1)
+def _bytes_of_stand_ins() -> dict[int, int]:
+    """For `str.translate`: a stand-in to its byte; of Latin 1, what is no stand-in to what Latin 1 has not."""
+    alphabet = {ord(character): byte for character, byte in byte_level_alphabet().items()}
+    return {code: 0x2603 for code in range(256)} | alphabet
 
 
 def _spell_sentencepiece(token: str) -> bytes:
