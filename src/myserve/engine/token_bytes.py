@@ -77,7 +77,7 @@ def _spell_byte_level(token: str) -> bytes:
 def _bytes_of_stand_ins() -> dict[int, int]:
     """For `str.translate`: a stand-in to its byte; of Latin 1, what is no stand-in to what Latin 1 has not."""
     alphabet = {ord(character): byte for character, byte in byte_level_alphabet().items()}
-    return {code: 0x2603 for code in range(256)} | alphabet
+    return dict.fromkeys(range(256), 0x2603) | alphabet
 
 
 def _spell_sentencepiece(token: str) -> bytes:
