@@ -10,17 +10,16 @@ transformers calls `paged_forward`, which finds what it needs in a keyword of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from myserve.engine import memory
 from myserve.engine.kernels import BLOCK_SIZE, TILE_ROWS, attend_kernel, padded, store_kernel
 from myserve.engine.lanes import LANES, PARTITION
 from myserve.engine.native import this_thread, threads_for
@@ -59,18 +58,7 @@ def allocate_layer(
         shape: tuple[int, ...] = (num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
         return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
     shape = (num_blocks, num_kv_heads, BLOCK_SIZE * padded(head_dim))
-    return _untouched_zeros(shape, _cpu_cache_dtype(dtype)), _untouched_zeros(shape, _cpu_cache_dtype(dtype))
-
-
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages the system hands out when they are first written; torch.zeros would write them all now.
-
-    They begin at a cache line, as torch's own memory does, or every vector load would touch two.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    memory = torch.from_numpy(np.zeros(size + 64, np.uint8))
-    aligned = memory[-memory.data_ptr() % 64 :][:size]
-    return aligned.view(dtype).view(shape)
+    return memory.zeros(shape, _cpu_cache_dtype(dtype)), memory.zeros(shape, _cpu_cache_dtype(dtype))
 
 
 def bytes_per_block(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from myserve.engine import memory
 from myserve.engine.gemm_kernels import PANEL, ROWS, linear_kernel
 from myserve.engine.native import this_thread, threads_for
 from myserve.engine.tiles import tile_configuration
@@ -99,7 +100,9 @@ class JoinedWeights:
     def __init__(self, parts: list[PackedWeight]) -> None:
         joined = PackedWeight.__new__(PackedWeight)
         joined.in_features, joined._inner = parts[0].in_features, parts[0]._inner
-        joined.weight = torch.cat([part.weight for part in parts])
+        groups = sum(len(part.weight) for part in parts)
+        joined.weight = memory.zeros((groups, *parts[0].weight.shape[1:]), parts[0].dtype)
+        torch.cat([part.weight for part in parts], out=joined.weight)
         joined.bias = torch.cat([part.bias for part in parts])
         joined.out_features = len(joined.bias)  # each part's columns end with a whole panel
         joined._kernel, joined._scratch_bytes = parts[0]._kernel, parts[0]._scratch_bytes
@@ -130,5 +133,7 @@ def _packed(weight: Tensor) -> Tensor:
         pairs = (
             weight.contiguous().view(torch.int32).view(-1, 16, weight.shape[1] // 2)
         )  # [N / 16, 16, K / 2]
-        return pairs.transpose(1, 2).contiguous().view(torch.bfloat16).view(*pairs.mT.shape, 2)
-    return weight.reshape(-1, 16, weight.shape[1]).transpose(1, 2).contiguous()
+        packed = memory.zeros(tuple(pairs.mT.shape), torch.int32).copy_(pairs.mT)
+        return packed.view(torch.bfloat16).view(*packed.shape, 2)
+    groups = weight.reshape(-1, 16, weight.shape[1])  # [N / 16, 16, K]
+    return memory.zeros(tuple(groups.mT.shape), torch.float32).copy_(groups.mT)

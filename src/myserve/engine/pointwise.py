@@ -100,7 +100,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _threads(rows: int, width: int) -> int:
-    return threads_for(4 * rows * width) if rows > ROWS else 1
+    return threads_for(16 * rows * width) if rows > ROWS else 1
 
 
 def _flat(x: Tensor) -> tuple[Tensor, tuple[int, int]]:

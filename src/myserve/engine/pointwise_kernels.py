@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from myserve.engine.lanes import _F32, _I32, IR, next_item, size_of, sum_of_squares, view
 from myserve.engine.native import Kernel, fingerprint
 
-ROWS = 16  # of an item of work
+ROWS = 4  # of an item of work
 
 NORM = ("x", "x_row", "x_group", "weight", "out", "rows", "groups", "width", "rounds_first", "eps", "offset")
 ROTATE = (
