@@ -214,3 +214,23 @@ def test_what_a_block_is_said_to_take_is_what_it_takes() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = allocate_layer(3, 2, 40, dtype)
         assert sum(tensor.nbytes for tensor in layer) == 3 * bytes_per_block(2, 40, dtype)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, torch.bfloat16), (24, torch.bfloat16), (64, torch.float32)]
+)
+def test_keys_written_block_by_block_lie_where_keys_written_one_by_one_lie(
+    head_dim: int, dtype: torch.dtype
+) -> None:
+    """Slots of whole blocks, in the middle of ragged ones; keys and values as parts of wider rows."""
+    slots = torch.cat(
+        [torch.arange(45, 64), torch.arange(128, 224), torch.arange(96, 107), torch.tensor([-1, 7])]
+    )
+    both = torch.randn(len(slots), 2, 3, head_dim + 4).to(dtype)[..., :head_dim]
+    key, value = both[:, 0], both[:, 1]
+    at_once = allocate_layer(8, 3, head_dim, dtype)
+    store_kv(key, value, *at_once, slots)
+    singly = allocate_layer(8, 3, head_dim, dtype)
+    for t in range(len(slots)):
+        store_kv(key[t : t + 1], value[t : t + 1], *singly, slots[t : t + 1])
+    assert all(map(torch.equal, at_once, singly)) and bool(at_once[0].any())

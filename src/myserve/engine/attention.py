@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from myserve.engine import memory
-from myserve.engine.kernels import BLOCK_SIZE, TILE_ROWS, attend_kernel, padded, store_kernel
+from myserve.engine.kernels import BLOCK_SIZE, TILE_ROWS, attend_kernel, padded
 from myserve.engine.lanes import LANES, PARTITION
 from myserve.engine.native import this_thread, threads_for
+from myserve.engine.store_kernels import store_kernel
 from myserve.engine.tiles import tile_configuration
 
 ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says

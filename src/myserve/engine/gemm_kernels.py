@@ -102,16 +102,27 @@ def _panel_by_tiles(a: Any, panel: int, first: int, last: int, scratch: Address)
         for half in range(2):
             w, c = weight + 2 * half * group, scratch + 128 * half
             if whole - row > 16:
-                multiply_tiles(2, x, a.x_row, w, w + group, 64, a.inner // 32, c, 4 * PANEL, 1024, 1)
+                multiply_tiles(2, x, a.x_row, w, w + group, 64, 1024, a.inner // 32, c, 4 * PANEL, 1024, 1)
             else:
-                multiply_tiles(1, x, a.x_row, w, w + group, 64, a.inner // 32, c, 4 * PANEL, 1024, 1)
+                multiply_tiles(1, x, a.x_row, w, w + group, 64, 1024, a.inner // 32, c, 4 * PANEL, 1024, 1)
         _finish(a, kind, scratch, row, min(ROWS, whole - row), PANEL * panel)
     if whole < last:
         set_tiles(a.last_tiles)
         for half in range(2):
             w, c = weight + 2 * half * group, scratch + 128 * half
             multiply_tiles(
-                1, a.x + whole * a.x_row, a.x_row, w, w + group, 64, a.inner // 32, c, 4 * PANEL, 1024, 1
+                1,
+                a.x + whole * a.x_row,
+                a.x_row,
+                w,
+                w + group,
+                64,
+                1024,
+                a.inner // 32,
+                c,
+                4 * PANEL,
+                1024,
+                1,
             )
         _finish(a, kind, scratch, whole, last - whole, PANEL * panel)
 

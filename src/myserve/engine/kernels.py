@@ -31,12 +31,11 @@ from myserve.engine.native import Kernel, fingerprint
 from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles, uses_tiles
 
 BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
-STORE_TOKENS = 256  # that one work item writes to the cache
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
 
 Address = int  # of a byte
 Kind = Any  # a value whose type is an element's: uint16 (bfloat16's bits) or float32
-Record = Any  # ATTEND or STORE
+Record = Any  # ATTEND
 
 # What a kernel is told: addresses; strides in bytes; counts. Caches are [num_blocks, kv_heads, block]; a block
 # of K is [dim, BLOCK_SIZE], of V [BLOCK_SIZE, dim]; in bfloat16 two rows lie interleaved: [rows / 2, columns, 2].
@@ -44,10 +43,6 @@ ATTEND = (
     "query", "query_token", "query_head", "out", "keys", "values", "tables", "table_row", "query_start",
     "context_lens", "sinks", "scratch", "scratch_bytes", "tokens", "requests", "kv_heads", "group",
     "head_dim", "window", "tiles", "scale", "softcap",
-)  # fmt: skip
-STORE = (
-    "source_keys", "key_token", "key_head", "source_values", "value_token", "value_head", "slots", "keys",
-    "values", "tokens", "kv_heads", "head_dim",
 )  # fmt: skip
 
 
@@ -103,23 +98,39 @@ def _scores_by_tiles(rows: int, query: Address, dim: int, keys: Address, scores:
         for g in range(0, PARTITION // LANES, 2):
             c = s + 64 * g
             if rows - done > 16:
-                multiply_tiles(2, q, row, groups[g], groups[g + 1], k_row, dim // 32, c, s_row, ahead, 1)
+                multiply_tiles(
+                    2, q, row, groups[g], groups[g + 1], k_row, 16 * k_row, dim // 32, c, s_row, ahead, 1
+                )
             else:
-                multiply_tiles(1, q, row, groups[g], groups[g + 1], k_row, dim // 32, c, s_row, ahead, 1)
+                multiply_tiles(
+                    1, q, row, groups[g], groups[g + 1], k_row, 16 * k_row, dim // 32, c, s_row, ahead, 1
+                )
 
 
 @njit(error_model="numpy")
-def _mix_by_tiles(rows: int, weights: Address, values: Address, dim: int, out: Address, ahead: int) -> None:
-    """`_mix` for bfloat16 weights, over a whole block; `out` has been scaled."""
+def _mix_by_tiles(
+    rows: int,
+    weights: Address,
+    values: Address,
+    blocks: int,
+    distance: int,
+    dim: int,
+    out: Address,
+    ahead: int,
+) -> None:
+    """`_mix` for bfloat16 weights, over one or two whole blocks `distance` bytes apart; `out` has been scaled.
+
+    Two at once read and write `out` once, with the same bits.
+    """
     w_row, row = 2 * PARTITION, 4 * dim
     for done in range(0, rows, 32):
         w, o = weights + done * w_row, out + done * row
         for d in range(0, dim, 32):
             v, c = values + 4 * d, o + 4 * d
             if rows - done > 16:
-                multiply_tiles(2, w, w_row, v, v + 64, row, 1, c, row, ahead, 0)
+                multiply_tiles(2, w, w_row, v, v + 64, row, distance, blocks, c, row, ahead, 0)
             else:
-                multiply_tiles(1, w, w_row, v, v + 64, row, 1, c, row, ahead, 0)
+                multiply_tiles(1, w, w_row, v, v + 64, row, distance, blocks, c, row, ahead, 0)
 
 
 @njit(error_model="numpy")
@@ -231,18 +242,24 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
         if uses_tiles(kind):
             _scale_rows(rows, out, dim, alphas)
         # blocks below the window may be another request's by now
-        for at in range(max(key, first // BLOCK_SIZE * BLOCK_SIZE), min(key + PARTITION, last), BLOCK_SIZE):
+        at = max(key, first // BLOCK_SIZE * BLOCK_SIZE)
+        while at < min(key + PARTITION, last):
             values = a.values + (np.int64(table[at // BLOCK_SIZE]) * a.kv_heads + head) * block_bytes
             following = np.int64(table[min(at + PARTITION, last - 1) // BLOCK_SIZE]) * a.kv_heads + head
             ahead, keys = a.keys + following * block_bytes - values, min(BLOCK_SIZE, last - at)
-            if uses_tiles(kind):
+            if not uses_tiles(kind):
+                _mix(kind, rows, weights + 4 * (at - key), keys, values, dim, out, ahead, alphas)
+                state[room : room + rows] = np.float32(1.0)  # alpha has been applied: once a partition
+            elif at == key and last - key >= PARTITION:
+                second = a.values + (np.int64(table[at // BLOCK_SIZE + 1]) * a.kv_heads + head) * block_bytes
+                _mix_by_tiles(rows, weights, values, 2, second - values, dim, out, ahead)
+                at += BLOCK_SIZE
+            else:
                 if keys < BLOCK_SIZE:
                     _copy_keys(values, keys, dim, clean)
                     values = clean
-                _mix_by_tiles(rows, weights + 2 * (at - key), values, dim, out, ahead)
-            else:
-                _mix(kind, rows, weights + 4 * (at - key), keys, values, dim, out, ahead, alphas)
-                state[room : room + rows] = np.float32(1.0)  # alpha has been applied: once a partition
+                _mix_by_tiles(rows, weights + 2 * (at - key), values, 1, 0, dim, out, ahead)
+            at += BLOCK_SIZE
 
     for r in range(rows):
         t, h = token + r // a.group, head * a.group + r % a.group
@@ -284,74 +301,6 @@ def _attend(a: Record, kind: Kind) -> None:
         set_tiles(found)
 
 
-@njit(error_model="numpy")
-def _store_token(a: Record, element: Kind, head: int, token: int, slot: int) -> None:
-    dim, pair, size, width = padded(a.head_dim), 4 // size_of(element), size_of(element), a.head_dim
-    at = (slot // BLOCK_SIZE * a.kv_heads + head) * BLOCK_SIZE * dim
-    offset = slot % BLOCK_SIZE
-    k = carray(view(a.keys + at * size, element), BLOCK_SIZE * dim)
-    v = carray(view(a.values + at * size, element), BLOCK_SIZE * dim)
-    key = carray(view(a.source_keys + token * a.key_token + head * a.key_head, element), width)
-    value = carray(view(a.source_values + token * a.value_token + head * a.value_head, element), width)
-    for d in range(dim):
-        inside = d < width
-        k[d // pair * BLOCK_SIZE * pair + offset * pair + d % pair] = key[d] if inside else 0
-        v[offset // pair * dim * pair + d * pair + offset % pair] = value[d] if inside else 0
-
-
-@njit(error_model="numpy")
-def _store_block(a: Record, head: int, token: int, block: int) -> None:
-    """`_store_token` of a block's 32 tokens at once, two bfloat16 at a time; the head dimension is whole tiles."""
-    width, half = a.head_dim, a.head_dim // 2
-    at = 2 * (block * a.kv_heads + head) * BLOCK_SIZE * width
-    k = carray(view(a.keys + at, np.uint32(0)), BLOCK_SIZE * half)
-    v = carray(view(a.values + at, np.uint32(0)), half * BLOCK_SIZE)
-    for offset in range(BLOCK_SIZE):
-        key = carray(
-            view(a.source_keys + (token + offset) * a.key_token + head * a.key_head, np.uint32(0)), half
-        )
-        for d in range(half):
-            k[d * BLOCK_SIZE + offset] = key[d]
-    for pair in range(BLOCK_SIZE // 2):
-        source = a.source_values + (token + 2 * pair) * a.value_token + head * a.value_head
-        even = carray(view(source, np.uint16(0)), width)
-        odd = carray(view(source + a.value_token, np.uint16(0)), width)
-        for d in range(width):
-            v[pair * width + d] = np.uint32(even[d]) | np.uint32(odd[d]) << np.uint32(16)
-
-
-@njit(error_model="numpy")
-def _is_block(slots: Any, token: int, end: int) -> bool:
-    """Whether the slots from `token` on are those of one block, first to last."""
-    if token + BLOCK_SIZE > end or slots[token] < 0 or slots[token] % BLOCK_SIZE != 0:
-        return False
-    follows = True
-    for offset in range(1, BLOCK_SIZE):
-        follows &= slots[token + offset] == slots[token] + offset
-    return follows
-
-
-@njit(error_model="numpy")
-def _store(a: Record, element: Kind) -> None:
-    """One thread's share of (head, some tokens): keys and values to their slots; negative slots are nobody's."""
-    slots = carray(view(a.slots, np.int64(0)), a.tokens)
-    shares = (a.tokens + STORE_TOKENS - 1) // STORE_TOKENS
-    whole = size_of(element) == 2 and a.head_dim % 32 == 0 and (a.key_token | a.key_head) % 4 == 0
-    item = next_item(a)
-    while item < shares * a.kv_heads:
-        head, token = item // shares, item % shares * STORE_TOKENS
-        end = min(a.tokens, token + STORE_TOKENS)
-        while token < end:
-            if whole and _is_block(slots, token, end):
-                _store_block(a, head, token, slots[token] // BLOCK_SIZE)
-                token += BLOCK_SIZE
-            else:
-                if slots[token] >= 0:
-                    _store_token(a, element, head, token, slots[token])
-                token += 1
-        item = next_item(a)
-
-
 @functools.cache
 def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
     """The entry point for caches of one element type; bfloat16 on `unit`, or on the best of this machine."""
@@ -372,19 +321,3 @@ def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
     if dtype == torch.float32:
         return Kernel(ATTEND, attend_float32)
     return Kernel(ATTEND, attend_tiles if (unit or bfloat16_unit()) == "tiles" else attend_bfloat16)
-
-
-@functools.cache
-def store_kernel(dtype: torch.dtype) -> Kernel:
-    """The entry point for caches of one element type."""
-    source = fingerprint()
-
-    def store_bfloat16(p: Any) -> None:
-        if source >= 0:
-            _store(carray(p, 1)[0], np.uint16(0))
-
-    def store_float32(p: Any) -> None:
-        if source >= 0:
-            _store(carray(p, 1)[0], np.float32(0))
-
-    return Kernel(STORE, store_bfloat16 if dtype == torch.bfloat16 else store_float32)

@@ -168,8 +168,9 @@ def warm() -> None:
     from myserve.core import fast
     from myserve.engine import pointwise_kernels
     from myserve.engine.gemm_kernels import linear_kernel
-    from myserve.engine.kernels import attend_kernel, store_kernel
+    from myserve.engine.kernels import attend_kernel
     from myserve.engine.replay_kernel import replay_kernel
+    from myserve.engine.store_kernels import store_kernel
 
     fast.warm_up()
     replay_kernel()

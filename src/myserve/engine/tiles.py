@@ -118,17 +118,17 @@ def uses_tiles(ctx: Any, kind: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, w_row: Any, steps: Any, c: Any,
-                   c_row: Any, ahead: Any, fresh: Any) -> Any:  # fmt: skip
+def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, w_row: Any, w_step: Any, steps: Any,
+                   c: Any, c_row: Any, ahead: Any, fresh: Any) -> Any:  # fmt: skip
     """c[:16 * blocks, :32] = x @ W (`fresh` 1) or += x @ W (0), 32 terms a step, k ascending; c is float32.
 
-    x is bfloat16; w0 and w1 are two groups of 16 columns, pairs of terms `w_row` bytes apart; what lies `ahead` of
-    them is fetched on the way. The thread's tiles must be set by `set_tiles`.
+    x is bfloat16; w0 and w1 are two groups of 16 columns, pairs of terms `w_row` bytes apart and steps `w_step`; what
+    lies `ahead` of them is fetched on the way. The thread's tiles must be set by `set_tiles`.
     """
     B, start_new = blocks.literal_value, bool(fresh.literal_value)
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, x, x_row, w0, w1, w_row, steps, c, c_row, ahead, _ = args
+        _, x, x_row, w0, w1, w_row, w_step, steps, c, c_row, ahead, _ = args
         if (
             bfloat16_unit() != "tiles"
         ):  # compiled with the rest, never run: LLVM must not meet what it cannot emit
@@ -156,7 +156,7 @@ def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, 
                 tile("tileloadd64", number(index), _at(b, address, _I8), c_row)
         with cgutils.for_range(b, steps) as loop:
             for g, group in enumerate((w0, w1)):
-                address = b.add(group, b.mul(loop.index, _bytes(b, w_row, 16)))
+                address = b.add(group, b.mul(loop.index, w_step))
                 tile("tileloadd64", number(6 + g), _at(b, address, _I8), w_row)
                 for line in range(16):
                     _prefetch(b, b.add(b.add(address, ahead), _bytes(b, w_row, line)))
@@ -171,7 +171,7 @@ def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, 
         return context.get_dummy_value()
 
     size = types.int64
-    return types.void(blocks, size, size, size, size, size, size, size, size, size, fresh), codegen
+    return types.void(blocks, size, size, size, size, size, size, size, size, size, size, fresh), codegen
 
 
 def _tile_call(name: str, documentation: str) -> Any:
