@@ -89,6 +89,17 @@ def test_a_long_prompt_is_chunked_and_does_not_stall_who_decodes() -> None:
     assert plan(run(scheduler)) == [("r0", 7, 1), ("r1", 12, 8)]
 
 
+def test_where_more_wait_than_decode_a_step_is_for_their_prompts() -> None:
+    scheduler = make_scheduler(prefill_chunk=8)
+    scheduler.add(request(arrival=0, max_tokens=20))
+    run(scheduler)
+    for arrival in (1, 2):
+        scheduler.add(request(arrival=arrival, prompt_len=20, cache_root=str(arrival)))
+    assert plan(run(scheduler)) == [("r0", 6, 1), ("r1", 0, 20), ("r2", 0, 20)]
+    scheduler.add(request(arrival=3, prompt_len=20, cache_root="3"))
+    assert plan(run(scheduler))[-1] == ("r3", 0, 8), "one waits, three decode"
+
+
 def test_a_prefill_leaves_room_for_younger_decoders() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=9, prefill_chunk=16)
     scheduler.add(request(arrival=5, prompt_len=2, max_tokens=20, cache_root="its own"))

@@ -28,7 +28,7 @@ class EngineConfig:
 
     max_num_seqs: int = 64  # requests that run side by side
     max_num_batched_tokens: int = 512  # tokens of one step
-    prefill_chunk: int = 128  # of those, prompt tokens while other requests decode
+    prefill_chunk: int = 256  # of those, prompt tokens while other requests decode and fewer wait
     max_queue: int = 4096  # choices that may wait or run before submit raises OverloadedError
     max_model_len: int | None = None  # None: what the model's config says, as far as the KV cache holds it
 

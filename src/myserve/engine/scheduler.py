@@ -40,8 +40,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a step may hold. `prefill_chunk` bounds the prompt tokens of a step in which others decode, so that a long
-    prompt costs the running streams a hiccup and not a stall."""
+    """What a step may hold.
+
+    `prefill_chunk` bounds the prompt tokens of a step in which others decode, so that a long prompt costs the running
+    streams a hiccup and not a stall; where more wait for their first token than decode, the whole step is theirs.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -232,8 +235,14 @@ class Scheduler:
             return min(1, left)
         others_decode = decoders_left > 0 or batch.num_tokens > batch.num_prefill_tokens
         if others_decode:
-            left = min(left - decoders_left, self.limits.prefill_chunk - batch.num_prefill_tokens)
+            left -= decoders_left
+            if not self._most_wait():
+                left = min(left, self.limits.prefill_chunk - batch.num_prefill_tokens)
         return max(0, min(wanted, left))
+
+    def _most_wait(self) -> bool:
+        decoding = sum(1 for r in self.running if r.num_pending_tokens == 1)
+        return len(self.waiting) + len(self.running) > 2 * decoding
 
     def _extend_blocks(self, request: Request, count: int) -> bool:
         missing = self.pool.blocks_for(request.num_computed_tokens + count) - len(request.block_table)
