@@ -42,6 +42,10 @@ class ModelNotFoundError(RequestError):
         super().__init__(message, param="model", code="model_not_found")
 
 
+class ConstraintError(RequestError):
+    """A request's own constraints leave it no token to draw. It fails; its batch goes on."""
+
+
 class UnsupportedModelError(RequestError):
     """A model that the engine cannot run exactly, and why."""
 

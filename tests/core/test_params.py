@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.params import SamplingParams
 from myserve.errors import RequestError
 
@@ -20,6 +21,8 @@ ACCEPTED: dict[str, list[object]] = {
     "skip_special_tokens": [False],
     "allowed_token_ids": [None, (3,)],
     "bad_words_ids": [(), ((1,), (2, 3))],
+    "grammar": [None, Grammar.json_object(), Grammar("regex", "a")],
+    "reasoning": [None, Reasoning(), Reasoning(budget=0, begun=True)],
     "logit_bias": [{}, {5: -100.0}, {5: 100}],
     "repetition_penalty": [1.0, 1e-3, 100.0],
     "frequency_penalty": [-2.0, 2.0, 0],
@@ -46,6 +49,8 @@ REFUSED: dict[str, list[object]] = {
     "stop_token_ids": [(-1,), (2**31,), [1], (1.0,)],
     "allowed_token_ids": [(), (-1,)],
     "bad_words_ids": [((),), ((-1,),)],
+    "grammar": ["[a-z]", {"type": "object"}],
+    "reasoning": [True, "<think>"],
     "logit_bias": [{-1: 1.0}, {1: math.nan}, {1: math.inf}, {1: "2"}, {True: 1.0}],
     "repetition_penalty": [0.0, -1.0, 100.1, math.nan],
     "frequency_penalty": [-2.01, 2.01, math.nan, "1"],

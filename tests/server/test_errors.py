@@ -76,10 +76,24 @@ WRONG: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("return_token_ids", "return_tokens_as_token_ids", "perf_metrics_in_response"), NOT_BOOLEANS
     ),
-    **dict.fromkeys(
-        ("response_format", "guided_json", "structured_outputs", "service_tier", "store", "use_beam_search"),
-        ("something", {"type": "json_object"}, True),
+    **dict.fromkeys(("service_tier", "store", "use_beam_search"), ("something", {"type": "x"}, 5)),
+    "response_format": (
+        "json",
+        True,
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "regex", "regex": "("},
     ),
+    "structured_outputs": (
+        "x",
+        True,
+        {"choice": []},
+        {"structural_tag": "x"},
+        {"regex": "a", "choice": ["a"]},
+    ),
+    **dict.fromkeys(("guided_json", "json_schema"), (5, ["a"], {"type": "nothing"})),
+    **dict.fromkeys(("regex", "guided_regex", "grammar", "guided_grammar"), (5, "", "((", {})),
+    **dict.fromkeys(("choice", "guided_choice"), ("x", [], [5])),
 }
 WRONG_IN_CHAT: dict[str, tuple[Any, ...]] = {
     "messages": (None, [], {}, "hi", 5, [5], [[]], ["hi"], [{}], [None]),
@@ -87,7 +101,9 @@ WRONG_IN_CHAT: dict[str, tuple[Any, ...]] = {
     "max_completion_tokens": (*NOT_INTEGERS, 0, -5, 10**9, 2),
     "chat_template_kwargs": (5, [], "x", {"tokenize": True}, {"chat_template": "x"}),
     "tools": ([{"type": "function", "function": {"name": "f"}}], "x", {}),
-    "tool_choice": ("required", {"type": "function"}),
+    "tool_choice": ("required", "x", {"type": "function"}, {"type": "function", "function": {"name": "f"}}),
+    "parallel_tool_calls": NOT_BOOLEANS,
+    "thinking_token_budget": (*NOT_INTEGERS, -1, 5),
     **dict.fromkeys(
         ("functions", "audio", "prediction", "web_search_options", "reasoning_effort"), ("x", ["x"])
     ),

@@ -52,6 +52,9 @@ def serve(
     weights_dir: Annotated[
         str | None, typer.Option(help="Take new weights from folders in here: /v1/weights, hot load.")
     ] = None,
+    tool_style: Annotated[
+        str | None, typer.Option(help="How tool calls are written: auto, none, hermes or llama3_json.")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:
     """Serve a model over OpenAI's API, with exact, reproducible sampling."""
@@ -74,7 +77,9 @@ def serve(
     }
     listener = _listen(host, port)  # before the imports: a taken port is known at once
     try:
-        settings = _settings(model, served_model_name, engine, strict=strict, weights_dir=weights_dir)
+        settings = _settings(
+            model, served_model_name, engine, strict=strict, weights_dir=weights_dir, tool_style=tool_style
+        )
     except MyserveError as error:
         fail(str(error))
     except ModuleNotFoundError as error:
@@ -93,24 +98,14 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _settings(
-    model: str | None,
-    names: list[str] | None,
-    engine: dict[str, Any],
-    *,
-    strict: bool | None,
-    weights_dir: str | None,
-) -> Settings:
+def _settings(model: str | None, names: list[str] | None, engine: dict[str, Any], **server: Any) -> Settings:
     """What the environment asks for, and over it what the command line does."""
     from myserve.server.settings import Settings
 
     settings = Settings.from_env()
     given = {name: value for name, value in engine.items() if value is not None}
     changes: dict[str, Any] = {"engine": replace(settings.engine, **given)}
-    if strict is not None:
-        changes["strict"] = strict
-    if weights_dir is not None:
-        changes["weights_dir"] = weights_dir
+    changes |= {name: value for name, value in server.items() if value is not None}
     if model is not None:
         changes["models"] = dict.fromkeys(names or [_name_of(model)], model)
         changes["preload"] = None

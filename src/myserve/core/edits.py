@@ -13,6 +13,7 @@ from myserve.core.stages import (
     add_bias_,
     allow_only_,
     forbid_,
+    mask_,
     penalise_counts_,
     penalise_repetition_,
 )
@@ -45,6 +46,9 @@ def edit(raw: Tensor, rows: Sequence[RowState], scratch: Scratch) -> Tensor:
 
 def _constrain(scores: Tensor, rows: Sequence[RowState]) -> None:
     V, device = scores.shape[1], scores.device
+    masked = [(b, mask) for b, row in enumerate(rows) if (mask := _mask(row)) is not None]
+    if masked:
+        mask_(scores, torch.stack([mask for _, mask in masked]), torch.tensor([b for b, _ in masked]))
     limited = [
         (b, row.params.allowed_token_ids) for b, row in enumerate(rows) if row.params.allowed_token_ids
     ]
@@ -56,6 +60,10 @@ def _constrain(scores: Tensor, rows: Sequence[RowState]) -> None:
     forbidden = [b * V + token_id for b, row in enumerate(rows) for token_id in row.forbidden_token_ids()]
     if forbidden:
         forbid_(scores, torch.tensor(forbidden, device=device))
+
+
+def _mask(row: RowState) -> Tensor | None:
+    return None if row.constraint is None else row.constraint.mask()
 
 
 def _bias(scores: Tensor, rows: Sequence[RowState]) -> None:

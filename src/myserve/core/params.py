@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from myserve.core.grammar import Grammar, Reasoning
 from myserve.errors import RequestError
 
 NoiseKind = Literal["counter", "torch"]
@@ -52,6 +53,10 @@ class SamplingParams:
     """Only these can be drawn; None: all."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Sequences of ids that may not be completed, within the prompt's end and the completion together."""
+    grammar: Grammar | None = None
+    """What the text must be, from its first token to its EOS; None: anything."""
+    reasoning: Reasoning | None = None
+    """A part before the text that the grammar does not see, and its budget; None: there is none."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits by id; values beyond [-100, 100] count as the nearer end, as OpenAI documents."""
     # -- penalties --
@@ -109,6 +114,13 @@ class SamplingParams:
             _ids("bad_words_ids", word)
             if not word:
                 raise RequestError("bad_words_ids must not hold an empty sequence", param="bad_words_ids")
+        _instance("grammar", self.grammar, Grammar)
+        _instance("reasoning", self.reasoning, Reasoning)
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError(
+                "ignore_eos cannot be had with a grammar: the grammar says where the text ends",
+                param="ignore_eos",
+            )
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -177,6 +189,11 @@ def _number(name: str, value: float, low: float, high: float, *, open_low: bool 
     # written so that NaN fails: every comparison with it is false
     if not (low <= value <= high) or (open_low and value == low):
         raise RequestError(f"{name} must be {_range(low, high, open_low)}, got {value}", param=name)
+
+
+def _instance(name: str, value: object, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(f"{name} must be a {kind.__name__}, got {value!r:.80}", param=name)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

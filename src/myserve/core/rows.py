@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,37 @@ from myserve.errors import RequestError
 CPU = torch.device("cpu")
 
 
+class Constraint(Protocol):
+    """What may come next in one completion. It grows with the completion and depends on its tokens alone."""
+
+    @property
+    def error(self) -> str | None:
+        """Why nothing can come next: the grammar has become too costly, or has no way on."""
+
+    @property
+    def closes_early(self) -> bool:
+        """Whether the rest is forced, so that it is whole within `max_tokens`."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether an end of the completion is all that may come."""
+
+    def prepare(self) -> None:
+        """Compute the next mask, in any thread; `mask` does so itself where this was not called."""
+
+    def mask(self) -> Tensor | None:
+        """int32 [ceil(V / 32)] on the CPU: token i may come where bit i % 32 of word i // 32 is set. None: any may."""
+
+    def append(self, token_id: int) -> None:
+        """Take in the token that was drawn."""
+
+
 class RowState:
     """One completion's sampling state, from its first token to its last.
 
     `completion_token_ids` starts it in mid-completion, as if each of them had been drawn and appended: for a
-    completion that goes on elsewhere. (A preempted one just keeps its RowState.)
+    completion that goes on elsewhere. (A preempted one just keeps its RowState.) A `constraint` has these
+    tokens behind it.
 
     >>> row = RowState(SamplingParams(frequency_penalty=0.5), seed=7, sample_index=0, prompt_token_ids=[1, 2],
     ...                vocab_size=8, eos_token_ids=[0])
@@ -39,6 +66,7 @@ class RowState:
         eos_token_ids: Sequence[int],
         device: torch.device = CPU,
         completion_token_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         params.check_vocabulary(vocab_size)
         if not 0 <= sample_index < 2**32:
@@ -53,6 +81,7 @@ class RowState:
         if _penalised(params):
             counted = prompt_token_ids if params.repetition_penalty != 1.0 else ()
             self.history = History(counted, vocab_size, device)
+        self.constraint: Constraint | None = None
         self._always_edits = bool(params.allowed_token_ids or params.bad_words_ids or params.logit_bias)
         self._counter_noise = CounterNoise(seed, sample_index)
         self.torch_noise: TorchNoise | None = None
@@ -61,11 +90,17 @@ class RowState:
             self.torch_noise.skip(len(completion_token_ids), vocab_size)
         for token_id in completion_token_ids:
             self.append(token_id)
+        self.constraint = constraint
 
     @property
     def edits_scores(self) -> bool:
         """Whether any of stages 1 to 4 may change this row's next scores."""
-        return self._always_edits or bool(self.history) or self.num_completion_tokens < self.params.min_tokens
+        return (
+            self._always_edits
+            or self.constraint is not None
+            or bool(self.history)
+            or self.num_completion_tokens < self.params.min_tokens
+        )
 
     @property
     def counter_key(self) -> CounterKey:
@@ -80,10 +115,13 @@ class RowState:
             self.history.append(token_id)
         if self.bad_words is not None:
             self.bad_words.append(token_id)
+        if self.constraint is not None:
+            self.constraint.append(token_id)
 
     def forbidden_token_ids(self) -> Iterable[int]:
         """What may not come next: ends of the completion while it is too short, last ids of bad words."""
-        if self.num_completion_tokens < self.params.min_tokens:
+        complete = self.constraint is not None and self.constraint.ends  # then there is nothing to go on with
+        if self.num_completion_tokens < self.params.min_tokens and not complete:
             yield from (token_id for token_id in self.end_token_ids if token_id < self.vocab_size)
         if self.bad_words is not None:
             yield from self.bad_words.completions()

@@ -30,7 +30,7 @@ from myserve.core.noise import draw_counter, draw_torch
 from myserve.core.numerics import log_mass, weights_of
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
-from myserve.errors import NonFiniteLogitsError
+from myserve.errors import ConstraintError, NonFiniteLogitsError
 
 __all__ = [
     "RowState",
@@ -58,7 +58,8 @@ class Sampled:
     kept: Kept | None = None
 
 
-Outcome = Sampled | NonFiniteLogitsError
+RowError = NonFiniteLogitsError | ConstraintError
+Outcome = Sampled | RowError
 Report = tuple[TopLogprobs, tuple[tuple[int, float | None], ...], Kept | None]
 
 
@@ -114,7 +115,7 @@ def _draw_compiled(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Ou
     # reports of what the compiled draw knows need the raw scores alone
     reports = _reports(raw, raw_norms, raw, raw, raw_norms, [row.params for row in rows])
     return [
-        _row_error(raw_norm.largest, largest, row.position)
+        _row_error(raw_norm.largest, largest, row)
         or Sampled(
             token_id,
             raw_norm.logprob(raw_score),
@@ -138,7 +139,7 @@ def _draw_compiled(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Ou
 def _draw_tensors(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Outcome]:
     # a maximum is NaN if any score is, and +inf if any score is
     largest = zip(raw.amax(-1).tolist(), edited.amax(-1).tolist(), rows, strict=True)
-    errors = [_row_error(raw_top, top, row.position) for raw_top, top, row in largest]
+    errors = [_row_error(raw_top, top, row) for raw_top, top, row in largest]
     if not any(errors):
         return list(_draw_sound(raw, edited, rows))
     sound = [b for b, error in enumerate(errors) if error is None]
@@ -146,16 +147,19 @@ def _draw_tensors(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Out
     return [error or next(drawn) for error in errors]
 
 
-def _row_error(raw_largest: float, edited_largest: float, position: int) -> NonFiniteLogitsError | None:
+def _row_error(raw_largest: float, edited_largest: float, row: RowState) -> RowError | None:
+    position = row.position
     if not math.isfinite(raw_largest):
         return NonFiniteLogitsError(
             f"the model's logits for position {position} are not finite (their maximum is {raw_largest}); "
             "this completion cannot go on"
         )
+    if row.constraint is not None and row.constraint.error is not None:
+        return ConstraintError(f"the grammar cannot go on: {row.constraint.error}", param="grammar")
     if not math.isfinite(edited_largest):
-        return NonFiniteLogitsError(
-            f"no token is left to draw for position {position}: allowed_token_ids, bad_words_ids and "
-            "min_tokens together forbid every one"
+        return ConstraintError(
+            f"no token is left to draw for position {position}: the grammar, allowed_token_ids, bad_words_ids and "
+            "min_tokens together forbid every one; loosen one of them"
         )
     return None
 

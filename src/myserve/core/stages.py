@@ -37,6 +37,15 @@ def allow_only_(scores: Tensor, at: Tensor, rows: Tensor) -> None:
     flat.index_copy_(0, at, allowed)
 
 
+def mask_(scores: Tensor, masks: Tensor, rows: Tensor) -> None:
+    """Stage 1: -inf in `rows` (int64 [R]) where `masks` (int32 [R, ceil(V / 32)]) has no bit set."""
+    V = scores.shape[1]
+    table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.bool).to(scores.device)  # [256, 8]
+    for mask, row in zip(masks.to(scores.device), rows.tolist(), strict=True):
+        allowed = table[mask.view(torch.uint8).to(torch.int64)].view(-1)[:V]
+        scores[row].masked_fill_(~allowed, -torch.inf)
+
+
 def forbid_(scores: Tensor, at: Tensor) -> None:
     """Stage 1: -inf at the flat positions `at`."""
     scores.view(-1).index_fill_(0, at, -torch.inf)

@@ -12,6 +12,7 @@ import torch
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.stopping import StopIds
+from myserve.engine.constraints import Constraints, ForkableConstraint
 from myserve.engine.outputs import RoutingShape
 from myserve.engine.request import Request
 from myserve.engine.stream import RequestStream
@@ -42,6 +43,7 @@ class Submission:
     num_prior_tokens: int
     ends: StopIds
     loop: asyncio.AbstractEventLoop
+    constraint: ForkableConstraint | None  # behind the prior tokens, and copied for each choice
     requests: list[Request] = field(default_factory=list)
     stream: RequestStream = field(init=False)
 
@@ -57,6 +59,7 @@ class Submission:
             vocab_size=self.facts.vocab_size,
             eos_token_ids=self.facts.eos_token_ids,
             device=device,
+            constraint=self.constraint and self.constraint.fork(),
         )
 
 
@@ -72,6 +75,7 @@ def admit(
     cache_root: Hashable,
     sample_index: int,
     num_prior_tokens: int,
+    constraints: Constraints,
     now: float,
 ) -> Submission:
     """Check everything, draw a seed if none is given, and make the n requests. Raises RequestError."""
@@ -108,6 +112,7 @@ def admit(
         num_prior_tokens=num_prior_tokens,
         ends=ends,
         loop=asyncio.get_running_loop(),
+        constraint=constraints.begin(params, max_tokens, prompt[len(prompt) - num_prior_tokens :]),
     )
     for index in range(n):
         request = Request(

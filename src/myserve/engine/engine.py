@@ -14,6 +14,7 @@ from myserve.core.params import SamplingParams
 from myserve.engine.admission import ModelFacts, Submission, admit
 from myserve.engine.blocks import BlockPool
 from myserve.engine.config import EngineConfig
+from myserve.engine.constraints import Constraints
 from myserve.engine.detokenizer import Detokenizer
 from myserve.engine.model_runner import ModelRunner, StepResult
 from myserve.engine.outputs import RequestMetrics, RoutingShape
@@ -70,6 +71,7 @@ class Engine:
         logger.info("exactness %s; %r; context %d", self.exactness, self.scheduler.pool, self.max_model_len)
         self._loaded = loaded
         self._updates = WeightUpdates(self._prepare_weights, self._post)
+        self.constraints = Constraints(loaded.tokenizer, self.token_bytes, loaded.eos_token_ids)
         self._arrivals = count()
         self._owner: dict[
             Request, Submission
@@ -126,6 +128,10 @@ class Engine:
         """False once a step has failed in a way that was not one request's own, or after `shutdown`."""
         return self._fatal is None and not self._stopping
 
+    async def prepare(self, params: SamplingParams) -> None:
+        """Compile the grammar, off the event loop, so that `submit` need not wait for it. Raises RequestError."""
+        await self.constraints.prepare(params)
+
     def submit(
         self,
         prompt_token_ids: Sequence[int],
@@ -157,6 +163,7 @@ class Engine:
             cache_root=cache_salt if self.config.prefix_caching else object(),
             sample_index=sample_index,
             num_prior_tokens=num_prior_tokens,
+            constraints=self.constraints,
             now=time.monotonic(),
         )
         self._reserve(n)
@@ -211,6 +218,8 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+        self.constraints.close()
+        self.runner.close()
 
     # ---- the engine's thread
 
@@ -271,7 +280,16 @@ class Engine:
         now = time.time()
         for (request, _), draw, routed in zip(batch.draws, result.draws, result.routed_experts, strict=True):
             owner = self._owner[request]
-            outcome = outcome_of(request, draw, routed, ended.get(request), owner, self.weight_version, now)
+            outcome = outcome_of(
+                request,
+                draw,
+                routed,
+                ended.get(request),
+                owner,
+                self.weight_version,
+                now,
+                closed_early=self.runner.closes_early(request),
+            )
             mail[owner.loop].append((owner.stream, outcome))
         for request, error in result.failed_prompts.items():
             owner = self._owner[request]

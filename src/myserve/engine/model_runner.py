@@ -13,9 +13,10 @@ from torch import Tensor
 from myserve.core.logprobs import prompt_logprobs
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
-from myserve.core.sampling import Sampled, Sampler
+from myserve.core.sampling import Outcome, Sampled, Sampler
 from myserve.engine.attention import PagedContext
 from myserve.engine.config import EngineConfig
+from myserve.engine.constraints import MaskAhead
 from myserve.engine.decode_steps import DecodeSteps
 from myserve.engine.exact import make_exact
 from myserve.engine.kv_cache import KVCache
@@ -32,7 +33,7 @@ from myserve.errors import NonFiniteLogitsError
 class StepResult:
     """For each of the batch's draws, a sample or its row's error; and the prompts whose scores are done, or broke."""
 
-    draws: list[Sampled | NonFiniteLogitsError]
+    draws: list[Outcome]
     routed_experts: list[bytes | None]  # of each draw's forward pass, where its request asked
     prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
     failed_prompts: dict[Request, NonFiniteLogitsError]
@@ -60,6 +61,7 @@ class ModelRunner:
         # An expert's tokens are chosen by looking at them, which a recording cannot.
         self.decode_steps.usable = self.exact_report.mode == "on" and not self.exact_report.experts
         self.sampler = Sampler()
+        self._masks = MaskAhead()
         self._rows: dict[Request, RowState] = {}
         self._scored: dict[Request, list[PromptLogprob]] = {}
         self._alternatives: dict[Request, int] = {}  # prompt_logprobs=k of those who asked
@@ -80,6 +82,15 @@ class ModelRunner:
         self._rows.pop(request, None)
         self._scored.pop(request, None)
         self._alternatives.pop(request, None)
+
+    def close(self) -> None:
+        """End the thread that computes masks."""
+        self._masks.close()
+
+    def closes_early(self, request: Request) -> bool:
+        """Whether its grammar was brought to an end for `max_tokens`."""
+        constraint = self._rows[request].constraint
+        return constraint is not None and constraint.closes_early
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
@@ -199,16 +210,18 @@ class ModelRunner:
                 for scored, experts in zip(scores, routed, strict=True)
             )
 
-    def _draw(self, batch: Batch, logits: Tensor, picked: list[int]) -> list[Sampled | NonFiniteLogitsError]:
+    def _draw(self, batch: Batch, logits: Tensor, picked: list[int]) -> list[Outcome]:
         if not batch.draws:
             return []
         if picked != list(range(logits.shape[0])):
             logits = logits[torch.tensor(picked, device=logits.device)]
         rows = [self._rows[request] for request, _ in batch.draws]
+        self._masks.wait()
         draws = self.sampler.sample(logits, rows)  # [len(draws), V]
         for row, draw in zip(rows, draws, strict=True):
             if isinstance(draw, Sampled):
                 row.append(draw.token_id)
+        self._masks.start(row.constraint for row in rows)
         return draws
 
 

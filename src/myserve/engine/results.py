@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from typing import cast
 
+from myserve.core.sampling import Outcome as Draw
 from myserve.core.sampling import Sampled
 from myserve.engine.admission import Submission
 from myserve.engine.outputs import FinishReason, KeptSet, RequestMetrics, TokenOutput
 from myserve.engine.request import Request
 from myserve.engine.stream import Outcome
-from myserve.errors import NonFiniteLogitsError
 
 
 def outcome_of(
     request: Request,
-    draw: Sampled | NonFiniteLogitsError,
+    draw: Draw,
     routed_experts: bytes | None,
     ended: str | None,
     owner: Submission,
     weight_version: int,
     now: float,
+    *,
+    closed_early: bool,
 ) -> Outcome:
-    """What one draw means to the choice that it was made for. `now` in unix seconds."""
+    """What one draw means to the choice that it was made for. `now` in unix seconds; `closed_early`: its grammar was
+    brought to an end for `max_tokens`."""
     if not isinstance(draw, Sampled):
         return Outcome(request.index, finish_reason="error", error=draw)
     stopped = ended == "stop"
+    reason: int | str | None = owner.ends.reason(draw.token_id) if stopped else None
+    if stopped and reason is None and closed_early:
+        reason = "max_tokens"
     return Outcome(
         request.index,
         token=token_output(
@@ -36,7 +42,7 @@ def outcome_of(
             and request.recomputed_at == request.num_output_tokens - 1,
         ),
         finish_reason=cast("FinishReason | None", ended),
-        stop_reason=owner.ends.reason(draw.token_id) if stopped else None,
+        stop_reason=reason,
         hides_token=stopped and not owner.params.include_stop_str_in_output,
     )
 

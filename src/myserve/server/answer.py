@@ -165,10 +165,12 @@ def usage_of(choices: Sequence[Choice]) -> Usage:
     }
 
 
-def finish_reason_of(choice: Choice) -> FinishReason:
+def finish_reason_of(choice: Choice, *, has_called: bool = False) -> FinishReason:
     reason = choice.last and choice.last.finish_reason
     if reason not in ("stop", "length", "abort"):
         raise EngineError(f"a choice ended with {reason!r}")
+    if has_called and reason == "stop":
+        return "tool_calls"
     return reason
 
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
+from myserve.core.grammar import Reasoning
 from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answer import Answer, finish_reason_of, usage_of
+from myserve.server.answer_reader import AnswerReader
 from myserve.server.generation import Choice, Generation
+from myserve.server.models import ServedModel
 from myserve.server.reading import documented, models_of, read_request
 from myserve.server.sampling import chat_params, lists_tokens
 from myserve.server.streaming import EventStream, json_response, unless_gone
+from myserve.server.thinking import ThinkingReader
+from myserve.server.tool_calls import CallReader
+from myserve.server.tools import callable_tools, checked_tools, constrained
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.responses import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
-    ChatDelta,
     ChatLogprobs,
 )
+from myserve.wire.structured import Tool
 
 router = APIRouter()
+
+TOOL = 256  # characters that a tool is worth to who decides where to tokenize
 
 
 @router.post("/v1/chat/completions", openapi_extra=documented(ChatCompletionRequest))
@@ -33,20 +42,26 @@ async def create_chat_completion(http: Request) -> Response:
     request = await read_request(http, ChatCompletionRequest)
     model = await models_of(http).get(request.model)
     answer = Answer.begin(request, model, "chatcmpl")
+    offered = checked_tools(request, model.style.tools)
+    tools = callable_tools(request, offered)
     params = chat_params(request, model.codec)
     prompt = await answer.tokenizing.run(
-        sum(len(message.text) for message in request.messages),
-        lambda: model.codec.encode_chat(request.messages, request.chat_template_kwargs or {}),
+        sum(len(message.text) for message in request.messages) + TOOL * len(offered),
+        lambda: model.codec.encode_chat(request.messages, request.chat_template_kwargs or {}, offered),
     )
+    reasoning = model.style.reasoning(model.codec, prompt, request.thinking_token_budget)
+    params = constrained(params, request, tools, model.style.tools, reasoning)
+    await model.engine.prepare(params)
     generation = Generation(model, [prompt], [params], request, answer.id)
+    read = partial(_reader, model, tools, reasoning)
     wants_logprobs = lists_tokens(request)
     if request.stream:
-        return EventStream(_chunks(answer, generation, wants_logprobs), generation.abort)
+        return EventStream(_chunks(answer, generation, read, wants_logprobs), generation.abort)
     try:
         choices = await unless_gone(http, generation.finish())
     finally:
         generation.abort()
-    body = _completion(answer, choices, wants_logprobs)
+    body = _completion(answer, choices, read, wants_logprobs)
     if not request.perf_metrics_in_response:
         return json_response(body)
     metrics = answer.perf_metrics(choices)
@@ -54,14 +69,25 @@ async def create_chat_completion(http: Request) -> Response:
     return json_response(body, metrics.to_headers())
 
 
-def _completion(answer: Answer, choices: Sequence[Choice], wants_logprobs: bool) -> ChatCompletion:
+def _reader(model: ServedModel, tools: Sequence[Tool], reasoning: Reasoning | None) -> AnswerReader:
+    calls, thinking = None, None
+    if tools and model.style.tools is not None:
+        calls = CallReader(model.style.tools, {tool.function.name for tool in tools})
+    if reasoning is not None:
+        thinking = ThinkingReader(begun=reasoning.begun)
+    return AnswerReader(thinking, calls)
+
+
+def _completion(
+    answer: Answer, choices: Sequence[Choice], read: Callable[[], AnswerReader], wants_logprobs: bool
+) -> ChatCompletion:
     body: ChatCompletion = {
         "id": answer.id,
         "object": "chat.completion",
         "created": answer.created,
         "model": answer.request.model,
         "system_fingerprint": answer.model.fingerprint,
-        "choices": [_choice(answer, choice, wants_logprobs) for choice in choices],
+        "choices": [_choice(answer, choice, read(), wants_logprobs) for choice in choices],
         "usage": usage_of(choices),
     }
     if (logprobs := body["choices"][0]["logprobs"]) is not None:
@@ -71,27 +97,28 @@ def _completion(answer: Answer, choices: Sequence[Choice], wants_logprobs: bool)
     return body
 
 
-def _choice(answer: Answer, choice: Choice, wants_logprobs: bool) -> ChatChoice:
+def _choice(answer: Answer, choice: Choice, reader: AnswerReader, wants_logprobs: bool) -> ChatChoice:
+    message = reader.whole("".join(choice.texts))
     return {
         "index": choice.index,
-        "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+        "message": message,
         "logprobs": _logprobs(answer, choice.tokens, choice.stop_tokens) if wants_logprobs else None,
-        "finish_reason": finish_reason_of(choice),
+        "finish_reason": finish_reason_of(choice, has_called=reader.has_called),
         **answer.extras(choice, choice.sampled, first=True, last=True),
     }
 
 
 async def _chunks(
-    answer: Answer, generation: Generation, wants_logprobs: bool
+    answer: Answer, generation: Generation, read: Callable[[], AnswerReader], wants_logprobs: bool
 ) -> AsyncGenerator[ChatChunk, None]:
     request = answer.request
     begun: set[int] = set()
+    readers = [read() for _ in generation.choices]
     running = len(generation.choices)
     async with aclosing(generation.events()) as events:
         async for choice, delta in events:
-            chunk = _chunk(
-                answer, [_chunk_choice(answer, choice, delta, choice.index not in begun, wants_logprobs)]
-            )
+            first, reader = choice.index not in begun, readers[choice.index]
+            chunk = _chunk(answer, [_chunk_choice(answer, choice, delta, reader, first, wants_logprobs)])
             if not begun and request.return_token_ids:
                 chunk["prompt_token_ids"] = list(choice.prompt_token_ids)
             begun.add(choice.index)
@@ -118,18 +145,20 @@ def _chunk(answer: Answer, choices: list[ChatChunkChoice]) -> ChatChunk:
 
 
 def _chunk_choice(
-    answer: Answer, choice: Choice, delta: Delta, first: bool, wants_logprobs: bool
+    answer: Answer, choice: Choice, delta: Delta, reader: AnswerReader, first: bool, wants_logprobs: bool
 ) -> ChatChunkChoice:
-    change: ChatDelta = {"role": "assistant", "content": delta.text} if first else {"content": delta.text}
+    last = delta.finish_reason is not None
+    change = reader.feed(delta.text, last=last)
+    if first:
+        change = {"role": "assistant", **change}
     logprobs = _logprobs(answer, delta.tokens, delta.stop_tokens) if wants_logprobs else None
     if logprobs is not None:
         change["logprobs"] = logprobs
-    last = delta.finish_reason is not None
     return {
         "index": choice.index,
         "delta": change,
         "logprobs": logprobs,
-        "finish_reason": finish_reason_of(choice) if last else None,
+        "finish_reason": finish_reason_of(choice, has_called=reader.has_called) if last else None,
         **answer.extras(choice, [*delta.tokens, *delta.stop_tokens], first=first, last=last),
     }
 

@@ -15,6 +15,7 @@ from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import RequestError
 from myserve.server.control_tokens import ControlTokens
 from myserve.wire.chat import ChatMessage
+from myserve.wire.structured import Tool
 
 T = TypeVar("T")
 
@@ -48,13 +49,23 @@ class Codec:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
-    def encode_chat(self, messages: Sequence[ChatMessage], template_kwargs: dict[str, Any]) -> list[int]:
-        """The ids of `tokenizer.apply_chat_template`, whose control tokens the messages cannot forge."""
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        template_kwargs: dict[str, Any],
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
+        """The ids of `tokenizer.apply_chat_template`, whose control tokens messages and tools cannot forge."""
         _refuse_reserved(template_kwargs)
         turns = [_as_template_sees(message) for message in messages]
+        if tools:  # strangers' text like a message's, so they go the same way
+            offered = [tool.model_dump(by_alias=True, exclude_unset=True) for tool in tools]
+            turns.append({"role": "system", "tools": offered})
 
         def render(turns: list[dict[str, Any]]) -> str:
-            return self._render(turns, template_kwargs)
+            if not tools:
+                return self._render(turns, template_kwargs)
+            return self._render(turns[:-1], {**template_kwargs, "tools": turns[-1]["tools"]})
 
         if self._control.in_messages(turns):
             return self._control.encode(turns, render)
@@ -122,6 +133,8 @@ def _as_template_sees(message: ChatMessage) -> dict[str, Any]:
         turn["name"] = message.name
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        turn["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
         turn["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
     return turn

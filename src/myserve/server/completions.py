@@ -40,6 +40,7 @@ async def create_completion(http: Request) -> Response:
     prompts = await _token_ids(answer, model, request.prompts)
     room = model.engine.max_model_len - max(map(len, prompts))
     params = params_of_prompts(completion_params(request, model.codec, room=room), len(prompts))
+    await model.engine.prepare(params[0])
     generation = Generation(model, prompts, params, request, answer.id)
     writer = CompletionWriter(answer, request)
     if request.stream:

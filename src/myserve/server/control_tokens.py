@@ -82,7 +82,7 @@ class ControlTokens:
         if isinstance(value, str):
             return (self._find_special if role == "assistant" else self._find_all).sub(mark, value)
         if isinstance(value, dict):
-            return {key: self._mark(item, role, marked) for key, item in value.items()}
+            return {self._mark(k, role, marked): self._mark(item, role, marked) for k, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._mark(item, role, marked) for item in value]
         return value

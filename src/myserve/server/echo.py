@@ -54,6 +54,11 @@ class EchoEngine:
         dict[str, str | int | bool]
     ] = {}  # there are no numbers that could depend on anything
 
+    async def prepare(self, params: SamplingParams) -> None:
+        """An echo keeps to no grammar."""
+        if params.grammar is not None:
+            raise EchoHasNoModelError("a grammar needs a model, and this server echoes", param="grammar")
+
     def submit(
         self,
         prompt_token_ids: Sequence[int],

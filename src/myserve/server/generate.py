@@ -29,6 +29,7 @@ async def generate(http: Request) -> Response:
     answer = Answer.begin(completion, model, "gen")
     answer.id = request.request_id or answer.id
     params = generate_params(completion, model.codec)
+    await model.engine.prepare(params)
     generation = Generation(model, [request.token_ids], [params], completion, answer.id)
     if request.stream:
         return EventStream(_chunks(answer, generation), generation.abort)

@@ -20,6 +20,7 @@ from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, RoutingShape
 from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import ModelNotFoundError, MyserveError
+from myserve.server.chat_style import ChatStyle
 from myserve.server.codec import Codec
 from myserve.server.echo import EchoEngine
 from myserve.server.errors import ModelLoadError
@@ -57,6 +58,7 @@ class Backend(Protocol):
     def routing_shape(self) -> RoutingShape | None: ...
     @property
     def exactness(self) -> Mapping[str, str | int | bool]: ...
+    async def prepare(self, params: SamplingParams) -> None: ...
     def submit(
         self,
         prompt_token_ids: Sequence[int],
@@ -81,6 +83,7 @@ class ServedModel:
     codec: Codec
     digest: str
     snapshots: Snapshots = field(default_factory=Snapshots)
+    style: ChatStyle = field(default_factory=ChatStyle)
     tokenizer_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="myserve-tokenizer")
     )
@@ -200,7 +203,8 @@ def load_model(path: str, settings: Settings) -> ServedModel:
         engine = Engine.from_pretrained(path, settings.engine)
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
-    return ServedModel(engine, Codec(engine.tokenizer, engine.token_bytes), digest)
+    style = ChatStyle.of(engine.tokenizer, settings.tool_style)
+    return ServedModel(engine, Codec(engine.tokenizer, engine.token_bytes), digest, style)
 
 
 def _succeeded(future: Future[ServedModel]) -> bool:

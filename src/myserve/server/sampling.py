@@ -8,6 +8,7 @@ from typing import Any
 from myserve.core.params import SamplingParams
 from myserve.errors import RequestError
 from myserve.server.codec import Codec
+from myserve.server.structured import grammar_of
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.fields import GenerationRequest
@@ -97,6 +98,7 @@ def _params(
     request: GenerationRequest, codec: Codec, *, max_tokens: int | None, **asked: Any
 ) -> SamplingParams:
     fields: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
+    fields["grammar"] = grammar_of(request)
     fields |= asked
     fields["max_tokens"] = max_tokens
     fields["stop"] = (request.stop,) if isinstance(request.stop, str) else request.stop

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from myserve.demo import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.errors import RequestError
+from myserve.server.tool_calls import TOOL_STYLES
 
 EMBEDDED_MODEL = "myserve-demo"
 DEFAULT_ON_DEMAND = "sshleifer/tiny-gpt2"  # what the seed document's tests ask a bare server for
@@ -33,11 +34,17 @@ class Settings:
     force_echo: bool = False  # no model: answer with the prompt itself
     strict: bool = False  # refuse fields that no API knows
     weights_dir: str | None = None  # where snapshots for new weights lie; None: the weights stay as loaded
+    tool_style: str = "auto"  # how the models write tool calls; auto: as their chat templates say
     max_body_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         if not self.models:
             raise RequestError("no model to serve: name at least one", param="models")
+        if self.tool_style not in TOOL_STYLES:
+            raise RequestError(
+                f"tool_style must be one of {', '.join(TOOL_STYLES)}, got {self.tool_style!r}",
+                param="tool_style",
+            )
         if self.preload is None:
             object.__setattr__(self, "preload", tuple(self.models))
 
@@ -69,6 +76,7 @@ class Settings:
             force_echo=_flag(env, "MYSERVE_FORCE_ECHO"),
             strict=_flag(env, "MYSERVE_STRICT"),
             weights_dir=env.get("MYSERVE_WEIGHTS_DIR") or None,
+            tool_style=env.get("MYSERVE_TOOL_STYLE", "auto"),
         )
 
 

@@ -12,8 +12,9 @@ from myserve.server.codec import Tokenizing
 from myserve.server.models import ServedModel
 from myserve.server.reading import documented, models_of, read_request
 from myserve.server.streaming import json_response
+from myserve.wire.base import WireModel
 from myserve.wire.chat import ChatMessage
-from myserve.wire.fields import TokenIds, WireModel
+from myserve.wire.fields import TokenIds
 
 router = APIRouter()
 

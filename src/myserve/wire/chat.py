@@ -7,7 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from myserve.wire.fields import UNSUPPORTED, GenerationRequest, WireModel
+from myserve.wire.base import WireModel
+from myserve.wire.fields import UNSUPPORTED, GenerationRequest
+from myserve.wire.structured import Tool, ToolChoice
 
 Role = Literal["developer", "system", "user", "assistant", "tool"]
 
@@ -53,6 +55,7 @@ class ChatMessage(WireModel):
     name: str | None = None
     tool_calls: tuple[dict[str, Any], ...] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
@@ -77,9 +80,6 @@ class ChatCompletionRequest(GenerationRequest):
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **UNSUPPORTED,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -103,3 +103,7 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: tuple[Tool, ...] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    thinking_token_budget: int | None = None

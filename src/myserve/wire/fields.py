@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from myserve.wire.base import WireModel
+from myserve.wire.structured import Choices, ResponseFormat, Schema, StructuredOutputs
 
 TokenIds = Annotated[tuple[int, ...], Field(fail_fast=True)]
 
@@ -30,15 +33,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "early_stopping": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": (),
-    "json_schema": (),
-    "regex": (),
     "logits_processors": ([],),
     "truncate_prompt_tokens": (),
     "prompt_embeds": (),
@@ -47,12 +41,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "dry_multiplier": (0, 0.0),
     "xtc_probability": (0, 0.0),
 }
-
-
-class WireModel(BaseModel):
-    """Types as JSON has them: "1" is no number, 1.0 no integer, true neither, NaN nothing."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
 
 class StreamOptions(WireModel):
@@ -74,6 +62,17 @@ class SamplingFields(WireModel):
     # constraints
     allowed_token_ids: TokenIds | None = None
     bad_words: tuple[str, ...] | None = None
+    # the form of the text: one of these
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    json_schema: Schema | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     logit_bias: dict[str, float] | None = None
     # penalties
     repetition_penalty: float | None = None

@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from myserve.wire.base import WireModel
 from myserve.wire.completions import CompletionRequest
-from myserve.wire.fields import UNSUPPORTED, SamplingFields, StreamOptions, TokenIds, WireModel
+from myserve.wire.fields import UNSUPPORTED, SamplingFields, StreamOptions, TokenIds
 
 
 class GenerateSampling(SamplingFields):

@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from myserve.wire.token_arrays import TokenArrays
 
-FinishReason = Literal["stop", "length", "abort"]  # abort: new weights ended it, at their sender's wish
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]  # abort: new weights ended it, at their sender's wish
 
 
 class ErrorBody(TypedDict):
@@ -90,10 +90,30 @@ class ChoiceExtras(TypedDict, total=False):
     token_arrays: TokenArrays
 
 
+class CalledFunction(TypedDict):
+    name: NotRequired[str]  # in a stream, with the call's first delta
+    arguments: str  # JSON, as the model wrote it
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallDelta(TypedDict):
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunction
+
+
 class Message(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None  # None: it called tools and said nothing
     refusal: None
+    reasoning_content: NotRequired[str]  # of models that think
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class ChatChoice(ChoiceExtras):
@@ -119,6 +139,8 @@ class ChatCompletion(TypedDict):
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    reasoning_content: str
+    tool_calls: list[ToolCallDelta]
     logprobs: ChatLogprobs  # the seed document's place
 
 

@@ -1,0 +1,82 @@
+"""A thinking model's text as two, thought and answer. Line breaks at the marks belong to the marks."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+START, END = "<think>", "</think>"
+
+
+class _Part(Enum):
+    BEFORE = "before"  # it may begin to think
+    THOUGHT = "thought"
+    GAP = "gap"  # behind the mark, before the answer
+    ANSWER = "answer"
+
+
+class ThinkingReader:
+    """Splits one completion as its text comes. `begun`: the prompt ends behind the opening mark.
+
+    >>> reader = ThinkingReader(begun=False)
+    >>> reader.feed("<think>\\nHm.\\n</th"), reader.feed("ink>\\n\\nYes"), reader.end()
+    (('Hm.', ''), ('', 'Yes'), ('', ''))
+    """
+
+    def __init__(self, *, begun: bool) -> None:
+        self._part = _Part.THOUGHT if begun else _Part.BEFORE
+        self._buffer = ""
+        self._at_start = True  # of the thought: line breaks are the mark's
+
+    def feed(self, text: str) -> tuple[str, str]:
+        """(thought, answer) that are known now that this has come."""
+        self._buffer += text
+        return self._read(final=False)
+
+    def end(self) -> tuple[str, str]:
+        """What was held back."""
+        return self._read(final=True)
+
+    def _read(self, *, final: bool) -> tuple[str, str]:
+        if self._part is _Part.BEFORE and not self._enter(final):
+            return "", ""
+        thought = self._thought(final) if self._part is _Part.THOUGHT else ""
+        if self._part is _Part.GAP:
+            self._buffer = self._buffer.lstrip("\n")
+            if self._buffer:
+                self._part = _Part.ANSWER
+        if self._part is not _Part.ANSWER:
+            return thought, ""
+        answer, self._buffer = self._buffer, ""
+        return thought, answer
+
+    def _enter(self, final: bool) -> bool:
+        """Whether it is known by now if it thinks."""
+        start = self._buffer.lstrip()
+        if start.startswith(START):
+            self._buffer, self._part = start[len(START) :], _Part.THOUGHT
+        elif START.startswith(start) and not final:
+            return False
+        else:
+            self._part = _Part.ANSWER
+        return True
+
+    def _thought(self, final: bool) -> str:
+        thought, mark, rest = self._buffer.partition(END)
+        if mark:
+            self._part, self._buffer = _Part.GAP, rest
+        else:
+            held = 0 if final else _held(thought)
+            thought, self._buffer = thought[: len(thought) - held], thought[len(thought) - held :]
+        if mark or final:
+            thought = thought.rstrip("\n")
+        if self._at_start:
+            thought = thought.lstrip("\n")
+            self._at_start = not thought
+        return thought
+
+
+def _held(text: str) -> int:
+    """How much of the end may belong to the closing mark: its beginning, and line breaks before it."""
+    length = next((n for n in range(min(len(END) - 1, len(text)), 0, -1) if text.endswith(END[:n])), 0)
+    before = text[: len(text) - length]
+    return length + len(before) - len(before.rstrip("\n"))

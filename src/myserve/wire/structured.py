@@ -1,0 +1,81 @@
+"""What a request may say about the form of its answer: OpenAI's `response_format` and tools, vLLM's own names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from myserve.wire.base import WireModel
+
+Schema = dict[str, Any] | bool
+Choices = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class JsonSchema(WireModel):
+    """OpenAI's `response_format.json_schema`. `strict` says nothing that we do not do anyway."""
+
+    schema_: Annotated[Schema, Field(alias="schema")]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(WireModel):
+    """`{"type": "json_schema", "json_schema": {"schema": {...}}}` and its kin.
+
+    >>> ResponseFormat(type="json_schema")
+    Traceback (most recent call last):
+    ...
+    pydantic_core._pydantic_core.ValidationError: 1 validation error for ResponseFormat
+      Value error, a response_format of type 'json_schema' needs the field 'json_schema' ...
+    """
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> ResponseFormat:
+        if self.type in ("json_schema", "regex", "grammar") and getattr(self, self.type) is None:
+            raise ValueError(f"a response_format of type {self.type!r} needs the field {self.type!r}")
+        return self
+
+
+class StructuredOutputs(WireModel):
+    """vLLM's `structured_outputs`: one of these."""
+
+    json_: Annotated[Schema | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+
+
+class Function(WireModel):
+    """What a tool is called, what it is for, and the JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class Tool(WireModel):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(WireModel):
+    name: str
+
+
+class NamedTool(WireModel):
+    """`tool_choice` that names the one tool to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
