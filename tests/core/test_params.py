@@ -39,6 +39,7 @@ ACCEPTED: dict[str, list[object]] = {
     "logprobs_mode": ["raw", "processed"],
     "logprob_token_ids": [(), (9,)],
     "kept": [True],
+    "routed_experts": [True],
     "prompt_logprobs": [None, 0, 1024],
 }
 
@@ -73,7 +74,7 @@ REFUSED: dict[str, list[object]] = {
 def test_every_field_is_in_these_tables() -> None:
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     assert names == set(ACCEPTED)
-    switches = {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "kept"}
+    switches = {"routed_experts", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "kept"}
     assert names - switches == set(REFUSED)
 
 

@@ -66,7 +66,8 @@ def test_every_field_arrives(name: str) -> None:
 
 def test_the_table_above_is_complete() -> None:
     """Whatever the wire and the sampler both know is tested above."""
-    renamed = {"bad_words_ids", "top_logprobs", "routed_experts"}
+    # and what test_structured.py tests
+    renamed = {"bad_words_ids", "top_logprobs", "routed_experts", "grammar", "reasoning"}
     unnamed = set(SamplingParams.__dataclass_fields__) - renamed
     assert unnamed <= set(SENT)
 

@@ -239,7 +239,7 @@ def test_tools_that_may_not_be_called_are_not_looked_for(ask: Callable[..., Any]
 
 
 def test_a_conversation_with_results_goes_on(ask: Callable[..., Any]) -> None:
-    first = ask(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, seed=1)
+    first = ask(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, seed=1, max_tokens=60)
     message = first.choices[0].message
     turns = [
         *USER,
@@ -247,6 +247,7 @@ def test_a_conversation_with_results_goes_on(ask: Callable[..., Any]) -> None:
         {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"},
     ]
     second = ask(
+        max_tokens=20,
         tools=[WEATHER],
         messages=turns,
         seed=1,

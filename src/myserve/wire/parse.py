@@ -106,11 +106,11 @@ def _path(loc: tuple[int | str, ...], value: Any) -> str:
         inside = (isinstance(step, str) and isinstance(value, dict)) or (
             isinstance(step, int) and isinstance(value, list)
         )
-        if not inside:
+        last = depth == len(loc) - 1
+        if not inside or (isinstance(value, dict) and step not in value and not last):
             continue
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
         if isinstance(value, dict) and step not in value:
-            assert depth == len(loc) - 1, "only the last step may be missing"
-            break
+            break  # the field that is missing
         value = value[step]
     return path
