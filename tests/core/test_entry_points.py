@@ -34,7 +34,8 @@ def test_the_sources_are_all_that_the_kernels_import() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [entry_points.normalise_rows, entry_points.best_rows, entry_points.draw_rows]
+    "entry",
+    [entry_points.normalise_rows, entry_points.mask_rows, entry_points.best_rows, entry_points.draw_rows],
 )
 def test_an_entry_points_key_holds_its_sources(entry: Callable[[], Any]) -> None:
     cells = [cell.cell_contents for cell in entry().py_func.__closure__ or ()]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
+from myserve.core import fast, stages
 from myserve.core.numerics import exp, quanta
 from myserve.core.stages import (
     Edits,
@@ -231,3 +232,21 @@ def test_a_row_never_depends_on_its_neighbours(stage: Stage, values: list[float]
     for row in range(4):
         alone = stage(scores[row : row + 1].clone(), parameters[row : row + 1])
         assert torch.equal(together[row : row + 1], alone)
+
+
+def test_a_mask_in_words_is_a_mask_by_token() -> None:
+    """Compiled and not: bits of a word from the lowest, and a last word that is wider than the vocabulary."""
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.randn(4, 203, generator=generator)
+    masks = torch.randint(-(2**31), 2**31 - 1, (2, 7), generator=generator, dtype=torch.int32)
+    masks[0, :3] = torch.tensor([0, -1, 1 << 30])
+    rows = torch.tensor([3, 1])
+    expected = scores.clone()
+    for mask, row in zip(masks.tolist(), rows.tolist(), strict=True):
+        for token in range(203):
+            if not mask[token // 32] >> (token % 32) & 1:
+                expected[row, token] = -torch.inf
+    for apply in (stages.mask_, fast.mask_):
+        edited = scores.clone()
+        apply(edited, masks, rows)
+        assert torch.equal(edited, expected)

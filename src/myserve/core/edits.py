@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from myserve.core import fast
 from myserve.core.rows import RowState
 from myserve.core.stages import (
     Edits,
@@ -48,7 +49,8 @@ def _constrain(scores: Tensor, rows: Sequence[RowState]) -> None:
     V, device = scores.shape[1], scores.device
     masked = [(b, mask) for b, row in enumerate(rows) if (mask := _mask(row)) is not None]
     if masked:
-        mask_(scores, torch.stack([mask for _, mask in masked]), torch.tensor([b for b, _ in masked]))
+        apply = fast.mask_ if fast.covers(scores) else mask_
+        apply(scores, torch.stack([mask for _, mask in masked]), torch.tensor([b for b, _ in masked]))
     limited = [
         (b, row.params.allowed_token_ids) for b, row in enumerate(rows) if row.params.allowed_token_ids
     ]

@@ -1,4 +1,4 @@
-"""The three ways into the compiled draw: kept on disk, under a key that covers all they are made of."""
+"""The ways into the compiled code: kept on disk, under a key that covers all they are made of."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ def normalise_rows() -> Kernel:
             kernels.normalise_rows(start, stop, scores, largest, masses)
 
     return normalise
+
+
+@cache
+def mask_rows() -> Kernel:
+    """`kernels.mask_rows`."""
+    source = fingerprint(Path(__file__).parent, *SOURCES)
+
+    @kept
+    def mask(start: int, stop: int, masks: Any, scores: Any, rows: Any) -> None:
+        if source >= 0:
+            kernels.mask_rows(start, stop, masks, scores, rows)
+
+    return mask
 
 
 @cache

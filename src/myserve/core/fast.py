@@ -53,6 +53,7 @@ def warm_up() -> None:
         draw(scores, scores, [row])
         normalise(scores)
         best_tokens(scores, [1])
+        mask_(scores.clone(), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
 
 
 def knows(row: RowState) -> bool:
@@ -75,6 +76,13 @@ def normalise(scores: Tensor) -> tuple[list[float], list[int]]:
     largest, masses = torch.empty(len(scores)), torch.empty(len(scores), dtype=torch.int64)
     _over_threads(entry_points.normalise_rows(), scores.contiguous(), largest, masses)
     return largest.tolist(), masses.tolist()
+
+
+def mask_(scores: Tensor, masks: Tensor, rows: Tensor) -> None:
+    """`stages.mask_`, in place."""
+    from myserve.core import entry_points
+
+    _over_threads(entry_points.mask_rows(), masks, scores, rows)
 
 
 def best_tokens(scores: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]]]:

@@ -52,6 +52,25 @@ def largest_score(scores: Any) -> Any:
 
 
 @compiled
+def mask_rows(start: int, stop: int, masks: Any, scores: Any, rows: Any) -> None:
+    """`stages.mask_`: a word of the mask at a time, for most are all ones or all zeros."""
+    V = scores.shape[1]
+    for m in range(start, stop):
+        row = scores[rows[m]]
+        for w in range(masks.shape[1]):
+            word = masks[m, w]
+            if word == -1:
+                continue
+            first, last = 32 * w, min(32 * w + 32, V)
+            if word == 0:
+                row[first:last] = -INFINITY
+            else:
+                for i in range(first, last):
+                    if not (word >> (i - first)) & 1:
+                        row[i] = -INFINITY
+
+
+@compiled
 def weigh(scores: Any, largest: Any, weights: Any) -> Any:
     """Fill `weights` with exp(score - largest); their mass in quanta."""
     for i in range(len(scores)):
