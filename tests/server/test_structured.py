@@ -54,14 +54,14 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 
 @pytest.fixture(scope="module")
 def servers(
-    serve: Callable[[Settings], AbstractContextManager[Any]],
+    open_server: Callable[[Settings], AbstractContextManager[Any]],
     tiny_model: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("hermes") / "model"
     shutil.copytree(tiny_model("qwen3"), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with serve(Settings(models={"hermes": str(folder), "plain": str(tiny_model("qwen3"))})) as running:
+    with open_server(Settings(models={"hermes": str(folder), "plain": str(tiny_model("qwen3"))})) as running:
         yield running
 
 
@@ -302,3 +302,12 @@ def test_a_budget_is_kept_without_any_grammar(ask: Callable[..., Any]) -> None:
 def test_what_the_template_has_closed_is_no_thought(ask: Callable[..., Any]) -> None:
     message = ask(seed=1).choices[0].message
     assert "reasoning_content" not in (message.model_extra or {})
+
+
+def test_the_page_runs(servers: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "structured.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        block = block.replace("http://localhost:8000", servers.url).replace("myserve-demo", "plain")
+        exec(compile(block + "\nclient.close()\n", "structured.md", "exec"), {"__name__": "page"})

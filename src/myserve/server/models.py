@@ -204,7 +204,7 @@ def load_model(path: str, settings: Settings) -> ServedModel:
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
     style = ChatStyle.of(engine.tokenizer, settings.tool_style)
-    return ServedModel(engine, Codec(engine.tokenizer, engine.token_bytes), digest, style)
+    return ServedModel(engine, Codec(engine.tokenizer, engine.token_bytes), digest, style=style)
 
 
 def _succeeded(future: Future[ServedModel]) -> bool:

@@ -6,7 +6,9 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from myserve.wire.token_arrays import TokenArrays
 
-FinishReason = Literal["stop", "length", "tool_calls", "abort"]  # abort: new weights ended it, at their sender's wish
+FinishReason = Literal[
+    "stop", "length", "tool_calls", "abort"
+]  # abort: new weights ended it, at their sender's wish
 
 
 class ErrorBody(TypedDict):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from pydantic import Field
 
-from myserve.wire.fields import WireModel
+from myserve.wire.base import WireModel
 
 Mode = Literal["drain", "keep", "abort"]
 Stage = Literal["idle", "loading", "draining", "done", "error"]
