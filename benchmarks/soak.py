@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--minutes 10] [--model FOLDER] [--seed 0]
 
-The engine has room for 16 requests and blocks for about half of their contexts, so that it preempts all the time; 32 are
+The engine has room for 16 requests and blocks for about half of their contexts, so that it often preempts; 32 are
 kept in flight. Ends with status 1 where anything is not as it should be.
 """
 
