@@ -13,6 +13,8 @@ REQUIREMENTS = ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0")
 def install(folder: Path, model: Path) -> None:
     make_venv(folder, "torch==2.13.0")  # first: pip would otherwise settle on one for CUDA
     make_venv(folder, "torch==2.13.0", *REQUIREMENTS)
+    # It comes with them, built for another torch; and where it cannot be imported, transformers cannot either.
+    run(folder / "bin" / "pip", "uninstall", "--yes", "--quiet", "torchvision")
     export = (folder / "bin" / "optimum-cli", "export", "openvino", "--model", model)
     run(*export, "--task", "text-generation-with-past", "--weight-format", "fp16", folder / "model")
 
