@@ -7,6 +7,7 @@ have a ratio that means something.
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ def main(
     ] = None,
 ) -> None:
     """Prints ours against each peer and against what this machine's memory and arithmetic allow."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's end ends the servers too
     workloads = {name: Workload.parse(name) for name in only or PRESETS}
     contenders = [OURS["ours"], *_peers(peer or DEFAULT_PEERS, strict=peer is not None)]
     names = [contender.name for contender in contenders]
