@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Torch's CPU threads spin at barriers by default; two processes that do so on a small machine stall each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo serve test check bench clean
+.PHONY: install demo grpo serve test check bench clean
 
 install: .venv/installed ## make .venv with everything, exact versions
 
@@ -19,6 +19,9 @@ install: .venv/installed ## make .venv with everything, exact versions
 
 demo: install ## serve the embedded model, sample from it, show the result (ONCE=1: then end)
 	$(BIN)/python -m myserve.demo.run $(if $(ONCE),--once)
+
+grpo: install ## reinforcement learning on the embedded model, ten minutes: runs/grpo/curve.svg (ARGS: the script's options)
+	$(BIN)/python examples/grpo.py $(ARGS)
 
 serve: install ## serve MODEL (default: the embedded model) on PORT
 	$(BIN)/myserve serve $(MODEL) --port $(or $(PORT),8000)

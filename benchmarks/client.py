@@ -1,6 +1,8 @@
-"""Tokens a second per core of client CPU: the SDK against openai-python, on one server that replays a stream.
+"""Tokens a second per core of client CPU: the SDK, openai-python and the reference client, on one server.
 
-`python -m benchmarks.client [--streams 256] [--tokens 256] [--rounds 3]`
+`python -m benchmarks.client [--streams 256] [--tokens 256] [--rounds 3] [--reference PYTHON]`
+
+`--reference` names an interpreter that has `fireworks-ai` with what its training SDK imports (`urllib3`, `requests`).
 
 The server is a process of its own and writes prepared events, one a token, as fast as the socket takes them; so
 what is measured is the client: `time.process_time` over the tokens that it handed to its caller. Each round runs
@@ -15,8 +17,11 @@ import json
 import multiprocessing
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from myserve.sdk import DeploymentSampler, FixedConcurrencyController
@@ -133,6 +138,14 @@ def pace(client: Callable[..., Any], url: str, streams: int, tokens: int, *, log
     return got / spent
 
 
+def pace_of_reference(python: str, url: str, streams: int, tokens: int, *, logprobs: bool) -> float:
+    script = Path(__file__).with_name("reference_client.py")
+    command = [python, str(script), url, str(streams), str(tokens), str(logprobs)]
+    done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert done["tokens"] == streams * tokens, f"{done['tokens']} tokens arrived, not {streams * tokens}"
+    return float(done["tokens"] / done["seconds"])
+
+
 def flat_memory(url: str, samples: int) -> tuple[float, float]:
     """Peak memory in MB after a hundredth of the samples, and after all."""
 
@@ -157,6 +170,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=int, default=0, help="also draw this many samples and watch the memory"
     )
+    parser.add_argument("--reference", default="", help="a Python that has the reference client")
     args = parser.parse_args()
     ours_end, theirs = multiprocessing.Pipe()
     tokens = 8 if args.memory else args.tokens
@@ -169,20 +183,21 @@ def main() -> None:
             print(f"peak memory: {small:.0f} MB at first, {large:.0f} MB after {args.memory:,} samples")
             return
         for logprobs in (False, True):
-            paces: dict[str, list[float]] = {name: [] for name in CLIENTS}
+            rivals = {name: partial(pace, client) for name, client in CLIENTS.items()}
+            if args.reference:
+                rivals["fireworks-ai, training SDK"] = partial(pace_of_reference, args.reference)
+            paces: dict[str, list[float]] = {name: [] for name in rivals}
             for _ in range(args.rounds):
-                for name, client in CLIENTS.items():
-                    paces[name].append(pace(client, url, args.streams, args.tokens, logprobs=logprobs))
+                for name, rival in rivals.items():
+                    paces[name].append(rival(url, args.streams, args.tokens, logprobs=logprobs))
             medians = {name: statistics.median(values) for name, values in paces.items()}
             print(f"{args.streams} streams of {args.tokens} tokens, logprobs={logprobs}")
             for name, value in medians.items():
-                print(f"  {name:24} {value:10,.0f} tokens/s of CPU   ×{value / medians[name_of_peer()]:.1f}")
+                print(
+                    f"  {name:28} {value:10,.0f} tokens/s of CPU   ours ×{medians['myserve.sdk'] / value:.1f}"
+                )
     finally:
         server.terminate()
-
-
-def name_of_peer() -> str:
-    return "openai-python (async)"
 
 
 if __name__ == "__main__":

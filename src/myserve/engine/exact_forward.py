@@ -236,9 +236,34 @@ class _ExactAttention(torch.autograd.Function):
         )
         wanted = [x for x in (query, key, value, sinks) if x is not None]
         with torch.enable_grad():
-            rows = [
-                dense_attention(*(x.transpose(0, 1) for x in qkv), sinks=sinks, **ctx.options).transpose(0, 1)
-                for qkv in zip(*(x.split(ctx.lengths) for x in wanted[:3]), strict=True)
-            ]
-            grads = torch.autograd.grad(torch.cat(rows), wanted, grad)
+            # Sequences of one length together: a batch of rollouts is many short ones, and a graph each costs more
+            # than the arithmetic.
+            places = _places_by_length(ctx.lengths)
+            rows = [_dense_rows(*(x[at] for x in wanted[:3]), sinks, ctx.options) for at in places]
+            grads = torch.autograd.grad(
+                torch.cat(rows), wanted, grad[torch.cat([at.flatten() for at in places])]
+            )
         return *grads, *([None] * (6 - len(grads)))
+
+
+def _places_by_length(lengths: list[int]) -> list[Tensor]:
+    """For each length, where the rows of its sequences lie in the packed ones: [B, length].
+
+    >>> [at.tolist() for at in _places_by_length([2, 1, 2])]
+    [[[2]], [[0, 1], [3, 4]]]
+    """
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    sizes = torch.tensor(lengths)
+    return [starts[sizes == size, None] + torch.arange(size) for size in sorted(set(lengths))]
+
+
+def _dense_rows(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Attention of B sequences of T tokens: query [B, T, H, D], key and value [B, T, Hkv, D]; gives [B * T, H, D]."""
+    heads = (
+        x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+    )  # each sequence brings heads of its own
+    every = None if sinks is None else sinks.repeat(len(query))
+    out = dense_attention(*heads, sinks=every, **options)  # [B * H, T, D]
+    return out.reshape(len(query), -1, *out.shape[1:]).transpose(1, 2).flatten(0, 1)

@@ -42,6 +42,7 @@ class SampleOptions(TypedDict, total=False):
     allowed_token_ids: Sequence[int]
     bad_words: Sequence[str]
     logit_bias: Mapping[str, float]
+    kept: bool  # the support of each draw, its mass and entropy: `SampledCompletion.kept`
     logprobs_mode: str
     noise: str
     cache_salt: str

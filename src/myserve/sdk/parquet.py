@@ -68,6 +68,9 @@ def _read(name: str, value: object) -> object:
     if name == "top_logprobs":
         assert isinstance(value, list)
         return [[tuple(alternative.values()) for alternative in at] for at in value]
+    if name == "weight_version_spans":
+        assert isinstance(value, list)
+        return [{key: part for key, part in span.items() if part is not None} for span in value]
     if name == "stop_reason":
         assert isinstance(value, str)
         return json.loads(value)
@@ -80,7 +83,9 @@ def _schema() -> pa.Schema:
     logprobs, ids = pa.list_(pa.float64()), pa.list_(pa.int32())
     alternative = pa.struct([("token_id", pa.int32()), ("logprob", pa.float64()), ("token", pa.string())])
     kept = pa.struct([("token_ids", ids), ("mass", pa.float64()), ("entropy", pa.float64())])
-    span = pa.struct([("start", pa.int64()), ("end", pa.int64()), ("weight_version", pa.int64())])
+    span = pa.struct(
+        {"start": pa.int64(), "end": pa.int64(), "weight_version": pa.int64(), "recomputed": pa.bool_()}
+    )
     return pa.schema(
         {
             "text": pa.string(),

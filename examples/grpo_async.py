@@ -1,0 +1,96 @@
+"""The same loop, asynchronous: rollouts go on while the trainer steps, and new weights come in under them (`keep`).
+
+    python examples/grpo_async.py --staleness 2       # runs/grpo-async/curve.svg
+
+A batch begins at most `staleness` steps before it is trained on, so no token is older than that; each token says which
+weights drew it, and its own logprob is the ratio's denominator. Nothing is lost at a swap. What is in flight at a swap
+depends on the clock, so this curve is not the same twice; with --staleness 0 it is the synchronous one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from display import Curve
+from grpo import Config, advantages, learn, parse_args
+from policy import Policy
+from serving import Server
+from sums import HELD_OUT, MAX_TOKENS, question, reward, sums_of_step
+
+from myserve.demo.evaluate import accuracy
+from myserve.sdk import AdaptiveConcurrencyController, Completions, DeploymentSampler, SampledCompletion
+
+
+@dataclass(frozen=True)
+class AsyncConfig(Config):
+    run: str = "runs/grpo-async"
+    staleness: int = 2  # steps that a token may be old
+
+
+def versions(answer: SampledCompletion) -> Iterator[int]:
+    """The weight version of each token."""
+    last = answer.weight_version or 0
+    for span in answer.weight_version_spans or [
+        {"start": 0, "end": answer.completion_len, "weight_version": last}
+    ]:
+        yield from [span["weight_version"]] * (span["end"] - span["start"])
+
+
+async def rollouts(config: AsyncConfig, sampler: DeploymentSampler, step: int) -> list[Completions]:
+    return await sampler.sample_batch(
+        [question(pair) for pair in sums_of_step(config.seed, step, config.prompts)], n=config.n, max_tokens=MAX_TOKENS,
+        temperature=config.temperature, logprobs=True, on_error="refill", seed=config.seed * 1_000_003 + step,
+    )  # fmt: skip
+
+
+def staleness(server: Server, step: int, answers: Sequence[SampledCompletion]) -> list[int]:
+    """How many steps old each token is."""
+    return [server.version(step) - version for answer in answers for version in versions(answer)]
+
+
+async def train(config: AsyncConfig) -> Path:
+    run = Path(config.run)
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    policy = Policy(config.model, config.learning_rate)
+    held_out = [(question(pair), str(sum(pair))) for pair in HELD_OUT[: config.exam]]
+    window = AdaptiveConcurrencyController(initial_window=64)
+    weights_dir = Path(config.weights_dir or run / "weights")
+    policy.save(weights_dir / "step-0000")
+    begun: deque[asyncio.Task[list[Completions]]] = deque()
+    with Server(config.model, weights_dir, config.url) as server, Curve(run, config.steps) as curve:
+        sampler = DeploymentSampler(server.url, server.name, "", policy.tokenizer, window)
+        await server.load(sampler, 0)
+        for step in range(config.steps):
+            for ahead in range(step + len(begun), min(step + config.staleness + 1, config.steps)):
+                begun.append(asyncio.create_task(rollouts(config, sampler, ahead)))
+            groups = await begun.popleft()
+            answers = [answer for group in groups for answer in group]
+            sums = sums_of_step(config.seed, step, config.prompts)
+            rewards = torch.tensor(
+                [[reward(p, a) for a in group] for p, group in zip(sums, groups, strict=True)]
+            )
+            figures = {"reward": rewards.mean().item()}
+            ages = staleness(server, step, answers)
+            figures |= {"stale_mean": sum(ages) / len(ages), "stale_max": max(ages)}
+            # In a thread of its own: meanwhile the event loop takes in the rollouts of the steps to come.
+            figures |= await asyncio.to_thread(learn, config, policy, answers, advantages(rewards).flatten())
+            if (step + 1) % config.exam_every == 0 or step + 1 == config.steps:
+                exam = await asyncio.to_thread(accuracy, policy.model, policy.tokenizer, held_out)
+                figures |= {"greedy": exam.greedy, "sampled": exam.sampled}
+            policy.save(weights_dir / f"step-{step + 1:04}")
+            await server.load(sampler, step + 1, mode="keep")
+            curve.live(sampler.stats.completion_tokens, window.window)
+            curve.add(step, figures)
+        await sampler.aclose()
+    return run
+
+
+if __name__ == "__main__":
+    asyncio.run(train(parse_args(AsyncConfig)))
