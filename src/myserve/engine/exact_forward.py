@@ -239,7 +239,7 @@ class _ExactAttention(torch.autograd.Function):
             # Sequences of one length together: a batch of rollouts is many short ones, and a graph each costs more
             # than the arithmetic.
             places = _places_by_length(ctx.lengths)
-            rows = [_dense_rows(*(x[at] for x in wanted[:3]), sinks, ctx.options) for at in places]
+            rows = [_dense_rows([x[at] for x in wanted[:3]], sinks, ctx.options) for at in places]
             grads = torch.autograd.grad(
                 torch.cat(rows), wanted, grad[torch.cat([at.flatten() for at in places])]
             )
@@ -257,13 +257,12 @@ def _places_by_length(lengths: list[int]) -> list[Tensor]:
     return [starts[sizes == size, None] + torch.arange(size) for size in sorted(set(lengths))]
 
 
-def _dense_rows(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: dict[str, Any]
-) -> Tensor:
+def _dense_rows(qkv: list[Tensor], sinks: Tensor | None, options: dict[str, Any]) -> Tensor:
     """Attention of B sequences of T tokens: query [B, T, H, D], key and value [B, T, Hkv, D]; gives [B * T, H, D]."""
-    heads = (
-        x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+    batch = len(qkv[0])
+    query, key, value = (
+        x.transpose(1, 2).flatten(0, 1) for x in qkv
     )  # each sequence brings heads of its own
-    every = None if sinks is None else sinks.repeat(len(query))
-    out = dense_attention(*heads, sinks=every, **options)  # [B * H, T, D]
-    return out.reshape(len(query), -1, *out.shape[1:]).transpose(1, 2).flatten(0, 1)
+    every = None if sinks is None else sinks.repeat(batch)
+    out = dense_attention(query, key, value, sinks=every, **options)  # [B * H, T, D]
+    return out.reshape(batch, -1, *out.shape[1:]).transpose(1, 2).flatten(0, 1)
