@@ -15,7 +15,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 def open_choices(server: Any) -> int:
     """How many choices the engine still works for."""
-    count: int = server.model("tiny").engine._num_open
+    count: int = server.model("tiny").engine._queue.num_open
     return count
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 NEEDS_SERVER = (
     "serving needs torch and friends, which the base install leaves out: pip install 'myserve[server]'"
 )
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
 
 
 def serve(
@@ -55,7 +68,10 @@ def serve(
     tool_style: Annotated[
         str | None, typer.Option(help="How tool calls are written: auto, none, hermes or llama3_json.")
     ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    log_level: Annotated[
+        LogLevel, typer.Option(help="info has a line for each request, without its text.")
+    ] = LogLevel.WARNING,
+    log_format: Annotated[LogFormat, typer.Option(help="json: an object a line.")] = LogFormat.TEXT,
 ) -> None:
     """Serve a model over OpenAI's API, with exact, reproducible sampling."""
     # Threads that wait at a barrier spin, and stall the HTTP thread where cores are few; threads that never spin
@@ -84,7 +100,7 @@ def serve(
         fail(str(error))
     except ModuleNotFoundError as error:
         fail(f"{NEEDS_SERVER}  (missing: {error.name})")
-    _run(settings, listener, log_level)
+    _run(settings, listener, log_level, log_format)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -126,10 +142,11 @@ def _name_of(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def _run(settings: Settings, listener: socket.socket, log_level: str) -> None:
+def _run(settings: Settings, listener: socket.socket, log_level: LogLevel, log_format: LogFormat) -> None:
     try:
         import uvicorn
 
+        from myserve.server import logs
         from myserve.server.app import create_app
     except ModuleNotFoundError as error:
         fail(f"{NEEDS_SERVER}  (missing: {error.name})")
@@ -137,8 +154,12 @@ def _run(settings: Settings, listener: socket.socket, log_level: str) -> None:
     err.print(
         f"[bold]myserve[/]  [dim]{', '.join(settings.preload or ())}[/]  at [bold]http://{host}:{port}[/]"
     )
+    logs.configure(log_level.value, log_format.value)
     app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=5, ws="none"))
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=5, ws="none"
+    )  # ours has the request's id and cost
+    server = uvicorn.Server(config)
     failures: list[str] = []
 
     def give_up(name: str, error: BaseException) -> None:

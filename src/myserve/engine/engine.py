@@ -16,9 +16,11 @@ from myserve.engine.blocks import BlockPool
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints import Constraints
 from myserve.engine.detokenizer import Detokenizer
+from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.model_runner import ModelRunner, StepResult
-from myserve.engine.outputs import RequestMetrics, RoutingShape
+from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
 from myserve.engine.packing_check import check_packing
+from myserve.engine.queue_bound import QueueBound
 from myserve.engine.request import Request
 from myserve.engine.results import outcome_of, request_metrics
 from myserve.engine.scheduler import Batch, Limits, Scheduler
@@ -27,7 +29,7 @@ from myserve.engine.token_bytes import TokenBytes
 from myserve.engine.weight_update import Mode, Prepared, Source, UpdateOptions, prepare
 from myserve.engine.weight_updates import WeightUpdate, WeightUpdates
 from myserve.engine.weights import LoadedModel, load
-from myserve.errors import EngineDeadError, OverloadedError, WeightsLoadingError
+from myserve.errors import EngineDeadError, WeightsLoadingError
 
 logger = logging.getLogger("myserve.engine")
 
@@ -73,16 +75,15 @@ class Engine:
         self._updates = WeightUpdates(self._prepare_weights, self._post)
         self.constraints = Constraints(loaded.tokenizer, self.token_bytes, loaded.eos_token_ids)
         self._arrivals = count()
-        self._owner: dict[
-            Request, Submission
-        ] = {}  # whoever has not ended; the engine's thread alone writes it
+        # Whoever has not ended; the engine's thread alone writes it, and the meters.
+        self._owner: dict[Request, Submission] = {}
+        self.meters = EngineMeters()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._fatal: BaseException | None = None
-        self._num_open = 0  # choices that were submitted and have not ended; under the lock
-        self._mean_duration = 0.0  # seconds from arrival to end, a moving average
+        self._queue = QueueBound(config.max_queue, config.max_num_seqs)  # under the lock
 
     @classmethod
     def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> Engine:
@@ -122,6 +123,13 @@ class Engine:
     def weight_version(self) -> int:
         """What the weights are called that compute now; 0 at first."""
         return self.scheduler.weight_version
+
+    @property
+    def load(self) -> EngineLoad:
+        """How full it is: read without a lock, so a step may lie between two of the numbers."""
+        running, pool = len(self.scheduler.running), self.scheduler.pool
+        waiting = max(0, self._queue.num_open - running)
+        return EngineLoad(running, waiting, pool.usage, self.scheduler.num_preemptions)
 
     @property
     def is_alive(self) -> bool:
@@ -225,11 +233,14 @@ class Engine:
 
     def step(self) -> bool:
         """Plan, run, take in, hand out. False when there was nothing to do."""
-        batch = self.scheduler.schedule(time.monotonic())
+        began = time.monotonic()
+        batch = self.scheduler.schedule(began)
         if not batch.pieces:
             return False
         result = self.runner.run(batch)
-        ended = self.scheduler.update(batch, result.token_ids, time.monotonic())
+        now = time.monotonic()
+        self.meters.add_step(batch, result, now - began, now)
+        ended = self.scheduler.update(batch, result.token_ids, now)
         self._hand_out(batch, result, dict(ended))
         return True
 
@@ -261,18 +272,19 @@ class Engine:
             self._owner[request] = submission
         self.scheduler.add(submission.requests[0])
 
-    def _abort(self, requests: Sequence[Request]) -> None:
+    def _abort(self, requests: Sequence[Request], reason: str = "abort") -> None:
         for request in requests:
             self.scheduler.abort(request)
-            self._forget(request)
+            self._forget(request, reason)
 
-    def _forget(self, request: Request) -> None:
+    def _forget(self, request: Request, reason: str) -> None:
         if self._owner.pop(request, None) is None:
             return
         self.runner.remove(request)
+        now = time.monotonic()
+        self.meters.add_end(request, reason, now)
         with self._wake:
-            self._num_open -= 1
-            self._mean_duration += 0.1 * (time.monotonic() - request.times.arrived - self._mean_duration)
+            self._queue.leave(now - request.times.arrived)
 
     def _hand_out(self, batch: Batch, result: StepResult, ended: dict[Request, str]) -> None:
         """One message to each event loop for the whole step: a loop wakes once a step, not once a token."""
@@ -300,8 +312,8 @@ class Engine:
         for request, scores in result.prompt_logprobs.items():
             owner = self._owner[request]
             mail[owner.loop].insert(0, (owner.stream, Outcome(request.index, prompt_logprobs=scores)))
-        for request in ended:
-            self._forget(request)
+        for request, reason in ended.items():
+            self._forget(request, reason)
         for loop, letters in mail.items():
             self._send(loop, letters)
 
@@ -320,7 +332,7 @@ class Engine:
         self._take_inbox()
         for request, owner in list(self._owner.items()):
             outcome = Outcome(request.index, finish_reason="error", error=error)
-            self._forget(request)
+            self._forget(request, "error")
             self._send(owner.loop, [(owner.stream, outcome)])
 
     # ---- new weights, on the engine's thread (`weight_updates.Swapper`)
@@ -374,24 +386,17 @@ class Engine:
                 raise EngineDeadError(f"the engine has stopped ({self._fatal or 'shut down'})")
             if self._updates.refuses_requests:
                 raise WeightsLoadingError("new weights are about to be swapped in; try again in a moment")
-            if self._num_open + n > self.config.max_queue:
-                share = (self._num_open + n - self.config.max_queue) / self.config.max_num_seqs
-                raise OverloadedError(
-                    f"{self._num_open} completions wait or run, and no more than {self.config.max_queue} may; "
-                    "try again later",
-                    retry_after=max(1.0, share * self._mean_duration),
-                )
-            self._num_open += n
+            self._queue.enter(n)
 
     def _stream_of(self, submission: Submission, request_id: str) -> RequestStream:
         requests = submission.requests
 
-        def abort(indices: list[int]) -> None:
-            self._post(lambda: self._abort([requests[i] for i in indices]))
+        def abort(indices: list[int], reason: FinishReason) -> None:
+            self._post(lambda: self._abort([requests[i] for i in indices], reason))
 
         def metrics(index: int) -> RequestMetrics:
             usage = self.scheduler.pool.usage
-            return request_metrics(requests[index], time.monotonic(), self._num_open, usage)
+            return request_metrics(requests[index], time.monotonic(), self._queue.num_open, usage)
 
         detokenizers = [Detokenizer(self.token_bytes, submission.params) for _ in requests]
         return RequestStream(request_id, submission.seed, detokenizers, abort=abort, metrics=metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class StepResult:
     routed_experts: list[bytes | None]  # of each draw's forward pass, where its request asked
     prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
     failed_prompts: dict[Request, NonFiniteLogitsError]
+    sampling_seconds: float
 
     @property
     def token_ids(self) -> list[int | None]:
@@ -102,8 +104,11 @@ class ModelRunner:
         row_of = {position: row for row, position in enumerate(wanted)}
         scored, failed = self._score_prompts(batch, rows, heard)
         drawing = _drawing_positions(batch)
+        began = time.perf_counter()
         draws = self._draw(batch, logits, [row_of[position] for position in drawing])
-        return StepResult(draws, self._routing_of_draws(batch, heard.rows(drawing)), scored, failed)
+        sampling = time.perf_counter() - began
+        routed = self._routing_of_draws(batch, heard.rows(drawing))
+        return StepResult(draws, routed, scored, failed, sampling)
 
     def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
         """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted.

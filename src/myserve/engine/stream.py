@@ -39,7 +39,7 @@ class RequestStream(AsyncIterator[Delta]):
         seed: int,
         detokenizers: list[Detokenizer],
         *,
-        abort: Callable[[list[int]], None],
+        abort: Callable[[list[int], FinishReason], None],
         metrics: Callable[[int], RequestMetrics],
     ) -> None:
         self.request_id = request_id
@@ -68,7 +68,7 @@ class RequestStream(AsyncIterator[Delta]):
         for index in aborted:
             self._finish(index, self._detokenizers[index].end(), "abort")
         if aborted:
-            self._abort_in_engine(aborted)
+            self._abort_in_engine(aborted, "abort")
 
     async def aclose(self) -> None:
         self.abort()
@@ -84,7 +84,7 @@ class RequestStream(AsyncIterator[Delta]):
             released = detokenizer.feed(outcome.token)
         if released.matched is not None:
             self._finish(index, released, "stop", released.matched, outcome=outcome)
-            self._abort_in_engine([index])
+            self._abort_in_engine([index], "stop")
         elif outcome.finish_reason is not None:
             rest = detokenizer.end(outcome.token if outcome.hides_token else None)
             stopped_by: int | str | None = outcome.stop_reason

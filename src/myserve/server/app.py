@@ -1,10 +1,9 @@
-"""The application: routes, request ids, and every error as OpenAI shapes it. Making one starts nothing."""
+"""The application: routes, and every error as OpenAI shapes it. Making one starts nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -13,14 +12,14 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from myserve.errors import MyserveError
-from myserve.server import chat, completions, generate, health, playground, tokenize, weights
+from myserve.server import chat, completions, generate, health, metrics, playground, tokenize, weights
+from myserve.server.edge import Edge
 from myserve.server.errors import error_response, http_error_response, status_of
+from myserve.server.http_meters import HttpMeters
 from myserve.server.models import Models
 from myserve.server.reading import SCHEMAS
 from myserve.server.settings import Settings
@@ -51,14 +50,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.models = Models(settings)
     app.state.on_load_failure = None  # who starts a server may want to end it then
-    for family in (chat, completions, generate, tokenize, weights, health, playground):
+    for family in (chat, completions, generate, tokenize, weights, health, metrics, playground):
         app.include_router(family.router)
     app.add_exception_handler(MyserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientGoneError, _on_client_gone)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
-    app.add_exception_handler(Exception, _on_error)
-    app.add_middleware(RequestIds)
+    app.state.http_meters = HttpMeters()
+    app.add_middleware(Edge, meters=app.state.http_meters)
     return app
 
 
@@ -111,27 +110,3 @@ async def _on_http_error(http: Request, error: Exception) -> Response:
 
 async def _on_client_gone(http: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-class RequestIds:
-    """Answers carry the request's `x-request-id`, or a new one: the word that both sides' logs share."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        sent = Headers(scope=scope).get("x-request-id", "")
-        # Bounded and printable: what comes back must not be a way to write headers or fill logs.
-        request_id = (
-            sent if 0 < len(sent) <= 128 and sent.isprintable() and sent.isascii() else uuid.uuid4().hex
-        )
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)

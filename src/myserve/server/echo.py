@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from myserve.core.params import SamplingParams
+from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.outputs import Delta, RequestMetrics, TokenOutput
 from myserve.errors import ContextLengthError, RequestError
 from myserve.server.errors import EchoHasNoModelError
@@ -53,6 +54,13 @@ class EchoEngine:
     exactness: ClassVar[
         dict[str, str | int | bool]
     ] = {}  # there are no numbers that could depend on anything
+
+    def __init__(self) -> None:
+        self.meters = EngineMeters()  # of steps, and an echo takes none
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad()
 
     async def prepare(self, params: SamplingParams) -> None:
         """An echo keeps to no grammar."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 from myserve.errors import EngineError
+from myserve.server.logs import note
 from myserve.server.models import ServedModel, Stream
 from myserve.server.pacing import Pace
 from myserve.server.sampling import prompt_seed
@@ -87,6 +88,7 @@ class Generation:
             for position, stream in enumerate(self._streams)
             for index in range(n)
         ]
+        note(model=request.model, prompt_tokens=sum(map(len, prompts)), choices=len(self.choices))
         self._paces = [Pace(request.stream_interval or 1 if request.stream else 1) for _ in self.choices]
 
     def abort(self) -> None:
@@ -106,6 +108,7 @@ class Generation:
                         yield self._take(position, ready)
         finally:
             self.abort()
+            note(completion_tokens=sum(len(choice.sampled) for choice in self.choices))
 
     def _take(self, position: int, delta: Delta) -> tuple[Choice, Delta]:
         first = position * self._n

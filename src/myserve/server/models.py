@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from myserve.core.params import SamplingParams
+from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.outputs import Delta, RoutingShape
 from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import ModelNotFoundError, MyserveError
@@ -54,6 +55,10 @@ class Backend(Protocol):
     def weight_version(self) -> int: ...
     @property
     def is_alive(self) -> bool: ...
+    @property
+    def meters(self) -> EngineMeters: ...
+    @property
+    def load(self) -> EngineLoad: ...
     @property
     def routing_shape(self) -> RoutingShape | None: ...
     @property
