@@ -64,6 +64,13 @@ def test_the_token_that_ended_it_is_listed_with_its_logprob(server: Any) -> None
         assert (choice["finish_reason"], entry["top_logprobs"]) == ("stop", [])
 
 
+def test_the_support_of_each_draw_is_its_sampling_mask(server: Any) -> None:
+    (choice,) = generate(server, {"kept": True, "top_k": 4, "ignore_eos": True})["choices"]
+    assert [len(mask) for mask in choice["sampling_mask"]] == [4] * 8
+    assert all(i in mask for i, mask in zip(choice["token_ids"], choice["sampling_mask"], strict=True))
+    assert "sampling_mask" not in generate(server, {"top_k": 4})["choices"][0]
+
+
 def test_a_stream_joined_is_the_whole(server: Any) -> None:
     sampling = {"n": 2, "logprobs": 1}
     whole = generate(server, sampling, request_id="mine", return_token_ids=True)

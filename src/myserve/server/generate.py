@@ -73,6 +73,8 @@ def _gained(answer: Answer, choice: Choice, delta: Delta) -> GenerateChoice:
 
 def _choice(answer: Answer, choice: Choice, tokens: Sequence[TokenOutput], *, last: bool) -> GenerateChoice:
     entries = [answer.writer.entry(token) for token in tokens] if lists_tokens(answer.request) else None
+    supports = [list(token.kept.token_ids) for token in tokens if token.kept is not None]
+    masks: GenerateChoice = {"sampling_mask": supports} if supports else {}
     return {
         "index": choice.index,
         "logprobs": None if entries is None else {"content": entries},
@@ -80,6 +82,7 @@ def _choice(answer: Answer, choice: Choice, tokens: Sequence[TokenOutput], *, la
         "token_ids": [token.token_id for token in tokens],
         "seed": choice.seed,
         **answer.extras(choice, tokens, first=False, last=last),
+        **masks,
     }
 
 

@@ -18,7 +18,14 @@ class GenerateSampling(SamplingFields):
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED
     # How vLLM stores and detokenizes inside itself; plugins' own words, which are answered in plain JSON.
     HINTS: ClassVar[frozenset[str]] = frozenset(
-        {"detokenize", "flat_logprobs", "extra_args", "output_kind", "skip_clone"}
+        {
+            "detokenize",
+            "flat_logprobs",
+            "extra_args",
+            "output_kind",
+            "skip_clone",
+            "routed_experts_prompt_start",
+        }
         | {"spaces_between_special_tokens"}
     )
 

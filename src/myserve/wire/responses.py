@@ -185,12 +185,13 @@ class Completion(TypedDict):
     perf_metrics: NotRequired[dict[str, int | float | str]]
 
 
-class GenerateChoice(ChoiceExtras):
+class GenerateChoice(ChoiceExtras, total=False):
     """One choice of vLLM's token route; in a stream, what it gained."""
 
     index: int
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    sampling_mask: list[list[int]]  # with `kept`: the ids that each token was drawn from
 
 
 class Generated(TypedDict):
