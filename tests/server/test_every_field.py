@@ -54,6 +54,21 @@ CHANGES: dict[str, tuple[Any | Callable[[Body], Any], Body]] = {
     "skip_special_tokens": (False, {"logit_bias": {"1": 100}}),
     "allowed_token_ids": ([60, 61], {}),
     "bad_words": ([chr(code) for code in range(33, 127)], {}),
+    **{
+        name: (value, {"ignore_eos": False})
+        for name, value in {
+            "response_format": {"type": "json_object"},
+            "structured_outputs": {"regex": "[ab]{9}"},
+            "json_schema": {"type": "integer"},
+            "regex": "[ab]{9}",
+            "choice": ["red", "blue"],
+            "grammar": 'root ::= "red" | "blue"',
+            "guided_json": {"type": "integer"},
+            "guided_regex": "[ab]{9}",
+            "guided_choice": ["red", "blue"],
+            "guided_grammar": 'root ::= "red" | "blue"',
+        }.items()
+    },
     "logit_bias": ({"60": 100}, {}),
     "repetition_penalty": (5.0, {"temperature": 0}),
     "frequency_penalty": (2.0, {"temperature": 0}),
@@ -97,6 +112,9 @@ ELSEWHERE = {
     "cache_salt": "test_extensions",
     "include_routing_matrix": "test_routing",
     "chat_template_kwargs": "test_app",
+    **dict.fromkeys(
+        ("tools", "tool_choice", "parallel_tool_calls", "thinking_token_budget"), "test_structured"
+    ),
 }
 CASES = [
     (path, name)

@@ -64,6 +64,15 @@ def test_the_token_that_ended_it_is_listed_with_its_logprob(server: Any) -> None
         assert (choice["finish_reason"], entry["top_logprobs"]) == ("stop", [])
 
 
+def test_the_form_of_the_text_holds_here_too(server: Any) -> None:
+    (choice,) = generate(server, {"structured_outputs": {"choice": ["red", "blue"]}, "max_tokens": None})[
+        "choices"
+    ]
+    assert choice["finish_reason"] == "stop"
+    text = post(server, "/detokenize", {"tokens": choice["token_ids"]})["prompt"]
+    assert text.removesuffix("<|im_end|>") in ("red", "blue")
+
+
 def test_the_support_of_each_draw_is_its_sampling_mask(server: Any) -> None:
     (choice,) = generate(server, {"kept": True, "top_k": 4, "ignore_eos": True})["choices"]
     assert [len(mask) for mask in choice["sampling_mask"]] == [4] * 8

@@ -24,9 +24,9 @@ class GenerateSampling(SamplingFields):
             "extra_args",
             "output_kind",
             "skip_clone",
-            "routed_experts_prompt_start",
+            "spaces_between_special_tokens",
         }
-        | {"spaces_between_special_tokens"}
+        | {"routed_experts_prompt_start"}
     )
 
     logprobs: int | None = None
