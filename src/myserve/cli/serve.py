@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 NEEDS_SERVER = (
     "serving needs torch and friends, which the base install leaves out: pip install 'myserve[server]'"
 )
+
+log = logging.getLogger("myserve.server")
 
 
 class LogLevel(StrEnum):
@@ -68,6 +71,18 @@ def serve(
     tool_style: Annotated[
         str | None, typer.Option(help="How tool calls are written: auto, none, hermes or llama3_json.")
     ] = None,
+    api_keys_file: Annotated[
+        str | None,
+        typer.Option(help="A key a line, read again when it changes; every route but health wants one."),
+    ] = None,
+    admin_keys_file: Annotated[
+        str | None,
+        typer.Option(help="Keys that may change weights; where there are API keys, no others may."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Pages that may ask, as https://host; may be given several times."),
+    ] = None,
     log_level: Annotated[
         LogLevel, typer.Option(help="info has a line for each request, without its text.")
     ] = LogLevel.WARNING,
@@ -91,11 +106,17 @@ def serve(
         "prefix_caching": prefix_caching,
         "trust_remote_code": trust_remote_code,
     }
+    server = {
+        "strict": strict,
+        "weights_dir": weights_dir,
+        "tool_style": tool_style,
+        "api_keys_file": api_keys_file,
+        "admin_keys_file": admin_keys_file,
+        "cors_origins": tuple(cors_origin) if cors_origin else None,
+    }
     listener = _listen(host, port)  # before the imports: a taken port is known at once
     try:
-        settings = _settings(
-            model, served_model_name, engine, strict=strict, weights_dir=weights_dir, tool_style=tool_style
-        )
+        settings = _settings(model, served_model_name, engine, server)
     except MyserveError as error:
         fail(str(error))
     except ModuleNotFoundError as error:
@@ -114,14 +135,14 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _settings(model: str | None, names: list[str] | None, engine: dict[str, Any], **server: Any) -> Settings:
+def _settings(
+    model: str | None, names: list[str] | None, engine: dict[str, Any], server: dict[str, Any]
+) -> Settings:
     """What the environment asks for, and over it what the command line does."""
     from myserve.server.settings import Settings
 
     settings = Settings.from_env()
-    given = {name: value for name, value in engine.items() if value is not None}
-    changes: dict[str, Any] = {"engine": replace(settings.engine, **given)}
-    changes |= {name: value for name, value in server.items() if value is not None}
+    changes = _given(server) | {"engine": replace(settings.engine, **_given(engine))}
     if model is not None:
         changes["models"] = dict.fromkeys(names or [_name_of(model)], model)
         changes["preload"] = None
@@ -130,6 +151,10 @@ def _settings(model: str | None, names: list[str] | None, engine: dict[str, Any]
         changes["models"] = dict.fromkeys(names, path)
         changes["preload"] = None
     return replace(settings, **changes)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _name_of(model: str) -> str:
@@ -155,10 +180,16 @@ def _run(settings: Settings, listener: socket.socket, log_level: LogLevel, log_f
         f"[bold]myserve[/]  [dim]{', '.join(settings.preload or ())}[/]  at [bold]http://{host}:{port}[/]"
     )
     logs.configure(log_level.value, log_format.value)
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=5, ws="none"
-    )  # ours has the request's id and cost
+    try:
+        app = create_app(settings)
+    except MyserveError as error:  # a file of keys without keys
+        fail(str(error))
+    if host not in ("127.0.0.1", "::1") and settings.api_keys_file is None:
+        log.warning(
+            "whoever reaches %s:%d may use this server; --api-keys-file makes it ask for keys", host, port
+        )
+    # access_log: ours has the request's id and its cost
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, ws="none")
     server = uvicorn.Server(config)
     failures: list[str] = []
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -17,6 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from myserve.errors import MyserveError
 from myserve.server import chat, completions, generate, health, metrics, playground, tokenize, weights
+from myserve.server.access import Access, AccessControl
 from myserve.server.edge import Edge
 from myserve.server.errors import error_response, http_error_response, status_of
 from myserve.server.http_meters import HttpMeters
@@ -57,6 +59,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(ClientGoneError, _on_client_gone)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
     app.state.http_meters = HttpMeters()
+    access = Access.of(settings)
+    app.add_middleware(AccessControl, access=access)
+    if access.origins:  # around it: a browser asks for leave without a key
+        headers = ["authorization", "content-type", "x-api-key", "x-request-id"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=headers
+        )
     app.add_middleware(Edge, meters=app.state.http_meters)
     return app
 

@@ -25,6 +25,20 @@ class BodyTooLargeError(RequestError):
     """The request's body is over the operator's limit."""
 
 
+class UnauthorizedError(RequestError):
+    """No key, or one that is nobody's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="invalid_api_key")
+
+
+class ForbiddenError(RequestError):
+    """A good key that may not do this, or a page that may not ask at all."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="forbidden")
+
+
 class ModelLoadError(EngineError):
     """A model that the operator serves did not load."""
 
@@ -44,6 +58,10 @@ def status_of(error: Exception) -> int:
     match error:
         case ModelNotFoundError():
             return 404
+        case UnauthorizedError():
+            return 401
+        case ForbiddenError():
+            return 403
         case BodyTooLargeError():
             return 413
         case RequestError():
@@ -83,6 +101,8 @@ def error_response(error: Exception) -> Response:
     headers = {}
     if isinstance(error, OverloadedError | WeightsLoadingError):
         headers["retry-after"] = f"{max(1, round(error.retry_after))}"
+    if isinstance(error, UnauthorizedError):
+        headers["www-authenticate"] = "Bearer"
     return _json(error_body(error), status_of(error), headers)
 
 

@@ -36,6 +36,9 @@ class Settings:
     weights_dir: str | None = None  # where snapshots for new weights lie; None: the weights stay as loaded
     tool_style: str = "auto"  # how the models write tool calls; auto: as their chat templates say
     max_body_bytes: int = 64 << 20
+    api_keys_file: str | None = None  # None: whoever reaches the port may ask
+    admin_keys_file: str | None = None  # of those who may change weights
+    cors_origins: tuple[str, ...] = ()  # pages that may ask, as "https://host"; "*": every page
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -77,6 +80,9 @@ class Settings:
             strict=_flag(env, "MYSERVE_STRICT"),
             weights_dir=env.get("MYSERVE_WEIGHTS_DIR") or None,
             tool_style=env.get("MYSERVE_TOOL_STYLE", "auto"),
+            api_keys_file=env.get("MYSERVE_API_KEYS_FILE") or None,
+            admin_keys_file=env.get("MYSERVE_ADMIN_KEYS_FILE") or None,
+            cors_origins=tuple(_words(env.get("MYSERVE_CORS_ORIGINS", ""))),
         )
 
 

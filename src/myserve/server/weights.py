@@ -12,15 +12,22 @@ from myserve.server.models import ServedModel
 from myserve.server.reading import documented, models_of, read_request, settings_of
 from myserve.server.snapshots import snapshot_folder
 from myserve.server.streaming import json_response
-from myserve.wire.weights import HotLoadRequest, HotLoadState, Replica, WeightsReport, WeightsRequest
+from myserve.wire.weights import (
+    HOT_LOAD,
+    WEIGHTS,
+    HotLoadRequest,
+    HotLoadState,
+    Replica,
+    WeightsReport,
+    WeightsRequest,
+)
 
 router = APIRouter()
 
-HOT_LOAD = "/hot_load/v1/models/hot_load"
 SOURCE_URL = "x-fireworks-hot-load-source-url"
 
 
-@router.post("/v1/weights", openapi_extra=documented(WeightsRequest))
+@router.post(WEIGHTS, openapi_extra=documented(WeightsRequest))
 async def update_weights(http: Request) -> Response:
     """Answers when the new weights are in place. A client that leaves does not stop the update."""
     request = await read_request(http, WeightsRequest)
@@ -43,7 +50,7 @@ async def update_weights(http: Request) -> Response:
     return json_response(body)
 
 
-@router.get("/v1/weights")
+@router.get(WEIGHTS)
 async def show_weights(http: Request) -> Response:
     """The state of every loaded model's weights."""
     models = models_of(http)

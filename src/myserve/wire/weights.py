@@ -8,6 +8,9 @@ from pydantic import Field
 
 from myserve.wire.base import WireModel
 
+WEIGHTS = "/v1/weights"
+HOT_LOAD = "/hot_load/v1/models/hot_load"
+
 Mode = Literal["drain", "keep", "abort"]
 Stage = Literal["idle", "loading", "draining", "done", "error"]
 
