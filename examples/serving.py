@@ -74,17 +74,18 @@ class Server:
     async def load(
         self, sampler: DeploymentSampler, step: int, mode: Literal["drain", "keep"] = "drain"
     ) -> None:
-        """The weights of `step` are in place when this returns, whether or not the server was restarted."""
-        self._wait_until_ready()
-        while self._weight_version() != self.version(step):
+        """The weights of `step` are in place when this returns, whether or not the server died meanwhile."""
+        while True:
+            self._wait_until_ready()
             try:
+                if self._weight_version() == self.version(step):
+                    return
                 await sampler.update_weights(f"step-{step:04}", version=self.version(step), mode=mode)
+            except httpx.TransportError:
+                continue
             except WeightUpdateError as error:
-                if (
-                    error.status is not None
-                ):  # the server's word, not a broken connection: look, and ask again
+                if error.status is not None:  # the server's word, not a broken connection
                     raise
-                self._wait_until_ready()
 
     def _start(self) -> None:
         port = self.url.rsplit(":", 1)[1]

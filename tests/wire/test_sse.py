@@ -29,8 +29,10 @@ EVENTS = [
 
 
 def decode(chunks: list[bytes]) -> list[ServerSentEvent]:
-    decoder = SSEDecoder()
-    return [event for chunk in chunks for event in decoder.feed(chunk)]
+    decoder, data = SSEDecoder(), SSEDecoder()
+    events = [event for chunk in chunks for event in decoder.feed(chunk)]
+    assert [d for chunk in chunks for d in data.feed_data(chunk)] == [event.data.encode() for event in events]
+    return events
 
 
 def cut(data: bytes, borders: list[int]) -> list[bytes]:

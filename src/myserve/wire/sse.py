@@ -81,6 +81,23 @@ class SSEDecoder:
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """The events that `chunk` completes, in order."""
+        return [event for event in map(self._parse, self._blocks(chunk)) if event is not None]
+
+    def feed_data(self, chunk: bytes) -> list[bytes]:
+        r"""The same, as the bytes of each event's data alone: less work, where nobody needs more.
+
+        >>> SSEDecoder().feed_data(b"data: [1]\n\nevent: error\ndata: [2]\n\n: a comment\n\n")
+        [b'[1]', b'[2]']
+        """
+        data: list[bytes] = []
+        for block in self._blocks(chunk):
+            if block.startswith(b"data: ") and b"\n" not in block:
+                data.append(block[6:])
+            elif (event := self._parse(block)) is not None:
+                data.append(event.data.encode())
+        return data
+
+    def _blocks(self, chunk: bytes) -> list[bytes]:
         # A search for the blank line starts where the last one ended: many small chunks stay linear.
         searched = max(0, len(self._buffer) - 1)
         self._buffer += self._with_lf_only(chunk)
@@ -90,7 +107,7 @@ class SSEDecoder:
             return []
         *blocks, rest = bytes(self._buffer).split(b"\n\n")
         self._buffer = bytearray(rest)
-        return [event for event in map(self._parse, blocks) if event is not None]
+        return blocks
 
     def _with_lf_only(self, chunk: bytes) -> bytes:
         if not chunk:
