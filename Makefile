@@ -14,6 +14,7 @@ install: .venv/installed ## make .venv with everything, exact versions
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,grammar,dev]'
+	$(BIN)/python -m compileall -q src # where Python may write no bytecode, every start would compile: 1.6 s
 	$(BIN)/python -m myserve.engine.native
 	@touch $@
 
