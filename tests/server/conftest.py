@@ -12,10 +12,10 @@ from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from myserve.server.app import create_app
+from myserve.server.graceful import GracefulServer
 from myserve.server.models import ServedModel
 from myserve.server.settings import Settings
 
@@ -39,6 +39,7 @@ class RunningServer:
 
     url: str
     app: FastAPI
+    server: GracefulServer
 
     def model(self, name: str) -> ServedModel:
         loaded: ServedModel | None = self.app.state.models.if_loaded(name)
@@ -52,8 +53,7 @@ def run_server(settings: Settings) -> Iterator[RunningServer]:
     app = create_app(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as `myserve serve` does
-    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5, ws="none")
-    server = uvicorn.Server(config)
+    server = GracefulServer(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -61,7 +61,7 @@ def run_server(settings: Settings) -> Iterator[RunningServer]:
             time.sleep(0.01)
         while set(app.state.models.readiness().values()) == {"loading"}:
             time.sleep(0.01)
-        yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", app)
+        yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", app, server)
     finally:
         server.should_exit = True
         thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 from dataclasses import replace
@@ -83,6 +84,20 @@ def serve(
         list[str] | None,
         typer.Option(help="Pages that may ask, as https://host; may be given several times."),
     ] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Of the largest request; more is a 413.")] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds for an answer; then a 504, or an error event in a stream.")
+    ] = None,
+    client_timeout: Annotated[
+        float | None, typer.Option(help="Seconds in which a client must have sent its request.")
+    ] = None,
+    shutdown_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that running requests have to finish after SIGTERM.")
+    ] = None,
+    exit_on_engine_death: Annotated[
+        bool | None,
+        typer.Option("--exit-on-engine-death", help="With status 1, for a supervisor to restart it."),
+    ] = None,
     log_level: Annotated[
         LogLevel, typer.Option(help="info has a line for each request, without its text.")
     ] = LogLevel.WARNING,
@@ -110,6 +125,11 @@ def serve(
         "strict": strict,
         "weights_dir": weights_dir,
         "tool_style": tool_style,
+        "max_body_bytes": max_body_bytes,
+        "request_timeout": request_timeout,
+        "client_timeout": client_timeout,
+        "shutdown_timeout": shutdown_timeout,
+        "exit_on_engine_death": exit_on_engine_death,
         "api_keys_file": api_keys_file,
         "admin_keys_file": admin_keys_file,
         "cors_origins": tuple(cors_origin) if cors_origin else None,
@@ -169,10 +189,9 @@ def _name_of(model: str) -> str:
 
 def _run(settings: Settings, listener: socket.socket, log_level: LogLevel, log_format: LogFormat) -> None:
     try:
-        import uvicorn
-
         from myserve.server import logs
         from myserve.server.app import create_app
+        from myserve.server.graceful import GracefulServer
     except ModuleNotFoundError as error:
         fail(f"{NEEDS_SERVER}  (missing: {error.name})")
     host, port = listener.getsockname()[:2]
@@ -188,9 +207,7 @@ def _run(settings: Settings, listener: socket.socket, log_level: LogLevel, log_f
         log.warning(
             "whoever reaches %s:%d may use this server; --api-keys-file makes it ask for keys", host, port
         )
-    # access_log: ours has the request's id and its cost
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, ws="none")
-    server = uvicorn.Server(config)
+    server = GracefulServer(app)
     failures: list[str] = []
 
     def give_up(name: str, error: BaseException) -> None:
@@ -202,6 +219,15 @@ def _run(settings: Settings, listener: socket.socket, log_level: LogLevel, log_f
         # uvicorn shuts down in order, then raises the signal again for whoever had it before: nobody, so that the
         # process ends as a server that was asked to end, with status 0
         signal.signal(number, lambda *_: None)
+    _raise_file_limit()
     server.run(sockets=[listener])
+    if server.engine_died:
+        failures.append("an engine stopped, and its last words are in the log")
     if failures:
         fail(failures[0])
+
+
+def _raise_file_limit() -> None:
+    """A connection is a file, and shells allow 1024: as many as the system lets us."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -39,6 +39,23 @@ class ForbiddenError(RequestError):
         super().__init__(message, code="forbidden")
 
 
+class TooSlowError(RequestError):
+    """The client took longer to send its request than the operator lets it."""
+
+
+class DeadlineError(EngineError):
+    """The answer took longer than the operator lets it."""
+
+
+class ShuttingDownError(EngineError):
+    """The server is about to end. Another one, or this one restarted, gives the same tokens for the same seed."""
+
+    retry_after = 1.0  # seconds
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; ask again")
+
+
 class ModelLoadError(EngineError):
     """A model that the operator serves did not load."""
 
@@ -62,6 +79,8 @@ def status_of(error: Exception) -> int:
             return 401
         case ForbiddenError():
             return 403
+        case TooSlowError():
+            return 408
         case BodyTooLargeError():
             return 413
         case RequestError():
@@ -70,8 +89,10 @@ def status_of(error: Exception) -> int:
             return 425
         case OverloadedError():
             return 429
-        case ModelLoadError() | EngineDeadError() | NotEnoughMemoryError():
+        case ModelLoadError() | EngineDeadError() | NotEnoughMemoryError() | ShuttingDownError():
             return 503
+        case DeadlineError():
+            return 504
     return 500
 
 
@@ -90,6 +111,8 @@ def error_body(error: Exception) -> ErrorResponse:
         return _shape(str(error), "rate_limit_error", None, "overloaded")
     if isinstance(error, WeightsLoadingError):
         return _shape(str(error), "server_error", None, "weights_loading")
+    if isinstance(error, DeadlineError):
+        return _shape(str(error), "server_error", None, "deadline_exceeded")
     if isinstance(error, EngineError):
         code = "service_unavailable" if status_of(error) == 503 else "engine_error"
         return _shape(str(error), "server_error", None, code)
@@ -99,8 +122,10 @@ def error_body(error: Exception) -> ErrorResponse:
 def error_response(error: Exception) -> Response:
     """The whole answer, with `Retry-After` where it helps."""
     headers = {}
-    if isinstance(error, OverloadedError | WeightsLoadingError):
+    if isinstance(error, OverloadedError | WeightsLoadingError | ShuttingDownError):
         headers["retry-after"] = f"{max(1, round(error.retry_after))}"
+    if isinstance(error, TooSlowError | BodyTooLargeError):
+        headers["connection"] = "close"  # or the rest of the body would be read, to be thrown away
     if isinstance(error, UnauthorizedError):
         headers["www-authenticate"] = "Bearer"
     return _json(error_body(error), status_of(error), headers)

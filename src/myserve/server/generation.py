@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
-from myserve.errors import EngineError
+from myserve.errors import EngineError, MyserveError
 from myserve.server.logs import note
 from myserve.server.models import ServedModel, Stream
 from myserve.server.pacing import Pace
@@ -64,6 +64,9 @@ class Generation:
         request_id: str,
     ) -> None:
         n = request.n or 1
+        self._in_flight = model.in_flight
+        self._in_flight.add(self)
+        self._cut_by: MyserveError | None = None
         self._n = n
         self._scores_only = request.max_tokens == 0  # validated: then only the prompt's scores are wanted
         self._streams: list[Stream] = []
@@ -93,15 +96,21 @@ class Generation:
 
     def abort(self) -> None:
         """Stop whatever still runs; harmless when all has ended."""
+        self._in_flight.remove(self)
         for stream in self._streams:
             stream.abort()
+
+    def cut(self, error: MyserveError) -> None:
+        """Stop, and let who reads the events know why."""
+        self._cut_by = error
+        self.abort()
 
     async def events(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
         """Each delta with its choice, already added to it, as they come. Raises when a choice failed."""
         try:
             async with aclosing(_merged(self._streams)) as deltas:
                 async for position, delta in deltas:
-                    _raise_if_failed(delta)
+                    self._raise_if_failed(delta)
                     pace = self._paces[position * self._n + delta.index]
                     ready = pace.take(delta)
                     if ready is not None:
@@ -123,6 +132,12 @@ class Generation:
         choice.add(delta)
         return choice, delta
 
+    def _raise_if_failed(self, delta: Delta) -> None:
+        if delta.finish_reason == "error":
+            raise delta.error or EngineError("the engine failed without saying why")
+        if delta.finish_reason == "abort" and self._cut_by is not None:
+            raise self._cut_by
+
     async def finish(self) -> list[Choice]:
         """Every choice, once all have ended."""
         async for _ in self.events():
@@ -141,11 +156,6 @@ def _without_sample(delta: Delta) -> Delta:
     return Delta(
         delta.index, finish_reason=reason, prompt_logprobs=delta.prompt_logprobs, metrics=delta.metrics
     )
-
-
-def _raise_if_failed(delta: Delta) -> None:
-    if delta.finish_reason == "error":
-        raise delta.error or EngineError("the engine failed without saying why")
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -25,6 +25,7 @@ from myserve.server.chat_style import ChatStyle
 from myserve.server.codec import Codec
 from myserve.server.echo import EchoEngine
 from myserve.server.errors import ModelLoadError
+from myserve.server.in_flight import InFlight
 from myserve.server.settings import Settings
 from myserve.server.snapshots import Snapshots
 
@@ -88,6 +89,7 @@ class ServedModel:
     codec: Codec
     digest: str
     snapshots: Snapshots = field(default_factory=Snapshots)
+    in_flight: InFlight = field(default_factory=InFlight)
     style: ChatStyle = field(default_factory=ChatStyle)
     tokenizer_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="myserve-tokenizer")
@@ -163,13 +165,25 @@ class Models:
         """What each model that is to be ready at start is: "unloaded", "loading", "ready", "failed" or "dead"."""
         return {name: self._state(self._settings.models[name]) for name in self._settings.preload or ()}
 
+    def close_door(self) -> None:
+        """Take no new generations; who is in flight goes on."""
+        for model in self._loaded():
+            model.in_flight.close()
+
+    def cut_all(self) -> None:
+        """End every generation with an error that says why."""
+        for model in self._loaded():
+            model.in_flight.cut_all()
+
+    def _loaded(self) -> list[ServedModel]:
+        return [future.result() for future in self._loads.values() if _succeeded(future)]
+
     def close(self) -> None:
         """End every engine. Blocks until their threads have ended."""
         self._loader.shutdown(wait=True, cancel_futures=True)
-        for future in self._loads.values():
-            if _succeeded(future):
-                future.result().engine.shutdown()
-                future.result().tokenizer_thread.shutdown()
+        for model in self._loaded():
+            model.engine.shutdown()
+            model.tokenizer_thread.shutdown()
 
     def _start_loading(self, path: str) -> Future[ServedModel]:
         with self._lock:
@@ -209,7 +223,8 @@ def load_model(path: str, settings: Settings) -> ServedModel:
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
     style = ChatStyle.of(engine.tokenizer, settings.tool_style)
-    return ServedModel(engine, Codec(engine.tokenizer, engine.token_bytes), digest, style=style)
+    codec, in_flight = Codec(engine.tokenizer, engine.token_bytes), InFlight(settings.request_timeout)
+    return ServedModel(engine, codec, digest, style=style, in_flight=in_flight)
 
 
 def _succeeded(future: Future[ServedModel]) -> bool:

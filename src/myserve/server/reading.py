@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 
-from myserve.server.errors import BodyTooLargeError
+from myserve.server.errors import BodyTooLargeError, TooSlowError
 from myserve.server.models import Models
 from myserve.server.settings import Settings
 from myserve.wire.parse import parse_request
@@ -30,7 +31,14 @@ def models_of(request: Request) -> Models:
 async def read_request(request: Request, kind: type[R]) -> R:
     """The body as a `kind`, whatever its content type says. Raises RequestError."""
     settings = settings_of(request)
-    return parse_request(kind, await _body(request, settings.max_body_bytes), strict=settings.strict)
+    try:
+        async with asyncio.timeout(settings.client_timeout):
+            body = await _body(request, settings.max_body_bytes)
+    except TimeoutError:
+        raise TooSlowError(
+            f"the body did not come within {settings.client_timeout:g} s", code="request_timeout"
+        ) from None
+    return parse_request(kind, body, strict=settings.strict)
 
 
 async def _body(request: Request, limit: int) -> bytes:

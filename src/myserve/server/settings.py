@@ -36,6 +36,12 @@ class Settings:
     weights_dir: str | None = None  # where snapshots for new weights lie; None: the weights stay as loaded
     tool_style: str = "auto"  # how the models write tool calls; auto: as their chat templates say
     max_body_bytes: int = 64 << 20
+    request_timeout: float | None = None  # seconds for an answer; None: as long as it takes
+    client_timeout: float = 60.0  # seconds in which a client must have sent a head, and a body
+    shutdown_timeout: float = 30.0  # seconds that streams have to finish when the server ends
+    exit_on_engine_death: bool = (
+        False  # so that a supervisor starts it anew; else /health is 503 from then on
+    )
     api_keys_file: str | None = None  # None: whoever reaches the port may ask
     admin_keys_file: str | None = None  # of those who may change weights
     cors_origins: tuple[str, ...] = ()  # pages that may ask, as "https://host"; "*": every page
@@ -43,6 +49,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.models:
             raise RequestError("no model to serve: name at least one", param="models")
+        for name in ("max_body_bytes", "request_timeout", "client_timeout", "shutdown_timeout"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise RequestError(f"{name} must be greater than 0, got {value}", param=name)
         if self.tool_style not in TOOL_STYLES:
             raise RequestError(
                 f"tool_style must be one of {', '.join(TOOL_STYLES)}, got {self.tool_style!r}",

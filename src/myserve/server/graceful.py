@@ -1,0 +1,50 @@
+"""uvicorn, ending as clients and supervisors want: nothing new, a time to finish, an error for who is still there."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from myserve.server.models import Models
+from myserve.server.patience import impatient
+from myserve.server.settings import Settings
+
+TO_SAY_SO = 5  # seconds in which those who were cut hear of it
+
+
+class GracefulServer(uvicorn.Server):
+    """Serves `app`. `should_exit`, SIGTERM or SIGINT ends it within `settings.shutdown_timeout` and some seconds.
+
+    Streams that are not done by then end with an error event, which a client can tell from a whole answer.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        settings: Settings = app.state.settings
+        config = uvicorn.Config(
+            app,
+            http=impatient(settings.client_timeout),
+            ws="none",
+            log_config=None,
+            access_log=False,  # ours has the request's id and its cost
+            timeout_graceful_shutdown=round(settings.shutdown_timeout + TO_SAY_SO),
+        )
+        super().__init__(config)
+        self.engine_died = False
+        self._models: Models = app.state.models
+        self._settings = settings
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: is it to end?"""
+        if self._settings.exit_on_engine_death:
+            self.engine_died = "dead" in self._models.readiness().values()
+        return await super().on_tick(counter) or self.engine_died
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door, wait, cut."""
+        self._models.close_door()
+        cut = asyncio.get_running_loop().call_later(self._settings.shutdown_timeout, self._models.cut_all)
+        await super().shutdown(sockets)
+        cut.cancel()
