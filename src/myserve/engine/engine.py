@@ -115,8 +115,7 @@ class Engine:
 
     @property
     def exactness(self) -> dict[str, str | int | bool]:
-        """How this model's rows are made independent of each other (`exact.ExactReport`), and whether they were found
-        so at start, on this machine."""
+        """How rows are made independent (`exact.ExactReport`), and whether they were found so on this machine."""
         return self.runner.exact_report.as_dict() | {"rows_are_independent": self._independent}
 
     @property
@@ -128,8 +127,8 @@ class Engine:
     def load(self) -> EngineLoad:
         """How full it is: read without a lock, so a step may lie between two of the numbers."""
         running, pool = len(self.scheduler.running), self.scheduler.pool
-        waiting = max(0, self._queue.num_open - running)
-        return EngineLoad(running, waiting, pool.usage, self.scheduler.num_preemptions)
+        waiting = self._queue.num_open - running
+        return EngineLoad(running, max(0, waiting), pool.usage, self.scheduler.num_preemptions)
 
     @property
     def is_alive(self) -> bool:
