@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from myserve.sdk.versions import VersionLog
 from myserve.server.app import create_app
 from myserve.server.settings import Settings
 
+PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
 PROMPT = [1, 67, 281, 5]
 
 
@@ -27,6 +31,7 @@ def two_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     root = tmp_path_factory.mktemp("weights")
     for seed in range(2):
         make_tiny_model("qwen3", root / str(seed), seed=seed)
+        (root / f"step-{7 + seed}").symlink_to(root / str(seed))
     running = [_serve(root) for _ in range(2)]
     yield [url for url, _, _ in running]
     for _, server, thread in running:
@@ -135,3 +140,17 @@ def test_one_version_or_none_has_no_spans() -> None:
     same.feed(5, 4)
     unknown.feed(3, None)
     assert (same.spans(), unknown.spans(), VersionLog().spans()) == (None, None, None)
+
+
+def test_the_page_runs(two_urls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.read_text().replace("http://localhost:8000", two_urls[0]).replace("my-model", "tiny")
+    blocks = re.findall(r"^```(python|bash)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "bash", "python", "python"]
+    for language, code in blocks:
+        if language == "bash":
+            done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+            assert json.loads(done.stdout)["identity"] == "step-7"
+        else:
+            exec(compile(code, str(PAGE), "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("sha256:") == 2

@@ -70,7 +70,7 @@ class Prepared:
     duration: float
 
     def install(self) -> None:
-        """Put them in place: pointers change, nothing is copied."""
+        """Put them in place. Pointers change, and joined products are copied into the memory that they share."""
         for deed in self.deeds:
             deed()
 
