@@ -42,20 +42,24 @@ def replay(
     `install(version)` puts that version's weights into the engine, which must run nothing else. `params.seed` is
     the answer's.
     """
-    assert params.seed is not None
     request = Request(id="replay", prompt_token_ids=[*prompt, *token_ids], max_tokens=1)
     size = engine.runner.kv_cache.block_size
     request.block_table = list(range(-(-len(request.token_ids) // size)))
-    row = RowState(
-        params,
-        seed=params.seed,
-        sample_index=sample_index,
-        prompt_token_ids=list(prompt),
-        completion_token_ids=[],
-        vocab_size=engine.vocab_size,
-        eos_token_ids=engine.eos_token_ids,
-        device=engine.runner.device,
-    )
+
+    def row(count: int) -> RowState:
+        """The state of the draw that comes after `count` tokens."""
+        assert params.seed is not None
+        return RowState(
+            params,
+            seed=params.seed,
+            sample_index=sample_index,
+            prompt_token_ids=list(prompt),
+            completion_token_ids=list(token_ids[:count]),
+            vocab_size=engine.vocab_size,
+            eos_token_ids=engine.eos_token_ids,
+            device=engine.runner.device,
+        )
+
     sampler, drawn, computed = Sampler(), list[Numbers](), 0
     for span in spans:
         install(span["weight_version"])
@@ -66,11 +70,10 @@ def replay(
             batch = Batch()
             batch.add(Piece(request, start, min(STEP, wanted.stop - start)))
             rows = [i - start for i in wanted if start <= i < start + batch.num_tokens]
-            logits = engine.runner.forward(batch, rows or [0])
-            for logit in logits[: len(rows)]:
-                (sampled,) = sampler.sample(logit[None], [row])
+            logits = engine.runner.forward(batch, rows or [0])[: len(rows)]
+            states = [row(count) for count in range(len(drawn), len(drawn) + len(rows))]
+            for sampled in sampler.sample(logits, states) if rows else ():
                 assert isinstance(sampled, Sampled)
                 drawn.append((sampled.token_id, sampled.logprob, sampled.sampling_logprob))
-                row.append(token_ids[len(drawn) - 1])
         computed = wanted.stop
     return drawn
