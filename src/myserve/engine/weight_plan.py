@@ -73,6 +73,11 @@ class Plan:
     group_of: dict[str, Group]
     names: WeightNames
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights that are to change. Tied ones count under each name: an embedding stays beside its product."""
+        return sum(self.names.infos[name].num_bytes for name in self.needed_by(self.names.infos))
+
     def needed_by(self, names: Iterable[str]) -> dict[str, dict[str, Group]]:
         """Of these weights those that are to change, with the groups that make them: tied ones under any name."""
         needed = {

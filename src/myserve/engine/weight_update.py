@@ -80,14 +80,16 @@ def prepare(
 ) -> Prepared:
     """Read, check and pack. Raises BadSnapshotError, or NotEnoughMemoryError where the memory is not enough.
 
-    Takes as much memory as the weights that change, and one tensor more.
+    Takes as much memory as the weights that change (tied ones under each of their names), and one tensor more.
     """
     began = time.monotonic()
     snapshot = open_snapshot(source)
     try:
         plan = make_plan(snapshot.tensors, model, names, partial=partial, may_cast=may_cast)
         num_bytes = sum(info.num_bytes for info in snapshot.tensors.values())
-        _check_memory(num_bytes, model.device)
+        _check_memory(
+            plan.num_bytes + max(info.num_bytes for info in snapshot.tensors.values()), model.device
+        )
         reader = _CheckingReader(snapshot)
         deeds = _deeds(plan, reader.read, model)
         value = reader.checksum.value()
