@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,41 @@ def test_memory_is_shared_within_a_recording_and_between_recordings() -> None:
     for _ in range(2):
         assert torch.equal(first.replay(), 4 * a)
         assert torch.equal(second.replay(), 4 * b)
+
+
+def test_a_recording_is_replayed_by_any_thread_while_its_own_computes_or_is_gone() -> None:
+    """The thread that recorded has its scratch for itself: kernels of both run at once and neither sees the other."""
+    weight = PackedWeight(torch.randn(640, 512))  # float32: rows are widened in scratch
+    x, other = torch.randn(64, 512), torch.randn(64, 512)
+    stop = threading.Event()
+
+    def product() -> Tensor:
+        return weight(x)
+
+    def record_and_go_on() -> None:
+        with torch.inference_mode():
+            made.append(Recording(product, Pool()))
+            recorded.set()
+            while not stop.is_set():
+                again.append(weight(other))
+                del again[:-1]
+
+    made: list[Recording] = []
+    again: list[Tensor] = []
+    recorded = threading.Event()
+    thread = threading.Thread(target=record_and_go_on)
+    thread.start()
+    recorded.wait()
+    wanted, wanted_there = weight(x), weight(other)
+    with torch.inference_mode():
+        try:
+            for _ in range(200):
+                assert torch.equal(made[0].replay(), wanted)
+        finally:
+            stop.set()
+            thread.join()
+        assert torch.equal(again[-1], wanted_there)
+        assert torch.equal(made[0].replay(), wanted), "its thread is gone"
 
 
 @pytest.mark.parametrize("look", [lambda x: x.sum().item(), lambda x: x.nonzero()], ids=["item", "nonzero"])

@@ -94,6 +94,23 @@ def _compiled(record: np.dtype[np.void], function: Callable[[Any], None]) -> Any
         return cfunc(signature)(function)
 
 
+class Scratch:
+    """Memory that grows. What was outgrown stays, for a recorded launch may know its address."""
+
+    def __init__(self) -> None:
+        self._buffers: list[bytearray] = []
+        self._size = self._address = 0
+
+    def address(self, size: int) -> int:
+        """Of at least `size` bytes, at a cache line."""
+        if self._size < size:
+            self._size = max(size, 2 * self._size)
+            self._buffers.append(bytearray(self._size + 64))
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffers[-1]))
+            self._address = address + -address % 64
+        return self._address
+
+
 class Workspace(threading.local):
     """What the kernel calls of a thread reuse: a record, and scratch for the team that it enters.
 
@@ -105,16 +122,11 @@ class Workspace(threading.local):
         self.record = ctypes.create_string_buffer(_RECORD_BYTES)
         self.record_address = ctypes.addressof(self.record)
         self.launches: list[Any] | None = None
-        self._scratch = [bytearray(0)]
+        self.memory = Scratch()
 
     def scratch(self, size: int) -> int:
         """The address of at least `size` bytes, at a cache line."""
-        if (
-            len(self._scratch[-1]) < size + 64
-        ):  # what was outgrown stays: a recorded launch may know its address
-            self._scratch.append(bytearray(max(size + 64, 2 * len(self._scratch[-1]))))
-            self._scratch_address = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch[-1]))
-        return self._scratch_address + -self._scratch_address % 64
+        return self.memory.address(size)
 
 
 _workspace = Workspace()
@@ -125,14 +137,17 @@ def this_thread() -> Workspace:
 
 
 @contextmanager
-def recording() -> Iterator[list[Any]]:
-    """Every kernel call that this thread makes meanwhile, also appended to the list, in its order."""
-    workspace = this_thread()
-    workspace.launches = []
+def recording(scratch: Scratch) -> Iterator[list[Any]]:
+    """Every kernel call that this thread makes meanwhile, also appended to the list, in its order.
+
+    They use a scratch of their own: who replays them may be another thread, and this one may compute meanwhile, or end.
+    """
+    workspace, calls = this_thread(), list[Any]()
+    own, workspace.memory, workspace.launches = workspace.memory, scratch, calls
     try:
-        yield workspace.launches
+        yield calls
     finally:
-        workspace.launches = None
+        workspace.memory, workspace.launches = own, None
 
 
 def enter(kernel: int, record: int, threads: int) -> None:

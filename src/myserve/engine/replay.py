@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from myserve.engine import pointwise
-from myserve.engine.native import Launch, recording
+from myserve.engine.native import Launch, Scratch, recording
 from myserve.engine.replay_kernel import replay_kernel
 
 _aten = torch.ops.aten
@@ -43,6 +43,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
+        self.scratch = Scratch()
         self._blocks: list[Tensor] = []
         self._free: dict[int, list[int]] = defaultdict(list)  # size, a power of two -> addresses
         self._recording = 0
@@ -137,7 +138,7 @@ class Recording:
 
     def __init__(self, forward: Callable[[], Tensor], pool: Pool) -> None:
         pool.begin()
-        with recording() as calls, _Recorder(calls, pool):
+        with recording(pool.scratch) as calls, _Recorder(calls, pool):
             self.out = forward()
         self._pool = pool
         self._parts: list[Callable[[], None]] = []
