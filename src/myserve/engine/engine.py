@@ -336,13 +336,6 @@ class Engine:
 
     # ---- new weights, on the engine's thread (`weight_updates.Swapper`)
 
-    @property
-    def is_drained(self) -> bool:
-        return self.scheduler.is_drained
-
-    def drain(self) -> None:
-        self.scheduler.drain()
-
     def end_begun(self) -> int:
         """Everyone in flight that has tokens ends with them; the others have nothing to lose, and start over."""
         begun = [request for request in self.scheduler.begun if request.num_output_tokens]

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 
+from myserve.engine.scheduler import Scheduler
 from myserve.engine.weight_update import Prepared, Source, UpdateOptions, WeightReport
 from myserve.errors import EngineError, RequestError
 
@@ -67,11 +68,8 @@ class WeightUpdate:
 class Swapper(Protocol):
     """What an engine does for an update, on its own thread, between two steps."""
 
-    @property
-    def weight_version(self) -> int: ...
-    @property
-    def is_drained(self) -> bool: ...
-    def drain(self) -> None: ...
+    scheduler: Scheduler
+
     def end_begun(self) -> int: ...
     def swap(self, prepared: Prepared, version: int, options: UpdateOptions) -> None: ...
 
@@ -180,10 +178,10 @@ class _Swap:
         if self._began is None:
             self._began = now
             if mode == "drain":
-                engine.drain()
+                engine.scheduler.drain()
             elif mode == "abort":
                 self._num_aborted = engine.end_begun()
-        if mode == "drain" and not engine.is_drained:
+        if mode == "drain" and not engine.scheduler.is_drained:
             return False
         engine.swap(self._prepared, self._version, self.update.options)
         self.update.finish(self._report(now - self._began, time.monotonic() - now))
