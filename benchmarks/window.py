@@ -1,6 +1,6 @@
 """The adaptive window on a real server, beside fixed ones, over the steps of a training run; and a plot of it.
 
-`python -m benchmarks.window --url http://127.0.0.1:8000 [--rounds 5] [--svg docs/window.svg]`
+`python -m benchmarks.window --url http://127.0.0.1:8000 [--rounds 7] [--svg docs/window.svg]`
 
 Each round is one training step of every contender, in turn: a machine whose speed changes then changes for all of
 them. The adaptive controller is kept from step to step; its first step, in which it finds its window, is told apart.
@@ -118,10 +118,16 @@ async def run(url: str, samples: int, rounds: int, target: float, svg: Path | No
             else:
                 value = await pace(url, model, FixedConcurrencyController(int(name.split()[1])), samples)
             paces[name].append(value)
-    medians = {name: statistics.median(values[1:]) for name, values in paces.items()}
-    best = max(value for name, value in medians.items() if name != "adaptive")
-    for name, value in medians.items():
-        print(f"{name:10} {value:8,.0f} tokens/s   {value / best:.2f} of the best fixed window")
+    steady = {name: values[1:] for name, values in paces.items()}
+    best = max(
+        (name for name in steady if name != "adaptive"), key=lambda name: statistics.median(steady[name])
+    )
+    for name, values in steady.items():
+        # Round by round: neighbours in time share the machine's speed, medians of all rounds do not.
+        ratios = [value / rival for value, rival in zip(values, steady[best], strict=True)]
+        print(
+            f"{name:10} {statistics.median(values):8,.0f} tokens/s   {statistics.median(ratios):.2f} of {best}"
+        )
     print(f"its first step {paces['adaptive'][0]:8,.0f} tokens/s; the window ended at {watched.window}")
     if svg is not None:
         svg.write_text(plot(watched))
@@ -130,8 +136,8 @@ async def run(url: str, samples: int, rounds: int, target: float, svg: Path | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--samples", type=int, default=600, help="in a step")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=400, help="in a step")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target", type=float, default=0.5, help="seconds of prefill queue")
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
