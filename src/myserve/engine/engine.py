@@ -88,8 +88,7 @@ class Engine:
     @classmethod
     def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> Engine:
         """Load a path or hub id, in the calling thread. Raises UnsupportedModelError for what cannot be batched."""
-        config = config or EngineConfig()
-        return cls(load(model, config), config)
+        return cls(load(model, config := config or EngineConfig()), config)
 
     # ---- for callers
 
@@ -127,8 +126,8 @@ class Engine:
     def load(self) -> EngineLoad:
         """How full it is: read without a lock, so a step may lie between two of the numbers."""
         running, pool = len(self.scheduler.running), self.scheduler.pool
-        waiting = self._queue.num_open - running
-        return EngineLoad(running, max(0, waiting), pool.usage, self.scheduler.num_preemptions)
+        waiting = max(0, self._queue.num_open - running)
+        return EngineLoad(running, waiting, pool.usage, self.scheduler.num_preemptions)
 
     @property
     def is_alive(self) -> bool:

@@ -88,12 +88,13 @@ class WeightUpdates:
         self._closed_by: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._swap: _Swap | None = None  # the engine's thread alone touches it
+        self._current: WeightUpdate | None = None
 
     @property
     def refuses_requests(self) -> bool:
-        """Whether an update that is draining wants nobody to wait."""
-        swap = self._swap
-        return swap is not None and swap.update.options.refuse_new
+        """Whether an update that says it is draining wants nobody to wait: from that moment, not from the next step."""
+        update = self._current
+        return update is not None and update.options.refuse_new and update.stage == "draining"
 
     def add(self, update: WeightUpdate, current_version: Callable[[], int]) -> None:
         """Queue an update. Any thread. It fails where the engine has ended."""
@@ -144,6 +145,7 @@ class WeightUpdates:
                 param="version",
             )
         prepared = self._prepare(update.source, update.options)
+        self._current = update
         update.set_checked()
         self._post(lambda: self._begin(_Swap(update, prepared, version)))
         update.result()
