@@ -53,7 +53,7 @@ class Pool:
         self._recording += 1
         self._free.clear()
         for block in self._blocks:
-            self._free[block.numel() - 64].append(block.data_ptr() + -block.data_ptr() % 64)
+            self._offer(block)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised, at a cache line."""
@@ -62,12 +62,16 @@ class Pool:
         if not self._free[size]:
             block = torch.empty(size + 64, dtype=torch.uint8)
             self._blocks.append(block)
-            self._free[size].append(block.data_ptr() + -block.data_ptr() % 64)
+            self._offer(block)
         address = self._free[size].pop()
         # PyTorch tells nobody when a storage dies; but a storage made from a buffer holds the buffer.
         buffer = (ctypes.c_char * size).from_address(address)
         weakref.finalize(buffer, self._release, size, address, self._recording)
         return torch.frombuffer(buffer, dtype=dtype, count=max(count, 1))[:count].view(shape)
+
+    def _offer(self, block: Tensor) -> None:
+        """A block is 64 bytes larger than what it offers, so that this begins at a cache line."""
+        self._free[block.numel() - 64].append(block.data_ptr() + -block.data_ptr() % 64)
 
     def _release(self, size: int, address: int, recording: int) -> None:
         if recording == self._recording:
