@@ -161,14 +161,8 @@ class ModelRunner:
 
     def _wanted_positions(self, batch: Batch) -> list[int]:
         """Packed rows that are drawn from: the last of each piece that draws."""
-        drawing = {index for _, index in batch.draws}
-        wanted: list[int] = []
-        start = 0
-        for index, piece in enumerate(batch.pieces):
-            if index in drawing:
-                wanted.append(start + piece.count - 1)
-            start += piece.count
-        return wanted or [start - 1]  # a model cannot be asked for no logits
+        drawing = sorted(set(_drawing_positions(batch)))
+        return drawing or [batch.num_tokens - 1]  # a model cannot be asked for no logits
 
     def _listening_for(self, batch: Batch) -> AbstractContextManager[Heard]:
         return self.routed_experts.listening(any(self._asks_routing(piece.request) for piece in batch.pieces))
