@@ -63,7 +63,7 @@ def replay(
     sampler, drawn, computed = Sampler(), list[Numbers](), 0
     for span in spans:
         install(span["weight_version"])
-        engine.runner.decode_steps.clear()  # they were recorded with other weights
+        engine.runner.recorded_steps.clear()  # they were recorded with other weights
         computed = 0 if span.get("recomputed") else computed
         wanted = range(len(prompt) + span["start"] - 1, len(prompt) + span["end"] - 1)
         for start in range(computed, wanted.stop, STEP):

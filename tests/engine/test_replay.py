@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from myserve.engine import weights
 from myserve.engine.config import EngineConfig
 from myserve.engine.gemm import PackedWeight
 from myserve.engine.model_runner import ModelRunner
+from myserve.engine.recorded_steps import MOST_ROWS, shape_for
 from myserve.engine.replay import Launches, NotRecordableError, Pool, Recording
 from myserve.engine.request import Request
 from myserve.engine.scheduler import Batch, Piece
+from myserve.engine.step_inputs import Shape
 
 
 @torch.inference_mode()
@@ -113,37 +116,82 @@ def make_runner(folder: Path, dtype: str) -> ModelRunner:
     return ModelRunner(weights.load(str(folder), config), config)
 
 
-def decode(runner: ModelRunner, count: int, seed: int) -> Tensor:
-    """One token of each of some requests with random contexts in random pages."""
+def step(runner: ModelRunner, counts: list[int], seed: int) -> Tensor:
+    """The last so many tokens of each of some requests with random contexts in random pages; logits of the last."""
     rng = random.Random(seed)
     pages = rng.sample(range(64), 64)
     batch = Batch()
-    for number in range(count):
-        prompt = [rng.randrange(384) for _ in range(rng.randint(1, 90))]
+    for number, count in enumerate(counts):
+        prompt = [rng.randrange(384) for _ in range(count + rng.randint(0, 89))]
         request = Request(id=str(number), prompt_token_ids=prompt, max_tokens=1)
         request.block_table = [pages.pop() for _ in range(0, len(prompt), runner.kv_cache.block_size)]
-        batch.add(Piece(request, len(prompt) - 1, 1))
+        batch.add(Piece(request, len(prompt) - count, count))
     with torch.inference_mode():
-        return runner.forward(batch, list(range(count))).clone()
+        return runner.forward(batch, [end - 1 for end in accumulate(counts)]).clone()
 
 
-@pytest.mark.parametrize(
-    ("arch", "dtype"), [("qwen3", "bfloat16"), ("gemma3_text", "float32"), ("gpt2", "float32")]
-)
-def test_replayed_decode_steps_have_the_bits_of_the_model(
-    tiny_model: Callable[[str], Path], arch: str, dtype: str
-) -> None:
-    recorded, plain = (make_runner(tiny_model(arch), dtype) for _ in range(2))
-    plain.decode_steps.usable = False
-    for runner in (recorded, plain):  # the same keys and values under both
+def decode(runner: ModelRunner, requests: int, seed: int) -> Tensor:
+    return step(runner, [1] * requests, seed)
+
+
+def recorded_and_plain(folder: Path, dtype: str) -> tuple[ModelRunner, ModelRunner]:
+    """The same model twice, with the same random keys and values; one records its steps."""
+    recorded, plain = (make_runner(folder, dtype) for _ in range(2))
+    plain.recorded_steps.usable = False
+    for runner in (recorded, plain):
         generator = torch.Generator().manual_seed(0)
         for layer in runner.kv_cache.layers:
             for cache in layer:
                 cache.copy_(torch.randn(cache.shape, generator=generator))
+    return recorded, plain
+
+
+KINDS = [("qwen3", "bfloat16"), ("gemma3_text", "float32"), ("gpt2", "float32")]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
+def test_replayed_decode_steps_have_the_bits_of_the_model(
+    tiny_model: Callable[[str], Path], arch: str, dtype: str
+) -> None:
+    recorded, plain = recorded_and_plain(tiny_model(arch), dtype)
     for seed, count in enumerate([3, 3, 5, 3, 1, 5, 3, 20, 1, 20]):
         assert torch.equal(decode(recorded, count, seed), decode(plain, count, seed)), (seed, count)
-    assert recorded.decode_steps.usable and sorted(recorded.decode_steps._steps) == [1, 3, 5, 20]
-    assert any(isinstance(part, Launches) for part in recorded.decode_steps._steps[3][1]._parts)
+    steps = recorded.recorded_steps
+    assert steps.usable and sorted(shape.requests for shape in steps._steps) == [1, 3, 5, 20]
+    assert any(isinstance(part, Launches) for part in steps._steps[Shape(3, 3, 3)][1]._parts)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
+def test_steps_with_prompts_share_a_recording_with_room_to_spare(
+    tiny_model: Callable[[str], Path], arch: str, dtype: str
+) -> None:
+    """What an earlier, larger step left in the room is nobody's: it changes no bit and no page."""
+    recorded, plain = recorded_and_plain(tiny_model(arch), dtype)
+    ragged = [[90, 1, 20], [60, 50], [97], [1, 1, 1, 1, 99], [5, 3], [1, 11], [2], [300], [1, 280, 1]]
+    for seed, counts in enumerate([*ragged, *reversed(ragged)]):
+        assert torch.equal(step(recorded, counts, seed), step(plain, counts, seed)), counts
+        for ours, theirs in zip(recorded.kv_cache.layers, plain.kv_cache.layers, strict=True):
+            assert all(map(torch.equal, ours, theirs)), counts
+    assert recorded.recorded_steps.usable and len(recorded.recorded_steps._steps) <= 6
+
+
+def test_a_step_that_is_too_large_for_any_recording_runs_as_it_is(tiny_model: Callable[[str], Path]) -> None:
+    recorded, plain = recorded_and_plain(tiny_model("llama"), "float32")
+    counts = [MOST_ROWS // 2, MOST_ROWS // 2 + 1]
+    assert torch.equal(step(recorded, counts, 0), step(plain, counts, 0))
+    assert not recorded.recorded_steps._steps
+
+
+def test_a_recording_has_room_for_its_step() -> None:
+    request = Request(id="0", prompt_token_ids=[1] * 600, max_tokens=1)
+    for requests in (1, 2, 17, 64):
+        for rows in range(requests, MOST_ROWS + 1):
+            pieces = [Piece(request, 0, rows - requests + 1), *[Piece(request, 0, 1)] * (requests - 1)]
+            shape = shape_for(pieces, requests)
+            assert shape is not None and shape.rows >= rows and shape.requests >= requests <= shape.wanted
+            assert (shape.rows == shape.requests) == (rows == requests), (
+                "only decodes are known by their number"
+            )
 
 
 def test_control_a_model_that_reads_its_data_in_python_is_found_out(
@@ -156,10 +204,10 @@ def test_control_a_model_that_reads_its_data_in_python_is_found_out(
 
     runner.model.model.layers[0].mlp.register_forward_hook(shift)
     first, second = decode(runner, 2, seed=1), decode(runner, 2, seed=2)
-    assert not runner.decode_steps.usable
-    runner.decode_steps.usable = False
+    assert not runner.recorded_steps.usable
+    runner.recorded_steps.usable = False
     assert torch.equal(second, decode(runner, 2, seed=2)) and not torch.equal(first, second)
 
 
 def test_mixtures_of_experts_are_not_recorded(tiny_model: Callable[[str], Path]) -> None:
-    assert not make_runner(tiny_model("qwen3_moe"), "float32").decode_steps.usable
+    assert not make_runner(tiny_model("qwen3_moe"), "float32").recorded_steps.usable

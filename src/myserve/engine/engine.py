@@ -346,7 +346,7 @@ class Engine:
 
     def swap(self, prepared: Prepared, version: int, options: UpdateOptions) -> None:
         prepared.install()
-        self.runner.decode_steps.clear()
+        self.runner.recorded_steps.clear()
         for request in self.scheduler.change_weights(version):
             self.runner.restart(request)
         if options.reset_prefix_cache:

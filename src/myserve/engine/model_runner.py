@@ -15,17 +15,17 @@ from myserve.core.logprobs import prompt_logprobs
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.sampling import Outcome, Sampled, Sampler
-from myserve.engine.attention import PagedContext
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints import MaskAhead
-from myserve.engine.decode_steps import DecodeSteps
 from myserve.engine.exact import make_exact
 from myserve.engine.kv_cache import KVCache
 from myserve.engine.lm_head import LogitRows, keep_rows
 from myserve.engine.outputs import PromptLogprob
+from myserve.engine.recorded_steps import RecordedSteps
 from myserve.engine.request import Request
 from myserve.engine.routed_experts import Heard, RoutedExperts
 from myserve.engine.scheduler import Batch, Piece
+from myserve.engine.step_inputs import StepInputs
 from myserve.engine.weights import LoadedModel
 from myserve.errors import NonFiniteLogitsError
 
@@ -57,11 +57,11 @@ class ModelRunner:
         self.exact_report = make_exact(loaded.model, mode=config.exact)
         self.routed_experts = RoutedExperts(loaded.model)
         self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, loaded.device, config)
-        self.decode_steps = DecodeSteps(
+        self.recorded_steps = RecordedSteps(
             self._run_model, self.kv_cache.layers, -(-loaded.max_model_len // self.kv_cache.block_size)
         )
         # An expert's tokens are chosen by looking at them, which a recording cannot.
-        self.decode_steps.usable = self.exact_report.mode == "on" and not self.exact_report.experts
+        self.recorded_steps.usable = self.exact_report.mode == "on" and not self.exact_report.experts
         self.sampler = Sampler()
         self._masks = MaskAhead()
         self._rows: dict[Request, RowState] = {}
@@ -116,48 +116,22 @@ class ModelRunner:
         They may lie in memory that the next call writes again.
         """
         scores = any(piece.request in self._scored for piece in batch.pieces)
-        if len(wanted) == len(batch.pieces) and not scores and self.decode_steps.take(batch.pieces):
-            return self.decode_steps.logits(batch.pieces)
-        tokens = [t for p in batch.pieces for t in p.request.token_ids[p.start : p.start + p.count]]
-        positions = [i for p in batch.pieces for i in range(p.start, p.start + p.count)]
-        return self._run_model(
-            torch.tensor([tokens], device=self.device),
-            torch.tensor([positions], device=self.device),
-            torch.tensor(wanted, device=self.device),
-            self._paged_context(batch, positions),
-        )
+        recorded = None if scores else self.recorded_steps.logits(batch.pieces, wanted)
+        if recorded is not None:
+            return recorded
+        return self._run_model(StepInputs.exactly(batch.pieces, wanted, self.kv_cache.layers, self.device))
 
-    def _run_model(self, ids: Tensor, positions: Tensor, wanted: Tensor, context: PagedContext) -> Tensor:
-        """ids and positions [1, T], wanted rows [n]; logits [n, V]."""
+    def _run_model(self, inputs: StepInputs) -> Tensor:
+        """Logits [wanted, V]."""
         out = self.model(
-            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, paged=context
+            input_ids=inputs.ids,
+            position_ids=inputs.positions,
+            use_cache=False,
+            logits_to_keep=inputs.wanted,
+            paged=inputs.context,
         )
         logits: Tensor = out.logits[0]
         return logits
-
-    def _paged_context(self, batch: Batch, positions: list[int]) -> PagedContext:
-        """Where each packed row writes its keys, and which blocks each request reads."""
-        size = self.kv_cache.block_size
-        tables = [p.request.block_table for p in batch.pieces]
-        owners = [table for p, table in zip(batch.pieces, tables, strict=True) for _ in range(p.count)]
-        slots = [table[i // size] * size + i % size for table, i in zip(owners, positions, strict=True)]
-        width = max(len(table) for table in tables)
-        starts = [0]
-        for piece in batch.pieces:
-            starts.append(starts[-1] + piece.count)
-        return PagedContext(
-            layers=self.kv_cache.layers,
-            slot_mapping=torch.tensor(slots, dtype=torch.int64, device=self.device),
-            block_tables=torch.tensor(
-                [table + [0] * (width - len(table)) for table in tables],
-                dtype=torch.int32,
-                device=self.device,
-            ),
-            query_start=torch.tensor(starts, dtype=torch.int32, device=self.device),
-            context_lens=torch.tensor(
-                [p.start + p.count for p in batch.pieces], dtype=torch.int32, device=self.device
-            ),
-        )
 
     def _wanted_positions(self, batch: Batch) -> list[int]:
         """Packed rows that are drawn from: the last of each piece that draws."""

@@ -1,0 +1,96 @@
+"""Steps recorded by shape and replayed: decodes by their number; where prompts come in, in one with room to spare."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from myserve.engine.replay import NotRecordableError, Pool, Recording
+from myserve.engine.scheduler import Piece
+from myserve.engine.step_inputs import Layers, Shape, StepInputs
+
+log = logging.getLogger(__name__)
+
+MOST_REQUESTS = 64  # beyond, what Python adds to a step no longer shows
+MOST_ROWS = 576
+_ROOM = (
+    MOST_REQUESTS + 1
+)  # requests of a step that is not all decodes; never a number of rows, which are even
+_WANTED = (1, 8, 32, MOST_REQUESTS)
+
+Forward = Callable[[StepInputs], Tensor]  # logits [wanted, V]
+
+
+def shape_for(pieces: Sequence[Piece], wanted: int) -> Shape | None:
+    """The recording that has room for a step; None where the step is too large for any.
+
+    A decode has its very number of requests: there, a row more costs. Where prompts come in, a multiple of 32 rows
+    does, which is what a full chunk has anyway.
+    """
+    requests, rows = len(pieces), sum(piece.count for piece in pieces)
+    if rows == requests == wanted and requests <= MOST_REQUESTS:
+        return Shape(requests, requests, requests)
+    grain = 16 if rows <= 64 else 32
+    padded = -(-rows // grain) * grain
+    if requests > MOST_REQUESTS or padded > MOST_ROWS or wanted > MOST_REQUESTS:
+        return None
+    return Shape(padded, _ROOM, next(room for room in _WANTED if wanted <= room))
+
+
+class RecordedSteps:
+    """The recordings of one model. A shape is recorded as it runs for the first time.
+
+    The first recording of each kind is replayed and compared before any is believed: a model whose forward depends on
+    its data in another way than through tensors shows it there, and goes on unrecorded.
+    """
+
+    def __init__(self, forward: Forward, layers: Layers, max_blocks: int) -> None:
+        self._forward = forward
+        largest = Shape(MOST_ROWS, _ROOM, MOST_REQUESTS)
+        self._inputs = StepInputs.of(largest, layers, max_blocks)  # of all recordings: one runs at a time
+        self._pool = Pool()
+        self._steps: dict[Shape, tuple[StepInputs, Recording]] = {}
+        self._proved: set[bool] = set()  # of steps with room to spare; of those without
+        self.usable = True
+
+    def logits(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> Tensor | None:
+        """[wanted, V], in memory that the next step writes again; None where the step is not one to record."""
+        shape = shape_for(pieces, len(wanted)) if self.usable else None
+        if shape is None:
+            return None
+        inputs, recording = self._steps.get(shape) or (self._inputs.cut(shape), None)
+        inputs.fill(pieces, wanted)
+        logits = self._record(shape, inputs) if recording is None else self._replay(shape, inputs, recording)
+        return logits[: len(wanted)]
+
+    def clear(self) -> None:
+        """Forget all recordings: what they read has moved."""
+        self._steps.clear()
+
+    def _record(self, shape: Shape, inputs: StepInputs) -> Tensor:
+        try:
+            recording = Recording(lambda: self._forward(inputs), self._pool)
+        except NotRecordableError as reason:
+            self._give_up(str(reason))
+            return self._forward(inputs)
+        self._steps[shape] = inputs, recording
+        return recording.out
+
+    def _replay(self, shape: Shape, inputs: StepInputs, recording: Recording) -> Tensor:
+        replayed = recording.replay()
+        kind = shape.rows == shape.requests
+        if kind in self._proved:
+            return replayed
+        self._proved.add(kind)
+        own = self._forward(inputs)
+        if not torch.equal(own, replayed):
+            self._give_up("a replayed step gave other logits")
+        return own
+
+    def _give_up(self, reason: str) -> None:
+        self.usable = False
+        self._steps.clear()
+        log.info("steps run unrecorded: %s", reason)
