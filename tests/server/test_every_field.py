@@ -109,6 +109,7 @@ ELSEWHERE = {
     "stream_options": "test_streaming",
     "stream_interval": "test_cheap_wire",
     "priority": "test_scheduler",
+    "request_timeout": "test_limits",
     "cache_salt": "test_extensions",
     "include_routing_matrix": "test_routing",
     "chat_template_kwargs": "test_app",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from myserve.engine.config import EngineConfig
 from myserve.errors import RequestError
 from myserve.server.settings import Settings
 from myserve.wire.sse import ServerSentEvent, SSEDecoder
@@ -60,6 +62,50 @@ def test_an_answer_that_takes_too_long_is_cut(
         assert httpx.post(server.url + "/v1/completions", json=SHORT).status_code == 200
         engine = server.model("tiny").engine
         assert not server.model("tiny").in_flight and engine.load.num_running == 0
+
+
+def test_a_request_may_want_its_answer_sooner(
+    open_server: Open, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_server(settings(request_timeout=60)) as server:
+        slow_down(server, monkeypatch)
+        answer = httpx.post(server.url + "/v1/completions", json=LONG | {"request_timeout": 0.3}, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert "the request's own limit" in answer.text
+        body = {"token_ids": [5], "sampling_params": {"max_tokens": 500, "ignore_eos": True}}
+        answer = httpx.post(server.url + "/inference/v1/generate", json=body | {"request_timeout": 0.3})
+        assert answer.status_code == 504
+        *_, done = events_of(server.url, max_tokens=5, request_timeout=60)
+        assert done.is_done
+        for wrong in (0, -1, "soon"):
+            answer = httpx.post(server.url + "/v1/completions", json=SHORT | {"request_timeout": wrong})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "request_timeout")
+
+
+def test_who_expires_in_the_queue_is_never_begun(
+    open_server: Open, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_server(settings(engine=EngineConfig(max_num_seqs=1))) as server:
+        slow_down(server, monkeypatch)
+        running, engine = events_of(server.url), server.model("tiny").engine
+        next(running)
+        late = httpx.post(server.url + "/v1/completions", json=SHORT | {"request_timeout": 0.3}, timeout=60)
+        assert late.status_code == 504
+        running.close()
+        in_time = SHORT | {"request_timeout": 60}
+        assert httpx.post(server.url + "/v1/completions", json=in_time, timeout=60).status_code == 200
+        assert engine.meters.prompt_tokens == 2 * len(LONG["prompt"])  # of the first and the last
+
+
+def test_the_time_that_a_body_takes_counts(open_server: Open, settings: Callable[..., Settings]) -> None:
+    with open_server(settings()) as server:
+        body = json.dumps(SHORT | {"request_timeout": 0.3}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as slow:
+            slow.sendall(head + body[:20])
+            time.sleep(0.5)
+            slow.sendall(body[20:])
+            assert slow.recv(100).startswith(b"HTTP/1.1 504")
 
 
 def test_without_a_deadline_nothing_is_cut(server: Any) -> None:

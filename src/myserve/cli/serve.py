@@ -80,6 +80,14 @@ def serve(
         str | None,
         typer.Option(help="Keys that may change weights; where there are API keys, no others may."),
     ] = None,
+    ssl_certfile: Annotated[str | None, typer.Option(help="A certificate chain, PEM: serve HTTPS.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="Its key, where another file has it.")] = None,
+    ssl_keyfile_password: Annotated[
+        str | None, typer.Option(envvar="MYSERVE_SSL_KEYFILE_PASSWORD", help="Of an encrypted key.")
+    ] = None,
+    ssl_ca_certs: Annotated[
+        str | None, typer.Option(help="Clients must show a certificate that one of these signed.")
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="Pages that may ask, as https://host; may be given several times."),
@@ -132,6 +140,10 @@ def serve(
         "exit_on_engine_death": exit_on_engine_death,
         "api_keys_file": api_keys_file,
         "admin_keys_file": admin_keys_file,
+        "ssl_certfile": ssl_certfile,
+        "ssl_keyfile": ssl_keyfile,
+        "ssl_keyfile_password": ssl_keyfile_password,
+        "ssl_ca_certs": ssl_ca_certs,
         "cors_origins": tuple(cors_origin) if cors_origin else None,
     }
     listener = _listen(host, port)  # before the imports: a taken port is known at once
@@ -195,19 +207,17 @@ def _run(settings: Settings, listener: socket.socket, log_level: LogLevel, log_f
     except ModuleNotFoundError as error:
         fail(f"{NEEDS_SERVER}  (missing: {error.name})")
     host, port = listener.getsockname()[:2]
-    err.print(
-        f"[bold]myserve[/]  [dim]{', '.join(settings.preload or ())}[/]  at [bold]http://{host}:{port}[/]"
-    )
+    url = f"{'http' if settings.ssl_certfile is None else 'https'}://{host}:{port}"
+    err.print(f"[bold]myserve[/]  [dim]{', '.join(settings.preload or ())}[/]  at [bold]{url}[/]")
     logs.configure(log_level.value, log_format.value)
     try:
-        app = create_app(settings)
-    except MyserveError as error:  # a file of keys without keys
+        server = GracefulServer(app := create_app(settings))
+    except MyserveError as error:  # a file of keys without keys, of a certificate without one
         fail(str(error))
     if host not in ("127.0.0.1", "::1") and settings.api_keys_file is None:
         log.warning(
             "whoever reaches %s:%d may use this server; --api-keys-file makes it ask for keys", host, port
         )
-    server = GracefulServer(app)
     failures: list[str] = []
 
     def give_up(name: str, error: BaseException) -> None:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from myserve.server import logs
+from myserve.server import caller, logs
 from myserve.server.errors import ForbiddenError, UnauthorizedError, error_response
 from myserve.server.keys import KeyFile
 from myserve.server.settings import Settings
@@ -44,6 +44,7 @@ class Access:
         user = self._owner(self.keys, headers)
         if (owner := admin or user) is not None:
             logs.note(key=owner)
+            caller.name_it(owner)
         is_admin_route = (method, path) in ADMIN
         if self.keys is not None and owner is None:
             raise UnauthorizedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -10,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from myserve.server import logs
+from myserve.server import caller, logs
 from myserve.server.errors import error_response
 from myserve.server.http_meters import HttpMeters
 
@@ -37,6 +38,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         notes = logs.begin(request_id_of(scope))
+        caller.begin(asyncio.get_running_loop().time())
         began = time.perf_counter()
         status, ended = 0, False
 

@@ -44,7 +44,7 @@ class TooSlowError(RequestError):
 
 
 class DeadlineError(EngineError):
-    """The answer took longer than the operator lets it."""
+    """The answer took longer than the operator, or the request itself, lets it."""
 
 
 class ShuttingDownError(EngineError):

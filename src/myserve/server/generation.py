@@ -65,7 +65,7 @@ class Generation:
     ) -> None:
         n = request.n or 1
         self._in_flight = model.in_flight
-        self._in_flight.add(self)
+        self._in_flight.add(self, request.request_timeout)
         self._cut_by: MyserveError | None = None
         self._n = n
         self._scores_only = request.max_tokens == 0  # validated: then only the prompt's scores are wanted

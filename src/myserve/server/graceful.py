@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 
 import uvicorn
 from fastapi import FastAPI
 
+from myserve.errors import RequestError
 from myserve.server.models import Models
 from myserve.server.patience import impatient
 from myserve.server.settings import Settings
@@ -19,6 +21,7 @@ class GracefulServer(uvicorn.Server):
     """Serves `app`. `should_exit`, SIGTERM or SIGINT ends it within `settings.shutdown_timeout` and some seconds.
 
     Streams that are not done by then end with an error event, which a client can tell from a whole answer.
+    Raises RequestError for certificates that cannot be used.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -30,7 +33,13 @@ class GracefulServer(uvicorn.Server):
             log_config=None,
             access_log=False,  # ours has the request's id and its cost
             timeout_graceful_shutdown=round(settings.shutdown_timeout + TO_SAY_SO),
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+            ssl_keyfile_password=settings.ssl_keyfile_password,
+            ssl_ca_certs=settings.ssl_ca_certs,
+            ssl_cert_reqs=ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         )
+        _load_certificates(config, settings)
         super().__init__(config)
         self.engine_died = False
         self._models: Models = app.state.models
@@ -48,3 +57,13 @@ class GracefulServer(uvicorn.Server):
         cut = asyncio.get_running_loop().call_later(self._settings.shutdown_timeout, self._models.cut_all)
         await super().shutdown(sockets)
         cut.cancel()
+
+
+def _load_certificates(config: uvicorn.Config, settings: Settings) -> None:
+    """Here and not at the first connection, so that who starts the server hears what is wrong with them."""
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        files = [settings.ssl_certfile, settings.ssl_keyfile, settings.ssl_ca_certs]
+        named = ", ".join(file for file in files if file is not None)
+        raise RequestError(f"TLS cannot start with {named}: {error.strerror or error}") from error

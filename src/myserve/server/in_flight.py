@@ -6,6 +6,7 @@ import asyncio
 from typing import Protocol
 
 from myserve.errors import MyserveError
+from myserve.server import caller
 from myserve.server.errors import DeadlineError, ShuttingDownError
 
 
@@ -26,15 +27,24 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._timers)
 
-    def add(self, generation: Cuttable) -> None:
-        """Raises ShuttingDownError once `close` was called."""
+    def add(self, generation: Cuttable, timeout: float | None = None) -> None:
+        """Count it in. It is cut so many seconds after its request came, or the server's, whichever are fewer.
+
+        Raises DeadlineError where they are over before it begins, ShuttingDownError once `close` was called.
+        """
         if self._closed:
             raise ShuttingDownError
-        timer = None
-        if self._timeout is not None:
-            error = DeadlineError(f"not done after {self._timeout:g} s, which is this server's limit")
-            timer = asyncio.get_running_loop().call_later(self._timeout, generation.cut, error)
-        self._timers[generation] = timer
+        limits = [seconds for seconds in (timeout, self._timeout) if seconds is not None]
+        self._timers[generation] = self._timer(generation, min(limits)) if limits else None
+
+    def _timer(self, generation: Cuttable, limit: float) -> asyncio.TimerHandle:
+        whose = "this server's" if limit == self._timeout else "the request's own"
+        error = DeadlineError(f"not done after {limit:g} s, which is {whose} limit")
+        loop = asyncio.get_running_loop()
+        left = caller.current(loop.time()).arrived + limit - loop.time()
+        if left <= 0:
+            raise error
+        return loop.call_later(left, generation.cut, error)
 
     def remove(self, generation: Cuttable) -> None:
         """It has ended. Idempotent."""

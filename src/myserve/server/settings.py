@@ -44,6 +44,10 @@ class Settings:
     )
     api_keys_file: str | None = None  # None: whoever reaches the port may ask
     admin_keys_file: str | None = None  # of those who may change weights
+    ssl_certfile: str | None = None  # a certificate chain, as PEM: HTTPS, and nothing else on the port
+    ssl_keyfile: str | None = None  # its private key; None: in the same file
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
+    ssl_ca_certs: str | None = None  # clients must show a certificate that one of these signed
     cors_origins: tuple[str, ...] = ()  # pages that may ask, as "https://host"; "*": every page
 
     def __post_init__(self) -> None:
@@ -52,6 +56,11 @@ class Settings:
         for name in ("max_body_bytes", "request_timeout", "client_timeout", "shutdown_timeout"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise RequestError(f"{name} must be greater than 0, got {value}", param=name)
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise RequestError(
+                "TLS needs a certificate: give ssl_certfile beside ssl_keyfile and ssl_ca_certs",
+                param="ssl_certfile",
+            )
         if self.tool_style not in TOOL_STYLES:
             raise RequestError(
                 f"tool_style must be one of {', '.join(TOOL_STYLES)}, got {self.tool_style!r}",

@@ -58,6 +58,7 @@ class GenerateRequest(WireModel):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     stream_interval: Annotated[int, Field(ge=1)] | None = None  # tokens a chunk
     token_arrays: bool | None = None
     return_token_ids: bool | None = None
@@ -74,6 +75,7 @@ class GenerateRequest(WireModel):
             stream_options=self.stream_options,
             cache_salt=self.cache_salt,
             priority=self.priority,
+            request_timeout=self.request_timeout,
             stream_interval=self.stream_interval,
             token_arrays=self.token_arrays,
             return_tokens_as_token_ids=True,
