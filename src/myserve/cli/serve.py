@@ -106,6 +106,9 @@ def serve(
         bool | None,
         typer.Option("--exit-on-engine-death", help="With status 1, for a supervisor to restart it."),
     ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="Send OpenTelemetry spans there, as http://host:4318/v1/traces.")
+    ] = None,
     log_level: Annotated[
         LogLevel, typer.Option(help="info has a line for each request, without its text.")
     ] = LogLevel.WARNING,
@@ -144,6 +147,7 @@ def serve(
         "ssl_keyfile": ssl_keyfile,
         "ssl_keyfile_password": ssl_keyfile_password,
         "ssl_ca_certs": ssl_ca_certs,
+        "otlp_traces_endpoint": otlp_traces_endpoint,
         "cors_origins": tuple(cors_origin) if cors_origin else None,
     }
     listener = _listen(host, port)  # before the imports: a taken port is known at once

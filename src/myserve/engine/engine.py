@@ -386,8 +386,8 @@ class Engine:
             self._post(lambda: self._abort([requests[i] for i in indices], reason))
 
         def metrics(index: int) -> RequestMetrics:
-            usage = self.scheduler.pool.usage
-            return request_metrics(requests[index], time.monotonic(), self._queue.num_open, usage)
+            now, usage = time.monotonic(), self.scheduler.pool.usage
+            return request_metrics(requests[index], now, time.time(), self._queue.num_open, usage)
 
         detokenizers = [Detokenizer(self.token_bytes, submission.params) for _ in requests]
         return RequestStream(request_id, submission.seed, detokenizers, abort=abort, metrics=metrics)

@@ -91,6 +91,7 @@ class RequestMetrics:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    arrival_time: float = 0.0  # unix seconds; the durations below follow one another from here on
     prefill_queue_duration: float = 0.0
     prefill_duration: float = 0.0
     generation_queue_duration: float = 0.0

@@ -71,9 +71,9 @@ def token_output(
 
 
 def request_metrics(
-    request: Request, now: float, num_concurrent_requests: int, kv_cache_usage: float
+    request: Request, now: float, unix_now: float, num_concurrent_requests: int, kv_cache_usage: float
 ) -> RequestMetrics:
-    """A request's durations at its end. What never happened took no time."""
+    """A request's durations at its end. What never happened took no time. `unix_now`: what a calendar calls `now`."""
     times = request.times
     admitted = now if times.admitted is None else times.admitted
     first = now if times.first_token is None else times.first_token
@@ -81,6 +81,7 @@ def request_metrics(
     return RequestMetrics(
         prompt_tokens=request.num_prompt_tokens,
         cached_tokens=request.num_cached_tokens,
+        arrival_time=unix_now - (now - times.arrived),
         prefill_queue_duration=admitted - times.arrived,
         prefill_duration=first - admitted,
         generation_duration=last - first,

@@ -62,6 +62,10 @@ class RequestStream(AsyncIterator[Delta]):
             await self._wake.wait()
         return self._ready.popleft()
 
+    def metrics(self, index: int) -> RequestMetrics:
+        """What a choice has cost so far, ended or not."""
+        return self._metrics(index)
+
     def abort(self) -> None:
         """End what is still open. Idempotent."""
         aborted = sorted(self._open)

@@ -27,6 +27,7 @@ from myserve.server.reading import SCHEMAS
 from myserve.server.settings import Settings
 from myserve.server.streaming import ClientGoneError
 from myserve.server.tokenize import DetokenizeRequest, TokenizeRequest
+from myserve.server.traces import Traces
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.generate import GenerateRequest
@@ -47,7 +48,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ('mine',)
     """
     settings = Settings.from_env() if settings is None else settings
-    app = FastAPI(title="myserve", lifespan=_lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="myserve",
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        # FastAPI's own would tell the words of exceptions, which may quote a prompt; ours are in `otel`
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
     app.state.models = Models(settings)
@@ -66,7 +73,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=headers
         )
-    app.add_middleware(Edge, meters=app.state.http_meters)
+    app.state.traces = _traces(settings)
+    app.add_middleware(Edge, meters=app.state.http_meters, traces=app.state.traces)
     return app
 
 
@@ -91,6 +99,14 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
+def _traces(settings: Settings) -> Traces | None:
+    if settings.otlp_traces_endpoint is None:
+        return None
+    from myserve.server.otel import OtlpTraces  # opentelemetry is an extra
+
+    return OtlpTraces(settings.otlp_traces_endpoint)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start loading at once, without waiting: /health answers while the weights are read."""
@@ -98,6 +114,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     models.preload(app.state.on_load_failure)
     yield
     await asyncio.to_thread(models.close)
+    if app.state.traces is not None:
+        await asyncio.to_thread(app.state.traces.close)
 
 
 async def _on_error(http: Request, error: Exception) -> Response:

@@ -102,6 +102,7 @@ class EchoStream:
     def __init__(self, prompt: list[int], params: SamplingParams, n: int, request_id: str) -> None:
         self.request_id = request_id
         self.seed = params.seed or 0
+        self._prompt_tokens = len(prompt)
         self._deltas = iter(
             [delta for index in range(n) for delta in _echo(index, prompt, params.max_tokens)]
         )
@@ -113,6 +114,10 @@ class EchoStream:
         for delta in self._deltas:
             return delta
         raise StopAsyncIteration
+
+    def metrics(self, index: int) -> RequestMetrics:
+        """It costs nothing."""
+        return RequestMetrics(prompt_tokens=self._prompt_tokens)
 
     def abort(self) -> None:
         """Nothing more is said."""

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from myserve.server import caller, logs
 from myserve.server.errors import error_response
 from myserve.server.http_meters import HttpMeters
+from myserve.server.traces import Traces, follow
 
 log = logging.getLogger("myserve.access")
 
@@ -29,9 +30,10 @@ SAFE_HEADERS = {
 class Edge:
     """The outermost layer. It looks at an answer's head and at its end; what lies between passes untouched."""
 
-    def __init__(self, app: ASGIApp, meters: HttpMeters) -> None:
+    def __init__(self, app: ASGIApp, meters: HttpMeters, traces: Traces | None) -> None:
         self._app = app
         self._meters = meters
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,6 +41,10 @@ class Edge:
             return
         notes = logs.begin(request_id_of(scope))
         caller.begin(asyncio.get_running_loop().time())
+        trace = None if self._traces is None else self._traces.begin(scope, notes["request_id"])
+        follow(trace)
+        if trace is not None:
+            notes["trace_id"] = trace.trace_id
         began = time.perf_counter()
         status, ended = 0, False
 
@@ -59,19 +65,29 @@ class Edge:
             await self._app(scope, receive, send_noted)
         except Exception as error:
             log.exception("%s %s failed", scope["method"], scope["path"])
+            if trace is not None:
+                trace.fail(error)
             if status == 0:
                 await error_response(error)(scope, receive, send_noted)
         finally:
-            self._meters.in_progress -= 1
             self._end(scope, notes, status, time.perf_counter() - began, cut=not ended)
+            if trace is not None:
+                trace.end(handler_of(scope), status, cut=not ended)
+            self._meters.in_progress -= 1
 
     def _end(self, scope: Scope, notes: dict[str, Any], status: int, seconds: float, *, cut: bool) -> None:
-        handler = getattr(scope.get("route"), "path", "none")
+        handler = handler_of(scope)
         self._meters.add(scope["method"], handler, status, seconds)
         if cut:
             notes["cut"] = True  # the client left, or we had to end a stream
         notes |= {"status": status, "seconds": round(seconds, 4)}
         log.info("%s %s", scope["method"], handler, extra={"fields": notes})
+
+
+def handler_of(scope: Scope) -> str:
+    """The route's path as it is declared, once it is known."""
+    path: str = getattr(scope.get("route"), "path", "none")
+    return path
 
 
 def request_id_of(scope: Scope) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 from myserve.errors import EngineError, MyserveError
+from myserve.server import traces
 from myserve.server.logs import note
 from myserve.server.models import ServedModel, Stream
 from myserve.server.pacing import Pace
@@ -68,6 +69,7 @@ class Generation:
         self._in_flight.add(self, request.request_timeout)
         self._cut_by: MyserveError | None = None
         self._n = n
+        self._request, self._request_id = request, request_id
         self._scores_only = request.max_tokens == 0  # validated: then only the prompt's scores are wanted
         self._streams: list[Stream] = []
         try:
@@ -115,8 +117,12 @@ class Generation:
                     ready = pace.take(delta)
                     if ready is not None:
                         yield self._take(position, ready)
+        except Exception as error:
+            traces.fail(error)
+            raise
         finally:
             self.abort()
+            traces.record(self._request, self._request_id, self.choices, self._costs())
             note(completion_tokens=sum(len(choice.sampled) for choice in self.choices))
 
     def _take(self, position: int, delta: Delta) -> tuple[Choice, Delta]:
@@ -137,6 +143,10 @@ class Generation:
             raise delta.error or EngineError("the engine failed without saying why")
         if delta.finish_reason == "abort" and self._cut_by is not None:
             raise self._cut_by
+
+    def _costs(self) -> list[RequestMetrics]:
+        """What each choice has cost, those that were left too."""
+        return [stream.metrics(index) for stream in self._streams for index in range(self._n)]
 
     async def finish(self) -> list[Choice]:
         """Every choice, once all have ended."""

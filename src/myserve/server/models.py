@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from myserve.core.params import SamplingParams
 from myserve.engine.meters import EngineLoad, EngineMeters
-from myserve.engine.outputs import Delta, RoutingShape
+from myserve.engine.outputs import Delta, RequestMetrics, RoutingShape
 from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import ModelNotFoundError, MyserveError
 from myserve.server.chat_style import ChatStyle
@@ -38,6 +38,7 @@ class Stream(Protocol):
     seed: int
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
+    def metrics(self, index: int) -> RequestMetrics: ...
     def abort(self) -> None: ...
 
 

@@ -48,6 +48,7 @@ class Settings:
     ssl_keyfile: str | None = None  # its private key; None: in the same file
     ssl_keyfile_password: str | None = field(default=None, repr=False)
     ssl_ca_certs: str | None = None  # clients must show a certificate that one of these signed
+    otlp_traces_endpoint: str | None = None  # where OpenTelemetry spans go; None: there are none
     cors_origins: tuple[str, ...] = ()  # pages that may ask, as "https://host"; "*": every page
 
     def __post_init__(self) -> None:
@@ -100,6 +101,7 @@ class Settings:
             tool_style=env.get("MYSERVE_TOOL_STYLE", "auto"),
             api_keys_file=env.get("MYSERVE_API_KEYS_FILE") or None,
             admin_keys_file=env.get("MYSERVE_ADMIN_KEYS_FILE") or None,
+            otlp_traces_endpoint=env.get("MYSERVE_OTLP_TRACES_ENDPOINT") or None,
             cors_origins=tuple(_words(env.get("MYSERVE_CORS_ORIGINS", ""))),
         )
 
