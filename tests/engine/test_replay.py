@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from myserve.engine import weights
 from myserve.engine.config import EngineConfig
 from myserve.engine.gemm import PackedWeight
 from myserve.engine.model_runner import ModelRunner
+from myserve.engine.recorded_calls import Launches, Operation
 from myserve.engine.recorded_steps import MOST_ROWS, shape_for
-from myserve.engine.replay import Launches, NotRecordableError, Pool, Recording
+from myserve.engine.replay import NotRecordableError, Pool, Recording
 from myserve.engine.request import Request
 from myserve.engine.scheduler import Batch, Piece
 from myserve.engine.step_inputs import Shape
@@ -63,6 +64,43 @@ def test_memory_is_shared_within_a_recording_and_between_recordings() -> None:
     for _ in range(2):
         assert torch.equal(first.replay(), 4 * a)
         assert torch.equal(second.replay(), 4 * b)
+
+
+@torch.inference_mode()
+def test_what_nobody_reads_is_not_made_again() -> None:
+    weight, x = PackedWeight(torch.randn(96, 64)), torch.randn(5, 64)
+    counter = torch.zeros(1)
+
+    def forward() -> Tensor:
+        x.cos().sum()  # nobody reads it
+        read_by_a_kernel, read_by_an_operation = x.sin(), x.exp()
+        counter.add_(1)  # an effect
+        return weight(read_by_a_kernel) * read_by_an_operation.sum()
+
+    recording = Recording(forward, Pool())
+    names = [part.func.__name__ for part in recording._parts if isinstance(part, Operation)]
+    assert names == ["sin.default", "exp.default", "add_.Tensor", "sum.default", "mul.Tensor"]
+    x.copy_(torch.randn(5, 64))
+    assert torch.equal(recording.replay().clone(), forward()) and counter == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.inference_mode()
+def test_rows_by_index_are_a_kernels(dtype: torch.dtype) -> None:
+    table = torch.randn(50, 24).to(dtype)
+    ids = torch.randint(50, (1, 40))
+    picked = torch.randint(40, (7,))
+
+    def forward() -> Tensor:
+        return nn.functional.embedding(ids, table)[:, picked]
+
+    recording = Recording(forward, Pool())
+    assert [len(part._table) for part in recording._parts if isinstance(part, Launches)] == [2]
+    assert len(recording._parts) == 1
+    ids.copy_(torch.randint(50, (1, 40)))
+    assert torch.equal(recording.replay(), table[ids][:, picked])
+    ids[0, picked[3]] = 50
+    assert recording.replay()[0, 3].isnan().all(), "found by who draws from it, as a broken row is"
 
 
 def test_a_recording_is_replayed_by_any_thread_while_its_own_computes_or_is_gone() -> None:

@@ -50,10 +50,9 @@ class Engine:
         self.runner = ModelRunner(loaded, config)
         self._independent = check_packing(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
-        longest = min(loaded.max_model_len, cache.num_blocks * cache.block_size)
         self.facts = ModelFacts(
             loaded.vocab_size,
-            min(longest, config.max_model_len or longest),
+            self.runner.max_model_len,
             loaded.eos_token_ids,
             self.runner.routed_experts.shape,
         )

@@ -1,4 +1,4 @@
-"""RMS norm, rotary angles, SiLU and its gate, by kernels of our own; CPU, bfloat16 or float32.
+"""RMS norm, rotary angles, SiLU and its gate, rows by index, by kernels of our own; CPU, bfloat16 or float32.
 
 Each gives the bits of the tensor operations that a model of transformers spells out, but for the order of a norm's sum
 and the exponential of SiLU, which PyTorch leaves to its libraries.
@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from myserve.engine.native import threads_for
-from myserve.engine.pointwise_kernels import ROWS, add_kernel, gate_kernel, norm_kernel, rotate_kernel
+from myserve.engine.pointwise_kernels import (
+    ROWS,
+    add_kernel,
+    gate_kernel,
+    gather_kernel,
+    norm_kernel,
+    rotate_kernel,
+)
 
 
 def is_ours(*tensors: Tensor) -> bool:
@@ -96,6 +103,23 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     add_kernel(a.dtype)(
         _threads(rows, width), a=a.data_ptr(), b=b.data_ptr(), out=out.data_ptr(), rows=rows, width=width
     )
+    return out
+
+
+def gather(table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices]: [N, D] by [...] int64 to [..., D]; both contiguous. An index out of range gives a row of NaN.
+
+    >>> gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 0, 2]))
+    tensor([[3., 4.],
+            [1., 2.],
+            [nan, nan]])
+    """
+    out = torch.empty((*indices.shape, table.shape[1]), dtype=table.dtype)
+    gather_kernel()(
+        _threads(indices.numel(), table.shape[1]),
+        table=table.data_ptr(), table_rows=table.shape[0], indices=indices.data_ptr(), out=out.data_ptr(),
+        rows=indices.numel(), row_bytes=table.shape[1] * table.element_size(),
+    )  # fmt: skip
     return out
 
 

@@ -28,6 +28,7 @@ ROTATE = (
 )  # fmt: skip
 GATE = ("gate", "gate_row", "up", "up_row", "out", "rows", "width")
 ADD = ("a", "b", "out", "rows", "width")
+GATHER = ("table", "table_rows", "indices", "out", "rows", "row_bytes")
 
 Kind = Any  # a value whose type is an element's: uint16 (bfloat16's bits) or float32
 Record = Any
@@ -217,6 +218,22 @@ def _add(a: Record, kind: Kind) -> None:
         item = next_item(a)
 
 
+@njit(error_model="numpy")
+def _gather(a: Record) -> None:
+    """Rows by their index; one that the table does not have is all NaN, in every type, and so found as any other is."""
+    indices = carray(view(a.indices, np.int64(0)), a.rows)
+    item = next_item(a)
+    while item * ROWS < a.rows:
+        for row in range(item * ROWS, min(a.rows, (item + 1) * ROWS)):
+            index = indices[row]
+            out = carray(view(a.out + row * a.row_bytes, np.uint8(0)), a.row_bytes)
+            if 0 <= index < a.table_rows:
+                out[:] = carray(view(a.table + index * a.row_bytes, np.uint8(0)), a.row_bytes)
+            else:
+                out[:] = np.uint8(0xFF)
+        item = next_item(a)
+
+
 def _kind(dtype: torch.dtype) -> Kind:
     return np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
 
@@ -268,6 +285,18 @@ def add_kernel(dtype: torch.dtype) -> Kernel:
     return Kernel(ADD, add)
 
 
+@functools.cache
+def gather_kernel() -> Kernel:
+    source = fingerprint()
+
+    def gather(p: Any) -> None:
+        if source >= 0:
+            _gather(carray(p, 1)[0])
+
+    return Kernel(GATHER, gather)
+
+
 def warm(dtype: torch.dtype) -> None:
+    gather_kernel()
     for kernel in (norm_kernel, rotate_kernel, gate_kernel, add_kernel):
         kernel(dtype)

@@ -1,9 +1,9 @@
-"""A decode step recorded once and replayed without Python: what CUDA graphs are to a GPU, for a CPU.
+"""A step recorded once and replayed without Python: what CUDA graphs are to a GPU, for a CPU.
 
 A step of n requests makes the same kernel calls every time, on the same memory if we give it the same memory. The
 model's own forward runs once under a dispatch mode that writes down every call of a kernel of ours and every tensor
-operation. Replaying, a run of kernel calls is one call into compiled code; what is not ours (embedding, angles, the
-choice of rows) is called again as the tensor operation that it was, and its result copied to where it was.
+operation. Replaying, a run of kernel calls is one call into compiled code; what is not ours is called again as the
+tensor operation that it was, and its result copied to where it was.
 
 Rejected: writing the forward pass of the common models ourselves. This serves any model and changes no bit of it.
 """
@@ -14,18 +14,16 @@ import ctypes
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from myserve.engine import pointwise
-from myserve.engine.native import Launch, Scratch, recording
-from myserve.engine.replay_kernel import replay_kernel
+from myserve.engine.native import Scratch, recording
+from myserve.engine.recorded_calls import Operation, parts, those_that_matter
 
 _aten = torch.ops.aten
 # What a recording cannot hold: a result that Python has looked at, or whose shape the data decides.
@@ -93,15 +91,35 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
             return self.pool.empty(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
         if func in _LOOKS_AT_DATA:
             raise NotRecordableError(str(func))
-        if func is _aten.add.Tensor and not kwargs and _adds_like_with_like(*args):
-            with self:
-                return pointwise.add(*args)
+        with self:
+            ours = _by_a_kernel(func, args, kwargs)
+        if ours is not None:
+            return ours
         out = func(*args, **kwargs)
-        if func._schema.is_mutable:
-            self.calls.append(lambda: func(*args, **kwargs))
-        elif fresh := list(_fresh(out, (args, kwargs))):
-            self.calls.append(_again(func, args, kwargs, out, fresh))
+        operation = Operation.of(func, args, kwargs, out)
+        if not operation.does_nothing:
+            self.calls.append(operation)
         return out
+
+
+def _by_a_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The same bits by a kernel of ours, which replays without Python; None for what we have none for."""
+    if func is _aten.add.Tensor and not kwargs and _adds_like_with_like(*args):
+        return pointwise.add(*args)
+    if func is _aten.embedding.default and _has_rows(*args[:2]):
+        return pointwise.gather(*args[:2])
+    if func is _aten.index.Tensor and args[0].shape[0] == 1 and len(args[1]) == 2 and args[1][0] is None:
+        table, indices = args[0][0], args[1][1]  # x[:, indices]
+        if _has_rows(table, indices):
+            return pointwise.gather(table, indices)[None]
+    return None
+
+
+def _has_rows(table: Tensor, indices: Tensor) -> bool:
+    return (
+        table.dim() == 2 and table.is_contiguous() and pointwise.is_ours(table)
+        and indices.dtype == torch.int64 and indices.is_contiguous()
+    )  # fmt: skip
 
 
 def _adds_like_with_like(a: Any, b: Any) -> bool:
@@ -110,25 +128,6 @@ def _adds_like_with_like(a: Any, b: Any) -> bool:
         tensors and a.shape == b.shape and a.dim() > 0 and a.is_contiguous() and b.is_contiguous()
         and pointwise.is_ours(a, b)
     )  # fmt: skip
-
-
-def _fresh(out: Any, inputs: Any) -> Iterator[int]:
-    """Which of an operation's results are not views of what it was given."""
-    given = {x.untyped_storage().data_ptr() for x in tree_leaves(inputs) if isinstance(x, Tensor)}
-    for number, result in enumerate(tree_leaves(out)):
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
-            yield number
-
-
-def _again(func: Any, args: Any, kwargs: Any, out: Any, fresh: list[int]) -> Callable[[], None]:
-    kept = tree_leaves(out)
-
-    def call() -> None:
-        results = tree_leaves(func(*args, **kwargs))
-        for number in fresh:
-            kept[number].copy_(results[number])
-
-    return call
 
 
 class Recording:
@@ -145,52 +144,10 @@ class Recording:
         with recording(pool.scratch) as calls, _Recorder(calls, pool):
             self.out = forward()
         self._pool = pool
-        self._parts: list[Callable[[], None]] = []
-        pending: list[Launch] = []
-        for call in calls:
-            if isinstance(call, Launch):
-                pending.append(call)
-                continue
-            if pending:
-                self._parts.append(Launches(pending))
-            pending = []
-            self._parts.append(call)
-        if pending:
-            self._parts.append(Launches(pending))
+        self._parts = parts(those_that_matter(calls, self.out))
 
     def replay(self) -> Tensor:
         """The result, in the same memory every time."""
         for part in self._parts:
             part()
         return self.out
-
-
-class Launches:
-    """Kernel calls that follow each other, as one call."""
-
-    def __init__(self, launches: list[Launch]) -> None:
-        self._records = [
-            ctypes.create_string_buffer(launch.record, len(launch.record)) for launch in launches
-        ]
-        threads = [launch.threads for launch in launches]
-        waits = [max(pair) > 1 for pair in zip(threads, [*threads[1:], 1], strict=True)]
-        rows = [
-            (launch.kernel, ctypes.addressof(record), launch.threads, wait)
-            for launch, record, wait in zip(launches, self._records, waits, strict=True)
-        ]
-        self._table = np.array(rows, np.int64)
-        for record in self._records:
-            ctypes.memset(record, 0, 16)  # the tickets
-        self._threads = max(threads)
-        self._kernel = replay_kernel()
-
-    def __call__(self) -> None:
-        self._kernel(
-            self._threads, launches=self._table.ctypes.data, count=len(self._table),
-            team_size=_address_of("omp_get_num_threads") if self._threads > 1 else 0,
-            give_way=_address_of("sched_yield"),
-        )  # fmt: skip
-
-
-def _address_of(name: str) -> int:
-    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0

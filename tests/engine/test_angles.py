@@ -1,0 +1,93 @@
+"""Angles that are looked up are those that the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from myserve.engine import angles
+from myserve.engine.angles import look_up_angles
+
+STATIC: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 10000.0},
+    {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+]
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+
+def llama(rope: dict[str, Any]) -> Any:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, rope_parameters=rope,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).bfloat16()
+
+
+@pytest.mark.parametrize("rope", STATIC, ids=lambda rope: str(rope["rope_type"]))
+@torch.inference_mode()
+def test_every_position_has_the_bits_of_the_model(monkeypatch: pytest.MonkeyPatch, rope: Any) -> None:
+    monkeypatch.setattr(angles, "CHUNK", 48)  # several, the last of them not full
+    model = llama(rope)
+    positions, x = torch.randint(128, (1, 200)), torch.zeros(1, 200, 32, dtype=torch.bfloat16)
+    own = model.model.rotary_emb(x, positions)
+    assert look_up_angles(model, 128) == 1
+    ours = model.model.rotary_emb(x, positions)
+    assert all(map(torch.equal, own, ours))
+    beside = model.model.rotary_emb(x, (positions + 1) % 128)
+    assert not any(map(torch.equal, own, beside)), "the control"
+
+
+@torch.inference_mode()
+def test_each_type_of_layer_has_its_own() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, layer_types=kinds,
+    )  # fmt: skip
+    model: Any = Gemma3ForCausalLM(config)
+    positions, x = torch.arange(40)[None], torch.zeros(1, 40, 8)
+    own = [model.model.rotary_emb(x, positions, kind) for kind in kinds]
+    look_up_angles(model, 64)
+    for kind, angles_of_kind in zip(kinds, own, strict=True):
+        assert all(map(torch.equal, angles_of_kind, model.model.rotary_emb(x, positions, kind)))
+    assert not torch.equal(own[0][0], own[1][0])
+
+
+@torch.inference_mode()
+def test_angles_that_follow_the_longest_of_a_call_no_longer_do() -> None:
+    """Otherwise a long request would change the numbers of those that it shares a step with."""
+    x, short, long = (
+        torch.zeros(1, 1, 32, dtype=torch.bfloat16),
+        torch.tensor([[5]]),
+        torch.tensor([[5, 500]]),
+    )
+    theirs = llama(DYNAMIC).model.rotary_emb
+    assert not torch.equal(theirs(x, short)[0][0, 0], theirs(x, long)[0][0, 0]), "the control"
+    model = llama(DYNAMIC)
+    look_up_angles(model, 512)
+    ours = model.model.rotary_emb
+    assert torch.equal(ours(x, short)[0][0, 0], ours(x, long)[0][0, 0])
+    served_short = llama(DYNAMIC)
+    look_up_angles(served_short, 128)
+    own = llama(DYNAMIC).model.rotary_emb(x, short)
+    assert torch.equal(served_short.model.rotary_emb(x, short)[0], own[0])
+
+
+def test_with_gradients_the_model_computes_its_own(tiny_model: Callable[[str], Path]) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    x, far = torch.zeros(1, 1, 8), torch.tensor([[1000]])
+    own = model.model.rotary_emb(x, far)
+    look_up_angles(model, 16)
+    assert all(map(torch.equal, own, model.model.rotary_emb(x, far)))
