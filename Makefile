@@ -21,7 +21,7 @@ install: .venv/installed ## make .venv with everything, exact versions
 demo: install ## serve the embedded model, sample from it, show the result (ONCE=1: then end)
 	$(BIN)/python -m myserve.demo.run $(if $(ONCE),--once)
 
-grpo: install ## reinforcement learning on the embedded model, ten minutes: runs/grpo/curve.svg (ARGS: the script's options)
+grpo: install ## reinforcement learning on the embedded model, a few minutes: runs/grpo/curve.svg (ARGS: the script's options)
 	$(BIN)/python examples/grpo.py $(ARGS)
 
 serve: install ## serve MODEL (default: the embedded model) on PORT

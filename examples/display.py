@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler
 from myserve.sdk.svg import line_chart
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -34,8 +37,7 @@ class Curve:
     def __init__(self, run: Path, steps: int) -> None:
         self._run, self._steps = run, steps
         self._rows: list[dict[str, float]] = []
-        self._began = self._last = time.monotonic()
-        self._tokens = 0
+        self._began = time.monotonic()
         self._pace = self._window = 0.0
         self._live = Live(console=Console(stderr=True), refresh_per_second=4)
 
@@ -57,11 +59,13 @@ class Curve:
             chart = line_chart(series, title="GRPO on two-digit sums", x="step", y="share right")
             (self._run / "curve.svg").write_text(chart)
 
-    def live(self, tokens: int, window: int) -> None:
-        """What depends on the clock: shown, not written."""
-        now = time.monotonic()
-        self._pace = (tokens - self._tokens) / max(1e-9, now - self._last)
-        self._tokens, self._last, self._window = tokens, now, window
+    @contextmanager
+    def sampling(self, sampler: DeploymentSampler, window: AdaptiveConcurrencyController) -> Iterator[None]:
+        """Around a step's rollouts: their pace and the window, which depend on the clock: shown, not written."""
+        began, before = time.monotonic(), sampler.stats.completion_tokens
+        yield
+        self._pace = (sampler.stats.completion_tokens - before) / (time.monotonic() - began)
+        self._window = window.window
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         row = {"step": step, **figures}
@@ -77,14 +81,14 @@ class Curve:
         for row in self._rows[-ROWS:]:
             cells = [f"{row[name]:.4f}" if name in row else "" for name in SHOWN]
             table.add_row(f"{row['step']:.0f}", *cells, _mismatch(row.get("mismatch")))
+        foot = Table.grid(padding=(0, 2))
         minutes = (time.monotonic() - self._began) / 60
-        foot = f"{self._pace:,.0f} tokens/s · window {self._window:.0f} · {minutes:.1f} min"
+        pace = f"{self._pace:,.0f} tokens/s · window {self._window:.0f} · {minutes:.1f} min"
+        foot.add_row(ProgressBar(self._steps, len(self._rows) - 1, width=40), Text(pace, style="dim"))
         lines = [
             Text.assemble((f"{title:>18} ", "dim"), self._sparkline(name)) for name, title in SHOWN.items()
         ]
-        return Group(
-            *lines, table, ProgressBar(self._steps, len(self._rows) - 1, width=60), Text(foot, style="dim")
-        )
+        return Group(*lines, table, foot)
 
     def _sparkline(self, name: str) -> str:
         values = [row[name] for row in self._rows if name in row][-60:]

@@ -1,6 +1,6 @@
 """GRPO on two-digit sums, on-policy to the last bit: a server, the SDK, weights loaded every step, a plain trainer.
 
-    python examples/grpo.py                      # about ten minutes on two cores: runs/grpo/curve.svg
+    python examples/grpo.py                      # a few minutes on two cores: runs/grpo/curve.svg
     python examples/grpo.py --resume             # goes on with a run that was killed; the curve is the same
     python examples/grpo.py --url http://... --weights-dir DIR    # on a server of yours, started with that directory
 
@@ -14,23 +14,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from display import Curve
 from policy import Policy
+from run_folder import RunError, folder_to_resume, new_folder
 from serving import Server
-from sums import HELD_OUT, MAX_TOKENS, Sum, question, reward, sums_of_step
+from sums import HELD_OUT, MAX_TOKENS, question, reward, sums_of_step
 from torch import Tensor
 
 from myserve.demo import embedded_model_path
 from myserve.demo.evaluate import accuracy
 from myserve.sdk import AdaptiveConcurrencyController, Completions, DeploymentSampler, SampledCompletion
 from myserve.sdk.mismatch import measure
+
+Correction = Literal["kept", "mass", "none"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Config:
     clip: float = 0.2
     temperature: float = 1.0
     top_p: float = 1.0
-    correction: str = "kept"  # of truncated sampling: kept | mass | none (docs/training.md)
+    correction: Correction = "kept"  # of truncated sampling (docs/training.md)
     exam_every: int = 5
     exam: int = 812  # held-out sums asked
     replay: bool = False  # a mixture of experts: the trainer uses the experts that the server used
@@ -65,21 +67,42 @@ def advantages(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
+async def draw(config: Config, sampler: DeploymentSampler, step: int, journal: Path) -> list[Completions]:
+    """A step's answers; what the journal has of them is not drawn again."""
+    return await sampler.sample_batch(
+        [question(pair) for pair in sums_of_step(config.seed, step, config.prompts)], n=config.n,
+        max_tokens=MAX_TOKENS, temperature=config.temperature, top_p=config.top_p, kept=config.top_p < 1,
+        include_routing_matrix=config.replay, logprobs=True, on_error="refill", journal=journal,
+        seed=config.seed * 1_000_003 + step,
+    )  # fmt: skip
+
+
 async def rollouts(
-    config: Config, server: Server, sampler: DeploymentSampler, step: int, sums: Sequence[Sum]
+    config: Config, server: Server, sampler: DeploymentSampler, step: int, journal: Path
 ) -> list[Completions]:
     """The answers by the weights of this step, and by no others: what a restarted server made is made again."""
-    journal = Path(config.run) / f"rollouts-{step:04}.jsonl"
     while True:
         await server.load(sampler, step)
-        groups = await sampler.sample_batch(
-            [question(pair) for pair in sums], n=config.n, max_tokens=MAX_TOKENS, temperature=config.temperature,
-            top_p=config.top_p, kept=config.top_p < 1, include_routing_matrix=config.replay, logprobs=True,
-            on_error="refill", journal=journal, seed=config.seed * 1_000_003 + step,
-        )  # fmt: skip
+        groups = await draw(config, sampler, step, journal)
         if {answer.weight_version for group in groups for answer in group} == {server.version(step)}:
             return groups
         journal.unlink()
+
+
+def rewards_of(config: Config, step: int, groups: Sequence[Completions]) -> Tensor:
+    """[P, n]"""
+    sums = sums_of_step(config.seed, step, config.prompts)
+    rows = [[reward(pair, answer) for answer in group] for pair, group in zip(sums, groups, strict=True)]
+    return torch.tensor(rows)
+
+
+def ratio_base(config: Config, batch: Sequence[SampledCompletion]) -> tuple[Tensor, Tensor]:
+    """What the ratio of each token divides by, as a logprob, and its weight: [N] both."""
+    drawn_with = torch.tensor([p for answer in batch for p in answer.sampling_logprobs or ()])
+    if config.correction != "mass" or config.top_p == 1:
+        return drawn_with, torch.ones_like(drawn_with)
+    mass = torch.tensor([entry["mass"] for answer in batch for entry in answer.kept or ()])
+    return drawn_with + mass.log(), mass  # over the vocabulary; and ratio * mass is what was divided by
 
 
 def policy_loss(config: Config, new: Tensor, old: Tensor, advantage: Tensor, weight: Tensor) -> Tensor:
@@ -97,18 +120,13 @@ def learn(
     losses = []
     for part in torch.arange(len(answers)).chunk(config.minibatches):
         batch = [answers[i] for i in part]
-        new = policy.logprobs(
-            batch, temperature=config.temperature, kept=config.correction == "kept" and config.top_p < 1
-        )
-        old = torch.tensor([p for a in batch for p in a.sampling_logprobs or ()])
+        old, weight = ratio_base(config, batch)
+        over_support = config.correction == "kept" and config.top_p < 1
+        new = policy.logprobs(batch, temperature=config.temperature, kept=over_support)
         if not figures:  # the weights are still those that drew the answers
             rows = [row.tolist() for row in new.detach().split([a.completion_len for a in batch])]
             found = measure(batch, rows, against="sampling")
             figures = {"mismatch": found.all.max, "kl_to_start": policy.kl_to_start(batch, new.detach())}
-        if config.correction == "none":
-            old = new.detach() if part[0] == 0 else old
-        mass = torch.tensor([k["mass"] for a in batch for k in a.kept or [{"mass": 1.0}] * a.completion_len])
-        weight = mass if config.correction == "mass" else torch.ones_like(old)
         lengths = torch.tensor([a.completion_len for a in batch])
         loss = policy_loss(config, new, old, advantage[part].repeat_interleave(lengths), weight)
         policy.step(loss)
@@ -118,10 +136,8 @@ def learn(
 
 async def train(config: Config) -> Path:
     """The whole run; returns the folder with its curve."""
-    run = Path(config.run)
-    if not config.resume:
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
+    folder = folder_to_resume if config.resume else new_folder
+    run = folder(Path(config.run), asdict(config))
     policy = Policy(config.model, config.learning_rate, replay=config.replay)
     held_out = [(question(pair), str(sum(pair))) for pair in HELD_OUT[: config.exam]]
     window = AdaptiveConcurrencyController(initial_window=64)
@@ -135,16 +151,14 @@ async def train(config: Config) -> Path:
                 exam = accuracy(policy.model, policy.tokenizer, held_out)
                 figures |= {"greedy": exam.greedy, "sampled": exam.sampled}
             if step < config.steps:
-                sums = sums_of_step(config.seed, step, config.prompts)
-                groups = await rollouts(config, server, sampler, step, sums)
-                rewards = torch.tensor(
-                    [[reward(p, answer) for answer in group] for p, group in zip(sums, groups, strict=True)]
-                )
+                with curve.sampling(sampler, window):
+                    groups = await rollouts(config, server, sampler, step, run / f"rollouts-{step:04}.jsonl")
+                rewards = rewards_of(config, step, groups)
                 answers = [answer for group in groups for answer in group]
                 figures |= {"reward": rewards.mean().item()}
                 figures |= learn(config, policy, answers, advantages(rewards).flatten())
                 policy.save(weights_dir / f"step-{step + 1:04}")
-                curve.live(sampler.stats.completion_tokens, window.step_completed()["window"])
+                window.step_completed()
             curve.add(step, figures)
         await sampler.aclose()
     return run
@@ -159,13 +173,23 @@ def parse_args(kind: type[C], arguments: Sequence[str] | None = None) -> C:
         if isinstance(default, bool):
             parser.add_argument(name, action="store_true")
         else:
-            parser.add_argument(name, type=type(default), default=default, help=f"default: {default}")
+            words = {"default": default, "help": f"default: {default}"}
+            choices = get_args(Correction) if field.name == "correction" else None
+            parser.add_argument(name, type=type(default), choices=choices, **words)
     return kind(**vars(parser.parse_args(arguments)))
 
 
-if __name__ == "__main__":
-    folder = asyncio.run(train(parse_args(Config)))
+def main() -> None:
+    try:
+        folder = asyncio.run(train(parse_args(Config)))
+    except RunError as error:
+        raise SystemExit(f"grpo: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; --resume goes on") from None
     last = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])
-    print(
-        f"held-out sums: {last['greedy']:.1%} greedy, {last['sampled']:.1%} at temperature 1; {folder}/curve.svg"
-    )
+    shares = f"{last['greedy']:.1%} greedy, {last['sampled']:.1%} at temperature 1"
+    print(f"held-out sums: {shares}; {folder}/curve.svg")
+
+
+if __name__ == "__main__":
+    main()

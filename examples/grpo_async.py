@@ -10,18 +10,17 @@ depends on the clock, so this curve is not the same twice; with --staleness 0 it
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from display import Curve
-from grpo import Config, advantages, learn, parse_args
+from grpo import Config, advantages, draw, learn, parse_args, rewards_of
 from policy import Policy
+from run_folder import RunError, new_folder
 from serving import Server
-from sums import HELD_OUT, MAX_TOKENS, question, reward, sums_of_step
+from sums import HELD_OUT, question
 
 from myserve.demo.evaluate import accuracy
 from myserve.sdk import AdaptiveConcurrencyController, Completions, DeploymentSampler, SampledCompletion
@@ -42,23 +41,16 @@ def versions(answer: SampledCompletion) -> Iterator[int]:
         yield from [span["weight_version"]] * (span["end"] - span["start"])
 
 
-async def rollouts(config: AsyncConfig, sampler: DeploymentSampler, step: int) -> list[Completions]:
-    return await sampler.sample_batch(
-        [question(pair) for pair in sums_of_step(config.seed, step, config.prompts)], n=config.n, max_tokens=MAX_TOKENS,
-        temperature=config.temperature, logprobs=True, on_error="refill", seed=config.seed * 1_000_003 + step,
-    )  # fmt: skip
-
-
 def staleness(server: Server, step: int, answers: Sequence[SampledCompletion]) -> list[int]:
     """How many steps old each token is."""
     return [server.version(step) - version for answer in answers for version in versions(answer)]
 
 
 async def train(config: AsyncConfig) -> Path:
-    run = Path(config.run)
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True)
-    policy = Policy(config.model, config.learning_rate)
+    if config.resume:
+        raise RunError("an asynchronous run cannot be gone on with: what is in flight depends on the clock")
+    run = new_folder(Path(config.run), asdict(config))
+    policy = Policy(config.model, config.learning_rate, replay=config.replay)
     held_out = [(question(pair), str(sum(pair))) for pair in HELD_OUT[: config.exam]]
     window = AdaptiveConcurrencyController(initial_window=64)
     weights_dir = Path(config.weights_dir or run / "weights")
@@ -69,28 +61,30 @@ async def train(config: AsyncConfig) -> Path:
         await server.load(sampler, 0)
         for step in range(config.steps):
             for ahead in range(step + len(begun), min(step + config.staleness + 1, config.steps)):
-                begun.append(asyncio.create_task(rollouts(config, sampler, ahead)))
-            groups = await begun.popleft()
-            answers = [answer for group in groups for answer in group]
-            sums = sums_of_step(config.seed, step, config.prompts)
-            rewards = torch.tensor(
-                [[reward(p, a) for a in group] for p, group in zip(sums, groups, strict=True)]
-            )
-            figures = {"reward": rewards.mean().item()}
-            ages = staleness(server, step, answers)
-            figures |= {"stale_mean": sum(ages) / len(ages), "stale_max": max(ages)}
-            # In a thread of its own: meanwhile the event loop takes in the rollouts of the steps to come.
-            figures |= await asyncio.to_thread(learn, config, policy, answers, advantages(rewards).flatten())
+                journal = run / f"rollouts-{ahead:04}.jsonl"
+                begun.append(asyncio.create_task(draw(config, sampler, ahead, journal)))
+            with curve.sampling(sampler, window):
+                groups = await begun.popleft()
+                answers = [answer for group in groups for answer in group]
+                rewards = rewards_of(config, step, groups)
+                figures = {"reward": rewards.mean().item()}
+                ages = staleness(server, step, answers)
+                figures |= {"stale_mean": sum(ages) / len(ages), "stale_max": max(ages)}
+                # In a thread of its own: meanwhile the event loop takes in the rollouts of the steps to come.
+                advantage = advantages(rewards).flatten()
+                figures |= await asyncio.to_thread(learn, config, policy, answers, advantage)
+                policy.save(weights_dir / f"step-{step + 1:04}")
+                await server.load(sampler, step + 1, mode="keep")
             if (step + 1) % config.exam_every == 0 or step + 1 == config.steps:
                 exam = await asyncio.to_thread(accuracy, policy.model, policy.tokenizer, held_out)
                 figures |= {"greedy": exam.greedy, "sampled": exam.sampled}
-            policy.save(weights_dir / f"step-{step + 1:04}")
-            await server.load(sampler, step + 1, mode="keep")
-            curve.live(sampler.stats.completion_tokens, window.window)
             curve.add(step, figures)
         await sampler.aclose()
     return run
 
 
 if __name__ == "__main__":
-    asyncio.run(train(parse_args(AsyncConfig)))
+    try:
+        asyncio.run(train(parse_args(AsyncConfig)))
+    except RunError as error:
+        raise SystemExit(f"grpo_async: {error}") from None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from plain import Rows, plain_logprobs
 from policy import Policy
 from serving import sampler_for
 from sums import HELD_OUT, MAX_TOKENS, question
@@ -20,7 +21,6 @@ from myserve.sdk import SampledCompletion
 from myserve.sdk.mismatch import Mismatch, measure
 
 TEMPERATURE = 0.7
-Rows = list[list[float]]
 
 
 async def draw(url: str, prompts: int, server_options: Sequence[str] = ()) -> list[SampledCompletion]:
@@ -55,11 +55,10 @@ def spoiled(samples: Sequence[SampledCompletion]) -> dict[str, Mismatch]:
     model = str(embedded_model_path())
     exact = Policy(model, 3e-5)
     rows = scored(exact, samples)
-    plain = {dtype: Policy(model, 0.0, exact=False, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     trainers = {
         "exact_forward": rows,
-        "plain float32": scored(plain[torch.float32], samples),
-        "bfloat16": scored(plain[torch.bfloat16], samples),
+        "plain float32": plain_logprobs(model, samples, temperature=TEMPERATURE),
+        "bfloat16": plain_logprobs(model, samples, temperature=TEMPERATURE, dtype=torch.bfloat16),
         "temperature forgotten": scored(exact, samples, temperature=1.0),
         "off by one token": [row[-1:] + row[:-1] for row in rows],
         "weights 4 updates apart": scored(trained(exact, samples[:64], 4), samples),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
-from myserve import exact_forward, exact_logprobs, replay_routing
+from myserve import completion_logits, exact_forward, exact_logprobs
 from myserve.sdk import SampledCompletion
 from myserve.sdk.routing import aligned_routing
 
@@ -22,28 +22,18 @@ WARMUP = 40  # updates: Adam's first ones go a whole learning rate in the direct
 class Policy:
     """A model in training. Its logprobs are the server's, bit for bit, for the same weights."""
 
-    def __init__(
-        self,
-        model: str,
-        learning_rate: float,
-        *,
-        exact: bool = True,
-        replay: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, model: str, learning_rate: float, *, replay: bool = False) -> None:
+        disable_progress_bar()  # the run's own display is enough
         torch.use_deterministic_algorithms(True)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         load: Any = AutoModelForCausalLM.from_pretrained
-        self._exact, self._replay = exact, replay
-        self.model: Any = self._wrapped(load(model, dtype=dtype).eval())
-        self._start = self._wrapped(load(model, dtype=dtype).eval().requires_grad_(False))
+        self._replay = replay
+        self.model: Any = exact_forward(load(model, dtype=torch.float32).eval())
+        self._start = exact_forward(load(model, dtype=torch.float32).eval().requires_grad_(False))
         self._learning_rate, self._updates = learning_rate, 0
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)
         )
-
-    def _wrapped(self, model: Any) -> Any:
-        return exact_forward(model) if self._exact else model
 
     def logprobs(
         self, samples: Sequence[SampledCompletion], *, temperature: float = 1.0, kept: bool = False
@@ -57,27 +47,15 @@ class Policy:
     def _logprobs(
         self, model: Any, samples: Sequence[SampledCompletion], temperature: float = 1.0, kept: bool = False
     ) -> Tensor:
-        width = max(len(sample.full_tokens) for sample in samples)
-        ids = torch.tensor([s.full_tokens + [0] * (width - len(s.full_tokens)) for s in samples])
-        mask = torch.tensor([[1] * len(s.full_tokens) + [0] * (width - len(s.full_tokens)) for s in samples])
-        with self._routed(model, samples, width):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [B, width, V]
-        rows = [
-            logits[i, s.prompt_len - 1 : len(s.full_tokens) - 1] for i, s in enumerate(samples)
-        ]  # the logits before each completion token
-        drawn = torch.tensor([token for s in samples for token in s.completion_tokens])
+        prompts, completions = (
+            [getattr(s, f"{part}_tokens") for s in samples] for part in ("prompt", "completion")
+        )
+        # Each token to the experts that the server used for it, where that is asked for.
+        routing = [aligned_routing(sample) for sample in samples] if self._replay else None
+        logits = completion_logits(model, prompts, completions, routing=routing)  # [N, V]
+        drawn = torch.tensor([token for tokens in completions for token in tokens])
         support = [entry["token_ids"] for s in samples for entry in s.kept or ()] if kept else None
-        return exact_logprobs(torch.cat(rows), drawn, temperature=temperature, kept=support)
-
-    def _routed(
-        self, model: Any, samples: Sequence[SampledCompletion], width: int
-    ) -> AbstractContextManager[object]:
-        """Each token to the experts that the server used for it, where that is asked for."""
-        if not self._replay:
-            return nullcontext()
-        rows = [torch.tensor(aligned_routing(sample)) for sample in samples]  # each [T, layers, k]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        return replay_routing(model, padded[:, :width])
+        return exact_logprobs(logits, drawn, temperature=temperature, kept=support)
 
     @torch.no_grad()
     def kl_to_start(self, samples: Sequence[SampledCompletion], logprobs: Tensor) -> float:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from myserve.engine.attention import ATTENTION_NAME, PagedContext, allocate_layer, register_attention
 from myserve.engine.exact import ExactLinear, make_exact
@@ -23,30 +20,8 @@ ARCHITECTURES = [
 ]  # fmt: skip
 LENGTHS = [1, 5, 70, 33, 140, 17]
 VOCAB_SIZE = 384
-GPT_OSS = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
-    "sliding_window": 24, "initializer_range": 0.2, "pad_token_id": 0, "rope_scaling": None,
-}  # fmt: skip
 
 Rows = dict[tuple[int, int], Tensor]  # (sequence, position) -> logits
-
-
-@pytest.fixture(scope="module")
-def load(tiny_model: Callable[[str], Path]) -> Callable[[str, torch.dtype], Any]:
-    """A model as transformers makes it."""
-
-    def load_(arch: str, dtype: torch.dtype) -> Any:
-        if arch != "gpt_oss":
-            return AutoModelForCausalLM.from_pretrained(tiny_model(arch), dtype=dtype).eval()
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **GPT_OSS)).to(dtype).eval()
-        for name, parameter in model.named_parameters():
-            if "sinks" in name:
-                torch.nn.init.normal_(parameter)
-        return model
-
-    return load_
 
 
 def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -93,7 +93,7 @@ def test_truncated_sampling_is_exact_over_its_support_and_not_without(tmp_path, 
 
 def test_a_trainer_that_is_not_exact_shows_it(embedded_url):
     """The control of every zero above."""
-    from policy import Policy
+    from plain import plain_logprobs
     from serving import sampler_for
     from sums import HELD_OUT, question
 
@@ -107,9 +107,7 @@ def test_a_trainer_that_is_not_exact_shows_it(embedded_url):
         return [answer for group in groups for answer in group]
 
     answers = asyncio.run(draw())
-    plain = Policy(str(embedded_model_path()), 0.0, exact=False).logprobs(answers).detach()
-    rows = [row.tolist() for row in plain.split([a.completion_len for a in answers])]
-    assert measure(answers, rows).all.max > 0
+    assert measure(answers, plain_logprobs(str(embedded_model_path()), answers)).all.max > 0
 
 
 def test_the_asynchronous_loop_bounds_staleness_and_loses_nothing(tmp_path, embedded_url, weights_dir):

@@ -15,19 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from myserve.engine import pointwise
-from myserve.engine.attention import allocate_layer, dense_attention, paged_attention, store_kv
 from myserve.engine.exact import is_router
+from myserve.engine.exact_attention import TRAINER_NAME, register_exact_attention
 from myserve.engine.fusion import NormKind, norm_kind
 from myserve.engine.gemm import PackedWeight
-from myserve.engine.kernels import BLOCK_SIZE
-
-TRAINER_NAME = "myserve_trainer"  # attention and experts, as a model's config says them
 
 
 def exact_forward(model: PreTrainedModel) -> PreTrainedModel:
@@ -36,10 +33,9 @@ def exact_forward(model: PreTrainedModel) -> PreTrainedModel:
     `model(input_ids, attention_mask, position_ids)` of any padded batch then gives at every real position the logits
     that the engine had there, bit for bit, prefilled or decoded; and they have gradients. A padded batch needs
     `position_ids` that count real tokens only when it is padded on the left. Dropout, where a model has any, must be
-    off: the engine has none.
+    off: the engine has none. For the logits of sampled completions alone, `completion_logits` costs much less.
     """
-    AttentionInterface.register(TRAINER_NAME, _attention_forward)
-    AttentionMaskInterface.register(TRAINER_NAME, lambda *_, attention_mask=None, **__: attention_mask)
+    register_exact_attention()
     ALL_EXPERTS_FUNCTIONS.register(TRAINER_NAME, _experts_forward)
     model.set_attn_implementation(TRAINER_NAME)
     modules: list[Any] = list(model.modules())
@@ -178,91 +174,3 @@ def _expert_linear(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
     return exact_linear(
         x, weight.T if module.is_transposed else weight, None if biases is None else biases[expert]
     )
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """query [B, H, T, D], key and value [B, Hkv, T, D], attention_mask [B, T] or None; gives [B, T, H, D]."""
-    batch, length, head_dim = query.shape[0], *query.shape[2:]
-    real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    options: dict[str, Any] = {
-        "scale": head_dim**-0.5 if scaling is None else scaling,
-        "window": sliding_window or 0,
-        "softcap": softcap or 0.0,
-    }
-    packed = (x.transpose(1, 2)[real] for x in (query, key, value))  # [sum of lengths, heads, D]
-    lengths = real.sum(1).tolist()
-    rows: Tensor = _ExactAttention.apply(*packed, s_aux, lengths, options)  # type: ignore[no-untyped-call]
-    out = rows.new_zeros(batch, length, query.shape[1], head_dim).masked_scatter(real[..., None, None], rows)
-    return out, None
-
-
-class _ExactAttention(torch.autograd.Function):
-    """Whole sequences, packed: [sum of lengths, heads, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, lengths: list[int],
-        options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(query, key, value, sinks)
-        ctx.lengths, ctx.options = lengths, options
-        blocks = [-(-length // BLOCK_SIZE) for length in lengths]
-        cache = allocate_layer(sum(blocks), key.shape[1], key.shape[2], key.dtype)
-        starts = torch.tensor([0, *blocks]).cumsum(0)
-        slots = torch.cat([s * BLOCK_SIZE + torch.arange(n) for s, n in zip(starts, lengths, strict=False)])
-        store_kv(key, value, *cache, slots)
-        tables = (starts[:-1, None] + torch.arange(max(blocks))).clamp(max=sum(blocks) - 1).int()
-        query_start = torch.tensor([0, *lengths]).cumsum(0).int()
-        lens = torch.tensor(lengths, dtype=torch.int32)
-        return paged_attention(query, *cache, tables, query_start, lens, sinks=sinks, **options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks = (
-            None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors
-        )
-        wanted = [x for x in (query, key, value, sinks) if x is not None]
-        with torch.enable_grad():
-            # Sequences of one length together: a batch of rollouts is many short ones, and a graph each costs more
-            # than the arithmetic.
-            places = _places_by_length(ctx.lengths)
-            rows = [_dense_rows([x[at] for x in wanted[:3]], sinks, ctx.options) for at in places]
-            grads = torch.autograd.grad(
-                torch.cat(rows), wanted, grad[torch.cat([at.flatten() for at in places])]
-            )
-        return *grads, *([None] * (6 - len(grads)))
-
-
-def _places_by_length(lengths: list[int]) -> list[Tensor]:
-    """For each length, where the rows of its sequences lie in the packed ones: [B, length].
-
-    >>> [at.tolist() for at in _places_by_length([2, 1, 2])]
-    [[[2]], [[0, 1], [3, 4]]]
-    """
-    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-    sizes = torch.tensor(lengths)
-    return [starts[sizes == size, None] + torch.arange(size) for size in sorted(set(lengths))]
-
-
-def _dense_rows(qkv: list[Tensor], sinks: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """Attention of B sequences of T tokens: query [B, T, H, D], key and value [B, T, Hkv, D]; gives [B * T, H, D]."""
-    batch = len(qkv[0])
-    query, key, value = (
-        x.transpose(1, 2).flatten(0, 1) for x in qkv
-    )  # each sequence brings heads of its own
-    every = None if sinks is None else sinks.repeat(batch)
-    out = dense_attention(query, key, value, sinks=every, **options)  # [B * H, T, D]
-    return out.reshape(batch, -1, *out.shape[1:]).transpose(1, 2).flatten(0, 1)
