@@ -4,8 +4,8 @@
     python -m benchmarks.storm --seconds 30
 
 A server of its own process on the embedded model. One request in five is left at a random moment, one in twenty is
-malformed; every answer that came whole is judged by `storm_judge`, against what a fresh server gives when it is asked for
-that alone. /health is asked every 50 ms by a third process, so that our own load does not slow the clock. Ends with
+malformed; every answer that came whole is judged by `storm_judge`, against what a fresh server gives when it is asked
+for that alone. /health is asked every 50 ms by a third process, so that our own load does not slow the clock. Ends with
 status 1 where anything is not as it should be.
 """
 
@@ -35,10 +35,11 @@ GROWTH = 1.10  # of the resident memory, from a third of the time on
 PROBE = """
 import http.client, sys, time
 host, port, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-connection, end = http.client.HTTPConnection(host, port, timeout=30), time.monotonic() + seconds
+end = time.monotonic() + seconds
 while time.monotonic() < end:
-    began = time.monotonic()
+    began, connection = time.monotonic(), http.client.HTTPConnection(host, port, timeout=30)
     connection.request("GET", "/health"); answer = connection.getresponse(); answer.read()
+    connection.close()
     print(answer.status, time.monotonic() - began, flush=True)
     time.sleep(0.05)
 """
@@ -61,8 +62,7 @@ class Storm:
 
 async def storm(url: str, seconds: float, streams: int, every: float, seed: int) -> Storm:
     run, asked = Storm(), kinds(random.Random(seed))
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(180)) as http:
+    async with _session(url) as http:
         await _ready(http)
         before = await _metrics(http)
         end = time.monotonic() + seconds
@@ -75,6 +75,12 @@ async def storm(url: str, seconds: float, streams: int, every: float, seed: int)
         await asyncio.sleep(2)
         run.idle = {f"before {name}": value for name, value in before.items()} | await _metrics(http)
     return run
+
+
+def _session(url: str) -> aiohttp.ClientSession:
+    """A connection for each request: one that is kept alive may be closed by the server just when it is used again."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(1800))
 
 
 async def _client(
@@ -187,7 +193,7 @@ async def _ready(http: aiohttp.ClientSession) -> None:
 async def alone(url: str, seed: int) -> list[dict[str, list[Told]]]:
     """Of each snapshot, each kind's answer when nothing else runs."""
     asked, answers = kinds(random.Random(seed)), []
-    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(180)) as http:
+    async with _session(url) as http:
         await _ready(http)
         for snapshot in range(SNAPSHOTS):
             await load_snapshot(http, snapshot, "drain")
@@ -204,7 +210,7 @@ def leaks(run: Storm) -> list[str]:
         if idle[name]
     ]
     files = idle["process_open_fds"] - idle["before process_open_fds"]
-    if files > 300:  # this client's connections, which are kept alive, and the workers' pipes
+    if files > 8:  # the grammar worker's pipes
         found.append(f"{files:g} files more than before")
     memory = [sample["process_resident_memory_bytes"] for sample in run.samples]
     if len(memory) > 9 and memory[-1] > GROWTH * max(memory[len(memory) // 3 - 1 : len(memory) // 3 + 2]):
@@ -220,10 +226,8 @@ def report(run: Storm, answers: list[dict[str, list[Told]]], root: Path, seconds
     health = sorted(run.health)
     p50, p99 = health[len(health) // 2], health[int(len(health) * 0.99)]
     memory = [sample["process_resident_memory_bytes"] / 2**30 for sample in run.samples]
-    lost, failed = (
-        leaks(run),
-        run.idle.get("5xx", 0) - run.idle.get("before 5xx", 0),
-    )  # /ready's before it was
+    lost = leaks(run)
+    failed = run.idle.get("5xx", 0) - run.idle.get("before 5xx", 0)  # before: /ready, while it loads
     equal, wrong, spanning = verdict.equal, len(verdict.wrong), len(verdict.spanning)
     chance = control(run.told, answers, run.snapshot_of)
     print(f"{seconds:.0f} s: {len(run.told)} whole answers, {verdict.tokens} tokens; {run.left} left midway")

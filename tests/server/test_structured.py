@@ -174,7 +174,14 @@ def test_what_was_cut_short_says_so(ask: Callable[..., Any]) -> None:
         ({"extra_body": {"regex": "("}}, "this regex cannot be used"),
         ({"extra_body": {"json_schema": {"not": {}}}}, '"not"'),
         ({"extra_body": {"regex": "a", "choice": ["b"]}}, "send one"),
-        ({"extra_body": {"structured_outputs": {"structural_tag": "x"}}}, "structural_tag is not supported"),
+        (
+            {"extra_body": {"structured_outputs": {"structural_tag": "x"}}},
+            "the structural tag is not valid JSON",
+        ),
+        (
+            {"extra_body": {"structured_outputs": {"whitespace_pattern": "x"}}},
+            "whitespace_pattern is not supported",
+        ),
         ({"tools": [WEATHER, WEATHER]}, "same name"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "are clock"),
@@ -279,6 +286,22 @@ def test_thoughts_are_apart_and_within_their_budget(ask: Callable[..., Any]) -> 
         assert choice.message.model_extra["reasoning_content"]
         Person.model_validate_json(choice.message.content)
     assert joined(ask(stream=True, **fields)) == as_joined(answer)
+
+
+def test_usage_says_how_many_tokens_were_thoughts(ask: Callable[..., Any], servers: Any) -> None:
+    body = OPEN | {"thinking_token_budget": 7, "return_token_ids": True, "choice": ["yes", "no"]}
+    answer = ask(n=3, seed=3, extra_body=body)
+    table = servers.model("hermes").codec.token_bytes
+    thought = 0
+    for choice in answer.choices:
+        ids = choice.model_extra["token_ids"]
+        ends = [n for n in range(len(ids) + 1) if b"</think>" in b"".join(table[i] for i in ids[:n])]
+        thought += ends[0]
+    assert answer.usage.completion_tokens_details.reasoning_tokens == thought
+    assert 3 * 7 < thought < answer.usage.completion_tokens
+    chunks = ask(n=3, seed=3, extra_body=body, stream=True, stream_options={"include_usage": True})
+    assert [chunk.usage for chunk in chunks if chunk.usage] == [answer.usage]
+    assert ask(extra_body=OFF).usage.completion_tokens_details.reasoning_tokens == 0
 
 
 def test_thoughts_come_before_a_forced_call(ask: Callable[..., Any]) -> None:

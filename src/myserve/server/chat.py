@@ -17,7 +17,7 @@ from myserve.server.models import ServedModel
 from myserve.server.reading import documented, models_of, read_request
 from myserve.server.sampling import chat_params, lists_tokens
 from myserve.server.streaming import EventStream, json_response, unless_gone
-from myserve.server.thinking import ThinkingReader
+from myserve.server.thinking import ThinkingReader, thinking_tokens
 from myserve.server.tool_calls import CallReader
 from myserve.server.tools import callable_tools, checked_tools, constrained
 from myserve.wire.chat import ChatCompletionRequest
@@ -27,6 +27,7 @@ from myserve.wire.responses import (
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
+    Usage,
 )
 from myserve.wire.structured import Tool
 
@@ -56,12 +57,12 @@ async def create_chat_completion(http: Request) -> Response:
     read = partial(_reader, model, tools, reasoning)
     wants_logprobs = lists_tokens(request)
     if request.stream:
-        return EventStream(_chunks(answer, generation, read, wants_logprobs), generation.abort)
+        return EventStream(_chunks(answer, generation, read, reasoning, wants_logprobs), generation.abort)
     try:
         choices = await unless_gone(http, generation.finish())
     finally:
         generation.abort()
-    body = _completion(answer, choices, read, wants_logprobs)
+    body = _completion(answer, choices, read, reasoning, wants_logprobs)
     if not request.perf_metrics_in_response:
         return json_response(body)
     metrics = answer.perf_metrics(choices)
@@ -79,7 +80,11 @@ def _reader(model: ServedModel, tools: Sequence[Tool], reasoning: Reasoning | No
 
 
 def _completion(
-    answer: Answer, choices: Sequence[Choice], read: Callable[[], AnswerReader], wants_logprobs: bool
+    answer: Answer,
+    choices: Sequence[Choice],
+    read: Callable[[], AnswerReader],
+    reasoning: Reasoning | None,
+    wants_logprobs: bool,
 ) -> ChatCompletion:
     body: ChatCompletion = {
         "id": answer.id,
@@ -88,7 +93,7 @@ def _completion(
         "model": answer.request.model,
         "system_fingerprint": answer.model.fingerprint,
         "choices": [_choice(answer, choice, read(), wants_logprobs) for choice in choices],
-        "usage": usage_of(choices),
+        "usage": _usage(answer, choices, reasoning),
     }
     if (logprobs := body["choices"][0]["logprobs"]) is not None:
         body["logprobs"] = logprobs
@@ -109,7 +114,11 @@ def _choice(answer: Answer, choice: Choice, reader: AnswerReader, wants_logprobs
 
 
 async def _chunks(
-    answer: Answer, generation: Generation, read: Callable[[], AnswerReader], wants_logprobs: bool
+    answer: Answer,
+    generation: Generation,
+    read: Callable[[], AnswerReader],
+    reasoning: Reasoning | None,
+    wants_logprobs: bool,
 ) -> AsyncGenerator[ChatChunk, None]:
     request = answer.request
     begun: set[int] = set()
@@ -127,7 +136,7 @@ async def _chunks(
                 chunk["perf_metrics"] = answer.perf_metrics(generation.choices).to_dict()
             yield chunk
     if request.include_usage:
-        yield {**_chunk(answer, []), "usage": usage_of(generation.choices)}
+        yield {**_chunk(answer, []), "usage": _usage(answer, generation.choices, reasoning)}
 
 
 def _chunk(answer: Answer, choices: list[ChatChunkChoice]) -> ChatChunk:
@@ -161,6 +170,21 @@ def _chunk_choice(
         "finish_reason": finish_reason_of(choice, has_called=reader.has_called) if last else None,
         **answer.extras(choice, [*delta.tokens, *delta.stop_tokens], first=first, last=last),
     }
+
+
+def _usage(answer: Answer, choices: Sequence[Choice], reasoning: Reasoning | None) -> Usage:
+    usage = usage_of(choices)
+    if answer.model.style.thinks:
+        thoughts = (
+            0 if reasoning is None else sum(_thinking_tokens(answer, one, reasoning) for one in choices)
+        )
+        usage["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+    return usage
+
+
+def _thinking_tokens(answer: Answer, choice: Choice, reasoning: Reasoning) -> int:
+    table = answer.model.codec.token_bytes
+    return thinking_tokens([table[token.token_id] for token in choice.sampled], begun=reasoning.begun)
 
 
 def _logprobs(

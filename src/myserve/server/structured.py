@@ -8,6 +8,7 @@ from typing import Any
 
 from myserve.core.grammar import Grammar
 from myserve.errors import RequestError
+from myserve.server.structural_tag import structural_tag
 from myserve.wire.fields import SamplingFields
 from myserve.wire.structured import ResponseFormat, StructuredOutputs
 
@@ -53,6 +54,9 @@ def _of_response_format(form: ResponseFormat) -> Iterator[Named]:
             yield from _maybe(name, "json", form.json_schema.schema_)
         case "regex" | "grammar":
             yield from _maybe(name, form.type, getattr(form, form.type))
+        case "structural_tag":
+            older = {"structures": form.structures, "triggers": form.triggers}
+            yield from _maybe(name, form.type, older if form.format is None else {"format": form.format})
 
 
 def _of_structured_outputs(wanted: StructuredOutputs) -> Iterator[Named]:
@@ -63,7 +67,7 @@ def _of_structured_outputs(wanted: StructuredOutputs) -> Iterator[Named]:
     if wanted.json_object:
         yield name, Grammar.json_object()
     yield from _maybe(name, "json", wanted.json_)
-    for kind in ("regex", "choice", "grammar"):
+    for kind in ("regex", "choice", "grammar", "structural_tag"):
         yield from _maybe(name, kind, getattr(wanted, kind))
 
 
@@ -93,4 +97,5 @@ _MAKE: dict[str, Callable[[Any], Grammar]] = {
     "regex": lambda text: Grammar("regex", text),
     "grammar": lambda text: Grammar("lark", text),
     "choice": Grammar.choice,
+    "structural_tag": structural_tag,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 START, END = "<think>", "</think>"
@@ -73,6 +74,26 @@ class ThinkingReader:
             thought = thought.lstrip("\n")
             self._at_start = not thought
         return thought
+
+
+def thinking_tokens(tokens: Sequence[bytes], *, begun: bool) -> int:
+    """How many of a completion's tokens were spent on its thought, the marks among them.
+
+    >>> thinking_tokens([b"<th", b"ink>", b"Hm.", b"</think>", b"Yes"], begun=False)
+    4
+    >>> thinking_tokens([b"Yes"], begun=False), thinking_tokens([b"Hm", b"."], begun=True)
+    (0, 2)
+    """
+    opening, closing, text = START.encode(), END.encode(), b""
+    for count, data in enumerate(tokens, 1):
+        text += data
+        if not begun:
+            begun = text.lstrip().startswith(opening)
+            if not begun and not opening.startswith(text.lstrip()):
+                return 0
+        elif closing in text[-len(closing) - len(data) :]:
+            return count
+    return len(tokens) if begun else 0
 
 
 def _held(text: str) -> int:

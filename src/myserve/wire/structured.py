@@ -31,15 +31,21 @@ class ResponseFormat(WireModel):
       Value error, a response_format of type 'json_schema' needs the field 'json_schema' ...
     """
 
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar", "structural_tag"]
     json_schema: JsonSchema | None = None
     regex: str | None = None
     grammar: str | None = None
+    # of a structural tag, in its newer form or in its older one
+    format: dict[str, Any] | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
 
     @model_validator(mode="after")
     def _is_complete(self) -> ResponseFormat:
         if self.type in ("json_schema", "regex", "grammar") and getattr(self, self.type) is None:
             raise ValueError(f"a response_format of type {self.type!r} needs the field {self.type!r}")
+        if self.type == "structural_tag" and self.format is None and self.structures is None:
+            raise ValueError("a response_format of type 'structural_tag' needs the field 'format'")
         return self
 
 
@@ -51,6 +57,7 @@ class StructuredOutputs(WireModel):
     regex: str | None = None
     choice: Choices | None = None
     grammar: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
 
 
 class Function(WireModel):
