@@ -102,6 +102,10 @@ def serve(
     shutdown_timeout: Annotated[
         float | None, typer.Option(help="Seconds that running requests have to finish after SIGTERM.")
     ] = None,
+    restart_engine: Annotated[
+        bool | None,
+        typer.Option("--restart-engine", help="Load an engine that stopped again, with the weights it had."),
+    ] = None,
     exit_on_engine_death: Annotated[
         bool | None,
         typer.Option("--exit-on-engine-death", help="With status 1, for a supervisor to restart it."),
@@ -140,6 +144,7 @@ def serve(
         "request_timeout": request_timeout,
         "client_timeout": client_timeout,
         "shutdown_timeout": shutdown_timeout,
+        "restart_engine": restart_engine,
         "exit_on_engine_death": exit_on_engine_death,
         "api_keys_file": api_keys_file,
         "admin_keys_file": admin_keys_file,

@@ -81,7 +81,7 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._fatal: BaseException | None = None
+        self._fatal: str | None = None  # not the error: its traceback would keep the weights
         self._queue = QueueBound(config.max_queue, config.max_num_seqs)  # under the lock
 
     @classmethod
@@ -217,7 +217,10 @@ class Engine:
                 self._thread.start()
 
     def shutdown(self) -> None:
-        """End the thread; whoever is in flight gets an EngineDeadError. The engine cannot be started again."""
+        """End the thread; whoever is in flight gets an EngineDeadError. The engine cannot be started again.
+
+        Gives its memory back, though somebody may still hold the engine.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -225,6 +228,7 @@ class Engine:
             self._thread.join()
         self.constraints.close()
         self.runner.close()
+        vars(self).pop("_loaded", None)
 
     # ---- the engine's thread
 
@@ -251,8 +255,8 @@ class Engine:
             self._fail_everyone(EngineDeadError("the engine was shut down"))
         except BaseException as error:
             logger.critical("the engine stopped", exc_info=True)
-            self._fatal = error
-            self._fail_everyone(EngineDeadError(f"the engine stopped: {type(error).__name__}: {error}"))
+            self._fatal = f"{type(error).__name__}: {error}"
+            self._fail_everyone(EngineDeadError(f"the engine stopped: {self._fatal}"))
 
     def _take_inbox(self) -> None:
         while self._inbox:

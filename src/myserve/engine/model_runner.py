@@ -92,8 +92,10 @@ class ModelRunner:
         self._alternatives.pop(request, None)
 
     def close(self) -> None:
-        """End the thread that computes masks."""
+        """End the thread that computes masks, and let go of the weights and of the cache."""
         self._masks.close()
+        for memory in ("model", "kv_cache", "decode_steps", "routed_experts"):
+            vars(self).pop(memory, None)  # the second time too
 
     def closes_early(self, request: Request) -> bool:
         """Whether its grammar was brought to an end for `max_tokens`."""

@@ -56,6 +56,15 @@ class ShuttingDownError(EngineError):
         super().__init__("the server is shutting down; ask again")
 
 
+class EngineRestartingError(EngineDeadError):
+    """The engine has stopped and is loaded again, with the same weights: the same seed gives the same tokens then."""
+
+    retry_after = 2.0  # seconds
+
+    def __init__(self) -> None:
+        super().__init__("the engine has stopped and is loaded again; ask again")
+
+
 class ModelLoadError(EngineError):
     """A model that the operator serves did not load."""
 
@@ -122,7 +131,7 @@ def error_body(error: Exception) -> ErrorResponse:
 def error_response(error: Exception) -> Response:
     """The whole answer, with `Retry-After` where it helps."""
     headers = {}
-    if isinstance(error, OverloadedError | WeightsLoadingError | ShuttingDownError):
+    if isinstance(error, OverloadedError | WeightsLoadingError | ShuttingDownError | EngineRestartingError):
         headers["retry-after"] = f"{max(1, round(error.retry_after))}"
     if isinstance(error, TooSlowError | BodyTooLargeError):
         headers["connection"] = "close"  # or the rest of the body would be read, to be thrown away

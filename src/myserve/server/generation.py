@@ -11,8 +11,9 @@ from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 from myserve.errors import EngineError, MyserveError
 from myserve.server import traces
+from myserve.server.backend import Stream
 from myserve.server.logs import note
-from myserve.server.models import ServedModel, Stream
+from myserve.server.models import ServedModel
 from myserve.server.pacing import Pace
 from myserve.server.sampling import prompt_seed
 from myserve.wire.fields import GenerationRequest

@@ -46,7 +46,9 @@ class GracefulServer(uvicorn.Server):
         self._settings = settings
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: is it to end?"""
+        """Ten times a second: is an engine to be loaded again, is the server to end?"""
+        if self._settings.restart_engine:
+            self._models.restart_stopped(asyncio.get_running_loop().time())
         if self._settings.exit_on_engine_death:
             self.engine_died = "dead" in self._models.readiness().values()
         return await super().on_tick(counter) or self.engine_died

@@ -18,12 +18,13 @@ router = APIRouter()
 @router.get("/health")
 @router.get("/healthz")
 async def health(http: Request) -> Response:
-    """200 once what was to be served can be; 503 while it loads, and for good if it failed or its engine died.
+    """200 once what was to be served can be; 503 while it loads, and for good if it failed or its engine died
+    and does not come back.
 
     An app whose lifespan nobody runs loads on first use: until then it is healthy with nothing loaded.
     """
     states = models_of(http).readiness()
-    for trouble in ("dead", "failed", "loading"):
+    for trouble in ("dead", "failed", "restarting", "loading"):
         if names := [name for name, state in states.items() if state == trouble]:
             body = to_json({"status": trouble, "models": names})
             return Response(body, 503, media_type="application/json")

@@ -75,6 +75,7 @@ OF_MODEL = (
     ),
     OfModel("myserve:weight_version", "gauge", "engine.weight_version", "Which weights compute."),
     OfModel("myserve:engine_up", "gauge", "engine.is_alive", "1 while the engine lives."),
+    OfModel("myserve:engine_restarts_total", "counter", "num_restarts", "Loads after an engine stopped."),
     OfModel("myserve:exactness", "gauge", "engine.exactness", "How rows are kept independent.", "property"),
 )
 

@@ -9,77 +9,26 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
-from myserve.core.params import SamplingParams
-from myserve.engine.meters import EngineLoad, EngineMeters
-from myserve.engine.outputs import Delta, RequestMetrics, RoutingShape
-from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import ModelNotFoundError, MyserveError
+from myserve.server.backend import Backend
 from myserve.server.chat_style import ChatStyle
 from myserve.server.codec import Codec
 from myserve.server.echo import EchoEngine
-from myserve.server.errors import ModelLoadError
+from myserve.server.errors import EngineRestartingError, ModelLoadError
 from myserve.server.in_flight import InFlight
+from myserve.server.restart import Files, LostWeightsError, Remains, Restarts, files_of, give_memory_back
 from myserve.server.settings import Settings
 from myserve.server.snapshots import Snapshots
 
 log = logging.getLogger("myserve.server")
-
-
-class Stream(Protocol):
-    """What the routes use of a `RequestStream`."""
-
-    seed: int
-
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
-    def metrics(self, index: int) -> RequestMetrics: ...
-    def abort(self) -> None: ...
-
-
-class Backend(Protocol):
-    """What the routes use of an `Engine`."""
-
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def token_bytes(self) -> TokenBytes: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def weight_version(self) -> int: ...
-    @property
-    def is_alive(self) -> bool: ...
-    @property
-    def meters(self) -> EngineMeters: ...
-    @property
-    def load(self) -> EngineLoad: ...
-    @property
-    def routing_shape(self) -> RoutingShape | None: ...
-    @property
-    def exactness(self) -> Mapping[str, str | int | bool]: ...
-    async def prepare(self, params: SamplingParams) -> None: ...
-    def submit(
-        self,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        sample_index: int = 0,
-        num_prior_tokens: int = 0,
-    ) -> Stream: ...
-    def update_weights(self, source: Any, **options: Any) -> Any: ...
-    def shutdown(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +41,8 @@ class ServedModel:
     snapshots: Snapshots = field(default_factory=Snapshots)
     in_flight: InFlight = field(default_factory=InFlight)
     style: ChatStyle = field(default_factory=ChatStyle)
+    files: Files = field(default_factory=dict)  # as they were when it was loaded
+    num_restarts: int = 0
     tokenizer_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="myserve-tokenizer")
     )
@@ -119,6 +70,9 @@ class Models:
         self._lock = threading.Lock()
         self._loads: dict[str, Future[ServedModel]] = {}  # by path: two names of one path share an engine
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="myserve-load")  # one load at a time
+        self._closing = False
+        self._restarts: defaultdict[str, Restarts] = defaultdict(Restarts)  # by path, as the next
+        self._remains: dict[str, Remains] = {}  # of those whose engine has stopped once
         self.created = int(time.time())
 
     @property
@@ -128,7 +82,8 @@ class Models:
     async def get(self, name: str | None) -> ServedModel:
         """The model of that name; None means the only one, or the first.
 
-        Raises ModelNotFoundError for a name that is not served, ModelLoadError for one that does not load.
+        Raises ModelNotFoundError for a name that is not served, ModelLoadError for one that does not load,
+        EngineRestartingError.
         """
         name = self.names[0] if name is None else name
         if name not in self._settings.models:
@@ -136,7 +91,10 @@ class Models:
             raise ModelNotFoundError(
                 f"the model {name[:200]!r} is not served here; this server has: {served}"
             )
-        future = self._start_loading(self._settings.models[name])
+        path = self._settings.models[name]
+        future = self._start_loading(path)
+        if path in self._remains and not future.done():
+            raise EngineRestartingError  # and not a wait, as at start: other servers may have room
         try:
             # Shielded: a client that leaves must not cancel the load for those who wait with it.
             return await asyncio.shield(asyncio.wrap_future(future))
@@ -163,11 +121,15 @@ class Models:
             self._start_loading(self._settings.models[name]).add_done_callback(partial(report, name))
 
     def readiness(self) -> dict[str, str]:
-        """What each model that is to be ready at start is: "unloaded", "loading", "ready", "failed" or "dead"."""
+        """What each model that is to be ready at start is.
+
+        "unloaded", "loading", "ready", "failed"; "restarting" and "dead" for one whose engine has stopped.
+        """
         return {name: self._state(self._settings.models[name]) for name in self._settings.preload or ()}
 
     def close_door(self) -> None:
         """Take no new generations; who is in flight goes on."""
+        self._closing = True
         for model in self._loaded():
             model.in_flight.close()
 
@@ -183,29 +145,74 @@ class Models:
         """End every engine. Blocks until their threads have ended."""
         self._loader.shutdown(wait=True, cancel_futures=True)
         for model in self._loaded():
-            model.engine.shutdown()
-            model.tokenizer_thread.shutdown()
+            _end(model)
+
+    def restart_stopped(self, now: float) -> None:
+        """Load anew each model whose engine has stopped, as often as `Restarts` lets it. To be called all the time."""
+        with self._lock:
+            for path, future in self._loads.items():
+                if not self._closing and self._is_down(path, future) and self._restarts[path].is_due(now):
+                    self._loads[path] = self._restart(path, [future.result()] if _succeeded(future) else [])
+
+    def _is_down(self, path: str, future: Future[ServedModel]) -> bool:
+        """Whether its engine, which once ran, has stopped, and is not being loaded again."""
+        if not future.done():
+            return False
+        return not future.result().engine.is_alive if _succeeded(future) else path in self._remains
+
+    def _restart(self, path: str, stopped: list[ServedModel]) -> Future[ServedModel]:
+        log.error("%s: its engine has stopped, and is loaded again", path)
+        if stopped:
+            self._remains[path] = Remains.of(stopped[0])
+        return self._submit(path, partial(self._load_again, path, stopped))
+
+    def _load_again(self, path: str, stopped: list[ServedModel]) -> ServedModel:
+        """In the loader's thread. `stopped` is emptied: two models at once may be more than the memory holds."""
+        remains = self._remains[path]
+        while stopped:
+            _end(stopped.pop())
+        give_memory_back()
+        try:
+            remains.check_files(files_of(path))
+            model = replace(self._load(path, self._settings), num_restarts=remains.num_restarts + 1)
+            try:
+                remains.check_files(model.files)
+                remains.restore(model)
+            except BaseException:
+                _end(model)
+                raise
+        except LostWeightsError:
+            self._restarts[path].given_up = True
+            raise
+        if self._closing:
+            model.in_flight.close()
+        return model
 
     def _start_loading(self, path: str) -> Future[ServedModel]:
         with self._lock:
             future = self._loads.get(path)
-            if future is None or (
-                future.done() and not _succeeded(future)
-            ):  # a failed load may be tried again
-                future = self._loads[path] = self._loader.submit(self._load, path, self._settings)
-                future.add_done_callback(_spare_the_collector)
-                future.add_done_callback(lambda done: _log_failure(path, done))
+            failed = future is not None and future.done() and not _succeeded(future)
+            # A failed load may be tried again; a failed restart may not, for it knows which weights were served.
+            if future is None or (failed and path not in self._remains):
+                future = self._loads[path] = self._submit(path, partial(self._load, path, self._settings))
             return future
+
+    def _submit(self, path: str, load: Callable[[], ServedModel]) -> Future[ServedModel]:
+        future = self._loader.submit(load)
+        future.add_done_callback(_spare_the_collector)
+        future.add_done_callback(partial(_log_failure, path))
+        return future
 
     def _state(self, path: str) -> str:
         future = self._loads.get(path)
         if future is None:
             return "unloaded"
-        if not future.done():
-            return "loading"
-        if not _succeeded(future):
-            return "failed"
-        return "ready" if future.result().engine.is_alive else "dead"
+        if _succeeded(future) and future.result().engine.is_alive:
+            return "ready"
+        if not _succeeded(future) and path not in self._remains:
+            return "failed" if future.done() else "loading"
+        comes_back = self._settings.restart_engine and not self._restarts[path].given_up
+        return "restarting" if comes_back else "dead"
 
 
 def load_model(path: str, settings: Settings) -> ServedModel:
@@ -224,8 +231,14 @@ def load_model(path: str, settings: Settings) -> ServedModel:
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
     style = ChatStyle.of(engine.tokenizer, settings.tool_style)
+    files = {} if settings.force_echo else files_of(path)
     codec, in_flight = Codec(engine.tokenizer, engine.token_bytes), InFlight(settings.request_timeout)
-    return ServedModel(engine, codec, digest, style=style, in_flight=in_flight)
+    return ServedModel(engine, codec, digest, style=style, in_flight=in_flight, files=files)
+
+
+def _end(model: ServedModel) -> None:
+    model.engine.shutdown()
+    model.tokenizer_thread.shutdown()
 
 
 def _succeeded(future: Future[ServedModel]) -> bool:

@@ -39,6 +39,7 @@ class Settings:
     request_timeout: float | None = None  # seconds for an answer; None: as long as it takes
     client_timeout: float = 60.0  # seconds in which a client must have sent a head, and a body
     shutdown_timeout: float = 30.0  # seconds that streams have to finish when the server ends
+    restart_engine: bool = False  # load an engine that stopped again, with the weights that it had
     exit_on_engine_death: bool = (
         False  # so that a supervisor starts it anew; else /health is 503 from then on
     )

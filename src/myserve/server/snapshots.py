@@ -26,7 +26,8 @@ class Snapshots:
     """One model's snapshots: the loaded one, and those that were asked for after it, in order."""
 
     def __init__(self) -> None:
-        self._loaded: tuple[str, WeightUpdate] | None = None
+        # What was swapped in, beginning with the last whole snapshot: together they are the weights of now.
+        self._lineage: list[tuple[str, WeightUpdate]] = []
         self._asked: deque[tuple[str, WeightUpdate]] = deque()
 
     def begin(self, engine: Any, identity: str, folder: Path, **options: Any) -> WeightUpdate:
@@ -45,7 +46,13 @@ class Snapshots:
     def identity(self) -> str | None:
         """The loaded one's; None for the weights that the model was started with."""
         self._settle()
-        return self._loaded[0] if self._loaded is not None else None
+        return self._lineage[-1][0] if self._lineage else None
+
+    @property
+    def lineage(self) -> list[tuple[str, WeightUpdate]]:
+        """Identities and updates that, in this order, make the model's weights from its folder's."""
+        self._settle()
+        return self._lineage
 
     @property
     def newest_identity(self) -> str | None:
@@ -57,13 +64,13 @@ class Snapshots:
     @property
     def checksum(self) -> str | None:
         self._settle()
-        return self._loaded[1].result(0).checksum if self._loaded is not None else None
+        return self._lineage[-1][1].result(0).checksum if self._lineage else None
 
     def loading_state(self) -> LoadingState:
         """Of the first that is on its way; else what became of the last."""
         self._settle()
         if not self._asked:
-            target = self._loaded[0] if self._loaded is not None else None
+            target = self.identity
             return {"stage": "idle" if target is None else "done", "target_snapshot_identity": target}
         identity, update = self._asked[0]
         state: LoadingState = {"stage": _STAGES[update.stage], "target_snapshot_identity": identity}
@@ -76,7 +83,9 @@ class Snapshots:
         while self._asked and (self._asked[0][1].stage == "done" or self._is_old_failure()):
             ended = self._asked.popleft()
             if ended[1].stage == "done":
-                self._loaded = ended
+                if not ended[1].options.partial:
+                    self._lineage.clear()
+                self._lineage.append(ended)
 
     def _is_old_failure(self) -> bool:
         return self._asked[0][1].stage == "failed" and len(self._asked) > 1
