@@ -169,6 +169,10 @@ def without_ids(chunk):
 
 
 def of_another_shape(chunk):
+    return {"choices": [{"index": 0, "text": 4}]}
+
+
+def of_a_choice_that_nobody_asked_for(chunk):
     return {"choices": [{"index": 99}]}
 
 
@@ -179,7 +183,8 @@ def of_another_shape(chunk):
         (without_an_id, r"streamed token ids are not the \d+ of raw_output"),
         (with_a_null, "the logprob of row 0 is null"),
         (without_ids, "text came without token ids"),
-        (of_another_shape, "a chunk of another shape"),
+        (of_another_shape, r"a chunk of another shape: Expected .str.*choices\[0\].text"),
+        (of_a_choice_that_nobody_asked_for, "a chunk for choice 99 of 4"),
     ],
 )
 async def test_lengths_that_do_not_fit_are_never_filled_in(make_sampler, stub, fault, edit, words):

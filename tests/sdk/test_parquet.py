@@ -22,7 +22,12 @@ def sample(**fields: object) -> SampledCompletion:
     [
         {},
         {"inference_logprobs": [-0.1 - 2**-50], "sampling_logprobs": [0.0], "seed": 2**63 - 1, "index": 3},
-        {"top_logprobs": [[Alternative(4, -0.1, "4"), Alternative(None, -2.5, "\u2028")], []]},
+        {
+            "top_logprobs": [
+                (Alternative(token_id=4, logprob=-0.1, token="4"), Alternative(logprob=-2.5, token="\u2028")),
+                (),
+            ]
+        },
         {
             "kept": [{"token_ids": [4, 5], "mass": 0.91, "entropy": 0.5}],
             "routing_matrices": ["AAE="],

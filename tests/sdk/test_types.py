@@ -75,7 +75,9 @@ def test_a_completion_survives_json():
         finish_reason="stop",
         completion_len=1,
         inference_logprobs=[-0.1],
-        top_logprobs=[[Alternative(4, -0.1, "4"), Alternative(None, -2.5, "5")]],
+        top_logprobs=[
+            (Alternative(token_id=4, logprob=-0.1, token="4"), Alternative(logprob=-2.5, token="5"))
+        ],
         weight_version_spans=[{"start": 0, "end": 1, "weight_version": 3}],
         seed=2**63 - 1,
     )

@@ -16,8 +16,9 @@ from typing import Any
 from myserve.bench.figures import Figures, Trace, figures
 from myserve.bench.workload import SAMPLING, Prompt, Workload
 from myserve.errors import MyserveError
-from myserve.sdk.backend import failure_of, read_all, url_of
+from myserve.sdk.backend import url_of
 from myserve.sdk.errors import AttemptFailed
+from myserve.sdk.replies import failure_of, read_all
 from myserve.sdk.transport import AiohttpTransport
 from myserve.wire.sse import SSEDecoder
 

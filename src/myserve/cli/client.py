@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from myserve.errors import MyserveError
-from myserve.sdk.backend import chunks_of, failure_of, read_all, root_of
+from myserve.sdk.backend import root_of
 from myserve.sdk.errors import AttemptFailed
+from myserve.sdk.replies import events_of, failure_of, object_of, read_all
 from myserve.sdk.transport import AiohttpTransport
 
 
@@ -48,8 +49,8 @@ class ServerClient:
             ) as reply:
                 if reply.status != 200:
                     raise AttemptFailed(await failure_of(reply))
-                async for arrived in chunks_of(reply):
-                    for chunk in arrived:
+                async for events in events_of(reply):
+                    for chunk in map(object_of, events):
                         for choice in chunk.get("choices") or ():
                             yield choice
         except AttemptFailed as ended:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,14 +17,11 @@ from myserve.sdk.deployments import Deployment, choose
 from myserve.sdk.dialects import FIREWORKS, Dialect, detect
 from myserve.sdk.errors import AttemptFailed, Failure
 from myserve.sdk.gate import Gate, Permit
+from myserve.sdk.replies import events_of, failure_of, read_all
 from myserve.sdk.retry import RetryPolicy, retrying
-from myserve.sdk.transport import Reply, Transport
+from myserve.sdk.transport import Transport
 from myserve.sdk.types import SamplerStats
 from myserve.wire.perf_metrics import PerfMetrics
-from myserve.wire.sse import DONE_DATA, SSEDecoder
-
-_ERROR_BODY_BYTES = 64 * 1024
-_DONE = DONE_DATA.encode()
 
 
 @dataclass(slots=True)
@@ -74,8 +71,8 @@ class Backend:
     @asynccontextmanager
     async def stream(
         self, path: str, body: Mapping[str, Any], request_id: str, prompt: Sequence[int], samples: int
-    ) -> AsyncIterator[AsyncIterator[Iterable[dict[str, Any]]]]:
-        """Posts one request and gives its chunks. However that ends early, it is `AttemptFailed`."""
+    ) -> AsyncIterator[AsyncIterator[list[bytes]]]:
+        """Posts one request and gives its events. However that ends early, it is `AttemptFailed`."""
         deployment = choose(self.deployments, prompt, time.monotonic())
         deployment.in_flight += samples
         self.stats.requests += 1
@@ -86,7 +83,7 @@ class Backend:
             async with self.transport.request("POST", url, headers, raw) as reply:
                 if reply.status != 200:
                     raise AttemptFailed(await failure_of(reply))
-                yield chunks_of(reply)
+                yield events_of(reply)
             deployment.succeeded()
         except AttemptFailed as ended:
             if ended.failure.kind in ("transport", "server", "busy"):
@@ -102,72 +99,6 @@ class Backend:
     def refused(self, permit: Permit) -> None:
         if self.controller is not None:
             self.controller.refused(epoch=permit.epoch)
-
-
-async def chunks_of(reply: Reply) -> AsyncIterator[Iterable[dict[str, Any]]]:
-    """The JSON objects of an event stream, read by read. A stream that ends without `[DONE]` was cut."""
-    if reply.headers.get("content-type", "").startswith("application/json"):
-        yield [_object(await read_all(reply))]  # a server that does not stream: its whole answer is one chunk
-        return
-    decoder = SSEDecoder()
-    is_done = False
-    async for data in reply.chunks():
-        events = decoder.feed_data(data)
-        if events and events[-1] == _DONE:
-            is_done = True  # read on to the end all the same: the connection can then be used again
-            events.pop()
-        # Lazily: a chunk's dicts die before the next one's are made, which halves the time of all this.
-        yield map(_object, events)
-    if not is_done:
-        raise AttemptFailed(Failure("transport", "the stream ended before it was done"))
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        chunk = orjson.loads(data)
-    except ValueError as error:
-        raise AttemptFailed(
-            Failure("protocol", f"not JSON: {data[:200].decode('utf-8', 'replace')!r}")
-        ) from error
-    if not isinstance(chunk, dict):
-        raise AttemptFailed(Failure("protocol", f"not a chunk: {data[:200].decode('utf-8', 'replace')!r}"))
-    if chunk.get("error"):
-        raise AttemptFailed(_failure_in_stream(chunk["error"]))
-    return chunk
-
-
-def _failure_in_stream(error: object) -> Failure:
-    """An error after the 200. It has no status of its own unless its `code` is one."""
-    code = error.get("code") if isinstance(error, dict) else None
-    message = _message(error)
-    return Failure.of_status(code, message) if isinstance(code, int) else Failure("server", message)
-
-
-async def failure_of(reply: Reply) -> Failure:
-    """An HTTP error with the server's own message, out of OpenAI's error shape, FastAPI's, or plain text."""
-    raw = await read_all(reply, _ERROR_BODY_BYTES)
-    try:
-        body = json.loads(raw)
-    except ValueError:
-        body = raw.decode("utf-8", "replace")
-    if isinstance(body, dict):
-        body = body.get("error") or body.get("detail") or body
-    return Failure.of_status(reply.status, _message(body) or "(no message)", reply.headers)
-
-
-def _message(error: object) -> str:
-    if isinstance(error, dict) and isinstance(error.get("message"), str):
-        return str(error["message"])
-    return error.strip()[:2000] if isinstance(error, str) else json.dumps(error)[:2000]
-
-
-async def read_all(reply: Reply, limit: int | None = None) -> bytes:
-    body = bytearray()
-    async for data in reply.chunks():
-        body += data
-        if limit is not None and len(body) > limit:
-            break
-    return bytes(body)
 
 
 def root_of(url: str) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal
 
 from myserve.sdk.backend import Backend, new_request_id
+from myserve.sdk.chunks import chunks_of
 from myserve.sdk.errors import AttemptFailed, Failure, SamplingDeadlineError, SamplingError
 from myserve.sdk.gate import Permit
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.retry import retrying
 from myserve.sdk.track import Decode, Track
-from myserve.sdk.transport import describe
 from myserve.sdk.types import SampledCompletion, SampleDelta
 from myserve.wire.perf_metrics import PerfMetrics
 
@@ -159,8 +159,8 @@ class Group:
             try:
                 async with self._backend.stream(
                     self._dialect.path, body, self._request_id, prompt, len(tracks)
-                ) as chunks:
-                    await self._read(chunks, tracks, permit)
+                ) as reads:
+                    await self._read(reads, tracks, permit)
             except AttemptFailed as ended:
                 if ended.failure.kind == "busy":
                     self._backend.refused(permit)
@@ -175,39 +175,33 @@ class Group:
             self._on_delta(SampleDelta(track.index, restarted=True))
         return prior
 
-    async def _read(
-        self, chunks: AsyncIterator[Iterable[dict[str, Any]]], tracks: list[Track], permit: Permit
-    ) -> None:
+    async def _read(self, reads: AsyncIterator[list[bytes]], tracks: list[Track], permit: Permit) -> None:
         samples = len(tracks)
+        on_delta = self._on_delta
         metrics: dict[str, Any] | None = None
         try:
-            async for arrived in chunks:
+            async for events in reads:
                 now = time.monotonic() - self._started
                 self._first_token.set()
-                for chunk in arrived:
-                    metrics = chunk.get("perf_metrics") or metrics
-                    for choice in chunk.get("choices") or ():
-                        track = tracks[choice["index"]]
-                        self._feed(track, choice, now)
+                for chunk in chunks_of(events):
+                    metrics = chunk.perf_metrics or metrics
+                    for choice in chunk.choices or ():
+                        track = tracks[choice.index]
+                        track.feed(choice, now)
+                        if on_delta is not None:
+                            on_delta(track.delta(choice))
                         # Alone, a sample waits for its stream's end: its ids may come after its finish reason.
                         if samples > 1 and track.finish_reason is not None and track.is_whole:
                             self._complete(track, permit)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise _broken(f"a chunk of another shape: {describe(error)}") from error
+        except IndexError as error:
+            raise _broken(f"a chunk for choice {choice.index} of {samples}") from error
         finally:
-            if isinstance(metrics, dict):
+            if metrics is not None:
                 self._backend.observe(PerfMetrics.from_mapping(metrics), samples, permit)
         for track in tracks:
             if not track.is_done and track.finish_reason is None:
                 raise _broken(f"the stream ended without a word on sample {track.index}")
             self._complete(track, permit)
-
-    def _feed(self, track: Track, choice: dict[str, Any], now: float) -> None:
-        if self._on_delta is None:
-            return track.feed(choice, now)
-        seen_ids, seen_rows = len(track.ids), len(track.logprobs)
-        track.feed(choice, now)
-        return self._on_delta(track.delta(choice, seen_ids, seen_rows))
 
     def _complete(self, track: Track, permit: Permit) -> None:
         if track.is_done:

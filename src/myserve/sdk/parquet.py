@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import asdict
+
 from myserve.sdk.types import SampledCompletion
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def read_parquet(path: str | Path) -> Iterator[SampledCompletion]:
 def _row(sample: SampledCompletion) -> dict[str, object]:
     row = sample.to_json()
     if sample.top_logprobs is not None:
-        row["top_logprobs"] = [[alternative._asdict() for alternative in at] for at in sample.top_logprobs]
+        row["top_logprobs"] = [[asdict(alternative) for alternative in at] for at in sample.top_logprobs]
     if sample.stop_reason is not None:  # a stop id or a stop string: a column has one type
         row["stop_reason"] = json.dumps(sample.stop_reason)
     return row | {"index": sample.index, "attempts": sample.attempts, "request_id": sample.request_id}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import repeat
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import TypeVar
 
+from myserve.sdk.chunks import Choice, RawOutput, TokenEntry
 from myserve.sdk.errors import AttemptFailed, Failure, SamplingError
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.types import Alternative, SampledCompletion, SampleDelta
@@ -31,20 +32,18 @@ class Track:
         self.ids: list[int] = []
         self.finish_reason: str | None = None
         self._texts: list[str] = []
-        self._offsets: list[int] = []  # with echo: where each row's token begins in the text
-        self._times: list[float] = []
+        self._entries: list[TokenEntry] = []  # as they came: columns are taken from them once, at the end
+        self._now: float | None = None  # when the newest ids came
+        self._arrivals: list[
+            tuple[int, float]
+        ] = []  # (number of ids before, seconds) of each read that had some
         self._raw_ids: list[int] | None = None
         self._num_prior = 0  # how many of `ids` came with earlier attempts
-        self.logprobs: list[float | None] = []
-        self._sampling: list[float | None] = []
-        self._tops: list[list[Alternative]] = []
-        self._routing: list[str] = []
         self._routing_shape: list[int] | None = None
-        self._routing_dtype = "uint8"
-        self._kept: list[dict[str, Any]] = []
         self._seed: int | None = None
         self._stop_reason: int | str | None = None
         self._weight_version: int | None = None
+        self._version: int | None = None  # of the newest ids, which `_versions` has not heard of yet
         self._versions = VersionLog()
 
     @property
@@ -62,88 +61,61 @@ class Track:
         # It starts over, as the same sample: with echo, whose prompt rows come again; after a finish reason,
         # where something did not add up; and where all that is missing is the finish reason.
         is_full = len(self.ids) >= self.request.max_tokens
-        if not resume or self.request.echo or self.finish_reason is not None or is_full:
+        starts_over = not resume or self.request.echo or self.finish_reason is not None or is_full
+        if starts_over and self.requests > 1:
             self._clear()
         self._num_prior = len(self.ids)
+        self._versions.feed(self._num_prior, self._version)
         self._versions.begin(self._num_prior)
         return self.ids
 
-    def feed(self, choice: dict[str, Any], now: float) -> None:
+    def feed(self, choice: Choice, now: float) -> None:
         """Takes in one chunk's choice. `now`: seconds since the sample was asked for."""
-        get = choice.get
-        if text := get("text"):
-            self._texts.append(text)
-        logprobs = get("logprobs")
-        row_ids = self._feed_logprobs(logprobs) if logprobs else ()
-        ids = get("token_ids")
-        if ids is None:
-            ids = row_ids
+        if choice.text:
+            self._texts.append(choice.text)
+        if (logprobs := choice.logprobs) is not None:
+            self._entries += logprobs.entries()
+        ids = choice.token_ids if choice.token_ids is not None else choice.ids()
         if ids:
+            if now != self._now:
+                self._now = now
+                self._arrivals.append((len(self.ids), now))
+            if choice.weight_version != self._version:
+                self._versions.feed(len(self.ids), self._version)
+                self._version = choice.weight_version
             self.ids += ids
-            self._times += [now] * len(ids)
-            self._versions.feed(len(self.ids), get("weight_version"))
-        if spans := get("weight_version_spans"):
-            self._versions.correct(spans)
-        if raw := get("raw_output"):
-            self._feed_raw(raw)
-        if (seed := get("seed")) is not None:
-            self._seed = seed
-        if (shape := get("routing_matrix_shape")) is not None:
-            self._routing_shape = shape
-        if (finish_reason := get("finish_reason")) is not None:
-            self.finish_reason = finish_reason
-            self._stop_reason = get("stop_reason")
-            self._weight_version = get("weight_version")
+        if choice.weight_version_spans is not None:
+            self._versions.feed(len(self.ids), self._version)
+            self._versions.correct(choice.weight_version_spans)
+        if choice.raw_output is not None:
+            self._feed_raw(choice.raw_output)
+        if choice.seed is not None:
+            self._seed = choice.seed
+        if choice.routing_matrix_shape is not None:
+            self._routing_shape = choice.routing_matrix_shape
+        if choice.finish_reason is not None:
+            self.finish_reason = choice.finish_reason
+            self._stop_reason = choice.stop_reason
+            self._weight_version = choice.weight_version
 
-    def delta(self, choice: dict[str, Any], seen_ids: int, seen_rows: int) -> SampleDelta:
-        """What `choice`, just fed, brought beyond the first `seen_ids` ids and `seen_rows` logprobs."""
+    def delta(self, choice: Choice) -> SampleDelta:
+        """What `choice` brings, as the caller sees it."""
+        entries = choice.logprobs.entries() if choice.logprobs is not None else ()
         return SampleDelta(
             self.index,
-            choice.get("text") or "",
-            tuple(self.ids[seen_ids:]),
-            tuple(self.logprobs[seen_rows:]),
+            choice.text or "",
+            tuple(choice.ids()),
+            tuple([entry.logprob for entry in entries]),
             self.finish_reason,
         )
 
-    def _feed_raw(self, raw: dict[str, Any]) -> None:
-        completion_ids, prompt_ids = raw.get("completion_token_ids"), raw.get("prompt_token_ids")
-        if completion_ids is not None:
-            self._raw_ids = completion_ids
-        if prompt_ids and not self._num_prior:
-            self.prompt_ids = prompt_ids  # the server's own word on what it was asked: it replaces ours
-
-    def _feed_logprobs(self, logprobs: dict[str, Any]) -> list[int]:
-        content = logprobs.get("content")
-        if content is None:
-            return self._feed_older_logprobs(logprobs)
-        ids: list[int] = []
-        for entry in content:
-            self.logprobs.append(entry["logprob"])
-            self._sampling.append(entry.get("sampling_logprob"))
-            if self.request.echo and "text_offset" in entry:
-                self._offsets.append(entry["text_offset"])
-            if (token_id := entry.get("token_id")) is not None:
-                ids.append(token_id)
-            if (tops := entry.get("top_logprobs")) is not None:
-                self._tops.append(
-                    [Alternative(t.get("token_id"), t["logprob"], t.get("token", "")) for t in tops]
-                )
-            if (routing := entry.get("routing_matrix")) is not None:
-                self._routing.append(routing)
-                self._routing_dtype = entry.get("routing_matrix_dtype", "uint8")
-            if (kept := entry.get("kept")) is not None:
-                self._kept.append(kept)
-        return ids
-
-    def _feed_older_logprobs(self, logprobs: dict[str, Any]) -> list[int]:
-        """OpenAI's older form, with tokens written as `token_id:7`."""
-        values = logprobs.get("token_logprobs") or []
-        self.logprobs.extend(values)
-        self._sampling.extend(repeat(None, len(values)))
-        for row in logprobs.get("top_logprobs") or ():
-            self._tops.append([Alternative(_written_id(t), value, t) for t, value in (row or {}).items()])
-        ids = [_written_id(token) for token in logprobs.get("tokens") or ()]
-        return [token_id for token_id in ids if token_id is not None]
+    def _feed_raw(self, raw: RawOutput) -> None:
+        if raw.completion_token_ids is not None:
+            self._raw_ids = raw.completion_token_ids
+        if raw.prompt_token_ids and not self._num_prior:
+            self.prompt_ids = (
+                raw.prompt_token_ids
+            )  # the server's own word on what it was asked: it replaces ours
 
     def complete(self, request_id: str, decode: Decode | None = None) -> SampledCompletion:
         """The finished sample, every length checked; `AttemptFailed` says what does not fit."""
@@ -152,44 +124,63 @@ class Track:
         if echo and ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         num_rows = len(prompt_ids) + len(ids) - 1 if echo else len(ids)
-        logprobs = self._rows("logprobs", self.logprobs, num_rows) if self.request.logprobs else None
-        if logprobs is not None and None in logprobs:
-            raise _broken(f"the logprob of row {logprobs.index(None)} is null")
-        wants_tops = logprobs is not None and self.request.top_logprobs is not None
-        sampling = self._sampling[-len(ids) :] if ids else []
-        times = self._times[-len(ids) :] if ids else []
+        entries = self._entries
+        logprobs = self._logprobs(num_rows) if self.request.logprobs else None
+        sampling = [entry.sampling_logprob for entry in entries[-len(ids) :]] if ids else []
+        kept = [entry.kept for entry in entries if entry.kept is not None]
+        self._versions.feed(len(self.ids), self._version)
         self.completion = SampledCompletion(
             text=self._completion_text(ids, decode) if echo else "".join(self._texts),
             full_tokens=prompt_ids + ids,
             prompt_len=len(prompt_ids),
             completion_len=len(ids),
             finish_reason=self.finish_reason or "",
-            inference_logprobs=logprobs,  # type: ignore[arg-type]  # None was looked for above
+            inference_logprobs=logprobs,
             logprobs_echoed=echo and logprobs is not None,
             routing_matrices=self._routing_rows(num_rows, len(ids)),
             routing_shape=self._routing_shape,
-            routing_dtype=self._routing_dtype,
+            routing_dtype=entries[-1].routing_matrix_dtype if entries else "uint8",
             sampling_logprobs=sampling if logprobs is not None and None not in sampling else None,  # type: ignore[arg-type]
-            top_logprobs=self._rows("top_logprobs", self._tops, num_rows) if wants_tops else None,
-            kept=self._rows("kept sets", self._kept, len(ids)) if self._kept else None,
+            top_logprobs=self._alternatives(num_rows) if logprobs is not None else None,
+            kept=self._rows("kept sets", kept, len(ids)) if kept else None,
             index=self.index,
             seed=self._seed if self._seed is not None else self.request.seed,
             stop_reason=self._stop_reason,
             weight_version=self._weight_version,
             weight_version_spans=self._versions.spans(),
-            token_times=times if len(times) == len(ids) else None,
+            token_times=self._token_times(len(ids)),
             attempts=self.requests,
             request_id=request_id,
         )
         return self.completion
+
+    def _logprobs(self, num_rows: int) -> list[float]:
+        rows = self._rows("logprobs", [entry.logprob for entry in self._entries], num_rows)
+        if None in rows:
+            raise _broken(f"the logprob of row {rows.index(None)} is null")
+        return rows  # type: ignore[return-value]  # None was looked for
+
+    def _alternatives(self, num_rows: int) -> list[tuple[Alternative, ...]] | None:
+        if self.request.top_logprobs is None:
+            return None
+        rows = [entry.top_logprobs for entry in self._entries if entry.top_logprobs is not None]
+        return self._rows("top_logprobs", rows, num_rows)
+
+    def _token_times(self, num_ids: int) -> list[float] | None:
+        """Of the last `num_ids` tokens; None where not every one of them came by itself."""
+        times: list[float] = []
+        for (first, now), (end, _) in pairwise([*self._arrivals, (len(self.ids), 0.0)]):
+            times += [now] * (end - first)
+        return times[-num_ids:] if 0 < num_ids <= len(times) else None if num_ids else []
 
     def _completion_text(self, ids: list[int], decode: Decode | None) -> str:
         """The text without the prompt's, which an echo begins with."""
         if decode is not None:
             return decode(ids)
         text, num_prompt = "".join(self._texts), len(self.prompt_ids)
-        if len(self._offsets) >= num_prompt:
-            return text[self._offsets[num_prompt] :] if len(self._offsets) > num_prompt else ""
+        offsets = [entry.text_offset for entry in self._entries if entry.text_offset is not None]
+        if len(offsets) >= num_prompt:
+            return text[offsets[num_prompt] :] if len(offsets) > num_prompt else ""
         return text
 
     def _completion_ids(self) -> list[int]:
@@ -220,18 +211,10 @@ class Track:
     def _routing_rows(self, num_rows: int, completion_len: int) -> list[str] | None:
         if not self.request.include_routing_matrix:
             return None
-        if len(self._routing) == completion_len:
-            return self._routing  # with echo, the prompt's rows come only where they are asked for
-        return self._rows("routing", self._routing, num_rows)
-
-
-def _alternative(entry: dict[str, Any]) -> Alternative:
-    return Alternative(entry.get("token_id"), entry["logprob"], entry.get("token", ""))
-
-
-def _written_id(token: str) -> int | None:
-    digits = token.removeprefix("token_id:")
-    return int(digits) if digits != token and digits.isdecimal() else None
+        routing = [entry.routing_matrix for entry in self._entries if entry.routing_matrix is not None]
+        if len(routing) == completion_len:
+            return routing  # with echo, the prompt's rows come only where they are asked for
+        return self._rows("routing", routing, num_rows)
 
 
 def _broken(what: str) -> AttemptFailed:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgspec
 
 from myserve.sdk.errors import SamplingError
 
 
-class Alternative(NamedTuple):
-    """A token that stood beside the one drawn. `token_id` is None where the server gave its text alone."""
+class Alternative(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A token that stood beside the one drawn. `token_id` is None where the server gave its text alone.
 
-    token_id: int | None
+    A msgspec Struct, as chunks are: the JSON decoder makes it, and nothing is done for it in Python.
+    """
+
+    token_id: int | None = None
     logprob: float
     token: str = ""
 
@@ -40,7 +45,7 @@ class SampledCompletion:
     routing_matrices: list[str] | None = None  # base64, [C] or [P+C-1]; `routing.routing_array` reads them
     # beyond the seed document
     sampling_logprobs: list[float] | None = None  # [C]: log of the distribution that the draw really used
-    top_logprobs: list[list[Alternative]] | None = None  # as long as inference_logprobs
+    top_logprobs: list[tuple[Alternative, ...]] | None = None  # as long as inference_logprobs
     routing_shape: list[int] | None = None  # of each routing matrix: [layers with experts, experts per token]
     routing_dtype: str = "uint8"  # of its ids; "uint16", little-endian, for more than 256 experts
     kept: list[dict[str, Any]] | None = None  # [C]: support, its mass and entropy, where asked for
@@ -68,25 +73,35 @@ class SampledCompletion:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; what is None or at its default is left out."""
-        return {name: value for name, value in asdict(self).items() if value != _DEFAULTS.get(name, _ABSENT)}
+        values = {name: getattr(self, name) for name in _NAMES}
+        present = {name: value for name, value in values.items() if value != _DEFAULTS.get(name, _ABSENT)}
+        if self.top_logprobs is not None:
+            present["top_logprobs"] = [
+                [msgspec.structs.astuple(at) for at in row] for row in self.top_logprobs
+            ]
+        return present
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SampledCompletion:
         """The inverse of `to_json`; a name that this version does not know is ignored.
 
         >>> sample = SampledCompletion(text="", full_tokens=[5], prompt_len=1, finish_reason="stop",
-        ...     completion_len=0, top_logprobs=[[Alternative(3, -0.5)]])
+        ...     completion_len=0, top_logprobs=[(Alternative(token_id=3, logprob=-0.5),)])
         >>> SampledCompletion.from_json(sample.to_json()) == sample
         True
         """
         known = {name: value for name, value in data.items() if name in _NAMES}
         if known.get("top_logprobs") is not None:
-            known["top_logprobs"] = [[Alternative(*entry) for entry in row] for row in known["top_logprobs"]]
+            known["top_logprobs"] = [tuple(map(_alternative, row)) for row in known["top_logprobs"]]
         return cls(**known)
 
 
+def _alternative(entry: Sequence[Any]) -> Alternative:
+    return Alternative(**dict(zip(Alternative.__struct_fields__, entry, strict=False)))
+
+
 _ABSENT = object()
-_NAMES = {field.name for field in fields(SampledCompletion)}
+_NAMES = tuple(field.name for field in fields(SampledCompletion))
 _DEFAULTS = {field.name: field.default for field in fields(SampledCompletion)}
 
 

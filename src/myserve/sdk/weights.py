@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from myserve.errors import MyserveError
-from myserve.sdk.backend import failure_of, read_all, root_of
+from myserve.sdk.backend import root_of
 from myserve.sdk.errors import AttemptFailed, Failure
+from myserve.sdk.replies import failure_of, read_all
 
 if TYPE_CHECKING:
     from myserve.sdk.backend import Backend

@@ -89,25 +89,32 @@ class SSEDecoder:
         >>> SSEDecoder().feed_data(b"data: [1]\n\nevent: error\ndata: [2]\n\n: a comment\n\n")
         [b'[1]', b'[2]']
         """
-        data: list[bytes] = []
-        for block in self._blocks(chunk):
-            if block.startswith(b"data: ") and b"\n" not in block:
-                data.append(block[6:])
-            elif (event := self._parse(block)) is not None:
-                data.append(event.data.encode())
-        return data
+        whole = self._whole_blocks(chunk)
+        if whole.startswith(b"data: "):
+            data = whole[6:].split(b"\n\ndata: ")
+            if whole.count(b"\n") == 2 * (
+                len(data) - 1
+            ):  # one-line data and nothing else: no look at each one
+                return data
+        events = [self._parse(block) for block in whole.split(b"\n\n")]
+        return [event.data.encode() for event in events if event is not None]
 
     def _blocks(self, chunk: bytes) -> list[bytes]:
+        return self._whole_blocks(chunk).split(b"\n\n")
+
+    def _whole_blocks(self, chunk: bytes) -> bytes:
+        """What is complete by now, without the blank line at its end; newlines are all \n."""
         # A search for the blank line starts where the last one ended: many small chunks stay linear.
         searched = max(0, len(self._buffer) - 1)
         self._buffer += self._with_lf_only(chunk)
         if self._at_start and not self._drop_byte_order_mark():
-            return []
-        if self._buffer.find(b"\n\n", searched) < 0:
-            return []
-        *blocks, rest = bytes(self._buffer).split(b"\n\n")
-        self._buffer = bytearray(rest)
-        return blocks
+            return b""
+        end = self._buffer.rfind(b"\n\n", searched)
+        if end < 0:
+            return b""
+        whole = bytes(memoryview(self._buffer)[:end])
+        del self._buffer[: end + 2]
+        return whole
 
     def _with_lf_only(self, chunk: bytes) -> bytes:
         if not chunk:
