@@ -41,7 +41,13 @@ def test_trl_asked_again_gets_new_samples_and_the_run_can_be_repeated():
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
-    ("stop", "sent"), [(["x"], {"stop": ["x"]}), ([7], {"stop_token_ids": [7]}), ([], {})]
+    ("stop", "sent"),
+    [
+        # A string, too, is among the tokens: tinker's renderers look for it there.
+        (["x"], {"stop": ["x"], "include_stop_str_in_output": True}),
+        ([7], {"stop_token_ids": [7]}),
+        ([], {}),
+    ],
 )
 async def test_tinkers_completer_takes_both_kinds_of_stops(stop, sent):
     transport = ScriptedTransport(model=tiny_model())
@@ -50,4 +56,12 @@ async def test_tinkers_completer_takes_both_kinds_of_stops(stop, sent):
     assert done.stop_reason in ("stop", "length")
     (body,) = transport.requests
     assert (body["prompt"], body["temperature"]) == ([1, 2, 3], 0.5)
-    assert {key: body[key] for key in ("stop", "stop_token_ids") if key in body} == sent
+    assert {key: body[key] for key in body if "stop" in key} == sent
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("budget", "sent"), [(None, 16), (4, 4), (99, 16)])
+async def test_a_turn_of_tinkers_can_shorten_and_not_lengthen(budget, sent):
+    transport = ScriptedTransport(model=tiny_model())
+    await SamplerTokenCompleter(sampler(transport), max_tokens=16)(Ids(), [7], max_tokens=budget)
+    assert transport.requests[0]["max_tokens"] == sent

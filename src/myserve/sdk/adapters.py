@@ -66,11 +66,13 @@ class ModelInput(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokensWithLogprobs:
-    """tinker-cookbook's answer type, by its names."""
+    """tinker-cookbook's answer type, by its names; the stop sequence is among the tokens, as there."""
 
     tokens: list[int]
     maybe_logprobs: list[float] | None
     stop_reason: str = "stop"
+    sequence_id: str | None = None  # of Tinker itself: ours have none
+    prompt_cache_hit_tokens: int = 0
 
     @property
     def logprobs(self) -> list[float]:
@@ -82,7 +84,8 @@ class TokensWithLogprobs:
 class SamplerTokenCompleter:
     """tinker-cookbook's `TokenCompleter` on a sampler: `await completer(model_input, stop)`.
 
-    `stop` is a list of strings or of token ids, as there. Logprobs are of the distribution that was drawn from.
+    `stop` is a list of strings or of token ids, as there; a call's `max_tokens` can only shorten. Logprobs are of the
+    distribution that was drawn from.
 
     >>> import asyncio
     >>> from myserve.sdk.testing import ScriptedTransport
@@ -99,9 +102,15 @@ class SamplerTokenCompleter:
         self._options = options
 
     async def __call__(
-        self, model_input: ModelInput, stop: Sequence[str] | Sequence[int] = ()
+        self,
+        model_input: ModelInput,
+        stop: Sequence[str] | Sequence[int] = (),
+        *,
+        max_tokens: int | None = None,
     ) -> TokensWithLogprobs:
         call: dict[str, Any] = {**self._options, **_stop_options(stop), "n": 1, "logprobs": True}
+        if max_tokens is not None:
+            call["max_tokens"] = min(max_tokens, self._options.get("max_tokens", max_tokens))
         (sample,) = await self._sampler.sample_with_prompt_tokens(model_input.to_ints(), **call)
         return TokensWithLogprobs(sample.completion_tokens, _behaviour(sample), sample.finish_reason)
 
@@ -113,7 +122,7 @@ def _stop_options(stop: Sequence[str] | Sequence[int]) -> SampleOptions:
     ids = [entry for entry in stop if not isinstance(entry, str)]
     options: SampleOptions = {}
     if strings:
-        options["stop"] = strings
+        options |= {"stop": strings, "include_stop_str_in_output": True}
     if ids:
         options["stop_token_ids"] = ids
     return options

@@ -1,0 +1,88 @@
+"""The corrections beside each other, and what TRL calls, small, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+def test_the_corrections_differ_in_their_weights_and_in_nothing_drawn(tmp_path):
+    import corrections
+
+    found = asyncio.run(corrections.main(steps=2, seeds=1, prompts=6, exam=16, run=str(tmp_path / "run")))
+    first = {name: curves[0][0] for name, curves in found.items()}
+    assert len({row["reward"] for row in first.values()}) == 1  # the same weights, the same draws
+    assert first["kept"]["mismatch"] == 0 < first["mass"]["mismatch"] == first["none"]["mismatch"]
+    assert len({row["loss"] for row in first.values()}) == 3
+    assert (tmp_path / "run" / "rewards.svg").read_text().count("<polyline") == 3
+
+
+def test_the_mass_gives_the_ratio_of_importance_sampling_back():
+    """With it the trainer's ratio begins at one, where the clip is centred, and its product is the true ratio."""
+    import torch
+    from grpo import Config, ratio_base
+
+    from myserve.sdk import SampledCompletion
+
+    drawn = [torch.tensor(0.8).log().item(), torch.tensor(0.5).log().item()]
+    sample = SampledCompletion(
+        text="", full_tokens=[1, 2, 3], prompt_len=1, finish_reason="stop", completion_len=2,
+        sampling_logprobs=drawn, kept=[{"token_ids": [2], "mass": 0.7}, {"token_ids": [3], "mass": 1.0}],
+    )  # fmt: skip
+    old, weight = ratio_base(Config(top_p=0.7, correction="mass"), [sample])
+    torch.testing.assert_close(old.exp(), torch.tensor([0.8 * 0.7, 0.5]))  # what the whole vocabulary gives
+    torch.testing.assert_close(weight, torch.tensor([0.7, 1.0]))
+    for correction in ("kept", "none"):
+        old, weight = ratio_base(Config(top_p=0.7, correction=correction), [sample])
+        torch.testing.assert_close(old.exp(), torch.tensor([0.8, 0.5]))
+        assert weight.tolist() == [1.0, 1.0]
+
+
+class Trainer:
+    """What TRL's `rollout_func` is given, as far as it is used: TRL itself is no dependency of ours."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.state = model, SimpleNamespace(global_step=0)
+
+
+@pytest.fixture
+def trainer() -> Trainer:
+    from transformers import AutoModelForCausalLM
+
+    from myserve.demo import embedded_model_path
+
+    return Trainer(AutoModelForCausalLM.from_pretrained(embedded_model_path(), dtype="float32"))
+
+
+def test_trl_draws_with_the_trainers_weights(trainer: Trainer, tmp_path: Path):
+    import torch
+    from serving import Server
+    from sums import PRACTICE, question
+    from transformers import AutoTokenizer
+    from trl_grpo import OnPolicy, rewards
+
+    from myserve.demo import embedded_model_path
+    from myserve.sdk import DeploymentSampler
+
+    path = embedded_model_path()
+    prompts = [question(pair) for pair in PRACTICE[:2] for _ in range(3)]
+    with Server(str(path), tmp_path) as server:
+        sampler = DeploymentSampler(
+            server.url, server.name, "", AutoTokenizer.from_pretrained(path), run_seed=7
+        )
+        rollout = OnPolicy(server, sampler, tmp_path)
+        before = rollout(prompts, trainer)
+        with torch.no_grad():
+            trainer.model.model.embed_tokens.weight.zero_()  # tied: every token is as likely as any other
+        trainer.state.global_step = 1
+        after = rollout(prompts, trainer)
+        assert {len(rows) for rows in (*before.values(), *after.values())} == {len(prompts)}
+        flat = [p for row in after["logprobs"] for p in row]
+        uniform = -torch.tensor(float(len(sampler.tokenizer))).log().item()
+        assert flat == pytest.approx([uniform] * len(flat), abs=1e-4)
+        assert max(p for row in before["logprobs"] for p in row) > -1
+    assert rewards(prompts=["", ""], completions=["11", "12"], answer=["11", "11"]) == [1.0, 0.0]
