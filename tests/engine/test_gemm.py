@@ -129,10 +129,13 @@ def test_float16_computes_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_joined_products_are_those_of_the_parts_also_after_new_values(dtype: torch.dtype) -> None:
-    parts = [PackedWeight(torch.randn(n, 96).to(dtype), torch.randn(n)) for n in (70, 64, 5)]
+    weights: list[tuple[Tensor, Tensor | None]]
+    weights = [(torch.randn(n, 96).to(dtype), torch.randn(n)) for n in (70, 64, 5)]
     x = torch.randn(3, 96).to(dtype)
-    joined = JoinedWeights(parts)
+    joined = JoinedWeights(weights)
+    parts = joined.parts
     assert all(map(torch.equal, joined(x), [part(x) for part in parts]))
+    assert all(map(torch.equal, joined(x), [PackedWeight(*weight)(x) for weight in weights]))
     before = parts[1](x)
     parts[1].copy_(PackedWeight(torch.randn(64, 96).to(dtype)))
     assert torch.equal(joined(x)[1], parts[1](x)) and not torch.equal(parts[1](x), before)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from myserve.engine.fusion import SharedInput, fuse_gates, fuse_norms, fuse_rotary, join_products
-from myserve.engine.gemm import PackedWeight
+from myserve.engine.fusion import SharedInput, fuse_gates, fuse_norms, fuse_rotary, products_of_one_input
+from myserve.engine.gemm import JoinedWeights, PackedWeight
 from myserve.engine.tiles import bfloat16_unit
 
 EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
@@ -48,13 +48,12 @@ class ExactReport:
 class ExactLinear(nn.Module):
     """A linear layer by our own kernel. It holds the weight in the kernel's order alone; new values: `replace`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, is_transposed: bool = False) -> None:
-        """`weight` [N, K]; [K, N] where the layer that it comes from has it so."""
+    def __init__(self, packed: PackedWeight, *, is_transposed: bool = False) -> None:
+        """`is_transposed`: the layer that it comes from has its weight [K, N]."""
         super().__init__()
         self.is_transposed = is_transposed
-        weight = weight.T if is_transposed else weight
-        self.packed = PackedWeight(weight, bias)
-        self.out_features, self.in_features = weight.shape
+        self.packed = packed
+        self.out_features, self.in_features = packed.out_features, packed.in_features
         self._shared: tuple[SharedInput, int] | None = None
 
     def share(self, shared: SharedInput, part: int) -> None:
@@ -109,12 +108,12 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
         return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0)
     experts = sum(_pack_experts(module) for module in list(model.modules()) if has_experts(module))
     routers = sum(_pack_router(module) for module in list(model.modules()) if is_router(module))
-    linears = 0
+    linears = _join_products(model)
     for parent, name, module in list(_linears(model)):
-        exact = ExactLinear(module.weight, module.bias, is_transposed=isinstance(module, Conv1D))
-        setattr(parent, name, exact)
+        transposed = isinstance(module, Conv1D)
+        weight = module.weight.T if transposed else module.weight
+        setattr(parent, name, ExactLinear(PackedWeight(weight, module.bias), is_transposed=transposed))
         linears += 1
-    join_products(model, ExactLinear)
     fuse_gates(model)
     fuse_rotary(model)
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -122,6 +121,20 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
     return ExactReport(
         mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=fuse_norms(model)
     )
+
+
+def _join_products(model: nn.Module) -> int:
+    """Makes one product of those that multiply the same x; how many layers that were."""
+    found = list(products_of_one_input(model))
+    for parent, names in found:
+        layers: list[Any] = [getattr(parent, name) for name in names]
+        joined = JoinedWeights([(layer.weight, layer.bias) for layer in layers])
+        shared = SharedInput(joined)
+        for part, (name, packed) in enumerate(zip(names, joined.parts, strict=True)):
+            exact = ExactLinear(packed)
+            exact.share(shared, part)
+            setattr(parent, name, exact)
+    return sum(len(names) for _, names in found)
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from myserve.engine import pointwise
-from myserve.engine.gemm import JoinedWeights, PackedWeight
+from myserve.engine.gemm import JoinedWeights
 
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _GATE_SOURCE = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
@@ -113,8 +113,8 @@ def _gate_forward(self: Any, x: Tensor) -> Tensor:
 class SharedInput:
     """Products of one x, made together when the first is asked for; the others find theirs waiting."""
 
-    def __init__(self, parts: list[PackedWeight]) -> None:
-        self._parts, self._joined = parts, JoinedWeights(parts)
+    def __init__(self, joined: JoinedWeights) -> None:
+        self._joined, self._parts = joined, joined.parts
         self._x: Tensor | None = None
         self._made: list[Tensor] = []
 
@@ -130,22 +130,13 @@ class SharedInput:
         return made
 
 
-def join_products(model: nn.Module, linear: type) -> int:
-    """Joins the `linear` layers of a module that multiply one input; how many groups there are."""
-    groups = list(_groups(model, linear))
-    for layers in groups:
-        shared = SharedInput([layer.packed for layer in layers])
-        for number, layer in enumerate(layers):
-            layer.share(shared, number)
-    return len(groups)
-
-
-def _groups(model: nn.Module, linear: type) -> Iterator[list[Any]]:
+def products_of_one_input(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """The linear layers of a module that multiply the same x, by their names in it."""
     for module in model.modules():
         for names in _SHARED_INPUTS:
             layers = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, linear) for layer in layers):
-                yield layers
+            if all(isinstance(layer, nn.Linear) for layer in layers):
+                yield module, list(names)
 
 
 def fuse_rotary(model: nn.Module) -> None:

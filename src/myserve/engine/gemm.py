@@ -9,6 +9,7 @@ up to three times a prefill; a kernel of our own costs nothing and needs no sear
 from __future__ import annotations
 
 from copy import copy
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -31,9 +32,10 @@ class PackedWeight:
     tensor([[2., 3., 4.]])
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, place: Tensor | None = None) -> None:
+        """`place`: where the packed weight goes, of `packed_shape` and its type."""
         self.out_features, self.in_features = weight.shape
-        self.weight = _packed(weight.detach())
+        self.weight = _packed(weight.detach(), place)
         self._inner = self.weight.shape[1] * (2 if self.dtype == torch.bfloat16 else 1)
         self._scratch_bytes = 64 * (3 + -(-4 * (ROWS * PANEL + 4 * self._inner) // 64))
         self._kernel = linear_kernel(self.dtype)
@@ -90,30 +92,34 @@ class PackedWeight:
 
 
 class JoinedWeights:
-    """Several weights that multiply the same x: one product, one call. Each keeps its own `PackedWeight`.
+    """Several weights [N, K] and biases that multiply the same x: one product, one call. `parts` are views of it.
 
-    >>> a, b = PackedWeight(torch.eye(2)), PackedWeight(torch.ones(3, 2))
-    >>> JoinedWeights([a, b])(torch.tensor([[1.0, 2.0]]))
+    Each is packed where it will lie: memory that a system has never handed out costs more to touch than to fill.
+
+    >>> joined = JoinedWeights([(torch.eye(2), None), (torch.ones(3, 2), None)])
+    >>> joined(torch.tensor([[1.0, 2.0]]))
     [tensor([[1., 2.]]), tensor([[3., 3., 3.]])]
+    >>> joined.parts[1](torch.tensor([[1.0, 2.0]]))
+    tensor([[3., 3., 3.]])
     """
 
-    def __init__(self, parts: list[PackedWeight]) -> None:
-        joined = PackedWeight.__new__(PackedWeight)
-        joined.in_features, joined._inner = parts[0].in_features, parts[0]._inner
-        groups = sum(len(part.weight) for part in parts)
-        joined.weight = memory.zeros((groups, *parts[0].weight.shape[1:]), parts[0].dtype)
-        torch.cat([part.weight for part in parts], out=joined.weight)
-        joined.bias = torch.cat([part.bias for part in parts])
+    def __init__(self, weights: list[tuple[Tensor, Tensor | None]]) -> None:
+        shapes = [packed_shape(weight) for weight, _ in weights]
+        groups = [shape[0] for shape in shapes]
+        whole = memory.zeros((sum(groups), *shapes[0][1:]), _packed_dtype(weights[0][0]))
+        places = torch.split(whole, groups)
+        self.parts = [
+            PackedWeight(weight, bias, place=place)
+            for (weight, bias), place in zip(weights, places, strict=True)
+        ]
+        joined = copy(self.parts[0])
+        joined.weight, joined.bias = whole, torch.cat([part.bias for part in self.parts])
         joined.out_features = len(joined.bias)  # each part's columns end with a whole panel
-        joined._kernel, joined._scratch_bytes = parts[0]._kernel, parts[0]._scratch_bytes
-        self._joined, self._widths = joined, [part.out_features for part in parts]
-        self._starts, start = [], 0
-        for part in parts:  # the parts become views, so that a new value of one is a new value of all
-            columns = len(part.bias)
-            part.weight = joined.weight[start // 16 : (start + columns) // 16]
-            part.bias = joined.bias[start : start + columns]
-            self._starts.append(start)
-            start += columns
+        self._joined, self._widths = joined, [part.out_features for part in self.parts]
+        columns = [16 * count for count in groups]
+        self._starts = [0, *accumulate(columns)][:-1]
+        for part, bias in zip(self.parts, torch.split(joined.bias, columns), strict=True):
+            part.bias = bias  # a view, so that a new value of one is a new value of all
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., K] to one [..., N] for each part, in x's dtype: views into the rows of the whole."""
@@ -121,19 +127,34 @@ class JoinedWeights:
         return [out.narrow(-1, s, n) for s, n in zip(self._starts, self._widths, strict=True)]
 
 
-def _packed(weight: Tensor) -> Tensor:
-    """[N, K] to groups of 16 columns: float32 [N / 16, K, 16]; bfloat16 [N / 16, K / 2, 16, 2], K in whole tiles."""
-    half = weight.dtype == torch.bfloat16
+def packed_shape(weight: Tensor) -> tuple[int, ...]:
+    """[N, K] in groups of 16 columns: float32 [N / 16, K, 16]; bfloat16 [N / 16, K / 2, 16, 2], K in whole tiles.
+
+    >>> packed_shape(torch.zeros(70, 40)), packed_shape(torch.zeros(70, 40, dtype=torch.bfloat16))
+    ((8, 40, 16), (8, 32, 16, 2))
+    """
     columns, inner = weight.shape
+    groups = -(-columns // PANEL) * PANEL // 16
+    if weight.dtype == torch.bfloat16:
+        return groups, -(-inner // 32) * 16, 16, 2
+    return groups, inner, 16
+
+
+def _packed_dtype(weight: Tensor) -> torch.dtype:
+    return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+
+
+def _packed(weight: Tensor, place: Tensor | None) -> Tensor:  # [N, K] -> packed_shape
+    shape, half = packed_shape(weight), weight.dtype == torch.bfloat16
+    packed = memory.zeros(shape, _packed_dtype(weight)) if place is None else place
     weight = weight if half else weight.float()
-    padding = (0, -inner % 32 if half else 0, 0, -columns % PANEL)
+    groups, inner = shape[0], shape[1] * (2 if half else 1)
+    padding = (0, inner - weight.shape[1], 0, 16 * groups - weight.shape[0])
     if any(padding):
         weight = F.pad(weight, padding)
     if half:  # pairs move as one number of 32 bits: twice as fast
-        pairs = (
-            weight.contiguous().view(torch.int32).view(-1, 16, weight.shape[1] // 2)
-        )  # [N / 16, 16, K / 2]
-        packed = memory.zeros(tuple(pairs.mT.shape), torch.int32).copy_(pairs.mT)
-        return packed.view(torch.bfloat16).view(*packed.shape, 2)
-    groups = weight.reshape(-1, 16, weight.shape[1])  # [N / 16, 16, K]
-    return memory.zeros(tuple(groups.mT.shape), torch.float32).copy_(groups.mT)
+        pairs = weight.contiguous().view(torch.int32).view(groups, 16, inner // 2)
+        packed.view(torch.int32).view(groups, inner // 2, 16).copy_(pairs.mT)
+    else:
+        packed.copy_(weight.reshape(groups, 16, inner).mT)
+    return packed
