@@ -145,6 +145,7 @@ class Engine:
         n: int = 1,
         request_id: str | None = None,
         priority: int = 0,
+        client: str = "",
         cache_salt: str = "",
         sample_index: int = 0,
         num_prior_tokens: int = 0,
@@ -163,6 +164,7 @@ class Engine:
             n=n,
             request_id=request_id or f"req-{arrival}",
             priority=priority,
+            client=client,
             arrival=arrival,
             # no two requests agree on a fresh object, so without prefix caching nothing is ever found
             cache_root=cache_salt if self.config.prefix_caching else object(),

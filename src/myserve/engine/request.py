@@ -66,6 +66,7 @@ class Request:
     index: int = 0  # the choice, among the n of one submission
     stop_ids: Container[int] = ()
     priority: int = 0  # lower runs first
+    client: str = ""  # whose it is: within a priority, clients come in by turns
     arrival: int = 0  # submission order, which breaks ties of priority
     cache_root: Hashable = (
         None  # what a cached prefix must agree on beside tokens and weight version: the salt

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from myserve.engine.blocks import BlockPool
 from myserve.engine.request import Event, Request, State
+from myserve.engine.waiting import WaitingRequests
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +56,16 @@ class Limits:
 class Scheduler:
     """Continuous batching: every step, those who run go on, and those who wait come in as blocks and budget allow.
 
-    First come, first served within a priority. When blocks run out, the youngest of the least important is preempted:
-    it loses its blocks, keeps its tokens, and is prefilled again later (from the prefix cache, often).
+    Within a priority clients come in by turns, and each client's requests first come, first served (`waiting`). When
+    blocks run out, the youngest of the least important is preempted: it loses its blocks, keeps its tokens, and is
+    prefilled again later (from the prefix cache, often).
     """
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.pool = pool
         self.limits = limits
-        self.running: list[Request] = []  # both lists are kept sorted by Request.order
-        self.waiting: list[Request] = []
+        self.running: list[Request] = []  # kept sorted by Request.order
+        self.waiting = WaitingRequests()
         self.held: dict[Request, None] = {}
         self.num_preemptions = 0
         self.weight_version = 0
@@ -84,7 +86,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; the siblings it leads are held until its prompt is computed."""
         assert request.state is State.WAITING
-        insort(self.waiting, request, key=Request.order)
+        self.waiting.add(request)
         for sibling in request.siblings:
             sibling.state = State.HELD
             self.held[sibling] = None
@@ -103,8 +105,10 @@ class Scheduler:
         request.apply(event)
         if was is State.HELD:
             del self.held[request]
+        elif was is State.RUNNING:
+            self.running.remove(request)
         else:
-            (self.running if was is State.RUNNING else self.waiting).remove(request)
+            self.waiting.remove(request)
         self._give_back_blocks(request)
         self._release_siblings(request)
 
@@ -117,7 +121,7 @@ class Scheduler:
     def _queue_held(self, sibling: Request) -> None:
         del self.held[sibling]
         sibling.apply(Event.RELEASE)
-        insort(self.waiting, sibling, key=Request.order)
+        self.waiting.add(sibling)
 
     # ---- new weights
 
@@ -188,7 +192,7 @@ class Scheduler:
             needed = self.pool.blocks_for(cached + count) - len(shared)
             if not count or needed + newly_held > self.pool.num_free:
                 return
-            self.waiting.remove(request)
+            self.waiting.admit(request)
             self.pool.hold(shared)
             request.block_table, request.content_ids = list(shared), list(names)
             request.num_computed_tokens = cached
@@ -199,7 +203,7 @@ class Scheduler:
     def _first_waiting(self) -> Request | None:
         """The next to come in; while others drain, the next of theirs."""
         if self._draining is None:
-            return self.waiting[0] if self.waiting else None
+            return self.waiting.next(self.running)
         return next((r for r in self.waiting if r.arrival in self._draining), None)
 
     def _admitted(self, request: Request, cached: int, now: float) -> None:
@@ -291,7 +295,7 @@ class Scheduler:
         self._give_back_blocks(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self.waiting, request, key=Request.order)
+        self.waiting.add(request)
 
     def _give_back_blocks(self, request: Request) -> None:
         self.pool.release(request.block_table)

@@ -53,6 +53,7 @@ class Backend(Protocol):
         n: int = 1,
         request_id: str | None = None,
         priority: int = 0,
+        client: str = "",
         cache_salt: str = "",
         sample_index: int = 0,
         num_prior_tokens: int = 0,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 from myserve.errors import EngineError, MyserveError
-from myserve.server import traces
+from myserve.server import caller, traces
 from myserve.server.backend import Stream
 from myserve.server.logs import note
 from myserve.server.models import ServedModel
@@ -66,6 +66,7 @@ class Generation:
         request_id: str,
     ) -> None:
         n = request.n or 1
+        client = caller.current(0.0).name
         self._in_flight = model.in_flight
         self._in_flight.add(self, request.request_timeout)
         self._cut_by: MyserveError | None = None
@@ -81,6 +82,7 @@ class Generation:
                     n=n,
                     request_id=request_id if len(prompts) == 1 else f"{request_id}-{position}",
                     priority=request.priority or 0,
+                    client=client,
                     cache_salt=request.cache_salt or "",
                     sample_index=request.sample_index or 0,
                     num_prior_tokens=request.num_prior_tokens or 0,
