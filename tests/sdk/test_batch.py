@@ -85,3 +85,9 @@ async def test_the_bar_counts_every_sample_once_and_leaves_stdout_alone(make_sam
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "24/24" in captured.err and "2 failed" in captured.err
+
+
+async def test_a_notebook_without_widgets_gets_the_bar_too(make_sampler, monkeypatch, capsys):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    await make_sampler().sample_batch(PROMPTS, n=2, progress=True)  # rich's warning would be an error here
+    assert "24/24" in capsys.readouterr().err

@@ -106,6 +106,21 @@ async def test_a_group_that_the_window_cuts_up_is_the_same_group(server_url):
     assert controller.step_completed()["peak_in_flight"] == 3
 
 
+async def test_a_stream_interval_changes_the_chunks_and_nothing_else(server_url):
+    options = {**OPTIONS, "n": 1, "ignore_eos": True}
+    async with DeploymentSampler(server_url, "tiny") as sampler:
+        (each,) = await sampler.sample_with_prompt_tokens(PROMPTS[0], **options)
+        (eighth,) = await sampler.sample_with_prompt_tokens(PROMPTS[0], **options, stream_interval=8)
+        deltas = [delta async for delta in sampler.stream_tokens(PROMPTS[0], **options, stream_interval=8)]
+    assert (each.full_tokens, each.text, each.inference_logprobs, each.top_logprobs) == (
+        eighth.full_tokens,
+        eighth.text,
+        eighth.inference_logprobs,
+        eighth.top_logprobs,
+    )
+    assert [len(delta.token_ids) for delta in deltas] == [1, 8, 7]
+
+
 async def test_echo_scores_the_prompt_too(server_url):
     async with DeploymentSampler(server_url, "tiny") as sampler:
         options = {**OPTIONS, "n": 2, "top_logprobs": None}

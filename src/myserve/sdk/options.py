@@ -45,6 +45,7 @@ class SampleOptions(TypedDict, total=False):
     kept: bool  # the support of each draw, its mass and entropy: `SampledCompletion.kept`
     logprobs_mode: str
     noise: str
+    stream_interval: int  # tokens a chunk: less work for both ends, coarser `token_times`
     cache_salt: str
     priority: int
     user: str

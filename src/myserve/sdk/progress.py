@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from types import TracebackType
 
 from rich.console import Console
@@ -24,7 +25,8 @@ class SampleProgress:
             MofNCompleteColumn(),
             TextColumn("[dim]{task.fields[detail]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            # In a notebook rich draws with ipywidgets alone, and warns where there are none: then as anywhere else.
+            console=Console(stderr=True, force_jupyter=None if find_spec("ipywidgets") else False),
         )
         self._task = self._progress.add_task("sampling", total=total, detail="")
 
