@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from myserve.engine.attention import allocate_layer, bytes_per_block
 from myserve.engine.config import EngineConfig
+from myserve.engine.free_memory import free_memory
 from myserve.engine.kernels import BLOCK_SIZE
 
 FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
@@ -61,10 +61,3 @@ def _affordable_blocks(size: int, hf_config: Any, device: torch.device, config: 
     )
     useful = config.max_num_seqs * -(-longest // BLOCK_SIZE)
     return max(1, min(budget // size, useful))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be taken now without hurting anyone."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from myserve.engine.kv_cache import free_memory
+from myserve.engine.free_memory import free_memory
 from myserve.engine.snapshot import Checksum, Snapshot, open_snapshot
 from myserve.engine.weight_holders import Deed, holders
 from myserve.engine.weight_plan import Plan, WeightNames, make_plan

@@ -40,7 +40,7 @@ class ForbiddenError(RequestError):
 
 
 class TooSlowError(RequestError):
-    """The client took longer to send its request than the operator lets it."""
+    """The client took longer to send its request, or to read its answer, than the operator lets it."""
 
 
 class DeadlineError(EngineError):

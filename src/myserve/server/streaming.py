@@ -12,12 +12,14 @@ import orjson
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from myserve.server.errors import error_body, status_of
+from myserve.server.errors import TooSlowError, error_body, status_of
 from myserve.wire.sse import DONE, encode_event
 
 log = logging.getLogger("myserve.server")
 
 T = TypeVar("T")
+
+MOST_UNSENT = 64 << 20  # bytes of one stream that wait for its client
 
 
 class ClientGoneError(Exception):
@@ -86,13 +88,18 @@ class EventStream(Response):
 async def _bursts(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenerator[bytes, None]:
     """The events, those that come at the same time as one: a step of n choices is one write, not n."""
     ready: list[bytes] = []
+    unsent = 0
     woken = asyncio.Event()
 
     async def collect() -> None:
+        nonlocal unsent
         async with aclosing(_events(chunks)) as events:
             async for event in events:
-                ready.append(event)
+                unsent += len(event)
+                ready.append(event if unsent <= MOST_UNSENT else _error_event(_too_slow()))
                 woken.set()
+                if unsent > MOST_UNSENT:  # leaving closes the chunks, and so ends what makes them
+                    return
 
     collecting = asyncio.ensure_future(collect())
     collecting.add_done_callback(lambda _: woken.set())
@@ -101,6 +108,7 @@ async def _bursts(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGener
             if ready:
                 burst = b"".join(ready)
                 ready.clear()
+                unsent = 0
                 yield burst
             else:
                 woken.clear()
@@ -119,9 +127,19 @@ async def _events(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGener
     except Exception as error:
         if status_of(error) >= 500:
             log.error("a stream failed", exc_info=error)
-        yield encode_event(to_json(error_body(error)), event="error")
+        yield _error_event(error)
     else:
         yield DONE
+
+
+def _error_event(error: Exception) -> bytes:
+    return encode_event(to_json(error_body(error)), event="error")
+
+
+def _too_slow() -> TooSlowError:
+    return TooSlowError(
+        f"{MOST_UNSENT >> 10} KiB of this stream wait to be read; it was ended", code="reading_too_slowly"
+    )
 
 
 async def _disconnected(receive: Receive) -> None:

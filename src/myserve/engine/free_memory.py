@@ -1,0 +1,57 @@
+"""How much memory could be taken now: what the machine has left or, if that is less, what a container's limit does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+class _Names(NamedTuple):
+    """Of the files of one version of Linux' control groups."""
+
+    limit: str
+    usage: str
+    reclaimable: str  # in memory.stat: file pages that are dropped before anyone is killed
+
+
+V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = _Names("memory.max", "memory.current", "inactive_file")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken now without hurting anyone, or being killed for it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([int(psutil.virtual_memory().available), *_left_by_limits(CGROUPS, OWN_CGROUPS)])
+
+
+def _left_by_limits(root: Path, own: Path) -> Iterator[int]:
+    """What each limit on this process leaves: its own group's, and those of all groups around it."""
+    try:
+        memberships = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return  # not a Linux
+    for _, controllers, path in memberships:
+        if controllers in ("", "memory"):
+            top, names = (root / "memory", V1) if controllers else (root, V2)
+            group = top / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(top) and (left := _left(folder, names)) is not None:
+                    yield left
+
+
+def _left(group: Path, names: _Names) -> int | None:
+    """None: no limit, or none that can be seen from inside a container."""
+    try:
+        limit, usage = int((group / names.limit).read_text()), int((group / names.usage).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # "max" is no number
+        return None
+    return max(0, limit - usage + int(stat.get(names.reclaimable, 0)))
