@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -180,6 +181,7 @@ def parse_args(kind: type[C], arguments: Sequence[str] | None = None) -> C:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server ends with the script
     try:
         folder = asyncio.run(train(parse_args(Config)))
     except RunError as error:

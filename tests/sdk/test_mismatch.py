@@ -160,3 +160,91 @@ def test_it_prints_a_table_and_draws_a_plot(draw, load):
     assert str(found).splitlines()[-1] == str(found.verdict)
     assert "from token 16" in str(found) and "version 0" in str(found)
     assert found.svg().count("<polyline") == 3 and "rounding" in found.svg()
+
+
+# ---- spoiled harder: on distributions made here, where every cause can be mixed with every other
+
+
+def log_softmax(z: Any) -> Any:
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+class Drawn:
+    """Samples of random logits, as a sampler at `temperature` and `top_p` draws and reports them."""
+
+    def __init__(
+        self, count: int, length: int, *, temperature: float = 1.0, top_p: float = 1.0, kept: bool = True
+    ):
+        self.rng = np.random.default_rng(7)
+        self.logits = self.rng.normal(0, 3, (count, length, 32))
+        scaled = log_softmax(self.logits / temperature)
+        if top_p < 1:
+            order = np.argsort(-scaled, -1)
+            before = np.cumsum(np.take_along_axis(np.exp(scaled), order, -1), -1) - np.exp(
+                np.take_along_axis(scaled, order, -1)
+            )
+            cut = np.zeros(scaled.shape, bool)
+            np.put_along_axis(cut, order, before >= top_p, -1)
+        else:
+            cut = np.zeros(scaled.shape, bool)
+        mass = np.where(cut, 0, np.exp(scaled)).sum(-1)
+        behaviour = np.where(cut, -np.inf, scaled) - np.log(mass)[..., None]
+        self.ids = (behaviour + self.rng.gumbel(size=behaviour.shape)).argmax(-1)
+        inference, sampling = self.at(log_softmax(self.logits)), self.at(behaviour)
+        self.samples = [
+            SampledCompletion(
+                text="", full_tokens=[1, *self.ids[i].tolist()], prompt_len=1, finish_reason="stop",
+                completion_len=length, inference_logprobs=inference[i].tolist(), sampling_logprobs=sampling[i].tolist(),
+                kept=[{"mass": float(m)} for m in mass[i]] if kept and top_p < 1 else None,
+            )
+            for i in range(count)
+        ]  # fmt: skip
+
+    def at(self, logprobs: Any) -> Any:
+        return np.take_along_axis(logprobs, self.ids[..., None], -1)[..., 0]
+
+    def trainer(
+        self, *, temperature: float = 1.0, noise: float = 0.0, drift: float = 0.0, stale: float = 1.0
+    ) -> Any:
+        """A trainer's numbers: `noise` of its arithmetic; a share `stale` was drawn with weights `drift` away."""
+        moved = self.rng.normal(0, drift, self.logits.shape)
+        moved[int(stale * len(moved)) :] = 0
+        return self.at(log_softmax((self.logits + moved) / temperature)) + self.rng.normal(
+            0, noise, self.ids.shape
+        )
+
+
+SPOILED = {
+    "bfloat16 hides a mild temperature": (Drawn(32, 16, temperature=0.95), {"noise": 0.02}, "temperature"),
+    "greedy draws": (Drawn(32, 16, temperature=1e-3), {}, "temperature"),
+    "truncation at temperature 1": (Drawn(32, 16, top_p=0.8), {}, "truncation"),
+    "truncation at temperature 1, mass untold": (Drawn(32, 16, top_p=0.8, kept=False), {}, "truncation"),
+    "truncation and temperature": (Drawn(32, 16, top_p=0.8, temperature=0.7), {"temperature": 0.7}, "truncation"),
+    "truncation, in bfloat16": (Drawn(32, 16, top_p=0.8), {"noise": 0.01}, "truncation"),
+    "temperature, on other weights": (Drawn(32, 16, temperature=0.6), {"drift": 0.2}, "temperature"),
+    "other weights at its temperature": (
+        Drawn(32, 16, temperature=0.6), {"temperature": 0.6, "drift": 0.3}, "stale weights"
+    ),
+    "other weights for a fifth": (Drawn(40, 16), {"drift": 0.3, "stale": 0.2}, "unclear"),
+    "other weights for a fifth of short answers": (Drawn(200, 1), {"drift": 0.3, "stale": 0.2}, "unclear"),
+    "a few tokens": (Drawn(2, 3), {"noise": 0.01}, "unclear"),
+    "a few tokens, on other weights": (Drawn(2, 3), {"drift": 0.3}, "unclear"),
+    "a few tokens, temperature forgotten": (Drawn(2, 3, temperature=0.7), {}, "temperature"),
+    "short answers in bfloat16": (Drawn(200, 1), {"noise": 0.01}, "precision"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_spoiled_harder_it_names_the_cause_or_says_that_it_cannot(case):
+    drawn, how, kind = SPOILED[case]
+    assert measure(drawn.samples, drawn.trainer(**how).tolist(), against="sampling").verdict.kind == kind
+
+
+def test_samples_of_two_versions_are_told_apart_in_any_precision():
+    drawn = Drawn(40, 16)
+    marked = [replace(sample, weight_version=3 if i < 8 else 4) for i, sample in enumerate(drawn.samples)]
+    stale = measure(marked, drawn.trainer(drift=0.3, stale=0.2, noise=0.005).tolist(), trainer_version=4)
+    assert stale.verdict.kind == "stale weights" and "version 3" in stale.verdict.words
+    fresh = measure(marked, drawn.trainer(noise=0.005).tolist())
+    assert fresh.verdict.kind == "precision"  # a version of few tokens is not blamed for its noise

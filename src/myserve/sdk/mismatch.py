@@ -126,6 +126,7 @@ def measure(
         },
         shifted=_shifted(rows),
         against=against,
+        samples=np.repeat(np.arange(len(rows)), [len(row.sampler) for row in rows]),
     )
     return Mismatch(Gap.of(d, band), by_version, _by(octave, d, band), judge(evidence))
 
