@@ -61,11 +61,25 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "qwen3_moe": SMALL | MOE | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "mixtral": SMALL | {"num_experts_per_tok": 2, "num_local_experts": 4},
     "olmoe": SMALL | MOE,
+    "phi3": SMALL | {"pad_token_id": 0},
     "gpt_oss": SMALL
     | {"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": 24, "rope_scaling": None},
 }
-# Of an architecture above, with a change: more experts than a byte can name.
+# Of an architecture above, with a change: more experts than a byte can name; trained on 64 positions, stretched to 256.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.0, 2.0, 5.0, 20.0],
+            },
+        },
+    ),
     "wide_moe": ("qwen3_moe", {"num_experts": 300, "num_experts_per_tok": 4, "moe_intermediate_size": 8}),
 }
 

@@ -1,8 +1,8 @@
-"""Angles that are looked up are those that the model computes."""
+"""Angles that are looked up are those that the model computes, and nobody's company changes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from myserve import exact_forward, exact_logprobs
+from myserve.core.params import SamplingParams
 from myserve.engine import angles
 from myserve.engine.angles import look_up_angles
+from myserve.engine.engine import Engine
+from myserve.engine.outputs import TokenOutput
+from myserve.errors import RequestError
+from runs import Asked, run
 
 STATIC: list[dict[str, Any]] = [
     {"rope_type": "default", "rope_theta": 10000.0},
@@ -85,9 +91,52 @@ def test_angles_that_follow_the_longest_of_a_call_no_longer_do() -> None:
     assert torch.equal(served_short.model.rotary_emb(x, short)[0], own[0])
 
 
-def test_with_gradients_the_model_computes_its_own(tiny_model: Callable[[str], Path]) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
-    x, far = torch.zeros(1, 1, 8), torch.tensor([[1000]])
-    own = model.model.rotary_emb(x, far)
+def test_a_trainer_is_told_where_its_table_ends() -> None:
+    model = llama(STATIC[0])
+    x, near, far = torch.zeros(2, 1, 8).bfloat16(), torch.tensor([[15], [3]]), torch.tensor([[15], [16]])
+    own = model.model.rotary_emb(x, near)
     look_up_angles(model, 16)
-    assert all(map(torch.equal, own, model.model.rotary_emb(x, far)))
+    assert all(map(torch.equal, own, model.model.rotary_emb(x, near)))
+    with pytest.raises(RequestError, match=r"position 16 is beyond max_model_len \(16\)"):
+        model.model.rotary_emb(x, far)
+
+
+def logprobs(model: Any, prompt: list[int], tokens: Sequence[TokenOutput]) -> list[float]:
+    ids = torch.tensor([token.token_id for token in tokens])
+    logits = model(torch.tensor([prompt + ids.tolist()]), use_cache=False).logits[0]
+    values: list[float] = exact_logprobs(logits[len(prompt) - 1 : -1], ids).tolist()
+    return values
+
+
+def test_longrope_is_served_as_far_as_short_texts_angles_reach(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine("longrope")
+    assert engine.max_model_len == 64
+    prompt = [5, 7, 100, 200, 33]
+    drawn = run(engine, [Asked(prompt, SamplingParams(max_tokens=40, seed=3))])[0][0]
+    trainer = exact_forward(AutoModelForCausalLM.from_pretrained(tiny_model("longrope")))
+    assert logprobs(trainer, prompt, drawn.tokens) == [token.logprob for token in drawn.tokens]
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_model("longrope"))
+    wanted = [token.logprob for token in drawn.tokens]
+    assert logprobs(theirs, prompt, drawn.tokens) == pytest.approx(wanted, abs=1e-4), "transformers' own"
+
+
+def test_longrope_beyond_that_has_one_set_of_angles_for_every_length(
+    tiny_model: Callable[[str], Path], make_engine: Callable[..., Engine]
+) -> None:
+    """Not those of whoever shares the step; and a trainer that is told the length has them too."""
+    engine = make_engine("longrope", max_model_len=256)
+    short, long = [5, 7, 100, 200, 33], [i % 300 for i in range(3, 150)]
+    params = SamplingParams(max_tokens=30, seed=3, ignore_eos=True)
+    alone = run(engine, [Asked(short, params)])[0][0]
+    company = run(engine, [Asked(long, params), Asked(short, params)])
+    assert company[1][0].numbers == alone.numbers
+    model = exact_forward(AutoModelForCausalLM.from_pretrained(tiny_model("longrope")), max_model_len=256)
+    for prompt, completion in [(short, alone), (long, company[0][0])]:
+        wanted = [token.logprob for token in completion.tokens]
+        assert logprobs(model, prompt, completion.tokens) == wanted
+    untold = exact_forward(AutoModelForCausalLM.from_pretrained(tiny_model("longrope")))
+    assert logprobs(untold, short, alone.tokens) != pytest.approx(
+        [token.logprob for token in alone.tokens], abs=1e-2
+    ), "the control"

@@ -56,7 +56,12 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Of the CPU, for the model.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Samples that run side by side.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of the longest context.")] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the longest context; default: the model's, of LongRoPE as far as short texts' angles reach."
+        ),
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Samples that may wait or run before a 429.")] = None,
     prefix_caching: Annotated[bool | None, typer.Option(help="Keep the KV of prompts seen before.")] = None,
     trust_remote_code: Annotated[

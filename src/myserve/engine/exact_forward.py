@@ -21,20 +21,26 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from myserve.engine import pointwise
+from myserve.engine.angles import look_up_angles
 from myserve.engine.exact import is_router
 from myserve.engine.exact_attention import TRAINER_NAME, register_exact_attention
 from myserve.engine.fusion import NormKind, norm_kind
 from myserve.engine.gemm import PackedWeight
 
 
-def exact_forward(model: PreTrainedModel) -> PreTrainedModel:
+def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -> PreTrainedModel:
     """Makes a CPU model of transformers compute, in place, exactly as the engine does; returns it.
 
     `model(input_ids, attention_mask, position_ids)` of any padded batch then gives at every real position the logits
     that the engine had there, bit for bit, prefilled or decoded; and they have gradients. A padded batch needs
     `position_ids` that count real tokens only when it is padded on the left. Dropout, where a model has any, must be
     off: the engine has none. For the logits of sampled completions alone, `completion_logits` costs much less.
+
+    `max_model_len`: the engine's, which it needs to know where rotary angles depend on it: LongRoPE (Phi-3.5) served
+    with longer contexts than it was first trained on. For all other models it changes nothing.
     """
+    if max_model_len is not None:
+        look_up_angles(model, max_model_len)
     register_exact_attention()
     ALL_EXPERTS_FUNCTIONS.register(TRAINER_NAME, _experts_forward)
     model.set_attn_implementation(TRAINER_NAME)

@@ -15,7 +15,7 @@ from myserve.core.logprobs import prompt_logprobs
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.sampling import Outcome, Sampled, Sampler
-from myserve.engine.angles import look_up_angles
+from myserve.engine.angles import look_up_angles, unscaled_length
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints import MaskAhead
 from myserve.engine.exact import make_exact
@@ -59,10 +59,11 @@ class ModelRunner:
         self.routed_experts = RoutedExperts(loaded.model)
         self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, loaded.device, config)
         size = self.kv_cache.block_size
-        longest = min(loaded.max_model_len, self.kv_cache.num_blocks * size)
-        self.max_model_len = min(longest, config.max_model_len or longest)
-        if self.exact_report.mode == "on":
-            look_up_angles(loaded.model, self.max_model_len)
+        usual = unscaled_length(loaded.model.config) or loaded.max_model_len
+        self.max_model_len = min(
+            loaded.max_model_len, self.kv_cache.num_blocks * size, config.max_model_len or usual
+        )
+        look_up_angles(loaded.model, self.max_model_len)
         self.recorded_steps = RecordedSteps(
             self._run_model, self.kv_cache.layers, -(-self.max_model_len // size)
         )
