@@ -6,13 +6,9 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -23,15 +19,10 @@ from myserve.server.edge import Edge
 from myserve.server.errors import error_response, http_error_response, status_of
 from myserve.server.http_meters import HttpMeters
 from myserve.server.models import Models
-from myserve.server.reading import SCHEMAS
+from myserve.server.openapi import openapi
 from myserve.server.settings import Settings
 from myserve.server.streaming import ClientGoneError
-from myserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 from myserve.server.traces import Traces
-from myserve.wire.chat import ChatCompletionRequest
-from myserve.wire.completions import CompletionRequest
-from myserve.wire.generate import GenerateRequest
-from myserve.wire.weights import HotLoadRequest, WeightsRequest
 
 log = logging.getLogger("myserve.server")
 
@@ -55,7 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # FastAPI's own would tell the words of exceptions, which may quote a prompt; ours are in `otel`
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
     app.state.models = Models(settings)
     app.state.on_load_failure = None  # who starts a server may want to end it then
@@ -76,27 +67,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.traces = _traces(settings)
     app.add_middleware(Edge, meters=app.state.http_meters, traces=app.state.traces)
     return app
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document with the schemas of the bodies that our routes parse themselves."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=version("myserve"), routes=app.routes)
-        kinds = (
-            ChatCompletionRequest,
-            CompletionRequest,
-            GenerateRequest,
-            WeightsRequest,
-            HotLoadRequest,
-            TokenizeRequest,
-            DetokenizeRequest,
-        )
-        _, bodies = models_json_schema(
-            [(kind, "validation") for kind in kinds], ref_template=SCHEMAS + "{model}"
-        )
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
-        app.openapi_schema = schema
-    return app.openapi_schema
 
 
 def _traces(settings: Settings) -> Traces | None:

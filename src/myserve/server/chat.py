@@ -36,8 +36,11 @@ router = APIRouter()
 TOOL = 256  # characters that a tool is worth to who decides where to tokenize
 
 
-@router.post("/v1/chat/completions", openapi_extra=documented(ChatCompletionRequest))
-@router.post("/inference/v1/chat/completions", include_in_schema=False)
+DOCUMENTED = documented(ChatCompletionRequest, ChatCompletion, ChatChunk)
+
+
+@router.post("/v1/chat/completions", openapi_extra=DOCUMENTED)
+@router.post("/inference/v1/chat/completions", openapi_extra=DOCUMENTED)
 async def create_chat_completion(http: Request) -> Response:
     """One conversation, `n` answers; whole, or as server-sent events with `stream`."""
     request = await read_request(http, ChatCompletionRequest)

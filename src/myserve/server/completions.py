@@ -30,8 +30,11 @@ router = APIRouter()
 CALL = 64  # characters that are tokenized in the time that it takes to begin
 
 
-@router.post("/v1/completions", openapi_extra=documented(CompletionRequest))
-@router.post("/inference/v1/completions", include_in_schema=False)
+DOCUMENTED = documented(CompletionRequest, Completion, Completion)
+
+
+@router.post("/v1/completions", openapi_extra=DOCUMENTED)
+@router.post("/inference/v1/completions", openapi_extra=DOCUMENTED)
 async def create_completion(http: Request) -> Response:
     """One or many prompts, `n` completions of each; whole, or as server-sent events with `stream`."""
     request = await read_request(http, CompletionRequest)

@@ -19,7 +19,7 @@ from myserve.wire.responses import GenerateChoice, Generated
 router = APIRouter()
 
 
-@router.post("/inference/v1/generate", openapi_extra=documented(GenerateRequest))
+@router.post("/inference/v1/generate", openapi_extra=documented(GenerateRequest, Generated, Generated))
 async def generate(http: Request) -> Response:
     """One prompt of ids, `n` completions as ids; whole, or as server-sent events with `stream`."""
     request = await read_request(http, GenerateRequest)

@@ -14,9 +14,11 @@ from myserve.server.streaming import json_response, to_json
 
 router = APIRouter()
 
+NOT_YET: dict[int | str, dict[str, Any]] = {503: {"description": "Not yet, or no more: the body says which."}}
 
-@router.get("/health")
-@router.get("/healthz")
+
+@router.get("/health", responses=NOT_YET)
+@router.get("/healthz", responses=NOT_YET)
 async def health(http: Request) -> Response:
     """200 once what was to be served can be; 503 while it loads, and for good if it failed or its engine died
     and does not come back.
@@ -33,7 +35,7 @@ async def health(http: Request) -> Response:
     return json_response({"status": "ok"}, header)
 
 
-@router.get("/ready")
+@router.get("/ready", responses=NOT_YET)
 async def ready(http: Request) -> Response:
     """200 once every model that the operator wants ready is loaded; 503 before, with the state of each."""
     states = models_of(http).readiness()

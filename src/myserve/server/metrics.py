@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import psutil
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from myserve.engine.meters import Histogram
 from myserve.server.http_meters import HttpMeters
@@ -80,7 +81,7 @@ OF_MODEL = (
 )
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def show_metrics(http: Request) -> Response:
     """Prometheus' text format. A scrape reads plain numbers, and no step waits for it."""
     lines = [*_of_models(models_of(http)), *_of_http(http.app.state.http_meters), *_of_process()]

@@ -53,7 +53,22 @@ async def _body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def documented(kind: type[BaseModel]) -> dict[str, Any]:
-    """The body's schema for /openapi.json: the routes parse for themselves, so FastAPI does not know it."""
-    schema = {"$ref": SCHEMAS + kind.__name__}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def documented(
+    body: type[BaseModel] | None = None, answer: type | None = None, event: type | None = None
+) -> dict[str, Any]:
+    """Schemas for /openapi.json: routes parse and shape for themselves, so FastAPI does not know them.
+
+    `event` is what a stream's events are, where there may be a stream.
+    """
+    said: dict[str, Any] = {}
+    if body is not None:
+        said["requestBody"] = {"required": True, "content": {"application/json": _schema(body)}}
+    answers = {"application/json": answer, "text/event-stream": event}
+    content = {media: _schema(kind) for media, kind in answers.items() if kind is not None}
+    if content:
+        said["responses"] = {"200": {"content": content}}
+    return said
+
+
+def _schema(kind: type) -> dict[str, Any]:
+    return {"schema": {"$ref": SCHEMAS + kind.__name__}}

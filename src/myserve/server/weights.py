@@ -27,7 +27,7 @@ router = APIRouter()
 SOURCE_URL = "x-fireworks-hot-load-source-url"
 
 
-@router.post(WEIGHTS, openapi_extra=documented(WeightsRequest))
+@router.post(WEIGHTS, openapi_extra=documented(WeightsRequest, WeightsReport))
 async def update_weights(http: Request) -> Response:
     """Answers when the new weights are in place. A client that leaves does not stop the update."""
     request = await read_request(http, WeightsRequest)
@@ -58,7 +58,7 @@ async def show_weights(http: Request) -> Response:
     return json_response({"models": {name: replica_of(model) for name, model in loaded.items()}})
 
 
-@router.post(HOT_LOAD, openapi_extra=documented(HotLoadRequest))
+@router.post(HOT_LOAD, openapi_extra=documented(HotLoadRequest, HotLoadState))
 async def hot_load(http: Request) -> Response:
     """Answers when the snapshot is read and found good; `GET` says when it is in place."""
     request = await read_request(http, HotLoadRequest)
@@ -82,7 +82,7 @@ async def hot_load(http: Request) -> Response:
     return json_response(_state(model))
 
 
-@router.get(HOT_LOAD)
+@router.get(HOT_LOAD, openapi_extra=documented(answer=HotLoadState))
 async def show_hot_load(http: Request) -> Response:
     """Where the last hot load stands."""
     return json_response(_state(await _model_of(http)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import NotRequired
+
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 NO_TOKEN = -1  # pads a row of alternatives; its logprob is NaN
 

@@ -1,0 +1,111 @@
+"""/openapi.json is true: every route is in it, answers and errors fit its schemas, and fuzzing by it finds no 5xx."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import httpx
+import jsonschema_rs
+import pytest
+from fastapi.routing import APIRoute, APIRouter
+
+import myserve.server
+from myserve.wire.sse import SSEDecoder
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "seed": 1}
+COMPLETION = {"model": "tiny", "prompt": "hi", "max_tokens": 3, "seed": 1}
+EXTRAS = {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "raw_output": True, "n": 2}
+GENERATE = {"token_ids": [5], "sampling_params": {"max_tokens": 3, "logprobs": 1}}
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", CHAT | EXTRAS | {"kept": True, "perf_metrics_in_response": True}),
+    ("/inference/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}, "max_tokens": 20}),
+    ("/v1/completions", COMPLETION | EXTRAS | {"echo": True, "prompt_logprobs": 1}),
+    ("/inference/v1/completions", COMPLETION | {"logprobs": 2, "token_arrays": False}),
+    ("/inference/v1/completions", COMPLETION | {"token_arrays": True}),
+    ("/inference/v1/generate", GENERATE),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def document(server: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = httpx.get(server.url + "/openapi.json").json()
+    return answer
+
+
+def fits(
+    document: dict[str, Any], path: str, value: Any, *, status: str = "200", media: str = "application/json"
+) -> None:
+    """Raises where a value is not what the document says."""
+    said = document["paths"][path]["post"]["responses"][status]["content"][media]["schema"]
+    jsonschema_rs.validator_for(said | {"components": document["components"]}).validate(value)
+
+
+def routes_of(module: Any) -> list[APIRoute]:
+    return [route for route in getattr(module, "router", APIRouter()).routes if isinstance(route, APIRoute)]
+
+
+def test_every_route_is_in_it(document: dict[str, Any]) -> None:
+    modules = [
+        import_module(f"myserve.server.{found.name}") for found in iter_modules(myserve.server.__path__)
+    ]
+    routes = {route.path.replace(":path", "") for module in modules for route in routes_of(module)}
+    assert set(document["paths"]) == routes - {"/"}  # the playground is a page
+    statuses = {
+        status
+        for path in document["paths"].values()
+        for said in path.values()
+        for status in said["responses"]
+    }
+    assert statuses == {"200", "503", "default"}
+    assert ">>>" not in json.dumps(document)
+
+
+@pytest.mark.parametrize(("path", "body"), ASKED)
+def test_answers_and_events_are_as_it_says(
+    server: Any, document: dict[str, Any], path: str, body: dict[str, Any]
+) -> None:
+    fits(document, path, httpx.post(server.url + path, json=body).json())
+    streamed = httpx.post(
+        server.url + path, json=body | {"stream": True, "stream_options": {"include_usage": True}}
+    )
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    events = SSEDecoder().feed(streamed.content)
+    assert len(events) > 2
+    for event in events[:-1]:
+        fits(document, path, event.json(), media="text/event-stream")
+
+
+def test_errors_are_as_it_says_and_a_wrong_value_would_be_seen(server: Any, document: dict[str, Any]) -> None:
+    answer = httpx.post(server.url + "/v1/completions", json={"model": "nobody", "prompt": "hi"})
+    assert answer.status_code == 404
+    fits(document, "/v1/completions", answer.json(), status="default")
+    with pytest.raises(jsonschema_rs.ValidationError):
+        fits(document, "/v1/completions", answer.json())
+    with pytest.raises(jsonschema_rs.ValidationError):
+        fits(document, "/v1/completions", {"error": "no"}, status="default")
+
+
+@pytest.mark.timeout(300)  # 2,600 requests: a quarter of a minute, more where others work too
+def test_schemathesis_finds_no_5xx(server: Any) -> None:
+    """Bodies that break the schemas, one rule at a time, and random ones; answers must be what the document says."""
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        f"{server.url}/openapi.json",
+        "--mode",
+        "negative",
+    ]
+    options = ["--checks", checks, "--phases", "coverage,fuzzing", "--max-examples", "4", "--no-color"]
+    limits = ["--generation-deterministic", "--max-failures", "3", "--request-timeout", "60"]
+    done = subprocess.run([*command, *options, *limits], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "No issues found" in done.stdout
