@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 
@@ -16,6 +16,7 @@ from myserve.engine.blocks import BlockPool
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints import Constraints
 from myserve.engine.detokenizer import Detokenizer
+from myserve.engine.mail import Mail
 from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.model_runner import ModelRunner, StepResult
 from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
@@ -32,8 +33,6 @@ from myserve.engine.weights import LoadedModel, load
 from myserve.errors import EngineDeadError, WeightsLoadingError
 
 logger = logging.getLogger("myserve.engine")
-
-Mail = list[tuple[RequestStream, Outcome]]
 
 
 class Engine:
@@ -290,9 +289,14 @@ class Engine:
             self._queue.leave(now - request.times.arrived)
 
     def _hand_out(self, batch: Batch, result: StepResult, ended: dict[Request, str]) -> None:
-        """One message to each event loop for the whole step: a loop wakes once a step, not once a token."""
-        mail: defaultdict[asyncio.AbstractEventLoop, Mail] = defaultdict(list)
-        now = time.time()
+        """What a step brought; of a prompt before its first token."""
+        mail, now = Mail(), time.time()
+        for request, scores in result.prompt_logprobs.items():
+            mail.add(self._owner[request], Outcome(request.index, prompt_logprobs=scores))
+        for request, error in result.failed_prompts.items():
+            mail.add(self._owner[request], Outcome(request.index, finish_reason="error", error=error))
+            ended[request] = "error"
+            self.scheduler.abort(request)
         for (request, _), draw, routed in zip(batch.draws, result.draws, result.routed_experts, strict=True):
             owner = self._owner[request]
             outcome = outcome_of(
@@ -305,48 +309,34 @@ class Engine:
                 now,
                 closed_early=self.runner.closes_early(request),
             )
-            mail[owner.loop].append((owner.stream, outcome))
-        for request, error in result.failed_prompts.items():
-            owner = self._owner[request]
-            outcome = Outcome(request.index, finish_reason="error", error=error)
-            mail[owner.loop].insert(0, (owner.stream, outcome))
-            ended[request] = "error"
-            self.scheduler.abort(request)
-        for request, scores in result.prompt_logprobs.items():
-            owner = self._owner[request]
-            mail[owner.loop].insert(0, (owner.stream, Outcome(request.index, prompt_logprobs=scores)))
+            mail.add(owner, outcome)
         for request, reason in ended.items():
             self._forget(request, reason)
-        for loop, letters in mail.items():
-            self._send(loop, letters)
+        mail.send(self._abort_all_of)
 
-    def _send(self, loop: asyncio.AbstractEventLoop, letters: Mail) -> None:
-        def receive_all() -> None:
-            for stream, outcome in letters:
-                stream.receive(outcome)
-
-        try:
-            loop.call_soon_threadsafe(receive_all)
-        except RuntimeError:  # the loop is closed: nobody is left to read what its requests would still make
-            self._abort([request for request, owner in self._owner.items() if owner.loop is loop])
+    def _abort_all_of(self, loop: asyncio.AbstractEventLoop) -> None:
+        """It is closed: nobody is left to read what its requests would still make."""
+        self._abort([request for request, owner in self._owner.items() if owner.loop is loop])
 
     def _fail_everyone(self, error: Exception) -> None:
         self._updates.close(error)
         self._take_inbox()
+        mail = Mail()
         for request, owner in list(self._owner.items()):
-            outcome = Outcome(request.index, finish_reason="error", error=error)
+            mail.add(owner, Outcome(request.index, finish_reason="error", error=error))
             self._forget(request, "error")
-            self._send(owner.loop, [(owner.stream, outcome)])
+        mail.send(self._abort_all_of)
 
     # ---- new weights, on the engine's thread (`weight_updates.Swapper`)
 
     def end_begun(self) -> int:
         """Everyone in flight that has tokens ends with them; the others have nothing to lose, and start over."""
         begun = [request for request in self.scheduler.begun if request.num_output_tokens]
+        mail = Mail()
         for request in begun:
-            owner = self._owner[request]
+            mail.add(self._owner[request], Outcome(request.index, finish_reason="abort"))
             self._abort([request])
-            self._send(owner.loop, [(owner.stream, Outcome(request.index, finish_reason="abort"))])
+        mail.send(self._abort_all_of)
         return len(begun)
 
     def swap(self, prepared: Prepared, version: int, options: UpdateOptions) -> None:
