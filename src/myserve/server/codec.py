@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from myserve.engine.token_bytes import TokenBytes
-from myserve.errors import RequestError
+from myserve.errors import EngineError, RequestError
 from myserve.server.control_tokens import ControlTokens
 from myserve.wire.chat import ChatMessage
 from myserve.wire.structured import Tool
@@ -110,6 +110,12 @@ class Tokenizing:
         began = time.perf_counter()
         try:
             return work()
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except (
+            BaseException
+        ) as panic:  # of a tokenizer in Rust: no Exception, so that no handler would answer
+            raise EngineError(f"the tokenizer failed: {panic}") from panic
         finally:
             self.queued += began - asked
             self.spent += time.perf_counter() - began
