@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -82,6 +82,8 @@ OWN = ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<think>"]  # what the temp
 def test_without_control_text_the_ids_are_transformers_own(
     codec: Codec, tokenizer: Any, texts: list[str]
 ) -> None:
+    written = "".join(texts)  # Hypothesis tries strings that it has read in our own sources
+    assume(not any(control in written for control in (*SPECIAL, "<think>", "</think>")))
     turns = conversation(*texts)
     theirs = tokenizer.apply_chat_template(
         [{"role": turn.role, "content": turn.content} for turn in turns],
