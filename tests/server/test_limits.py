@@ -193,3 +193,18 @@ def test_a_crash_of_the_engine_answers_everyone(
 def test_a_limit_of_nothing_is_an_error(settings: Callable[..., Settings], name: str) -> None:
     with pytest.raises(RequestError, match=name):
         settings(**{name: 0})
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read(
+    open_server: Open, settings: Callable[..., Settings]
+) -> None:
+    with open_server(settings(max_body_bytes=1000)) as server:
+        for head in (
+            b"content-length: 1001\r\n\r\n",
+            b"transfer-encoding: chunked\r\n\r\n3e9\r\n" + b" " * 1001,
+        ):
+            with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), 20) as large:
+                large.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + head)
+                assert large.recv(100).startswith(
+                    b"HTTP/1.1 413"
+                )  # before a byte of the one, or the end of the other

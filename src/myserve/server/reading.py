@@ -42,14 +42,19 @@ async def read_request(request: Request, kind: type[R]) -> R:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """Read no further than the limit: a body need not say its length, or say it truly."""
+    """Read nothing of a body that says it is too large, and no further than the limit of one that does not."""
     parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise BodyTooLargeError(f"the body is larger than {limit} bytes", code="body_too_large")
-        parts.append(part)
+    said = request.headers.get("content-length", "")
+    size = int(said) if said.isdigit() else 0
+    if size <= limit:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                break
+            parts.append(part)
+    if size > limit:
+        raise BodyTooLargeError(f"the body is larger than {limit} bytes", code="body_too_large")
     return b"".join(parts)
 
 
