@@ -76,6 +76,14 @@ def test_lines_are_kept(text: str) -> None:
     assert event == ServerSentEvent(text.replace("\r\n", "\n").replace("\r", "\n"), "note")
 
 
+@given(
+    st.lists(st.binary(max_size=12) | st.sampled_from([b"\n", b"\r", b"data:", b"\xef\xbb\xbf", b"id: 1"]))
+)
+def test_any_bytes_in_any_cut_are_the_same_events(chunks: list[bytes]) -> None:
+    whole = b"".join(chunks)
+    assert decode(chunks) == decode([whole]) == decode([whole[i : i + 1] for i in range(len(whole))])
+
+
 def test_a_cut_stream_says_so() -> None:
     decoder = SSEDecoder()
     assert decoder.feed(b"data: whole\n\ndata: half") == [ServerSentEvent("whole")]
