@@ -59,25 +59,27 @@ async def train(config: AsyncConfig) -> Path:
     with Server(config.model, weights_dir, config.url) as server, Curve(run, config.steps) as curve:
         sampler = DeploymentSampler(server.url, server.name, "", policy.tokenizer, window)
         await server.load(sampler, 0)
-        for step in range(config.steps):
+        for step in range(config.steps + 1):
+            figures: dict[str, float] = {}
             for ahead in range(step + len(begun), min(step + config.staleness + 1, config.steps)):
                 journal = run / f"rollouts-{ahead:04}.jsonl"
                 begun.append(asyncio.create_task(draw(config, sampler, ahead, journal)))
-            with curve.sampling(sampler, window):
-                groups = await begun.popleft()
-                answers = [answer for group in groups for answer in group]
-                rewards = rewards_of(config, step, groups)
-                figures = {"reward": rewards.mean().item()}
-                ages = staleness(server, step, answers)
-                figures |= {"stale_mean": sum(ages) / len(ages), "stale_max": max(ages)}
-                # In a thread of its own: meanwhile the event loop takes in the rollouts of the steps to come.
-                advantage = advantages(rewards).flatten()
-                figures |= await asyncio.to_thread(learn, config, policy, answers, advantage)
-                policy.save(weights_dir / f"step-{step + 1:04}")
-                await server.load(sampler, step + 1, mode="keep")
-            if (step + 1) % config.exam_every == 0 or step + 1 == config.steps:
+            # In threads of their own: meanwhile the event loop takes in the rollouts of the steps to come.
+            if step % config.exam_every == 0 or step == config.steps:
                 exam = await asyncio.to_thread(accuracy, policy.model, policy.tokenizer, held_out)
                 figures |= {"greedy": exam.greedy, "sampled": exam.sampled}
+            if begun:
+                with curve.sampling(sampler, window):
+                    groups = await begun.popleft()
+                    answers = [answer for group in groups for answer in group]
+                    rewards = rewards_of(config, step, groups)
+                    ages = staleness(server, step, answers)
+                    figures |= {"reward": rewards.mean().item()}
+                    figures |= {"stale_mean": sum(ages) / len(ages), "stale_max": max(ages)}
+                    advantage = advantages(rewards).flatten()
+                    figures |= await asyncio.to_thread(learn, config, policy, answers, advantage)
+                    policy.save(weights_dir / f"step-{step + 1:04}")
+                    await server.load(sampler, step + 1, mode="keep")
             curve.add(step, figures)
         await sampler.aclose()
     return run

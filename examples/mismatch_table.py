@@ -63,13 +63,25 @@ def spoiled(samples: Sequence[SampledCompletion]) -> dict[str, Mismatch]:
         "off by one token": [row[-1:] + row[:-1] for row in rows],
         "weights 4 updates apart": scored(trained(exact, samples[:64], 4), samples),
     }
-    return {name: measure(samples, rows, against="sampling") for name, rows in trainers.items()}
+    drawn_by = samples[0].weight_version or 0
+    return {
+        name: measure(
+            samples, rows, against="sampling", trainer_version=drawn_by + 4 * name.startswith("weights")
+        )
+        for name, rows in trainers.items()
+    }
 
 
 def line(name: str, found: Mismatch) -> str:
     gap = found.all
     numbers = f"{gap.equal:.1%} | {gap.kl_k3:.1e} | {gap.p99:.1e} | {gap.max:.1e} | {gap.ess:.4f} | {gap.outside:.2%}"
     return f"| {name} | {numbers} | {found.verdict.kind} |"
+
+
+def print_table(found: dict[str, Mismatch]) -> None:
+    print("| trainer | equal | KL, k3 | 99% of tokens below | largest | ESS | out of [0.5, 2] | verdict |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n".join(line(name, mismatch) for name, mismatch in found.items()))
 
 
 async def main(url: str = "", prompts: int = 100, svg: str = "") -> dict[str, Mismatch]:
@@ -79,9 +91,7 @@ async def main(url: str = "", prompts: int = 100, svg: str = "") -> dict[str, Mi
         loose = await draw("", prompts, ("--exact", "off"))
         policy = Policy(str(embedded_model_path()), 0.0)
         found["the engine's exactness off"] = measure(loose, scored(policy, loose), against="sampling")
-    print("| trainer | equal | KL, k3 | 99% of tokens below | largest | ESS | out of [0.5, 2] | verdict |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    print("\n".join(line(name, mismatch) for name, mismatch in found.items()))
+    print_table(found)
     if svg:
         Path(svg).write_text(found["bfloat16"].svg())
     return found

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from myserve.demo import embedded_model_path
 from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler, WeightUpdateError
 
-START_TIMEOUT = 120.0  # seconds
+START_TIMEOUT = 300.0  # seconds: of a machine that others use, too
 
 
 class Server:
@@ -125,9 +125,11 @@ class Server:
 
 
 @asynccontextmanager
-async def sampler_for(url: str = "", options: Sequence[str] = ()) -> AsyncIterator[DeploymentSampler]:
-    """A sampler on the server at `url`, or on one of the embedded model that lives as long as the block."""
-    model = str(embedded_model_path())
+async def sampler_for(
+    url: str = "", options: Sequence[str] = (), model: str = ""
+) -> AsyncIterator[DeploymentSampler]:
+    """A sampler on the server at `url`, or on one of `model` (the embedded one) that lives as long as the block."""
+    model = model or str(embedded_model_path())
     with Server(model, url=url, options=options) as server:
         tokenizer = AutoTokenizer.from_pretrained(model)
         window = AdaptiveConcurrencyController(initial_window=64)

@@ -21,7 +21,7 @@ def test_every_python_block_runs(capsys):
 def test_every_option_and_file_that_it_names_exists():
     from grpo_async import AsyncConfig
 
-    options = {"--" + field.name.replace("_", "-") for field in fields(AsyncConfig)} | {"--dtype"}
+    options = {"--" + field.name.replace("_", "-") for field in fields(AsyncConfig)} | {"--dtype", "--seeds"}
     assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= options
     for path in re.findall(r"(?:examples/\w+\.py|(?<=\()\w+\.(?:svg|md)(?=\)))", PAGE):
         assert (ROOT / path).exists() or (ROOT / "docs" / path).exists(), path

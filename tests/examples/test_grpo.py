@@ -111,6 +111,7 @@ def test_a_trainer_that_is_not_exact_shows_it(embedded_url):
 
 
 def test_the_asynchronous_loop_bounds_staleness_and_loses_nothing(tmp_path, embedded_url, weights_dir):
+    import compare_curves
     from grpo_async import AsyncConfig, train
 
     fields = {
@@ -123,10 +124,13 @@ def test_the_asynchronous_loop_bounds_staleness_and_loses_nothing(tmp_path, embe
     }
     folder = asyncio.run(train(AsyncConfig(run=str(tmp_path / "async"), staleness=2, **fields)))
     rows = curve(folder)
-    assert len(rows) == 4
-    assert 0 < max(row["stale_max"] for row in rows) <= 2
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert 0 < max(row["stale_max"] for row in rows[:4]) <= 2
+    journals = [path.read_text().splitlines() for path in sorted(folder.glob("rollouts-*"))]
+    assert [len(lines) for lines in journals] == [1 + 4 * 4] * 4
+    assert compare_curves.chart({"a": folder, "b": folder}).count("<polyline") == 2
     folder = asyncio.run(train(AsyncConfig(run=str(tmp_path / "sync"), staleness=0, **fields)))
-    assert {row["stale_max"] for row in curve(folder)} == {0}
+    assert {row["stale_max"] for row in curve(folder)[:4]} == {0}
 
 
 @pytest.mark.timeout(300)

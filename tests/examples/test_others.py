@@ -42,6 +42,26 @@ def test_the_mass_gives_the_ratio_of_importance_sampling_back():
         assert weight.tolist() == [1.0, 1.0]
 
 
+def test_the_table_of_the_mismatch_names_each_trainer(embedded_url):
+    import mismatch_table
+
+    found = asyncio.run(mismatch_table.main(url=embedded_url, prompts=24))
+    named = {name: mismatch.verdict.kind for name, mismatch in found.items()}
+    assert named == {
+        "exact_forward": "exact", "plain float32": "rounding", "bfloat16": "precision",
+        "temperature forgotten": "temperature", "off by one token": "off by one",
+        "weights 4 updates apart": "stale weights",
+    }  # fmt: skip
+
+
+def test_the_table_of_the_routing_shows_what_replay_is_worth(tmp_path):
+    import routing_table
+
+    found = asyncio.run(routing_table.main(tmp_path / "moe", prompts=24))
+    assert found["exact_forward"].all.max == found["exact_forward, replayed"].all.max == 0
+    assert found["bfloat16, replayed"].all.kl_k3 < found["bfloat16"].all.kl_k3
+
+
 class Trainer:
     """What TRL's `rollout_func` is given, as far as it is used: TRL itself is no dependency of ours."""
 

@@ -99,10 +99,15 @@ def _by_size(e: Evidence) -> Iterator[Verdict]:
             "versions), or their tokens are not the ones that were drawn",
         )
     if e.size <= PRECISION:
+        untold = (
+            ""
+            if e.trainer_version is not None
+            else "; weights an update old look the same: pass trainer_version"
+        )
         yield Verdict(
             "precision",
             f"{_typical(e)}; what bfloat16 (or another kernel) in the trainer gives: compute its logprobs as the "
-            "sampler does (exact_forward), or correct for it",
+            f"sampler does (exact_forward), or correct for it{untold}",
         )
     if _correlation(e.sampler, e.sampler + e.d) < RELATED:
         yield Verdict(
