@@ -16,6 +16,7 @@ import pytest
 
 from myserve.engine.config import EngineConfig
 from myserve.errors import RequestError
+from myserve.server import reading
 from myserve.server.settings import Settings
 from myserve.wire.sse import ServerSentEvent, SSEDecoder
 
@@ -208,3 +209,17 @@ def test_a_body_that_says_it_is_too_large_is_not_read(
                 assert large.recv(100).startswith(
                     b"HTTP/1.1 413"
                 )  # before a byte of the one, or the end of the other
+
+
+def test_large_bodies_take_no_more_memory_than_there_is(
+    open_server: Open, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"content": b'{"model": "tiny", "prompt": [' + b"7," * (1 << 20) + b"7]}"}
+    with open_server(settings()) as server:
+        url = server.url + "/v1/completions"
+        assert httpx.post(url, **large, timeout=60).json()["error"]["code"] == "context_length_exceeded"
+        monkeypatch.setattr(reading, "free_host_memory", lambda: 40 << 20)
+        answer = httpx.post(url, **large, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+        assert "memory" in answer.text
+        assert httpx.post(url, json=SHORT).status_code == 200  # a small one is not asked

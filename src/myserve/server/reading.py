@@ -8,12 +8,16 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 
+from myserve.engine.free_memory import free_host_memory
 from myserve.server.errors import BodyTooLargeError, TooSlowError
 from myserve.server.models import Models
 from myserve.server.settings import Settings
 from myserve.wire.parse import parse_request
 
 R = TypeVar("R", bound=BaseModel)
+
+PARSED = 32  # bytes that a byte of JSON may take while it is parsed: measured 24, for a list of one-digit ids
+LARGE = 1 << 20  # from here on, what memory there is is looked at
 
 SCHEMAS = "#/components/schemas/"
 
@@ -43,19 +47,28 @@ async def read_request(request: Request, kind: type[R]) -> R:
 
 async def _body(request: Request, limit: int) -> bytes:
     """Read nothing of a body that says it is too large, and no further than the limit of one that does not."""
-    parts: list[bytes] = []
     said = request.headers.get("content-length", "")
-    size = int(said) if said.isdigit() else 0
-    if size <= limit:
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                break
-            parts.append(part)
+    _check_size(int(said) if said.isdigit() else 0, limit)
+    parts: list[bytes] = []
+    size = checked = 0
+    async for part in request.stream():
+        size += len(part)
+        parts.append(part)
+        if size > limit or size - checked >= LARGE:
+            _check_size(size, limit)
+            checked = size
+    return b"".join(parts)
+
+
+def _check_size(size: int, limit: int) -> None:
+    """Several large bodies at once must not end the server, so each may take what the others leave."""
     if size > limit:
         raise BodyTooLargeError(f"the body is larger than {limit} bytes", code="body_too_large")
-    return b"".join(parts)
+    if size >= LARGE and size * PARSED > (free := free_host_memory()):
+        raise BodyTooLargeError(
+            f"the body has {size} bytes or more, and the server's memory now has room for {free // PARSED}",
+            code="body_too_large",
+        )
 
 
 def documented(
