@@ -179,8 +179,7 @@ def test_replaying_a_models_own_choice_changes_nothing(arch: str, make_engine: M
     plain = gradients(model, rollout)
     with replay_routing(model, experts_used(model, rollout)):
         replayed = gradients(model, rollout)
-    assert plain.keys() == replayed.keys()
-    assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+    torch.testing.assert_close(replayed, plain)  # a library's products: last bits may follow where memory lies
 
 
 @pytest.mark.parametrize("arch", KINDS)

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from myserve.engine.fusion import SharedInput, fuse_gates, fuse_norms, fuse_rotary, products_of_one_input
-from myserve.engine.gemm import JoinedWeights, PackedWeight
+from myserve.engine.gemm import JoinedWeights, PackedWeight, multiply_each
 from myserve.engine.tiles import bfloat16_unit
 
 EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
@@ -190,15 +190,15 @@ def exact_experts_forward(
     hidden_states [T, D], top_k_index and top_k_weights [T, k]; gives [T, D].
     """
     tokens, k = top_k_index.shape
-    parts = torch.zeros(tokens, k, hidden_states.shape[-1])
-    for expert in sorted(set(top_k_index.flatten().tolist())):
-        token, slot = (top_k_index == expert).nonzero(as_tuple=True)
-        inner = module.packed_up[expert](hidden_states[token])
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        outer = module.packed_down[expert](inner)
-        if module.has_post_expert_norm:
-            outer = module.post_expert_norm(outer)
-        parts[token, slot] = (outer * top_k_weights[token, slot, None]).float()
+    order = top_k_index.flatten().argsort(stable=True)  # [T * k]: places (token, slot), expert by expert
+    counts = top_k_index.flatten().bincount(minlength=len(module.packed_up)).tolist()
+    inner = multiply_each(module.packed_up, hidden_states[order // k], counts)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    outer = multiply_each(module.packed_down, inner, counts)  # [T * k, D]
+    if module.has_post_expert_norm:
+        outer = module.post_expert_norm(outer)
+    weighted = (outer * top_k_weights.flatten()[order, None]).float()
+    parts = torch.empty_like(weighted).index_copy_(0, order, weighted).view(tokens, k, -1)
     total = parts[:, 0]
     for j in range(1, k):
         total = total + parts[:, j]

@@ -8,6 +8,7 @@ up to three times a prefill; a kernel of our own costs nothing and needs no sear
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from itertools import accumulate
 
@@ -125,6 +126,25 @@ class JoinedWeights:
         """x [..., K] to one [..., N] for each part, in x's dtype: views into the rows of the whole."""
         out = self._joined(x)
         return [out.narrow(-1, s, n) for s, n in zip(self._starts, self._widths, strict=True)]
+
+
+def multiply_each(weights: Sequence[PackedWeight], x: Tensor, counts: Sequence[int]) -> Tensor:
+    """The first counts[0] rows of x [R, K] by the first weight, the next by the next: [R, N], in x's dtype.
+
+    >>> weights = [PackedWeight(torch.eye(2)), PackedWeight(2 * torch.eye(2))]
+    >>> multiply_each(weights, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), [1, 2])
+    tensor([[ 1.,  2.],
+            [ 6.,  8.],
+            [10., 12.]])
+    """
+    rows = weights[0]._rows(x)
+    out = torch.empty(len(x), weights[0].out_features, dtype=weights[0].dtype)
+    start = 0
+    for weight, count in zip(weights, counts, strict=True):
+        if count:
+            weight._multiply(rows.narrow(0, start, count), out.narrow(0, start, count))
+        start += count
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def packed_shape(weight: Tensor) -> tuple[int, ...]:
