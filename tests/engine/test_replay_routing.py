@@ -179,7 +179,8 @@ def test_replaying_a_models_own_choice_changes_nothing(arch: str, make_engine: M
     plain = gradients(model, rollout)
     with replay_routing(model, experts_used(model, rollout)):
         replayed = gradients(model, rollout)
-    torch.testing.assert_close(replayed, plain)  # a library's products: last bits may follow where memory lies
+    # A library's products: last bits may follow where memory lies.
+    torch.testing.assert_close(replayed, plain)
 
 
 @pytest.mark.parametrize("arch", KINDS)
