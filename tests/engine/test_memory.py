@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from myserve.engine.memory import HUGE_PAGE, zeros
+from myserve.engine.memory import HUGE_PAGE, FilePages, zeros
 
 
 @pytest.mark.parametrize("rows", [1, HUGE_PAGE // 8, HUGE_PAGE])
@@ -38,3 +40,29 @@ def test_a_large_tensor_is_marked_for_huge_pages_until_it_is_gone() -> None:
     del part, small
     gc.collect()
     assert marked() == before
+
+
+def resident_file_pages() -> int:
+    """KiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssFile:")[2].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked, and tells")
+def test_a_files_pages_are_given_back_and_can_be_read_again(tmp_path: Path) -> None:
+    values = torch.randn(1 << 21)  # 8 MiB
+    save_file({"x": values, "y": values + 1}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        x, y = file.get_tensor("x"), file.get_tensor("y")
+    assert torch.equal(x, values) and torch.equal(y, values + 1)
+    before = resident_file_pages()
+    FilePages().let_go(x)
+    assert resident_file_pages() <= before - 8000, "the other tensor's pages stay"
+    assert torch.equal(x, values) and torch.equal(y, values + 1)
+
+
+def test_memory_that_is_no_files_stays_as_it_is() -> None:
+    files, x = FilePages(), torch.randn(1 << 20)
+    copy = x.clone()
+    files.let_go(x)
+    assert torch.equal(x, copy)

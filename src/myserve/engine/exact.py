@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from myserve.engine import memory
 from myserve.engine.fusion import SharedInput, fuse_gates, fuse_norms, fuse_rotary, products_of_one_input
 from myserve.engine.gemm import JoinedWeights, PackedWeight, multiply_each
 from myserve.engine.tiles import bfloat16_unit
@@ -100,19 +101,21 @@ class ExactWeight(Tensor):
 def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactReport:
     """Replaces, in place, all of a CPU model's matrix products; `mode="off"` leaves the library's.
 
-    A layer's own weight is freed as soon as it is packed, so that a model needs little more than its weights while
-    it is prepared; embeddings tied to the output layer stay beside its packed copy.
+    A layer's own weight is freed as soon as it is packed, its pages of the checkpoint's file too, so that a model needs
+    little more than its weights while it is prepared; embeddings tied to the output layer stay beside its packed copy.
     """
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     if mode == "off" or not on_cpu:
         return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0)
     experts = sum(_pack_experts(module) for module in list(model.modules()) if has_experts(module))
     routers = sum(_pack_router(module) for module in list(model.modules()) if is_router(module))
-    linears = _join_products(model)
+    files = memory.FilePages()
+    linears = _join_products(model, files)
     for parent, name, module in list(_linears(model)):
         transposed = isinstance(module, Conv1D)
         weight = module.weight.T if transposed else module.weight
         setattr(parent, name, ExactLinear(PackedWeight(weight, module.bias), is_transposed=transposed))
+        files.let_go(module.weight)
         linears += 1
     fuse_gates(model)
     fuse_rotary(model)
@@ -123,7 +126,7 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
     )
 
 
-def _join_products(model: nn.Module) -> int:
+def _join_products(model: nn.Module, files: memory.FilePages) -> int:
     """Makes one product of those that multiply the same x; how many layers that were."""
     found = list(products_of_one_input(model))
     for parent, names in found:
@@ -134,6 +137,7 @@ def _join_products(model: nn.Module) -> int:
             exact = ExactLinear(packed)
             exact.share(shared, part)
             setattr(parent, name, exact)
+            files.let_go(layers[part].weight)
     return sum(len(names) for _, names in found)
 
 
