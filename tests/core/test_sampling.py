@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,37 @@ def test_compiled_and_tensor_draws_are_the_same_bits(make_row: MakeRow, vocab: i
         logits[1::2, 1] = -torch.inf
     for _ in range(2):
         assert step(Sampler(), logits, rows) == step(Sampler(compiled=False), logits, again)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+@pytest.mark.parametrize(
+    "change", [{}, {"logit_bias": {5: 1.5}}, {"temperature": 0.8}, {"top_p": 0.8}], ids=str
+)
+def test_masked_rows_have_the_same_bits_whatever_is_skipped(
+    make_row: MakeRow, share: float, change: dict[str, Any]
+) -> None:
+    """Few allowed or many, the best raw token among them or not."""
+    vocab, rows = 4_999, 12
+    allowed = [
+        tuple({5, *random.Random(seed).sample(range(vocab), max(1, int(share * vocab)))})
+        for seed in range(rows)
+    ]
+    logits = logits_for(rows, vocab)
+    for row in range(0, rows, 2):
+        logits[row, allowed[row][-1]] = 30.0
+    with_best = [int(logits[row].argmax()) in allowed[row] for row in range(rows)]
+    assert any(with_best) and (share > 0.99 or not all(with_best))
+    compiled, tensors = (
+        [make_row(seed=row, vocab=vocab, allowed_token_ids=ids, **change) for row, ids in enumerate(allowed)]
+        for _ in range(2)
+    )
+    drawn = step(Sampler(), logits, compiled)
+    assert drawn == step(Sampler(compiled=False), logits, tensors)
+    free = [make_row(seed=row, vocab=vocab, **change) for row in range(rows)]
+    assert [one.logprob for one in drawn] != [one.sampling_logprob for one in drawn], (
+        "the mask took mass away"
+    )
+    assert drawn != step(Sampler(), logits, free)
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=300), st.integers(1, 300))

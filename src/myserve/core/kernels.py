@@ -88,14 +88,6 @@ def mass_of(weights: Any) -> Any:
 
 
 @compiled
-def scale(scores: Any, temperature: Any, largest: Any, out: Any) -> None:
-    """`stages.apply_temperature`."""
-    shift = ZERO if abs(largest / temperature) < INFINITY else largest
-    for i in range(len(scores)):
-        out[i] = (scores[i] - shift) / temperature
-
-
-@compiled
 def block_maxima(scores: Any) -> Any:
     """The largest score of each block."""
     blocks = (len(scores) + BLOCK - 1) // BLOCK
@@ -109,6 +101,43 @@ def block_maxima(scores: Any) -> Any:
                 top = key
         maxima[b] = top ^ ((top >> SIGN_SHIFT) & MAGNITUDE)
     return maxima.view(np.float32)
+
+
+@compiled
+def only_masks(raw: Any, edited: Any) -> Any:
+    """Whether every edited score is the raw one, or -inf."""
+    others = np.int32(0)
+    for i in range(len(raw)):
+        others += np.int32((edited[i] != raw[i]) & (edited[i] != -INFINITY))
+    return others == 0
+
+
+@compiled
+def drop_masked(edited: Any, weights: Any) -> Any:
+    """Set the weights of scores at -inf to 0; the mass that stays. Counted in quanta, it is what `weigh` would find."""
+    for i in range(len(edited)):
+        weights[i] = ZERO if edited[i] == -INFINITY else weights[i]
+    return mass_of(weights)
+
+
+@compiled
+def weigh_few(scores: Any, largest: Any, weights: Any) -> Any:
+    """`weigh` where whole blocks may be at -inf: they take no exponentials."""
+    weights[:] = ZERO
+    maxima = block_maxima(scores)
+    for b in range(len(maxima)):
+        if maxima[b] > -INFINITY:
+            for i in range(b * BLOCK, min((b + 1) * BLOCK, len(scores))):
+                weights[i] = exp(scores[i] - largest)
+    return mass_of(weights)
+
+
+@compiled
+def scale(scores: Any, temperature: Any, largest: Any, out: Any) -> None:
+    """`stages.apply_temperature`."""
+    shift = ZERO if abs(largest / temperature) < INFINITY else largest
+    for i in range(len(scores)):
+        out[i] = (scores[i] - shift) / temperature
 
 
 @compiled
@@ -357,12 +386,15 @@ def draw_rows(
                 scale(edited[b], np.float32(temperature), largest, scaled)
                 scores = scaled
                 largest = largest_score(scaled)
-            shared = temperature == 1.0 and not changed
-            if not shared:
-                masses[b, 0] = weigh(raw[b], raw_largest, weights)
-            total = weigh(scores, largest, weights)
-            if shared:
-                masses[b, 0] = total
+            masses[b, 0] = weigh(raw[b], raw_largest, weights)
+            if temperature != 1.0:
+                total = weigh(scores, largest, weights)
+            elif not changed:
+                total = masses[b, 0]
+            elif largest == raw_largest and only_masks(raw[b], edited[b]):
+                total = drop_masked(edited[b], weights)
+            else:
+                total = weigh_few(scores, largest, weights)
             if top_k[b] > 0 or top_p < 1.0 or min_p > 0.0:
                 total = truncate(scores, weights, largest, total, top_k[b], top_p, min_p)
             token = race(weights, keys[b])
