@@ -42,10 +42,14 @@ def test_the_mass_gives_the_ratio_of_importance_sampling_back():
         assert weight.tolist() == [1.0, 1.0]
 
 
-def test_the_table_of_the_mismatch_names_each_trainer(embedded_url):
+def test_the_table_of_the_mismatch_names_each_trainer(tmp_path):
     import mismatch_table
+    from serving import Server
 
-    found = asyncio.run(mismatch_table.main(url=embedded_url, prompts=24))
+    from myserve.demo import embedded_model_path
+
+    with Server(str(embedded_model_path()), tmp_path) as server:  # with weights that no other test has changed
+        found = asyncio.run(mismatch_table.main(url=server.url, prompts=24))
     named = {name: mismatch.verdict.kind for name, mismatch in found.items()}
     assert named == {
         "exact_forward": "exact", "plain float32": "rounding", "bfloat16": "precision",
