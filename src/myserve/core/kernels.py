@@ -351,17 +351,9 @@ def best_rows(start: int, stop: int, scores: Any, wanted: Any, ids: Any, values:
 
 @compiled
 def draw_rows(
-    start: int,
-    stop: int,
-    raw: Any,
-    edited: Any,
-    numbers: Any,
-    top_k: Any,
-    keys: Any,
-    tokens: Any,
-    floats: Any,
+    start: int, stop: int, raw: Any, edited: Any, numbers: Any, top_k: Any, keys: Any, tokens: Any, floats: Any,
     masses: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Rows `start` to `stop`: see `draw` in `fast.py`, which owns the arrays."""
     V = raw.shape[1]
     scaled, weights = np.empty(V, np.float32), np.empty(V, np.float32)
