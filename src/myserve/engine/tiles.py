@@ -72,27 +72,32 @@ _HALVES = ir.VectorType(_BFloat(), 32)
 
 
 @intrinsic(prefer_literal=True)
-def multiply_pairs(ctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any, c: Any) -> Any:
-    """c[r, :64] = sum over pairs of x[r, 2k] * W[2k, :] + x[r, 2k + 1] * W[2k + 1, :], k ascending; c is [rows, 64].
+def multiply_pairs(ctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any, c: Any, ahead: Any,
+                   stride: Any) -> Any:  # fmt: skip
+    """c[r, :64] += sum over pairs of x[r, 2k] * W[2k, :] + x[r, 2k + 1] * W[2k + 1, :], k ascending; c is [rows, 64].
 
-    x is bfloat16, `x_row` bytes a row; W is four groups of 16 columns, [pairs, 16, 2], `w_group` bytes apart.
+    x is bfloat16, `x_row` bytes a row; W is four groups of 16 columns, [pairs, 16, 2], `w_group` bytes apart. What lies
+    `ahead` bytes from each group is fetched on the way, `stride` bytes a pair.
     """
     R, G = rows.literal_value, 4
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, x, x_row, w, w_group, pairs, c = args
+        _, x, x_row, w, w_group, pairs, c, ahead, stride = args
         x_rows = [b.add(x, _bytes(b, x_row, r)) for r in range(R)]
         groups = [b.add(w, _bytes(b, w_group, g)) for g in range(G)]
+        c_at = [[_offset(b, c, 256 * r + 64 * g) for g in range(G)] for r in range(R)]
         sums = [[cgutils.alloca_once(b, _VEC) for _ in range(G)] for _ in range(R)]
-        for slot in (slot for row in sums for slot in row):
-            b.store(_const(0.0), slot)
+        for r in range(R):
+            for g in range(G):
+                b.store(_load(b, c_at[r][g]), sums[r][g])
         kind = ir.FunctionType(_VEC, [_VEC, _HALVES, _HALVES])
         dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         with cgutils.for_range(b, pairs) as loop:
             at = [b.add(group, _bytes(b, loop.index, 64)) for group in groups]
             columns = [b.bitcast(_load(b, address, _IVEC), _HALVES) for address in at]
-            for address in at:
-                _prefetch(b, _offset(b, address, 1024))
+            fetched = b.add(ahead, b.mul(loop.index, stride))
+            for group in groups:
+                _prefetch(b, b.add(group, fetched))
             for r in range(R):
                 pair = _load(b, b.add(x_rows[r], _bytes(b, loop.index, 4)), _I32)
                 both = b.bitcast(_splat(b, pair, _IVEC), _HALVES)
@@ -100,11 +105,11 @@ def multiply_pairs(ctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_group: Any
                     b.store(b.call(dot, [b.load(sums[r][g]), both, columns[g]]), sums[r][g])
         for r in range(R):
             for g in range(G):
-                _store(b, b.load(sums[r][g]), _offset(b, c, 256 * r + 64 * g))
+                _store(b, b.load(sums[r][g]), c_at[r][g])
         return context.get_dummy_value()
 
     size = types.int64
-    return types.void(rows, size, size, size, size, size, size), codegen
+    return types.void(rows, size, size, size, size, size, size, size, size), codegen
 
 
 @intrinsic
