@@ -72,7 +72,7 @@ def _panel_by_lanes(a: Any, kind: Kind, panel: int, first: int, last: int, scrat
 
 @njit(error_model="numpy")
 def _panel_by_pairs(a: Any, panel: int, following: int, first: int, last: int, scratch: Address) -> None:
-    """A chunk of the weights at a time goes by all rows, while the next one is fetched, of panel `following` at the end.
+    """A chunk of the weights at a time goes by all rows; the next is fetched meanwhile, at the end of panel `following`.
 
     So memory is busy while rows are multiplied, however many there are.
     """

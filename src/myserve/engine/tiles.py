@@ -26,7 +26,6 @@ from myserve.engine.lanes import (
     IR,
     _at,
     _bytes,
-    _const,
     _load,
     _offset,
     _prefetch,
