@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from myserve.engine.lanes import LANES, add_and_round, multiply, next_item, next_thread, size_of, view, widen
+from myserve.engine.dots import multiply, multiply_pairs
+from myserve.engine.lanes import LANES, add_and_round, next_item, next_thread, size_of, view, widen
 from myserve.engine.native import Kernel, fingerprint
-from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_pairs, multiply_tiles, set_tiles
+from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
 ROWS = 32  # of a thread's scratch [ROWS, PANEL]
@@ -72,7 +73,7 @@ def _panel_by_lanes(a: Any, kind: Kind, panel: int, first: int, last: int, scrat
 
 @njit(error_model="numpy")
 def _panel_by_pairs(a: Any, panel: int, following: int, first: int, last: int, scratch: Address) -> None:
-    """A chunk of the weights at a time goes by all rows; the next is fetched meanwhile, at the end of panel `following`.
+    """A chunk of the weights at a time goes by all rows while the next is fetched, at the end one of panel `following`.
 
     So memory is busy while rows are multiplied, however many there are.
     """
