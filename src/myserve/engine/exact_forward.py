@@ -20,7 +20,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from myserve.engine import pointwise
+from myserve.engine import pointwise, vector_math
 from myserve.engine.angles import look_up_angles
 from myserve.engine.exact import is_router
 from myserve.engine.exact_attention import TRAINER_NAME, register_exact_attention
@@ -39,6 +39,7 @@ def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -
     `max_model_len`: the engine's, which it needs to know where rotary angles depend on it: LongRoPE (Phi-3.5) served
     with longer contexts than it was first trained on. For all other models it changes nothing.
     """
+    vector_math.settle()
     if max_model_len is not None:
         look_up_angles(model, max_model_len)
     register_exact_attention()

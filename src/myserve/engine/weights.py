@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from myserve.engine import attention
+from myserve.engine import attention, vector_math
 from myserve.engine.config import EngineConfig
 from myserve.engine.weight_plan import WeightNames
 from myserve.errors import UnsupportedModelError
@@ -30,6 +30,7 @@ class LoadedModel:
 
 def load(model: str, config: EngineConfig) -> LoadedModel:
     """Load `model` with our attention in place of its own."""
+    vector_math.settle()
     attention.register_attention()
     device = torch.device(resolve_device(config.device))
     hf_config = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
