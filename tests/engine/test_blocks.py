@@ -83,3 +83,11 @@ def test_forget_all_empties_the_cache_and_keeps_the_holders() -> None:
     pool.forget_all()
     assert pool.match("root", [1, 2])[0] == []
     pool.check_integrity([blocks])
+
+
+def test_the_blocks_that_were_ever_held_are_counted_from_the_first() -> None:
+    pool = BlockPool(num_blocks=6, block_size=2)
+    assert pool.num_ever_held == 0
+    pool.release(pool.allocate(3))
+    pool.allocate(2)
+    assert pool.num_ever_held == 3

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from myserve.engine.memory import HUGE_PAGE, FilePages, zeros
+from myserve.engine.config import EngineConfig
+from myserve.engine.kv_cache import AHEAD, KVCache
+from myserve.engine.memory import HUGE_PAGE, FilePages, touch, zeros
 
 
 @pytest.mark.parametrize("rows", [1, HUGE_PAGE // 8, HUGE_PAGE])
@@ -21,6 +25,35 @@ def test_zeros_at_a_cache_line_that_can_be_written(rows: int) -> None:
     x[-1] = 3
     y = zeros((rows, 4), torch.bfloat16)
     assert not bool(y.any()) and bool((x[-1] == 3).all())
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_touched_memory_is_there_and_keeps_its_values() -> None:
+    x = zeros((16 * HUGE_PAGE,), torch.uint8)
+    x[5], before = 7, resident()
+    touch(x)
+    assert resident() - before > 14 * HUGE_PAGE
+    assert x[5] == 7 and int(x.count_nonzero()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_the_cache_behind_the_blocks_in_use_lies_ready_and_no_more() -> None:
+    shape = SimpleNamespace(num_key_value_heads=4, num_attention_heads=4, head_dim=64, num_hidden_layers=2)
+    cache = KVCache(shape, torch.float32, torch.device("cpu"), EngineConfig(num_blocks=4096))
+    block, before = cache.num_bytes // cache.num_blocks, resident()
+    ahead, room = AHEAD // cache.block_size * block, 2 * 2 * 2 * HUGE_PAGE
+    for num_used in (0, 500):
+        while cache.make_ready(num_used):
+            pass
+        assert num_used * block + ahead - room < resident() - before < num_used * block + ahead + room
+    while cache.make_ready(4096):
+        pass  # it has an end
+    assert not any(bool(tensor.any()) for layer in cache.layers for tensor in layer)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked, and tells")

@@ -40,6 +40,7 @@ class BlockPool:
         self._name_of: dict[ContentKey, int] = {}
         self._key_of: dict[int, ContentKey] = {}  # block -> the content that it is cached under
         self._names = count(1)
+        self.num_ever_held = 0  # blocks from this one on have never been handed out
 
     def __repr__(self) -> str:
         held = self.num_blocks - len(self._free)
@@ -71,6 +72,7 @@ class BlockPool:
         for block in blocks:
             self._forget(block)
             self._holders[block] = 1
+        self.num_ever_held = max([self.num_ever_held, *(block + 1 for block in blocks)])
         return blocks
 
     def hold(self, blocks: Iterable[int]) -> None:

@@ -40,6 +40,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
+def touch(x: Tensor) -> None:
+    """Writes to every page of a contiguous tensor, which keeps its values: its memory is handed out now."""
+    x.view(torch.uint8).flatten().numpy()[:: mmap.PAGESIZE] |= 0
+
+
 class FilePages:
     """The files that are mapped into this process now, whose pages the system can have back.
 

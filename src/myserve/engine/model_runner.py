@@ -95,7 +95,7 @@ class ModelRunner:
     def close(self) -> None:
         """End the thread that computes masks, and let go of the weights and of the cache."""
         self._masks.close()
-        for memory in ("model", "kv_cache", "decode_steps", "routed_experts"):
+        for memory in ("model", "kv_cache", "recorded_steps", "routed_experts"):
             vars(self).pop(memory, None)  # the second time too
 
     def closes_early(self, request: Request) -> bool:
