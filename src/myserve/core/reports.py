@@ -76,8 +76,8 @@ class Reports:
         for mode, asked, place in self._named:
             numbers = iter(tensors[place][0].tolist())
             for b in asked:
-                norm, ids = norms_of[mode][b], self._params[b].logprob_token_ids
-                named[b] = tuple((i, norm.maybe_logprob(next(numbers))) for i in ids)
+                norm, named_ids = norms_of[mode][b], self._params[b].logprob_token_ids
+                named[b] = tuple((i, norm.maybe_logprob(next(numbers))) for i in named_ids)
         if self._kept is not None:
             asked, place = self._kept
             for b, support in zip(asked, kept_sets(*tensors[place]), strict=True):
