@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from myserve.core import fast, kernels
+from myserve.core import fast, nucleus
 from myserve.core.logprobs import prompt_logprobs
 from myserve.core.sampling import (
     RowState,
@@ -156,7 +156,7 @@ def test_masked_rows_have_the_same_bits_whatever_is_skipped(
 @settings(max_examples=200, deadline=None)
 def test_sort_best_brings_the_k_largest_to_the_front(values: list[int], k: int) -> None:
     k = min(k, len(values))
-    ordered = kernels.sort_best(torch.tensor(values, dtype=torch.float32).numpy(), k)
+    ordered = nucleus.sort_best(torch.tensor(values, dtype=torch.float32).numpy(), k)
     assert ordered[:k].tolist() == sorted(values, reverse=True)[:k]
 
 

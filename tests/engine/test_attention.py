@@ -21,7 +21,10 @@ from myserve.engine.attention import (
     store_kv,
 )
 from myserve.engine.kernels import BLOCK_SIZE, attend_kernel
+from myserve.engine.tiles import Unit, bfloat16_unit
 
+UNITS: list[Unit] = ["tiles", "pairs", "lanes"]
+HERE = UNITS[UNITS.index(bfloat16_unit()) :]  # a CPU has what is worse than its best, too
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [
     (16, 8, 128),
@@ -162,8 +165,9 @@ def test_one_thread_and_two_give_the_same(dtype: torch.dtype) -> None:
     assert torch.equal(bits(case.run(list(range(len(CONTEXTS))))), bits(two))
 
 
-def test_lanes_serve_bfloat16_where_there_are_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "attend_kernel", functools.partial(attend_kernel, unit="lanes"))
+@pytest.mark.parametrize("unit", HERE)
+def test_bfloat16_is_right_on_every_unit(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "attend_kernel", functools.partial(attend_kernel, unit=unit))
     for shape in SHAPES:
         test_is_attention(torch.bfloat16, shape, {})
         test_a_row_is_the_same_prefilled_decoded_or_in_chunks(torch.bfloat16, shape, {})

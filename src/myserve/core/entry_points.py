@@ -12,7 +12,15 @@ from numba import njit
 from myserve.core import kernels
 from myserve.core.fingerprint import fingerprint
 
-SOURCES = ("kernels.py", "kernel_math.py", "noise.py", "numerics.py", "transfer.py")
+SOURCES = (
+    "kernels.py",
+    "nucleus.py",
+    "row_kernels.py",
+    "kernel_math.py",
+    "noise.py",
+    "numerics.py",
+    "transfer.py",
+)
 
 Kernel = Callable[..., None]  # (start, stop, *arrays): rows `start` to `stop`
 
@@ -28,9 +36,9 @@ def normalise_rows() -> Kernel:
     source = fingerprint(Path(__file__).parent, *SOURCES)
 
     @kept
-    def normalise(start: int, stop: int, scores: Any, largest: Any, masses: Any) -> None:
+    def normalise(start: int, stop: int, scores: Any, largest: Any, masses: Any, work: Any) -> None:
         if source >= 0:
-            kernels.normalise_rows(start, stop, scores, largest, masses)
+            kernels.normalise_rows(start, stop, scores, largest, masses, work)
 
     return normalise
 
@@ -54,9 +62,9 @@ def best_rows() -> Kernel:
     source = fingerprint(Path(__file__).parent, *SOURCES)
 
     @kept
-    def best(start: int, stop: int, scores: Any, wanted: Any, ids: Any, values: Any) -> None:
+    def best(start: int, stop: int, scores: Any, wanted: Any, ids: Any, values: Any, work: Any) -> None:
         if source >= 0:
-            kernels.best_rows(start, stop, scores, wanted, ids, values)
+            kernels.best_rows(start, stop, scores, wanted, ids, values, work)
 
     return best
 
@@ -78,8 +86,9 @@ def draw_rows() -> Kernel:
         tokens: Any,
         floats: Any,
         masses: Any,
+        work: Any,
     ) -> None:
         if source >= 0:
-            kernels.draw_rows(start, stop, raw, edited, numbers, top_k, keys, tokens, floats, masses)
+            kernels.draw_rows(start, stop, raw, edited, numbers, top_k, keys, tokens, floats, masses, work)
 
     return draw

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
     from myserve.core import entry_points
 
     largest, masses = torch.empty(len(scores)), torch.empty(len(scores), dtype=torch.int64)
-    _over_threads(entry_points.normalise_rows(), scores.contiguous(), largest, masses)
+    _over_threads(entry_points.normalise_rows(), scores.contiguous(), largest, masses, work_rows=1)
     return largest, masses
 
 
@@ -92,13 +94,13 @@ def best_tokens(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
     most = min(max(k), scores.shape[1])
     ids = torch.full((len(k), most), -1)
     values = torch.empty(len(k), most)
-    _over_threads(entry_points.best_rows(), scores.contiguous(), torch.tensor(k), ids, values)
+    _over_threads(entry_points.best_rows(), scores.contiguous(), torch.tensor(k), ids, values, work_rows=1)
     return ids, values
 
 
 def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
     """Draw every row of CPU float32 `edited` [B, V], the raw scores after stages 1 to 4."""
-    from myserve.core import entry_points  # compiles, or loads what was compiled: on first use, not at import
+    from myserve.core import entry_points, kernels  # compiled, or loaded: on first use, not at import
 
     B = len(rows)
     numbers = torch.tensor([_numbers(row) for row in rows], dtype=torch.float64)
@@ -107,7 +109,8 @@ def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
     tokens = torch.empty(B, dtype=torch.int64)
     floats = torch.empty(B, 4)
     masses = torch.full((B, 2), int(MASS_ONE))  # a row without a draw leaves its own as it is
-    _over_threads(entry_points.draw_rows(), raw, edited, numbers, top_k, keys, tokens, floats, masses)
+    arrays = (raw, edited, numbers, top_k, keys, tokens, floats, masses)
+    _over_threads(entry_points.draw_rows(), *arrays, work_rows=kernels.WORK_ROWS)
     return Drawn(tokens.tolist(), *floats.T.tolist(), *masses.T.tolist())
 
 
@@ -117,16 +120,34 @@ def _numbers(row: RowState) -> tuple[float, float, float, float]:
     return temperature, p.top_p, p.min_p, float(row.edits_scores)
 
 
-def _over_threads(kernel: Callable[..., None], scores: Tensor, *others: Tensor) -> None:
-    """Run `kernel(start, stop, *arrays)` over all rows of `scores`, parts of them on other threads."""
+def _over_threads(kernel: Callable[..., None], scores: Tensor, *others: Tensor, work_rows: int = 0) -> None:
+    """Run `kernel(start, stop, *arrays)` over all rows of `scores`, parts of them on other threads.
+
+    `work_rows` more arrays of a row's size, [work_rows, V], are there for a part to work in.
+    """
     arrays = [tensor.numpy() for tensor in (scores, *others)]
-    rows = len(scores)
+    rows, V = scores.shape
     parts = max(1, min(torch.get_num_threads(), rows, scores.numel() // SCORES_A_THREAD))
     edges = [rows * part // parts for part in range(parts + 1)]
-    running = [_pool().submit(kernel, *part, *arrays) for part in pairwise(edges[1:])]
-    kernel(0, edges[1], *arrays)
+
+    def run(start: int, stop: int) -> None:
+        kernel(start, stop, *arrays, *([_work(work_rows, V)] if work_rows else []))
+
+    running = [_pool().submit(run, *part) for part in pairwise(edges[1:])]
+    run(0, edges[1])
     for part in running:
         part.result()
+
+
+_kept = threading.local()
+
+
+def _work(rows: int, V: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Memory [rows, V] of this thread, kept: fresh memory would cost as much as what is computed in it."""
+    memory: np.ndarray[Any, np.dtype[np.float32]] | None = getattr(_kept, "memory", None)
+    if memory is None or memory.size < rows * V:
+        _kept.memory = memory = np.empty(rows * V, np.float32)
+    return memory[: rows * V].reshape(rows, V)
 
 
 @cache

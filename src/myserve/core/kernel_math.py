@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from myserve.core import noise, numerics
@@ -50,6 +51,62 @@ def power_of_two(typing_context: Any, shifted: Any) -> Any:
         return builder.bitcast(builder.add(n, ir.Constant(word, 127 << 23)), ir.FloatType())
 
     return types.float32(types.float32), codegen
+
+
+def _block(context: Any, builder: Any, kind: Any, values: Any, start: Any, element: Any) -> Any:
+    """BLOCK numbers of an array as one vector. LLVM unrolls a loop of this length instead: six times as slow."""
+    array = context.make_array(kind)(context, builder, values)
+    lanes = ir.VectorType(element, BLOCK)
+    return builder.load(builder.bitcast(builder.gep(array.data, [start]), lanes.as_pointer()), align=4)
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
+def largest_of_block(typing_context: Any, all_bits: Any, start: Any) -> Any:
+    """The largest of BLOCK floats from `start`, as an integer that orders as they do; `all_bits` is an int32 array."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        lanes = ir.VectorType(word, BLOCK)
+        bits = _block(context, builder, signature.args[0], args[0], args[1], word)
+        sign = builder.ashr(bits, ir.Constant(lanes, [31] * BLOCK))
+        keys = builder.xor(bits, builder.and_(sign, ir.Constant(lanes, [0x7FFFFFFF] * BLOCK)))
+        kind = ir.FunctionType(word, [lanes])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.smax.v{BLOCK}i32")
+        return builder.call(reduce, [keys])
+
+    return types.int32(all_bits, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
+def block_between(typing_context: Any, scores: Any, start: Any, low: Any, high: Any) -> Any:
+    """Which of BLOCK floats from `start` lie in [low, high): a bit each, the first one the lowest."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = _block(context, builder, signature.args[0], args[0], args[1], ir.FloatType())
+        none = ir.Constant(values.type, ir.Undefined)
+        first = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), [0] * BLOCK)
+
+        def all_of(number: Any) -> Any:
+            one = builder.insert_element(none, number, ir.Constant(ir.IntType(32), 0))
+            return builder.shuffle_vector(one, none, first)
+
+        inside = builder.and_(
+            builder.fcmp_ordered(">=", values, all_of(args[2])),
+            builder.fcmp_ordered("<", values, all_of(args[3])),
+        )
+        return builder.bitcast(inside, ir.IntType(BLOCK))
+
+    return types.uint64(scores, types.intp, types.float32, types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
+def lowest_bit(typing_context: Any, bits: Any) -> Any:
+    """The place of the lowest bit that is set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), codegen
 
 
 @compiled

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from myserve.engine.lanes import LANES, add_and_round, multiply, next_item, next_thread, size_of, view, widen
+from myserve.engine.dots import multiply, multiply_pairs
+from myserve.engine.lanes import LANES, add_and_round, next_item, next_thread, size_of, view, widen
 from myserve.engine.native import Kernel, fingerprint
-from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_pairs, multiply_tiles, set_tiles
+from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
 ROWS = 32  # of a thread's scratch [ROWS, PANEL]
 SWEEP_BYTES = 1 << 20  # of x
+MOST_PAIR_ROWS = 6  # times four vectors of sums, beside four of weights: what 32 registers hold
+PAIRS_AT_ONCE = 128  # of terms: with 64 columns, 32 KiB of weights
 
 Address = int
 Kind = Any
@@ -69,24 +72,56 @@ def _panel_by_lanes(a: Any, kind: Kind, panel: int, first: int, last: int, scrat
 
 
 @njit(error_model="numpy")
-def _panel_by_pairs(a: Any, panel: int, first: int, last: int, scratch: Address) -> None:
+def _panel_by_pairs(a: Any, panel: int, following: int, first: int, last: int, scratch: Address) -> None:
+    """A chunk of the weights at a time goes by all rows while the next is fetched, at the end one of panel `following`.
+
+    So memory is busy while rows are multiplied, however many there are.
+    """
     kind = np.uint16(0)
     group = a.inner * LANES * 2
     weight = a.weight + 4 * panel * group
-    row = first
-    while row < last:
-        x = a.x + row * a.x_row
-        if last - row >= 6:
-            count = 6
-            multiply_pairs(6, x, a.x_row, weight, group, a.inner // 2, scratch)
-        elif last - row >= 3:
-            count = 3
-            multiply_pairs(3, x, a.x_row, weight, group, a.inner // 2, scratch)
-        else:
-            count = 1
-            multiply_pairs(1, x, a.x_row, weight, group, a.inner // 2, scratch)
-        _finish(a, kind, scratch, row, count, PANEL * panel)
-        row += count
+    to_following = 4 * group * (following - panel)
+    for block in range(first, last, ROWS):
+        rows = min(ROWS, last - block)
+        carray(view(scratch, np.float32(0)), rows * PANEL)[:] = np.float32(0.0)
+        parts = (rows + MOST_PAIR_ROWS - 1) // MOST_PAIR_ROWS
+        for k in range(0, a.inner // 2, PAIRS_AT_ONCE):
+            pairs = min(PAIRS_AT_ONCE, a.inner // 2 - k)
+            ahead = 64 * pairs if k + pairs < a.inner // 2 else to_following - 64 * k
+            for part in range(parts):  # of nearly one size: a row that is left alone costs half of six
+                row, end = rows * part // parts, rows * (part + 1) // parts
+                _multiply_pairs(
+                    end - row, a.x + (block + row) * a.x_row + 4 * k, a.x_row, weight + 64 * k, group, pairs,
+                    scratch + 4 * PANEL * row, ahead + 64 * pairs * part // parts, (64 + parts - 1) // parts,
+                )  # fmt: skip
+        _finish(a, kind, scratch, block, rows, PANEL * panel)
+
+
+@njit(error_model="numpy")
+def _multiply_pairs(
+    rows: int,
+    x: Address,
+    x_row: int,
+    w: Address,
+    w_group: int,
+    pairs: int,
+    c: Address,
+    ahead: int,
+    stride: int,
+) -> None:
+    """`multiply_pairs` for any number of rows that fits the registers."""
+    if rows == 6:
+        multiply_pairs(6, x, x_row, w, w_group, pairs, c, ahead, stride)
+    elif rows == 5:
+        multiply_pairs(5, x, x_row, w, w_group, pairs, c, ahead, stride)
+    elif rows == 4:
+        multiply_pairs(4, x, x_row, w, w_group, pairs, c, ahead, stride)
+    elif rows == 3:
+        multiply_pairs(3, x, x_row, w, w_group, pairs, c, ahead, stride)
+    elif rows == 2:
+        multiply_pairs(2, x, x_row, w, w_group, pairs, c, ahead, stride)
+    else:
+        multiply_pairs(1, x, x_row, w, w_group, pairs, c, ahead, stride)
 
 
 @njit(error_model="numpy")
@@ -177,8 +212,9 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
         item = next_item(a)
         while item < _items(a) and source >= 0:
             panel, first, last = _share(a, item)
-            _panel_by_pairs(a, panel, first, last, scratch)
             item = next_item(a)
+            following = _share(a, item)[0] if item < _items(a) else panel
+            _panel_by_pairs(a, panel, following, first, last, scratch)
 
     def linear_tiles(p: Any) -> None:
         a = carray(p, 1)[0]

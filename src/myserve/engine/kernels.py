@@ -13,28 +13,30 @@ import numpy as np
 import torch
 from numba import carray, njit
 
+from myserve.engine.dots import multiply
 from myserve.engine.lanes import (
     LANES,
     PARTITION,
     divide_and_round,
     lane_sum,
-    multiply,
     next_item,
     next_thread,
     scale_lanes,
     size_of,
     softmax_step,
+    stays_half,
+    uses_tiles,
     view,
     widen,
 )
 from myserve.engine.native import Kernel, fingerprint
-from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles, uses_tiles
+from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles
 
 BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
 
 Address = int  # of a byte
-Kind = Any  # a value whose type is an element's: uint16 (bfloat16's bits) or float32
+Kind = Any  # a value whose type says what is computed with: `lanes.is_half`
 Record = Any  # ATTEND
 
 # What a kernel is told: addresses; strides in bytes; counts. Caches are [num_blocks, kv_heads, block]; a block
@@ -57,7 +59,7 @@ def _scores(
     kind: Kind, rows: int, query: Address, dim: int, keys: Address, scores: Address, ahead: int
 ) -> None:
     """scores[r, key] = sum over d of query[r, d] * K[d, key], for one partition; `keys`: an address per 16."""
-    q_row, s_row, k_row = 4 * dim, 4 * PARTITION, 4 * BLOCK_SIZE
+    q_row, s_row, k_row = (2 if stays_half(kind) else 4) * dim, 4 * PARTITION, 4 * BLOCK_SIZE
     for done in range(0, rows, 4):
         q, s = query + done * q_row, scores + done * s_row
         if rows - done > 2:
@@ -72,7 +74,7 @@ def _mix(
     alpha: Address,
 ) -> None:  # fmt: skip
     """out[r, d] = alpha[r] * out[r, d] + sum over keys of weights[r, key] * V[key, d], over one block."""
-    w_row, row = 4 * PARTITION, 4 * dim
+    w_row, row = (2 if stays_half(kind) else 4) * PARTITION, 4 * dim
     for done in range(0, rows, 4):
         w, o, f = weights + done * w_row, out + done * row, alpha + 4 * done
         d = 0  # a tile takes as many columns as its sums leave registers for
@@ -204,13 +206,13 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
     rounded = out + 4 * room * dim
     scores = rounded + 2 * room * PARTITION
     clean = scores + 4 * room * PARTITION
-    weights, weight = (rounded, 2) if uses_tiles(kind) else (scores, 4)
+    weights, weight = (rounded, 2) if stays_half(kind) else (scores, 4)
     state = carray(view(peaks, np.float32(0)), room * (2 + LANES + 2 * dim + PARTITION // 2))
     state[:] = np.float32(0.0)
     for r in range(rows):
         t, h = token + r // a.group, head * a.group + r % a.group
         source = a.query + t * a.query_token + h * a.query_head
-        if uses_tiles(kind):
+        if stays_half(kind):
             _copy_row(source, a.head_dim, query + 2 * r * dim)
         else:
             _read_row(kind, source, a.head_dim, query + 4 * r * dim)
@@ -248,7 +250,7 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
             following = np.int64(table[min(at + PARTITION, last - 1) // BLOCK_SIZE]) * a.kv_heads + head
             ahead, keys = a.keys + following * block_bytes - values, min(BLOCK_SIZE, last - at)
             if not uses_tiles(kind):
-                _mix(kind, rows, weights + 4 * (at - key), keys, values, dim, out, ahead, alphas)
+                _mix(kind, rows, weights + weight * (at - key), keys, values, dim, out, ahead, alphas)
                 state[room : room + rows] = np.float32(1.0)  # alpha has been applied: once a partition
             elif at == key and last - key >= PARTITION:
                 second = a.values + (np.int64(table[at // BLOCK_SIZE + 1]) * a.kv_heads + head) * block_bytes
@@ -306,9 +308,13 @@ def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
     """The entry point for caches of one element type; bfloat16 on `unit`, or on the best of this machine."""
     source = fingerprint()
 
-    def attend_bfloat16(p: Any) -> None:
+    def attend_lanes(p: Any) -> None:
         if source >= 0:
             _attend(carray(p, 1)[0], np.uint16(0))
+
+    def attend_pairs(p: Any) -> None:
+        if source >= 0:
+            _attend(carray(p, 1)[0], np.int8(0))
 
     def attend_tiles(p: Any) -> None:
         if source >= 0:
@@ -320,4 +326,5 @@ def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
 
     if dtype == torch.float32:
         return Kernel(ATTEND, attend_float32)
-    return Kernel(ATTEND, attend_tiles if (unit or bfloat16_unit()) == "tiles" else attend_bfloat16)
+    chosen = {"tiles": attend_tiles, "pairs": attend_pairs, "lanes": attend_lanes}
+    return Kernel(ATTEND, chosen[unit or bfloat16_unit()])

@@ -9,6 +9,7 @@ Addresses are plain integers; where a CPU has no 512-bit registers, LLVM splits 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -26,6 +27,22 @@ _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 _VEC = ir.VectorType(_F32, LANES)
 _IVEC = ir.VectorType(_I32, LANES)
+
+
+def is_half(kind: Any) -> bool:
+    """What a kernel computes with is told by the type of a value, so that it is decided as it is compiled.
+
+    float32; or bfloat16, as float32 lanes (uint16), by AMX tiles (int16), by dot products of pairs (int8).
+    """
+    return bool(kind != types.float32)
+
+
+def by_pairs(kind: Any) -> bool:
+    return bool(kind == types.int8)
+
+
+def by_tiles(kind: Any) -> bool:
+    return bool(kind == types.int16)
 
 
 def _at(b: IR, address: IR, kind: IR) -> IR:
@@ -110,80 +127,7 @@ def _exp(b: IR, x: IR) -> IR:
     return b.select(b.fcmp_ordered("<", x, _const(-87.0)), _const(0.0), value)
 
 
-def _load_pair(b: IR, address: IR, row: IR, packed: bool) -> tuple[IR, IR]:
-    """Two rows of B that follow each other in the sum.
-
-    In bfloat16 they lie interleaved, so that one load, a shift and a mask widen both; in float32 `row` apart.
-    """
-    if not packed:
-        return _load(b, address), _load(b, b.add(address, row))
-    both = _load(b, address, _IVEC)
-    even = b.shl(both, _const(16, _IVEC))
-    odd = b.and_(both, _const(-65536, _IVEC))
-    return b.bitcast(even, _VEC), b.bitcast(odd, _VEC)
-
-
 # --- the pieces of attention ---------------------------------------------------------------------------------
-
-
-@intrinsic(prefer_literal=True)
-def multiply(ctx: Any, kind: Any, rows: Any, groups: Any, a: Any, a_row: Any, b: Any, b_row: Any, terms: Any,
-             c: Any, c_row: Any, ahead: Any, alpha: Any) -> Any:  # fmt: skip
-    """c[r, :] = alpha[r] * c[r, :] + sum over k < terms of a[r, k] * B[k, :], k ascending, 16 * groups columns.
-
-    `b` is the address of B's rows; or, where `alpha` is the literal 0 and c starts from nothing, of `groups`
-    addresses, one for each 16 columns. Sizes are in bytes, but for `terms`. `kind` is a value of B's element
-    type: uint16 (bfloat16's bits) or float32. What lies `ahead` bytes from B is fetched into the cache on the
-    way: pages are scattered, so no hardware prefetcher knows where the next one is.
-    """
-    packed = kind.bitwidth == 16
-    R, G = rows.literal_value, groups.literal_value
-    fresh = isinstance(alpha, types.Literal)
-
-    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, _, _, a, a_row, base, b_row, terms, c, c_row, ahead, alpha = args
-        a_rows = [b.add(a, _bytes(b, a_row, r)) for r in range(R)]
-        c_at = [[_offset(b, b.add(c, _bytes(b, c_row, r)), 64 * g) for g in range(G)] for r in range(R)]
-        bases = [
-            _load(b, _offset(b, base, 8 * g), _I64) if fresh else _offset(b, base, 64 * g) for g in range(G)
-        ]
-        sums = [[cgutils.alloca_once(b, _VEC) for _ in range(G)] for _ in range(R)]  # registers after mem2reg
-        for r in range(R):
-            factor = None if fresh else _splat(b, _load(b, _offset(b, alpha, 4 * r), _F32))
-            for g in range(G):
-                b.store(_const(0.0) if fresh else b.fmul(_load(b, c_at[r][g]), factor), sums[r][g])
-
-        def accumulate(pair: IR, half: int, columns: list[IR]) -> None:
-            for r in range(R):
-                x = _splat(b, _load(b, _offset(b, b.add(a_rows[r], _bytes(b, pair, 8)), 4 * half), _F32))
-                for g in range(G):
-                    b.store(_fma(b, x, columns[g], b.load(sums[r][g])), sums[r][g])
-
-        pairs = b.lshr(terms, ir.Constant(_I64, 1))
-        pair_bytes = b_row if packed else _bytes(b, b_row, 2)
-        with cgutils.for_range(b, pairs) as loop:
-            shift = b.mul(loop.index, pair_bytes)
-            columns = [_load_pair(b, b.add(at, shift), b_row, packed) for at in bases]
-            for at in bases:
-                _prefetch(b, b.add(b.add(at, shift), ahead))
-                if not packed:
-                    _prefetch(b, b.add(b.add(b.add(at, shift), ahead), b_row))
-            accumulate(loop.index, 0, [even for even, _ in columns])
-            accumulate(loop.index, 1, [odd for _, odd in columns])
-        # An odd last term has no partner: what lies there is another request's past and may be NaN.
-        with b.if_then(b.trunc(terms, ir.IntType(1))):
-            shift = b.mul(pairs, pair_bytes)
-            columns = [_load_pair(b, b.add(at, shift), ir.Constant(_I64, 0), packed) for at in bases]
-            accumulate(pairs, 0, [even for even, _ in columns])
-        for r in range(R):
-            for g in range(G):
-                _store(b, b.load(sums[r][g]), c_at[r][g])
-        return context.get_dummy_value()
-
-    size = types.int64
-    return types.void(
-        kind, rows, groups, size, size, size, size, size, size, size, size, alpha if fresh else size
-    ), codegen
 
 
 @intrinsic
@@ -193,9 +137,9 @@ def softmax_step(ctx: Any, kind: Any, scores: Any, weights: Any, first: Any, las
 
     Updates the running maximum `peak` and the 16 partial sums `total`; `alpha` is what earlier sums scale by.
     A block with no visible key leaves everything as it was: alpha is exactly 1. Weights are float32, or bfloat16
-    for tiles (`kind` int16); their sum is taken before they are rounded.
+    for tiles and pairs; their sum is taken before they are rounded.
     """
-    rounded = kind == types.int16
+    rounded = by_tiles(kind) or by_pairs(kind)
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, scores, weights, first, last, scale, cap, peak, alpha, total = args
@@ -276,6 +220,23 @@ next_thread = _ticket("next_thread", 0, "A kernel's threads, counted as they com
 next_item = _ticket("next_item", 8, "The record's next item of work that no thread has taken.")
 
 
+def _question(name: str, answer: Callable[[Any], bool], documentation: str) -> Any:
+    def ask(ctx: Any, kind: Any) -> Any:
+        def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+            return ir.Constant(ir.IntType(1), int(answer(kind)))
+
+        return types.boolean(kind), codegen
+
+    ask.__name__, ask.__doc__ = name, documentation
+    return intrinsic(ask)
+
+
+uses_tiles = _question("uses_tiles", by_tiles, "Whether AMX tiles multiply.")
+stays_half = _question(
+    "stays_half", lambda kind: by_tiles(kind) or by_pairs(kind), "Whether both factors stay bfloat16."
+)
+
+
 @intrinsic
 def view(ctx: Any, address: Any, kind: Any) -> Any:
     """The address as a pointer to `kind`'s type."""
@@ -288,10 +249,10 @@ def view(ctx: Any, address: Any, kind: Any) -> Any:
 
 @intrinsic
 def size_of(ctx: Any, kind: Any) -> Any:
-    """Bytes of an element of `kind`'s type."""
+    """Bytes of an element."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        return ir.Constant(_I64, kind.bitwidth // 8)
+        return ir.Constant(_I64, 2 if is_half(kind) else 4)
 
     return types.int64(kind), codegen
 
@@ -309,7 +270,7 @@ def _load_wide(b: IR, source: IR, packed: bool, count: int) -> IR:
 @intrinsic(prefer_literal=True)
 def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
     """Widens 1 or 16 elements at `source` to float32 at `target`."""
-    packed, count = kind.bitwidth == 16, lanes.literal_value
+    packed, count = is_half(kind), lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, _, source, target = args
@@ -322,7 +283,8 @@ def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
 @intrinsic
 def sum_of_squares(ctx: Any, kind: Any, source: Any, count: Any) -> Any:
     """Of `count` elements: lane by lane, the lanes first to last, then what is left over."""
-    packed, size = kind.bitwidth == 16, kind.bitwidth // 8
+    packed = is_half(kind)
+    size = 2 if packed else 4
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, source, count = args
@@ -363,7 +325,7 @@ def _round_and_store(b: IR, value: IR, target: IR, packed: bool) -> None:
 @intrinsic(prefer_literal=True)
 def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any, target: Any) -> Any:
     """Stores 1 or 16 float32 divided by one."""
-    packed, count = kind.bitwidth == 16, lanes.literal_value
+    packed, count = is_half(kind), lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, _, source, divisor, target = args
@@ -383,7 +345,7 @@ def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any,
 @intrinsic(prefer_literal=True)
 def add_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, bias: Any, target: Any) -> Any:
     """Stores the sums of 1 or 16 float32 and as many of a bias."""
-    packed, count = kind.bitwidth == 16, lanes.literal_value
+    packed, count = is_half(kind), lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, _, source, bias, target = args

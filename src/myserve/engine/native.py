@@ -35,6 +35,7 @@ def fingerprint() -> int:
     files = (
         "lanes.py",
         "tiles.py",
+        "dots.py",
         "kernels.py",
         "gemm_kernels.py",
         "pointwise_kernels.py",

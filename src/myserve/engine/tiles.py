@@ -1,7 +1,7 @@
-"""The matrix units of newer CPUs, for Numba: bfloat16 dot products (AVX-512 BF16) and tiles (AMX).
+"""AMX tiles for Numba, and which unit multiplies bfloat16 on this machine.
 
-Both take the products of a row in the order of k, so a row's bits do not depend on the rows beside it; the two differ
-from each other, and from fused multiply-adds, in how they round, so a machine uses one of them for everything.
+All take the products of a row in the order of k, so a row's bits do not depend on the rows beside it; they differ from
+each other in how they round, so a machine uses one of them for everything.
 """
 
 from __future__ import annotations
@@ -21,17 +21,10 @@ from numba.extending import intrinsic
 from myserve.engine.lanes import (
     _I32,
     _I64,
-    _IVEC,
-    _VEC,
     IR,
     _at,
     _bytes,
-    _const,
-    _load,
-    _offset,
     _prefetch,
-    _splat,
-    _store,
 )
 
 _I8 = ir.IntType(8)
@@ -55,66 +48,6 @@ def _may_use_tiles() -> bool:
         return False
     arch_prctl, req_xcomp_perm, xtiledata = 158, 0x1023, 18
     return int(ctypes.CDLL(None).syscall(arch_prctl, req_xcomp_perm, xtiledata)) == 0
-
-
-class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite is untyped
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    null = "0.0"
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-
-_BFloat._create_instance()
-_HALVES = ir.VectorType(_BFloat(), 32)
-
-
-@intrinsic(prefer_literal=True)
-def multiply_pairs(ctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any, c: Any) -> Any:
-    """c[r, :64] = sum over pairs of x[r, 2k] * W[2k, :] + x[r, 2k + 1] * W[2k + 1, :], k ascending; c is [rows, 64].
-
-    x is bfloat16, `x_row` bytes a row; W is four groups of 16 columns, [pairs, 16, 2], `w_group` bytes apart.
-    """
-    R, G = rows.literal_value, 4
-
-    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, x, x_row, w, w_group, pairs, c = args
-        x_rows = [b.add(x, _bytes(b, x_row, r)) for r in range(R)]
-        groups = [b.add(w, _bytes(b, w_group, g)) for g in range(G)]
-        sums = [[cgutils.alloca_once(b, _VEC) for _ in range(G)] for _ in range(R)]
-        for slot in (slot for row in sums for slot in row):
-            b.store(_const(0.0), slot)
-        kind = ir.FunctionType(_VEC, [_VEC, _HALVES, _HALVES])
-        dot = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        with cgutils.for_range(b, pairs) as loop:
-            at = [b.add(group, _bytes(b, loop.index, 64)) for group in groups]
-            columns = [b.bitcast(_load(b, address, _IVEC), _HALVES) for address in at]
-            for address in at:
-                _prefetch(b, _offset(b, address, 1024))
-            for r in range(R):
-                pair = _load(b, b.add(x_rows[r], _bytes(b, loop.index, 4)), _I32)
-                both = b.bitcast(_splat(b, pair, _IVEC), _HALVES)
-                for g in range(G):
-                    b.store(b.call(dot, [b.load(sums[r][g]), both, columns[g]]), sums[r][g])
-        for r in range(R):
-            for g in range(G):
-                _store(b, b.load(sums[r][g]), _offset(b, c, 256 * r + 64 * g))
-        return context.get_dummy_value()
-
-    size = types.int64
-    return types.void(rows, size, size, size, size, size, size), codegen
-
-
-@intrinsic
-def uses_tiles(ctx: Any, kind: Any) -> Any:
-    """Whether `kind` is int16: how bfloat16 by tiles is told from bfloat16 by lanes (uint16) where types decide."""
-
-    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        return ir.Constant(ir.IntType(1), int(kind == types.int16))
-
-    return types.boolean(kind), codegen
 
 
 @intrinsic(prefer_literal=True)
