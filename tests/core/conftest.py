@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
+from myserve.core import fast, sampling, stages
+from myserve.core.noise import OPENED
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 
@@ -55,3 +57,11 @@ def one_thread() -> Iterator[None]:
 def two_threads(one_thread: None) -> None:
     """Torch on two threads, where `sum` and `logsumexp` are known to change with the batch."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is taken for a device that no code is compiled for and that is better not asked for numbers."""
+    monkeypatch.setattr(fast, "covers", lambda scores: False)
+    monkeypatch.setattr(stages, "edge_by_guesses", stages.edge_by_bisection)
+    monkeypatch.setattr(sampling, "openings", lambda device: (OPENED, None))

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from myserve.core.noise import (
     BLOCK,
     COUNTER_VERSION,
+    OPENED,
+    OPENED_ON_CPU,
     CounterKey,
     CounterNoise,
     TorchNoise,
@@ -215,7 +217,19 @@ def test_opening_few_blocks_finds_the_winner_of_the_whole_race(
     whole = [
         (noise(key, vocab) / w.double()).argmin().item() for key, w in zip(race_keys, weights, strict=True)
     ]
-    assert draw_counter(weights, race_keys).tolist() == whole
+    for opened in (None, OPENED, OPENED_ON_CPU, 1):
+        winners, sure = draw_counter(weights, race_keys, opened)
+        assert [w for w, known in zip(winners.tolist(), sure.tolist(), strict=True) if known] == [
+            w for w, known in zip(whole, sure.tolist(), strict=True) if known
+        ]
+        assert opened is not None or sure.all()
+
+
+def test_a_draw_that_opened_too_few_blocks_says_so() -> None:
+    weights = some_weights(64, 5_000, 0, 4.0)
+    race_keys = [CounterKey(7, 8, position, 0) for position in range(64)]
+    few, many = (draw_counter(weights, race_keys, opened)[1] for opened in (1, OPENED))
+    assert few.any() and not few.all() and many.all()
 
 
 @given(weights_and_keys, st.integers(1, 200), st.floats(1e-3, 1.0))
@@ -225,13 +239,13 @@ def test_a_draw_does_not_depend_on_removed_losers_scale_or_vocabulary(
 ) -> None:
     race_keys, seed, vocab, spread = case
     weights = some_weights(len(race_keys), vocab, seed, spread)
-    winners = draw_counter(weights, race_keys)
+    winners = draw_counter(weights, race_keys)[0]
     fewer = torch.where(torch.rand(weights.shape) < 0.7, 0.0, weights)
     fewer.scatter_(1, winners.unsqueeze(1), weights.gather(1, winners.unsqueeze(1)))
-    assert torch.equal(draw_counter(fewer, race_keys), winners)
+    assert torch.equal(draw_counter(fewer, race_keys)[0], winners)
     longer = torch.cat((weights, torch.zeros(len(race_keys), more)), dim=1)
-    assert torch.equal(draw_counter(longer, race_keys), winners)
-    assert torch.equal(draw_counter(weights * 2.0 ** round(math.log2(scale)), race_keys), winners)
+    assert torch.equal(draw_counter(longer, race_keys)[0], winners)
+    assert torch.equal(draw_counter(weights * 2.0 ** round(math.log2(scale)), race_keys)[0], winners)
 
 
 def test_a_race_of_block_sums_would_depend_on_removed_losers() -> None:

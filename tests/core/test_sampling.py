@@ -98,7 +98,10 @@ def test_a_row_is_the_same_alone_and_in_any_company(make_row: MakeRow, compiled:
 
 @pytest.mark.parametrize("vocab", [1, 63, VOCAB, 4_999])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 2.0, 30.0])
-def test_compiled_and_tensor_draws_are_the_same_bits(make_row: MakeRow, vocab: int, spread: float) -> None:
+@pytest.mark.parametrize("on_a_device", [False, True])
+def test_compiled_and_tensor_draws_are_the_same_bits(
+    make_row: MakeRow, vocab: int, spread: float, on_a_device: bool, request: pytest.FixtureRequest
+) -> None:
     mixes = [
         mix | {"seed": seed}
         for seed in range(3)
@@ -112,8 +115,10 @@ def test_compiled_and_tensor_draws_are_the_same_bits(make_row: MakeRow, vocab: i
     logits[:, ::3] = logits[:, :1].clone()  # ties in every row
     if vocab > 2:
         logits[1::2, 1] = -torch.inf
-    for _ in range(2):
-        assert step(Sampler(), logits, rows) == step(Sampler(compiled=False), logits, again)
+    compiled = [step(Sampler(), logits, rows) for _ in range(2)]
+    if on_a_device:
+        request.getfixturevalue("as_on_a_device")
+    assert compiled == [step(Sampler(compiled=False), logits, again) for _ in range(2)]
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])

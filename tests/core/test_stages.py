@@ -20,6 +20,8 @@ from myserve.core.stages import (
     add_bias_,
     allow_only_,
     apply_temperature,
+    edge_by_bisection,
+    edge_by_guesses,
     forbid_,
     keep_min_p,
     keep_top_k,
@@ -169,6 +171,16 @@ def test_top_p_of_a_large_vocabulary_grows_to_its_definition(spread: float, p: f
     result = keep_top_p(scores, torch.full((3, 1), p, dtype=torch.float64))
     for row, ours in zip(scores.tolist(), result, strict=True):
         assert kept(ours.unsqueeze(0)) == nucleus_by_definition(row, p)
+
+
+@given(st.lists(scores_with_ties, min_size=1, max_size=3), fractions)
+def test_bisection_finds_the_edge_that_guesses_find(rows: list[list[float]], p: float) -> None:
+    scores = torch.full((len(rows), 90), -torch.inf)
+    for row, values in zip(scores, rows, strict=True):
+        row[: len(values)] = torch.tensor(values)
+    share = torch.full((len(rows), 1), p, dtype=torch.float64)
+    guessed, found = edge_by_guesses(scores, share), edge_by_bisection(scores, share)
+    assert torch.equal(guessed[0] + 0.0, found[0]) and torch.equal(guessed[1], found[1])  # -0 is 0
 
 
 @pytest.mark.parametrize("vocab", [63, 64, 65, 1000, 20_011])

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from myserve.core.noise import CounterKey, draw_counter
+from myserve.core.noise import OPENED_ON_CPU, CounterKey, draw_counter
 from myserve.core.numerics import weights_of
 from myserve.core.sampling import RowState, Sampled, Sampler
 
@@ -160,7 +160,9 @@ def tail_draws(count: int) -> list[int]:
     winners = []
     for start in range(0, count, 500):
         keys = [CounterKey(seed, 0, 9, 0) for seed in range(start, start + 500)]
-        winners += draw_counter(weights, keys).tolist()
+        drawn, sure = draw_counter(weights, keys, OPENED_ON_CPU)
+        assert sure.all()
+        winners += drawn.tolist()
     return [token_id for token_id in winners if token_id != 17]
 
 

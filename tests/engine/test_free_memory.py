@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from myserve.engine import backend
 from myserve.engine import free_memory as module
 from myserve.engine.config import EngineConfig
 from myserve.engine.free_memory import free_memory
@@ -72,5 +73,5 @@ def test_the_cache_is_sized_by_what_is_left(limited: Path) -> None:
     config = Qwen3Config(
         num_hidden_layers=2, num_key_value_heads=2, head_dim=64, max_position_embeddings=40960
     )
-    cache = KVCache(config, torch.float32, CPU, EngineConfig())
+    cache = KVCache(config, torch.float32, backend.CPU, EngineConfig())
     assert 12 * MIB < cache.num_bytes <= 50 * MIB // 4

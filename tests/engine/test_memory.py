@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from myserve.engine.backend import CPU
 from myserve.engine.config import EngineConfig
 from myserve.engine.kv_cache import AHEAD, KVCache
 from myserve.engine.memory import HUGE_PAGE, FilePages, touch, zeros
@@ -44,7 +45,7 @@ def test_touched_memory_is_there_and_keeps_its_values() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_the_cache_behind_the_blocks_in_use_lies_ready_and_no_more() -> None:
     shape = SimpleNamespace(num_key_value_heads=4, num_attention_heads=4, head_dim=64, num_hidden_layers=2)
-    cache = KVCache(shape, torch.float32, torch.device("cpu"), EngineConfig(num_blocks=4096))
+    cache = KVCache(shape, torch.float32, CPU, EngineConfig(num_blocks=4096))
     block, before = cache.num_bytes // cache.num_blocks, resident()
     ahead, room = AHEAD // cache.block_size * block, 2 * 2 * 2 * HUGE_PAGE
     for num_used in (0, 500):

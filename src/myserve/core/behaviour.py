@@ -20,6 +20,7 @@ from myserve.core.stages import (
     keep_top_p,
     keep_typical,
 )
+from myserve.core.transfer import upload
 
 Rows = Sequence[SamplingParams]
 
@@ -41,7 +42,8 @@ def truncate(scaled: Tensor, params: Rows) -> Tensor:
     scores = scaled
     drawn = [b for b, p in enumerate(params) if p.temperature > 0]
     if rows := [b for b in drawn if (params[b].top_k or 0) > 0]:
-        scores = _on_rows(scores, rows, keep_top_k, _column(params, rows, "top_k", scores, torch.int64))
+        k, most = _column(params, rows, "top_k", scores, torch.int64), max(params[b].top_k or 0 for b in rows)
+        scores = _on_rows(scores, rows, lambda some: keep_top_k(some, k, most))
     if rows := [b for b in drawn if params[b].top_p < 1.0]:
         scores = _on_rows(scores, rows, keep_top_p, _column(params, rows, "top_p", scores))
     if rows := [b for b in drawn if params[b].min_p > 0.0]:
@@ -49,7 +51,7 @@ def truncate(scaled: Tensor, params: Rows) -> Tensor:
     if rows := [b for b in drawn if params[b].typical_p < 1.0]:
         scores = _on_rows(scores, rows, keep_typical, _column(params, rows, "typical_p", scores))
     if rows := [b for b in drawn if params[b].top_n_sigma is not None]:
-        untruncated = scaled[rows]
+        untruncated = scaled[upload(rows, torch.int64, scaled.device)]
         n = _column(params, rows, "top_n_sigma", scores)
         scores = _on_rows(scores, rows, lambda some: keep_top_n_sigma(some, untruncated, n))
     return scores
@@ -63,12 +65,12 @@ def _column(
     params: Rows, rows: list[int], name: str, like: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """One parameter of the given rows, [R, 1]."""
-    return torch.tensor([[getattr(params[b], name)] for b in rows], dtype=dtype, device=like.device)
+    return upload([[getattr(params[b], name)] for b in rows], dtype, like.device)
 
 
 def _on_rows(scores: Tensor, rows: list[int], stage: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """`scores` with a stage applied to some rows; never in place, for `scores` may be the raw logits."""
     if len(rows) == scores.shape[0]:
         return stage(scores, *args)
-    at = torch.tensor(rows, device=scores.device)
+    at = upload(rows, torch.int64, scores.device)
     return scores.index_copy(0, at, stage(scores[at], *args))

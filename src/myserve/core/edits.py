@@ -18,6 +18,7 @@ from myserve.core.stages import (
     penalise_counts_,
     penalise_repetition_,
 )
+from myserve.core.transfer import send, upload
 
 
 class Scratch:
@@ -50,18 +51,18 @@ def _constrain(scores: Tensor, rows: Sequence[RowState]) -> None:
     masked = [(b, mask) for b, row in enumerate(rows) if (mask := _mask(row)) is not None]
     if masked:
         apply = fast.mask_ if fast.covers(scores) else mask_
-        apply(scores, torch.stack([mask for _, mask in masked]), torch.tensor([b for b, _ in masked]))
+        masks = send(torch.stack([mask for _, mask in masked]), device)
+        apply(scores, masks, upload([b for b, _ in masked], torch.int64, device))
     limited = [
         (b, row.params.allowed_token_ids) for b, row in enumerate(rows) if row.params.allowed_token_ids
     ]
     if limited:
         at = [b * V + token_id for b, allowed in limited for token_id in set(allowed)]
-        allow_only_(
-            scores, torch.tensor(at, device=device), torch.tensor([b for b, _ in limited], device=device)
-        )
+        places = [b for b, _ in limited]
+        allow_only_(scores, upload(at, torch.int64, device), upload(places, torch.int64, device))
     forbidden = [b * V + token_id for b, row in enumerate(rows) for token_id in row.forbidden_token_ids()]
     if forbidden:
-        forbid_(scores, torch.tensor(forbidden, device=device))
+        forbid_(scores, upload(forbidden, torch.int64, device))
 
 
 def _mask(row: RowState) -> Tensor | None:
@@ -73,7 +74,7 @@ def _bias(scores: Tensor, rows: Sequence[RowState]) -> None:
     biases = [(b * V + i, value) for b, row in enumerate(rows) for i, value in row.params.logit_bias.items()]
     if biases:
         at, value = zip(*biases, strict=True)
-        add_bias_(scores, Edits(torch.tensor(at, device=device), torch.tensor(value, device=device)))
+        add_bias_(scores, Edits(upload(at, torch.int64, device), upload(value, torch.float32, device)))
 
 
 def _penalise(scores: Tensor, rows: Sequence[RowState]) -> None:
@@ -81,13 +82,16 @@ def _penalise(scores: Tensor, rows: Sequence[RowState]) -> None:
     penalised = [(b, row.params, row.history) for b, row in enumerate(rows) if row.history]
     if not penalised:
         return
-    lengths = torch.tensor([len(history) for *_, history in penalised], device=device)
-    first = torch.tensor([b * V for b, *_ in penalised], device=device)
-    at = torch.cat([history.ids() for *_, history in penalised]) + first.repeat_interleave(lengths)
+    sizes = [len(history) for *_, history in penalised]
+    lengths, total = upload(sizes, torch.int64, device), sum(sizes)
+    first = upload([b * V for b, *_ in penalised], torch.int64, device)
+    # told how long the result is, since a device would have to be asked
+    first = first.repeat_interleave(lengths, output_size=total)
+    at = torch.cat([history.ids() for *_, history in penalised]) + first
     counts = torch.cat([history.counts() for *_, history in penalised])
 
     def beside(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=device).repeat_interleave(lengths)
+        return upload(values, torch.float32, device).repeat_interleave(lengths, output_size=total)
 
     repetition = [params.repetition_penalty for _, params, _ in penalised]
     if any(r != 1.0 for r in repetition):

@@ -12,7 +12,15 @@ from numba import njit
 from myserve.core import kernels
 from myserve.core.fingerprint import fingerprint
 
-SOURCES = ("kernels.py", "nucleus.py", "row_kernels.py", "kernel_math.py", "noise.py", "numerics.py")
+SOURCES = (
+    "kernels.py",
+    "nucleus.py",
+    "row_kernels.py",
+    "kernel_math.py",
+    "noise.py",
+    "numerics.py",
+    "transfer.py",
+)
 
 Kernel = Callable[..., None]  # (start, stop, *arrays): rows `start` to `stop`
 

@@ -71,13 +71,13 @@ def covers(scores: Tensor) -> bool:
     return available() and scores.device.type == "cpu" and scores.dtype == torch.float32
 
 
-def normalise(scores: Tensor) -> tuple[list[float], list[int]]:
-    """(largest score, mass in quanta) of each row of [R, V]."""
+def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest score [R], mass in quanta [R]) of the rows of [R, V]."""
     from myserve.core import entry_points
 
     largest, masses = torch.empty(len(scores)), torch.empty(len(scores), dtype=torch.int64)
     _over_threads(entry_points.normalise_rows(), scores.contiguous(), largest, masses, work_rows=1)
-    return largest.tolist(), masses.tolist()
+    return largest, masses
 
 
 def mask_(scores: Tensor, masks: Tensor, rows: Tensor) -> None:
@@ -87,18 +87,15 @@ def mask_(scores: Tensor, masks: Tensor, rows: Tensor) -> None:
     _over_threads(entry_points.mask_rows(), masks, scores, rows)
 
 
-def best_tokens(scores: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]]]:
-    """The k[r] best (id, score) of each row, k[r] >= 1, in no order; never one at -inf."""
+def best_tokens(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(ids, scores) [R, most] of the k[r] best of each row, k[r] >= 1, in no order; id -1 where there are fewer."""
     from myserve.core import entry_points
 
     most = min(max(k), scores.shape[1])
     ids = torch.full((len(k), most), -1)
     values = torch.empty(len(k), most)
     _over_threads(entry_points.best_rows(), scores.contiguous(), torch.tensor(k), ids, values, work_rows=1)
-    return [
-        [(token_id, value) for token_id, value in zip(*row, strict=True) if token_id >= 0]
-        for row in zip(ids.tolist(), values.tolist(), strict=True)
-    ]
+    return ids, values
 
 
 def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from myserve.core import fast
 from myserve.core.numerics import log_mass, quanta, weights_of
-from myserve.core.stages import entropy_of, kth_largest
+from myserve.core.stages import entropy_of, ordered
 from myserve.errors import NonFiniteLogitsError
 
 LOWEST_FLOAT32 = -3.4028234663852886e38
@@ -71,30 +71,45 @@ def to_float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", max(value, LOWEST_FLOAT32)))[0])
 
 
+def masses(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest score [R], mass in quanta [R]) of float32 scores [R, V] with a finite maximum in every row."""
+    if fast.covers(scores):
+        return fast.normalise(scores)
+    largest, weights = weights_of(scores)
+    return largest[:, 0], quanta(weights).sum(-1)
+
+
+def normalisers_of(largest: Tensor, mass: Tensor) -> list[Normaliser]:
+    """Of what `masses` gave, on the host."""
+    pairs = zip(largest.tolist(), mass.tolist(), strict=True)
+    return [Normaliser(top, log_mass(total)) for top, total in pairs]
+
+
 def normalisers(scores: Tensor) -> list[Normaliser]:
     """Of float32 scores [R, V] with a finite maximum in every row."""
+    return normalisers_of(*masses(scores))
+
+
+def best_of(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(ids, scores) [R, most] of each row's k[r] best at least, and perhaps of none or of -inf: see `listed`."""
     if fast.covers(scores):
-        tops, totals = fast.normalise(scores)
-    else:
-        largest, weights = weights_of(scores)
-        tops, totals = largest[:, 0].tolist(), quanta(weights).sum(-1).tolist()
-    return [Normaliser(top, log_mass(total)) for top, total in zip(tops, totals, strict=True)]
+        return fast.best_tokens(scores, k)
+    most = min(max(k), scores.shape[1])
+    # by score, equal scores by id, in one number, for which of equal scores topk gives is its own affair
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    chosen = ((ordered(scores) << 32) - ids).topk(most).indices
+    return chosen, scores.gather(1, chosen)
 
 
-def top_tokens(scores: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]]]:
+def listed(ids: Tensor, values: Tensor, k: Sequence[int]) -> list[list[tuple[int, float]]]:
     """The k[r] best (id, score) of each row, best first, the lower id among equals; never one at -inf."""
-    if fast.covers(scores):
-        return [sorted(row, key=_best_first) for row in fast.best_tokens(scores, k)]
-    wanted = torch.tensor(k, device=scores.device).unsqueeze(1)
-    edge = kth_largest(scores, wanted)
-    # by value, not by topk's indices: which of several equal scores topk returns depends on the largest k
-    # asked for
-    chosen = ((scores >= edge) & (scores > -torch.inf)).nonzero()
-    values = scores[chosen[:, 0], chosen[:, 1]].tolist()
-    best: list[list[tuple[int, float]]] = [[] for _ in k]
-    for (row, token_id), value in zip(chosen.tolist(), values, strict=True):
-        best[row].append((token_id, value))
-    return [sorted(row, key=_best_first)[:count] for row, count in zip(best, k, strict=True)]
+    rows = zip(ids.tolist(), values.tolist(), k, strict=True)
+    return [sorted(_there(*row[:2]), key=_best_first)[: row[2]] for row in rows]
+
+
+def _there(ids: list[int], values: list[float]) -> list[tuple[int, float]]:
+    pairs = zip(ids, values, strict=True)
+    return [(token_id, value) for token_id, value in pairs if token_id >= 0 and value > -math.inf]
 
 
 def _best_first(entry: tuple[int, float]) -> tuple[float, int]:
@@ -102,26 +117,31 @@ def _best_first(entry: tuple[int, float]) -> tuple[float, int]:
 
 
 def top_logprobs(best: Sequence[tuple[int, float]], normaliser: Normaliser) -> TopLogprobs:
-    """(id, logprob) of `top_tokens`' entries of one row."""
+    """(id, logprob) of one row of `listed`."""
     return tuple((token_id, normaliser.logprob(score)) for token_id, score in best)
 
 
-def kept_sets(scaled: Tensor, behaviour: Tensor) -> list[Kept]:
-    """The support of each row of `behaviour`, measured under softmax(`scaled`); both [R, V].
+def support_of(scaled: Tensor, behaviour: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(bool [R, V], its mass and that of all tokens in quanta [R], the entropy [R]) of each row's support.
 
-    >>> kept_sets(torch.zeros(1, 4), torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]))
-    [Kept(token_ids=(0, 2), mass=0.5, entropy=1.3862943611198904)]
+    The support is that of `behaviour`, measured under softmax(`scaled`); both [R, V].
     """
     largest, weights = weights_of(scaled)
     share = quanta(weights)
     total = share.sum(-1, keepdim=True)
-    entropy = entropy_of(largest, scaled, weights, total)[:, 0].tolist()
+    entropy = entropy_of(largest, scaled, weights, total)
     inside = behaviour > -torch.inf
-    mass = torch.where(inside, share, 0).sum(-1).tolist()
-    return [
-        Kept(tuple(row.nonzero()[:, 0].tolist()), part / whole, h)
-        for row, part, whole, h in zip(inside, mass, total[:, 0].tolist(), entropy, strict=True)
-    ]
+    return inside, torch.where(inside, share, 0).sum(-1), total[:, 0], entropy[:, 0]
+
+
+def kept_sets(inside: Tensor, mass: Tensor, total: Tensor, entropy: Tensor) -> list[Kept]:
+    """Of what `support_of` gave, on the host.
+
+    >>> kept_sets(*support_of(torch.zeros(1, 4), torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])))
+    [Kept(token_ids=(0, 2), mass=0.5, entropy=1.3862943611198904)]
+    """
+    rows = zip(inside, mass.tolist(), total.tolist(), entropy.tolist(), strict=True)
+    return [Kept(tuple(row.nonzero()[:, 0].tolist()), part / whole, h) for row, part, whole, h in rows]
 
 
 class Rows(Protocol):
@@ -152,7 +172,8 @@ def prompt_logprobs(logits: Rows, target_ids: Sequence[int], k: int = 0) -> list
             chunk = scores[: len(chunk)].copy_(chunk)
         _require_finite(chunk, start)
         values = chunk.gather(1, torch.tensor(targets, device=chunk.device).unsqueeze(1))[:, 0].tolist()
-        best = top_tokens(chunk, [k] * len(targets)) if k else [[]] * len(targets)
+        ks = [k] * len(targets)
+        best = listed(*best_of(chunk, ks), ks) if k else [[]] * len(targets)
         scored += [
             Scored(token_id, normaliser.maybe_logprob(value), top_logprobs(alternatives, normaliser))
             for token_id, value, alternatives, normaliser in zip(

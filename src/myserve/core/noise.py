@@ -29,10 +29,13 @@ import torch
 from torch import Tensor
 
 from myserve.core.numerics import neg_log1m
+from myserve.core.transfer import upload
 
 COUNTER_VERSION = "counter-v1"
 BLOCK = 64  # ids in a block
 KIND_BLOCK, KIND_TOKEN = 0, 1
+OPENED = 256  # blocks that a draw looks into at first: of 152k tokens, one draw in thousands needs more
+OPENED_ON_CPU = 32  # where asking again costs nothing
 
 WORD = 0xFFFFFFFF
 PHILOX_ROUNDS = 10
@@ -93,35 +96,41 @@ class TorchNoise:
             self.exponentials(vocab_size)
 
 
-def draw_counter(weights: Tensor, keys: Sequence[CounterKey]) -> Tensor:
-    """The winners, int64 [R], of the races of `weights` (float32 [R, V], none all 0) under counter noise."""
+def draw_counter(
+    weights: Tensor, keys: Sequence[CounterKey], opened: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(winners int64 [R], sure bool [R]) of the races of `weights` (float32 [R, V], none all 0) under counter noise.
+
+    `opened`: how many blocks of each row are looked into, those that may hold the earliest arrivals; None: all. A
+    winner is sure if it came before any block that stayed closed can have had an arrival. (Looking into just the
+    blocks that may hold the winner was rejected: a GPU would have to be asked how many those are.)
+    """
     R, V = weights.shape
     device = weights.device
-    columns = torch.tensor(keys, dtype=torch.int64, device=device)  # [R, 4]
+    columns = upload(keys, torch.int64, device).unsqueeze(1)  # [R, 1, 4]
     blocks = -(-V // BLOCK)
     # ids past V are lanes of weight 0, so that noise does not depend on where the vocabulary ends
     padded = torch.nn.functional.pad(weights, (0, blocks * BLOCK - V)).double().view(R, blocks, BLOCK)
-    heaviest = padded.amax(-1)  # [R, G]
-    least, lane = block_noise(torch.arange(blocks, device=device), columns.unsqueeze(1))  # [R, G]
-    # one real arrival a block bounds the winner from above ...
-    arrival = least / padded.gather(2, lane.unsqueeze(2)).squeeze(2)
-    bound = arrival.amin(-1, keepdim=True)  # [R, 1]
-    # ... and only blocks whose earliest possible arrival is no later can hold it
-    row, block = ((least / heaviest <= bound) & (heaviest > 0)).nonzero(as_tuple=True)  # [N]
-    ids = block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=device)  # [N, 64]
-    times = (
-        token_noise(
-            ids, columns[row].unsqueeze(1), least[row, block].unsqueeze(1), lane[row, block].unsqueeze(1)
-        )
-        / padded[row, block]
-    )
-    first = torch.full((R,), torch.inf, dtype=torch.float64, device=device)
-    first.scatter_reduce_(0, row, times.amin(-1), "amin")
-    winner = torch.full((R,), V, dtype=torch.int64, device=device)
-    tied = torch.where(times == first[row].unsqueeze(1), ids, V).amin(
-        -1
-    )  # the lowest id, if two arrive at once
-    return winner.scatter_reduce_(0, row, tied, "amin")
+    least, lane = block_noise(torch.arange(blocks, device=device), columns)  # [R, G]
+    earliest = least / padded.amax(-1)  # inf where all weights are 0
+    count = blocks if opened is None else min(opened, blocks)
+    order = earliest.topk(min(count + 1, blocks), largest=False)
+    block = order.indices[:, :count]  # [R, N]
+    ids = block.unsqueeze(2) * BLOCK + torch.arange(BLOCK, device=device)  # [R, N, 64]
+    least, lane = (x.gather(1, block).unsqueeze(2) for x in (least, lane))
+    inside = padded.gather(1, block.unsqueeze(2).expand(-1, -1, BLOCK))
+    times = token_noise(ids, columns.unsqueeze(1), least, lane) / inside
+    first = times.amin((1, 2), keepdim=True)
+    winner = torch.where(times == first, ids, V).amin((1, 2))  # the lowest id, if two arrive at once
+    sure = torch.ones_like(winner, dtype=torch.bool)
+    if count < blocks:
+        sure = order.values[:, count] > first[:, 0, 0]
+    return winner, sure
+
+
+def openings(device: torch.device) -> tuple[int | None, ...]:
+    """How many blocks to look into: at first, and then for those who are not sure."""
+    return (OPENED_ON_CPU, OPENED, None) if device.type == "cpu" else (OPENED, None)
 
 
 def block_noise(block: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,19 +17,13 @@ from torch import Tensor
 from myserve.core import fast
 from myserve.core.behaviour import scale, truncate
 from myserve.core.edits import Scratch, edit
-from myserve.core.logprobs import (
-    Kept,
-    Normaliser,
-    TopLogprobs,
-    kept_sets,
-    normalisers,
-    top_logprobs,
-    top_tokens,
-)
-from myserve.core.noise import draw_counter, draw_torch
+from myserve.core.logprobs import Kept, Normaliser, TopLogprobs, masses, normalisers_of
+from myserve.core.noise import draw_counter, draw_torch, openings
 from myserve.core.numerics import log_mass, weights_of
 from myserve.core.params import SamplingParams
+from myserve.core.reports import Reports
 from myserve.core.rows import RowState
+from myserve.core.transfer import download, upload
 from myserve.errors import ConstraintError, NonFiniteLogitsError
 
 __all__ = [
@@ -60,7 +54,6 @@ class Sampled:
 
 RowError = NonFiniteLogitsError | ConstraintError
 Outcome = Sampled | RowError
-Report = tuple[TopLogprobs, tuple[tuple[int, float | None], ...], Kept | None]
 
 
 class Sampler:
@@ -113,7 +106,8 @@ def _draw_compiled(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Ou
         Normaliser(top, log_mass(mass)) for top, mass in zip(drawn.raw_largest, drawn.raw_mass, strict=True)
     ]
     # reports of what the compiled draw knows need the raw scores alone
-    reports = _reports(raw, raw_norms, raw, raw, raw_norms, [row.params for row in rows])
+    asked = Reports(raw, raw, raw, [row.params for row in rows])
+    reports = asked.written(asked.tensors, raw_norms, raw_norms)
     return [
         _row_error(raw_norm.largest, largest, row)
         or Sampled(
@@ -137,14 +131,41 @@ def _draw_compiled(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Ou
 
 
 def _draw_tensors(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Outcome]:
+    """Everything that a row is told comes from the device in one transfer, its errors too."""
+    params = [row.params for row in rows]
     # a maximum is NaN if any score is, and +inf if any score is
-    largest = zip(raw.amax(-1).tolist(), edited.amax(-1).tolist(), rows, strict=True)
-    errors = [_row_error(raw_top, top, row) for raw_top, top, row in largest]
-    if not any(errors):
-        return list(_draw_sound(raw, edited, rows))
-    sound = [b for b, error in enumerate(errors) if error is None]
-    drawn = iter(_draw_sound(raw[sound], edited[sound], [rows[b] for b in sound]) if sound else ())
-    return [error or next(drawn) for error in errors]
+    tops = torch.stack((raw.amax(-1), edited.amax(-1)))  # [2, B]
+    raw, edited = _with_something_to_draw(raw, edited, tops.isfinite().all(0))
+    scaled = scale(edited, params)
+    behaviour = truncate(scaled, params)
+    raw_mass = masses(raw)
+    mass = raw_mass if behaviour is raw else masses(behaviour)
+    asked = Reports(raw, scaled, behaviour, params)
+    race, unsure = _Race(behaviour, rows), list(range(len(rows)))
+    for opened in openings(raw.device):
+        tokens, sure = race.tokens(unsure, opened)
+        scores = [x.gather(1, tokens.unsqueeze(1))[:, 0] for x in (raw, behaviour)]
+        got = download([tops, tokens, sure, *scores, *raw_mass, *mass, *asked.tensors])
+        unsure = [b for b, known in enumerate(got[2].tolist()) if not known]
+        if not unsure:
+            break
+    raw_norms, norms = normalisers_of(*got[5:7]), normalisers_of(*got[7:9])
+    reports = asked.written(got[9:], raw_norms, norms)
+    columns = zip(*got[0].tolist(), rows, *(x.tolist() for x in (got[1], *got[3:5])), strict=True)
+    return [
+        _row_error(raw_top, top, row)
+        or Sampled(token_id, raw_norm.logprob(raw_score), norm.logprob(score), *report)
+        for (raw_top, top, row, token_id, raw_score, score), raw_norm, norm, report in zip(
+            columns, raw_norms, norms, reports, strict=True
+        )
+    ]
+
+
+def _with_something_to_draw(raw: Tensor, edited: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that will fail become rows of zeros: which those are is not known on the host yet."""
+    column = sound.unsqueeze(1)
+    zeroed = raw.where(column, 0.0)
+    return zeroed, zeroed if edited is raw else edited.where(column, 0.0)
 
 
 def _row_error(raw_largest: float, edited_largest: float, row: RowState) -> RowError | None:
@@ -164,68 +185,31 @@ def _row_error(raw_largest: float, edited_largest: float, row: RowState) -> RowE
     return None
 
 
-def _draw_sound(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Sampled]:
-    """For rows that all have a token to draw."""
-    params = [row.params for row in rows]
-    scaled = scale(edited, params)
-    behaviour = truncate(scaled, params)
-    tokens = _race(behaviour, rows)
-    raw_norms = normalisers(raw)
-    norms = raw_norms if behaviour is raw else normalisers(behaviour)
-    chosen = torch.tensor(tokens, device=raw.device).unsqueeze(1)
-    raw_scores = raw.gather(1, chosen)[:, 0].tolist()
-    scores = behaviour.gather(1, chosen)[:, 0].tolist()
-    reports = _reports(raw, raw_norms, scaled, behaviour, norms, params)
-    return [
-        Sampled(token_id, raw_norm.logprob(raw_score), norm.logprob(score), *report)
-        for token_id, raw_norm, raw_score, norm, score, report in zip(
-            tokens, raw_norms, raw_scores, norms, scores, reports, strict=True
-        )
-    ]
+class _Race:
+    """The token that each row draws; what a generator gives is drawn once, however often one looks."""
 
+    def __init__(self, behaviour: Tensor, rows: list[RowState]) -> None:
+        _, self._weights = weights_of(behaviour)
+        self._device = behaviour.device
+        self._keys = {b: row.counter_key for b, row in enumerate(rows) if row.torch_noise is None}
+        self._tokens = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
+        self._sure = torch.ones_like(self._tokens, dtype=torch.bool)
+        if sources := {b: row.torch_noise for b, row in enumerate(rows) if row.torch_noise is not None}:
+            at = self._at(list(sources))
+            self._tokens[at] = draw_torch(self._weights[at], list(sources.values()))
 
-def _race(behaviour: Tensor, rows: list[RowState]) -> list[int]:
-    """The token that each row draws."""
-    _, weights = weights_of(behaviour)
-    tokens = dict.fromkeys(range(len(rows)), 0)
-    if counter := [b for b, row in enumerate(rows) if row.torch_noise is None]:
-        drawn = draw_counter(weights[counter], [rows[b].counter_key for b in counter])
-        tokens.update(zip(counter, drawn.tolist(), strict=True))
-    if sources := {b: row.torch_noise for b, row in enumerate(rows) if row.torch_noise is not None}:
-        drawn = draw_torch(weights[list(sources)], list(sources.values()))
-        tokens.update(zip(sources, drawn.tolist(), strict=True))
-    return list(tokens.values())
+    def tokens(self, rows: list[int], opened: int | None) -> tuple[Tensor, Tensor]:
+        """(tokens, whether each is sure) [B], after looking into so many blocks of these rows, if they have any."""
+        looked = [b for b in rows if b in self._keys]
+        if looked:
+            at = self._at(looked)
+            weights = self._weights if len(looked) == len(self._weights) else self._weights[at]
+            drawn = draw_counter(weights, [self._keys[b] for b in looked], opened)
+            self._tokens[at], self._sure[at] = drawn
+        return self._tokens, self._sure
 
-
-def _reports(
-    raw: Tensor,
-    raw_norms: Sequence[Normaliser],
-    scaled: Tensor,
-    behaviour: Tensor,
-    norms: Sequence[Normaliser],
-    params: Sequence[SamplingParams],
-) -> list[Report]:
-    """What each row asked to be told beside its token: alternatives, named ids, the support."""
-    top: list[TopLogprobs] = [()] * len(params)
-    named: list[tuple[tuple[int, float | None], ...]] = [()] * len(params)
-    kept: list[Kept | None] = [None] * len(params)
-    for mode, scores, row_norms in (("raw", raw, raw_norms), ("processed", behaviour, norms)):
-        if asked := [b for b, p in enumerate(params) if p.top_logprobs and p.logprobs_mode == mode]:
-            best = top_tokens(_rows(scores, asked), [params[b].top_logprobs for b in asked])
-            for b, entries in zip(asked, best, strict=True):
-                top[b] = top_logprobs(entries, row_norms[b])
-        for b in [b for b, p in enumerate(params) if p.logprob_token_ids and p.logprobs_mode == mode]:
-            ids = params[b].logprob_token_ids
-            values = scores[b, list(ids)].tolist()
-            named[b] = tuple((i, row_norms[b].maybe_logprob(z)) for i, z in zip(ids, values, strict=True))
-    if asked := [b for b, p in enumerate(params) if p.kept]:
-        for b, support in zip(asked, kept_sets(scaled[asked], behaviour[asked]), strict=True):
-            kept[b] = support
-    return list(zip(top, named, kept, strict=True))
-
-
-def _rows(scores: Tensor, places: list[int]) -> Tensor:
-    return scores if len(places) == len(scores) else scores[places]
+    def _at(self, rows: list[int]) -> Tensor:
+        return upload(rows, torch.int64, self._device)
 
 
 # -- the seed's surface --------------------------------------------------------------------------------------

@@ -39,11 +39,9 @@ def allow_only_(scores: Tensor, at: Tensor, rows: Tensor) -> None:
 
 def mask_(scores: Tensor, masks: Tensor, rows: Tensor) -> None:
     """Stage 1: -inf in `rows` (int64 [R]) where `masks` (int32 [R, ceil(V / 32)]) has no bit set."""
-    V = scores.shape[1]
-    table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.bool).to(scores.device)  # [256, 8]
-    for mask, row in zip(masks.to(scores.device), rows.tolist(), strict=True):
-        allowed = table[mask.view(torch.uint8).to(torch.int64)].view(-1)[:V]
-        scores[row].masked_fill_(~allowed, -torch.inf)
+    bits = torch.arange(8, device=scores.device)
+    allowed = (masks.view(torch.uint8).unsqueeze(2) >> bits) & 1  # [R, bytes, 8]
+    scores[rows] = scores[rows].masked_fill(allowed.flatten(1)[:, : scores.shape[1]] == 0, -torch.inf)
 
 
 def forbid_(scores: Tensor, at: Tensor) -> None:
@@ -84,9 +82,12 @@ def apply_temperature(scores: Tensor, temperature: Tensor) -> Tensor:
 # -- stages 6 to 9: truncation -------------------------------------------------------------------------------
 
 
-def keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
-    """Every token whose score is at least the k-th largest; k int64 [R, 1] >= 1. Ties at the edge stay."""
-    return scores.masked_fill(scores < kth_largest(scores, k), -torch.inf)
+def keep_top_k(scores: Tensor, k: Tensor, most: int | None = None) -> Tensor:
+    """Every token whose score is at least the k-th largest; k int64 [R, 1] >= 1. Ties at the edge stay.
+
+    `most`: the largest k, which the host knows; a device would have to be asked.
+    """
+    return scores.masked_fill(scores < kth_largest(scores, k, most), -torch.inf)
 
 
 def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
@@ -95,20 +96,24 @@ def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
     A token stays if and only if the mass before it, in order, is below p of the whole: what transformers
     computes upwards from the tail (cumulative mass <= 1 - p goes), with the tie at the edge settled.
     """
-    edge, ties = _nucleus_edge(scores, p)
+    edge, ties = (edge_by_guesses if scores.device.type == "cpu" else edge_by_bisection)(scores, p)
     at_edge = scores == edge
     return scores.masked_fill((scores < edge) | (at_edge & (at_edge.cumsum(-1) > ties)), -torch.inf)
 
 
-def _nucleus_edge(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def _needed(mass: Tensor, p: Tensor) -> Tensor:
+    """[R, 1]: p of the mass in whole quanta, so that comparisons with it are exact."""
+    total = mass.sum(-1, keepdim=True)
+    return (p * total.double()).ceil().to(torch.int64).clamp(min=1)
+
+
+def edge_by_guesses(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """([R, 1] the lowest score in the nucleus, [R, 1] how many tokens of just that score are in it)."""
     R, V = scores.shape
     largest, weights = weights_of(scores)
-    total = quanta(weights).sum(-1, keepdim=True)
-    # whole quanta, so that the comparison is exact
-    needed = (p * total.double()).ceil().to(torch.int64).clamp(min=1)
+    needed = _needed(quanta(weights), p)
     edge = torch.empty_like(largest)
-    ties = torch.empty_like(total)
+    ties = torch.empty_like(needed)
     pending = torch.arange(R, device=scores.device)
     guess = min(FIRST_NUCLEUS_GUESS, V)
     while len(pending) > 0:
@@ -128,6 +133,25 @@ def _nucleus_edge(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         pending = pending[~found]
         guess = min(guess * 8, V)
     return edge, ties
+
+
+def edge_by_bisection(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and no number of it is looked at: 32 halvings of all float32 values.
+
+    Each is a pass over the vocabulary, of which a GPU makes dozens while the host waits for one answer.
+    """
+    largest, weights = weights_of(scores)
+    mass, order = quanta(weights), ordered(scores)
+    needed = _needed(mass, p)
+    edge = torch.full_like(needed, -(2**31))  # the largest value that the needed mass lies at or above
+    for bit in range(31, -1, -1):
+        higher = edge + (1 << bit)
+        reached = mass.where(order >= higher, 0).sum(-1, keepdim=True)
+        edge = torch.where(reached >= needed, higher, edge)
+    mass_above = mass.where(order > edge, 0).sum(-1, keepdim=True)
+    value = torch.where(edge < 0, edge ^ 0x7FFFFFFF, edge).to(torch.int32).view(torch.float32)
+    each = quanta(exp(value - largest))
+    return value, -((mass_above - needed) // each)
 
 
 def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
@@ -173,11 +197,21 @@ def keep_top_n_sigma(scores: Tensor, untruncated: Tensor, n: Tensor) -> Tensor:
 # -- shared --------------------------------------------------------------------------------------------------
 
 
-def kth_largest(scores: Tensor, k: Tensor) -> Tensor:
-    """[R, 1]: the k-th largest score of each row; k int64 [R, 1] >= 1, a k above V counts as V."""
+def ordered(scores: Tensor) -> Tensor:
+    """int64 numbers in the order of float32 scores, the same for equal ones; each fits 32 bits.
+
+    >>> ordered(torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 1.0])).tolist()
+    [-2139095041, -1065353217, 0, 0, 1065353216]
+    """
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # -0 + 0 is 0
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def kth_largest(scores: Tensor, k: Tensor, most: int | None = None) -> Tensor:
+    """[R, 1]: the k-th largest score of each row; k int64 [R, 1] >= 1, none above `most`; above V counts as V."""
     V = scores.shape[-1]
     k = k.clamp(max=V)
-    most = int(k.max())
+    most = V if most is None else min(most, V)
     blocks = V // BLOCK
     if most < blocks // 4:
         # the k largest lie in the k blocks of largest maxima, or in the ragged end: far fewer scores to

@@ -1,6 +1,6 @@
 """Paged attention in one fixed order, for prefill and decode alike.
 
-On a CPU it is our own kernel (`kernels`); elsewhere each request's pages are gathered and given to PyTorch.
+On a CPU it is our own kernel (`kernels`); elsewhere PyTorch's, over plain pages (`pages`).
 transformers calls `paged_forward`, which finds what it needs in a keyword of the model's own call:
 
     register_attention()
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,37 +33,51 @@ ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says
 class PagedContext:
     """Where the packed tokens of one step lie in the cache: the same for every layer but the tensors.
 
-    Rows of different requests follow each other without padding; a request has at least one, and its rows are the
-    last positions of its context. Rows behind the last request's belong to nobody and come out as zeros.
+    Rows of different requests follow each other without padding, and a request's rows are the last positions of its
+    context. Rows behind the last request's belong to nobody; on a CPU they come out as zeros.
     """
 
-    layers: Sequence[tuple[Tensor, Tensor]]  # (K, V) of each layer, as `allocate_layer` makes them
-    slot_mapping: Tensor  # [T] int64: block * BLOCK_SIZE + offset of each token; negative: not kept
+    layers: Sequence[tuple[Tensor, Tensor]]  # (K, V) of each layer, as `allocate_layer` or `pages` makes them
+    slot_mapping: Tensor  # [T] int64: block * block size + offset of each token; -1: not kept
     block_tables: Tensor  # [R, max_blocks] int32
     query_start: Tensor  # [R + 1] int32: request r owns the rows query_start[r] .. query_start[r + 1]
     context_lens: Tensor  # [R] int32: keys of each request, its new ones included
+    pages: Pages | None = None  # who stores and attends; None: our CPU kernels
+    on_host: PagedContext | None = (
+        None  # of a context on a device: the same numbers, to be looked at without waiting
+    )
+
+
+class Pages(Protocol):
+    """A cache that is not our kernels': see `pages.DevicePages`."""
+
+    def store(
+        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None: ...
+
+    def attend(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, *, scale: float,
+        window: int, softcap: float, sinks: Tensor | None,
+    ) -> Tensor: ...  # fmt: skip
 
 
 def allocate_layer(
-    num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """K and V of one layer, zeroed, [num_blocks, ...]: `cache[b]` is block b, so that a block is copied as a row.
 
-    On a CPU a block is [num_kv_heads, BLOCK_SIZE * dim] in the kernel's own order, dim in whole tiles; bfloat16
-    stays, all else is kept in float32. Elsewhere it is [BLOCK_SIZE, num_kv_heads, head_dim] in `dtype`.
+    A block is [num_kv_heads, BLOCK_SIZE * dim] in the kernel's own order, dim in whole tiles; bfloat16 stays, all else
+    is kept in float32.
 
     >>> [tuple(t.shape) for t in allocate_layer(10, 2, 8, torch.bfloat16)]
     [(10, 2, 1024), (10, 2, 1024)]
     """
-    if torch.device(device).type != "cpu":
-        shape: tuple[int, ...] = (num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
-        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
     shape = (num_blocks, num_kv_heads, BLOCK_SIZE * padded(head_dim))
     return memory.zeros(shape, _cpu_cache_dtype(dtype)), memory.zeros(shape, _cpu_cache_dtype(dtype))
 
 
 def bytes_per_block(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """What a block of one layer takes, K and V together, in bytes; on other devices than a CPU at most that.
+    """What a block of one layer takes, K and V together, in bytes.
 
     >>> bytes_per_block(8, 128, torch.bfloat16) // 1024
     128
@@ -79,11 +93,6 @@ def store_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """Writes new keys and values [T, Hkv, D] to their slots [T]."""
-    if key.device.type != "cpu":
-        kept = slot_mapping >= 0
-        for new, cache in ((key, key_cache), (value, value_cache)):
-            cache.flatten(0, 1)[slot_mapping[kept]] = new[kept].to(cache.dtype)
-        return
     key, value = (_rows(x, key_cache.dtype) for x in (key, value))
     tokens, heads, head_dim = key.shape
     size = key.element_size()
@@ -116,11 +125,6 @@ def paged_attention(
     A row's bits depend on its query and its keys alone: not on the other rows, on how its context came into the
     cache, on `context_lens` of others, nor on the number of threads.
     """
-    if query.device.type != "cpu":
-        return _gathered_attention(
-            query, key_cache, value_cache, block_tables, query_start, context_lens,
-            scale=scale, window=window, softcap=softcap, sinks=sinks,
-        )  # fmt: skip
     rows = _rows(query, key_cache.dtype)
     tokens, heads, head_dim = rows.shape
     kv_heads, size = key_cache.shape[1], rows.element_size()
@@ -157,32 +161,6 @@ def _scratch_bytes(group: int, head_dim: int) -> int:
     dim = int(padded(head_dim))
     floats = rows * (2 + LANES + 2 * dim + PARTITION // 2 + PARTITION) + 16 * dim
     return 64 * (2 + -(-4 * floats // 64))
-
-
-def _gathered_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    *,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The plain way, request by request, never padded: for devices that our kernel does not run on."""
-    out = torch.empty_like(query)
-    starts, lens = query_start.tolist(), context_lens.tolist()
-    for r, length in enumerate(lens):
-        rows = slice(starts[r], starts[r + 1])
-        blocks = block_tables[r, : -(-length // BLOCK_SIZE)].long()
-        key, value = (c[blocks].flatten(0, 1)[:length].transpose(0, 1) for c in (key_cache, value_cache))
-        out[rows] = dense_attention(
-            query[rows].transpose(0, 1), key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
-        ).transpose(0, 1)
-    return out
 
 
 def dense_attention(
@@ -235,13 +213,19 @@ def paged_forward(
     query [1, H, T, D], key and value [1, Hkv, T, D]; gives [1, T, H, D].
     """
     key_cache, value_cache = paged.layers[_layer_index(module)]
-    store_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), key_cache, value_cache, paged.slot_mapping)
-    out = paged_attention(
-        query[0].transpose(0, 1), key_cache, value_cache, paged.block_tables, paged.query_start, paged.context_lens,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window or 0, softcap=softcap or 0.0, sinks=s_aux,
-    )  # fmt: skip
-    return out[None], None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": sliding_window or 0,
+        "softcap": softcap or 0.0,
+        "sinks": s_aux,
+    }
+    if paged.pages is not None:
+        paged.pages.store(key, value, key_cache, value_cache, paged.slot_mapping)
+        return paged.pages.attend(query, key_cache, value_cache, paged, **options)[None], None
+    store_kv(key, value, key_cache, value_cache, paged.slot_mapping)
+    tables, starts, lens = paged.block_tables, paged.query_start, paged.context_lens
+    return paged_attention(query, key_cache, value_cache, tables, starts, lens, **options)[None], None
 
 
 def _layer_index(module: torch.nn.Module) -> int:

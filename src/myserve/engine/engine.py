@@ -12,6 +12,7 @@ from itertools import count
 
 from myserve.core.params import SamplingParams
 from myserve.engine.admission import ModelFacts, Submission, admit
+from myserve.engine.backend import Backend
 from myserve.engine.blocks import BlockPool
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints import Constraints
@@ -20,7 +21,7 @@ from myserve.engine.mail import Mail
 from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.model_runner import ModelRunner, StepResult
 from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
-from myserve.engine.packing_check import check_packing
+from myserve.engine.packing_check import settle
 from myserve.engine.queue_bound import QueueBound
 from myserve.engine.request import Request
 from myserve.engine.results import outcome_of, request_metrics
@@ -42,12 +43,12 @@ class Engine:
     Every public method may be called from any thread.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, backend: Backend | None = None) -> None:
         self.config = config
         self.tokenizer = loaded.tokenizer
         self.token_bytes = TokenBytes(loaded.tokenizer, loaded.vocab_size)
-        self.runner = ModelRunner(loaded, config)
-        self._independent = check_packing(self.runner, loaded.vocab_size)
+        self.runner = ModelRunner(loaded, config, backend)
+        self._independent = settle(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
         self.facts = ModelFacts(
             loaded.vocab_size,
@@ -66,7 +67,7 @@ class Engine:
         )
         if config.exact == "on" and not self._independent:
             logger.warning(
-                "%s: tokens depend on their batch; no exact product is built for it", loaded.device
+                "%s: tokens depend on their batch; no way to compute was found exact", loaded.device
             )
         logger.info("exactness %s; %r; context %d", self.exactness, self.scheduler.pool, self.max_model_len)
         self._loaded = loaded

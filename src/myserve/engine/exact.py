@@ -41,6 +41,8 @@ class ExactReport:
     routers: int
     experts: int  # modules that hold the experts of a layer
     norms: int
+    attention: str = "kernels"  # what attends: our kernels, PyTorch's "flash", or "gathered" and why
+    fixed_rows: int = 0  # how many rows every forward pass has (`fixed_rows`); 0: as many as there are
 
     def as_dict(self) -> dict[str, str | int]:
         return asdict(self)
@@ -104,8 +106,7 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
     A layer's own weight is freed as soon as it is packed, its pages of the checkpoint's file too, so that a model needs
     little more than its weights while it is prepared; embeddings tied to the output layer stay beside its packed copy.
     """
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    if mode == "off" or not on_cpu:
+    if mode == "off":
         return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0)
     experts = sum(_pack_experts(module) for module in list(model.modules()) if has_experts(module))
     routers = sum(_pack_router(module) for module in list(model.modules()) if is_router(module))

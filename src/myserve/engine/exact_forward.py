@@ -29,7 +29,7 @@ from myserve.engine.gemm import PackedWeight
 
 
 def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -> PreTrainedModel:
-    """Makes a CPU model of transformers compute, in place, exactly as the engine does; returns it.
+    """Makes a CPU model of transformers compute, in place, exactly as the engine does on a CPU; returns it.
 
     `model(input_ids, attention_mask, position_ids)` of any padded batch then gives at every real position the logits
     that the engine had there, bit for bit, prefilled or decoded; and they have gradients. A padded batch needs
@@ -39,6 +39,8 @@ def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -
     `max_model_len`: the engine's, which it needs to know where rotary angles depend on it: LongRoPE (Phi-3.5) served
     with longer contexts than it was first trained on. For all other models it changes nothing.
     """
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise ValueError("exact_forward computes by kernels that run on a CPU alone; move the model there")
     vector_math.settle()
     if max_model_len is not None:
         look_up_angles(model, max_model_len)

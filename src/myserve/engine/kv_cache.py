@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from myserve.core.transfer import upload
 from myserve.engine import memory
-from myserve.engine.attention import allocate_layer, bytes_per_block
+from myserve.engine.backend import Backend, head_size, kv_heads
 from myserve.engine.config import EngineConfig
 from myserve.engine.free_memory import free_memory
-from myserve.engine.kernels import BLOCK_SIZE
 
 FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
 
@@ -21,32 +21,30 @@ AHEAD = 2048  # tokens, for whose blocks memory lies ready
 
 
 class KVCache:
-    """`num_blocks` blocks of `BLOCK_SIZE` tokens in every layer.
+    """`num_blocks` blocks of `block_size` tokens in every layer.
 
     A system hands memory out when it is first written, so a cache that is larger than its use costs nothing. But a
     prompt that is the first to write there waits for it, a tenth of its time: `make_ready` does so before.
     """
 
-    def __init__(
-        self, hf_config: Any, dtype: torch.dtype, device: torch.device, config: EngineConfig
-    ) -> None:
-        self.block_size = BLOCK_SIZE
+    def __init__(self, hf_config: Any, dtype: torch.dtype, backend: Backend, config: EngineConfig) -> None:
+        self.device, self.block_size, self.pages = backend.device, backend.block_size, backend.pages
         heads, head_dim = kv_heads(hf_config), head_size(hf_config)
         num_layers = hf_config.num_hidden_layers
-        size = num_layers * bytes_per_block(heads, head_dim, dtype)
-        self.num_blocks = config.num_blocks or _affordable_blocks(size, hf_config, device, config)
+        size = num_layers * backend.bytes_per_block(heads, head_dim, dtype)
+        self.num_blocks = config.num_blocks or _affordable_blocks(size, hf_config, backend, config)
         self.layers: list[tuple[Tensor, Tensor]] = [
-            allocate_layer(self.num_blocks, heads, head_dim, dtype, device) for _ in range(num_layers)
+            backend.allocate_layer(self.num_blocks, heads, head_dim, dtype) for _ in range(num_layers)
         ]
         self.num_bytes = self.num_blocks * size
-        self._ready = 0 if device.type == "cpu" else self.num_blocks  # whose memory lies ready
-        self._pages = self._touch_pages()
+        self._ready = 0 if self.device.type == "cpu" else self.num_blocks  # whose memory lies ready
+        self._touching = self._touch_pages()
 
     def make_ready(self, num_used: int) -> bool:
         """Have the system hand out a page or so, for blocks behind the first `num_used`; False where all lies ready."""
         if self._ready >= min(self.num_blocks, num_used + AHEAD // self.block_size):
             return False
-        next(self._pages, None)
+        next(self._touching, None)
         return True
 
     def _touch_pages(self) -> Iterator[None]:
@@ -63,26 +61,17 @@ class KVCache:
         """Copy whole blocks, in every layer: (from, to)."""
         if not pairs:
             return
-        device = self.layers[0][0].device
-        sources, targets = (torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
+        sources, targets = (upload(side, torch.int64, self.device) for side in zip(*pairs, strict=True))
         for keys, values in self.layers:
             keys[targets] = keys[sources]
             values[targets] = values[sources]
 
 
-def kv_heads(hf_config: Any) -> int:
-    return int(getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads)
-
-
-def head_size(hf_config: Any) -> int:
-    return int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads)
-
-
-def _affordable_blocks(size: int, hf_config: Any, device: torch.device, config: EngineConfig) -> int:
+def _affordable_blocks(size: int, hf_config: Any, backend: Backend, config: EngineConfig) -> int:
     """As many blocks as the budget pays for; never more than `max_num_seqs` full contexts could use."""
-    budget = config.kv_cache_bytes or int(FREE_SHARE * free_memory(device))
+    budget = config.kv_cache_bytes or int(FREE_SHARE * free_memory(backend.device))
     longest = (
         config.max_model_len or getattr(hf_config, "max_position_embeddings", 0) or hf_config.n_positions
     )
-    useful = config.max_num_seqs * -(-longest // BLOCK_SIZE)
+    useful = config.max_num_seqs * -(-longest // backend.block_size)
     return max(1, min(budget // size, useful))

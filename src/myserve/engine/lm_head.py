@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LogitRows:
@@ -19,23 +20,32 @@ class LogitRows:
     embedding here was rejected: it would be right for most models.)
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._said: Any = None  # the body's output; last_hidden_state [1, T, D]
+    def __init__(self, model: Any, fixed_rows: int = 0) -> None:
+        """`fixed_rows`: how many rows the head takes at once, where its bits depend on that; 0: any number."""
+        self._model, self._fixed = model, fixed_rows
+        self._said: list[Any] = []  # the body's outputs; last_hidden_state [1, T, D]
         self._start = 0
 
     def from_row(self, start: int) -> LogitRows:
         """The same, counted from another row."""
-        rows = LogitRows(self._model)
+        rows = LogitRows(self._model, self._fixed)
         rows._said, rows._start = self._said, self._start + start
         return rows
 
     def __getitem__(self, rows: slice) -> Tensor:
         start, stop = self._start + rows.start, self._start + rows.stop
-        hidden: Tensor = self._said.last_hidden_state[:, start:stop]
+        said: list[Tensor] = [output.last_hidden_state for output in self._said]
+        hidden = (said[0] if len(said) == 1 else torch.cat(said, dim=1))[:, start:stop]
+        if not self._fixed:
+            return self._logits(hidden)
+        count = stop - start
+        hidden = F.pad(hidden, (0, 0, 0, -count % self._fixed))
+        return torch.cat([self._logits(part) for part in torch.split(hidden, self._fixed, dim=1)])[:count]
+
+    def _logits(self, hidden: Tensor) -> Tensor:  # [1, T, D] -> [T, V]
         name = self._model.base_model_prefix
         body = getattr(self._model, name)
-        setattr(self._model, name, _Repeats(type(self._said)(last_hidden_state=hidden)))
+        setattr(self._model, name, _Repeats(type(self._said[0])(last_hidden_state=hidden)))
         try:
             nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
             logits: Tensor = self._model(input_ids=nothing, use_cache=False).logits[0]
@@ -56,12 +66,12 @@ class _Repeats(nn.Module):
 
 
 @contextmanager
-def keep_rows(model: Any) -> Iterator[LogitRows]:
-    """The rows of the forward pass that is run inside the block; they may be looked at after it."""
-    rows = LogitRows(model)
+def keep_rows(model: Any, fixed_rows: int = 0) -> Iterator[LogitRows]:
+    """The rows of the forward passes that are run inside the block, in order; they may be looked at after it."""
+    rows = LogitRows(model, fixed_rows)
 
     def keep(body: nn.Module, args: Any, output: Any) -> None:
-        rows._said = output
+        rows._said.append(output)
 
     handle = getattr(model, model.base_model_prefix).register_forward_hook(keep)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -15,14 +15,30 @@ from myserve.core.logprobs import prompt_logprobs
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.sampling import Outcome, Sampled, Sampler
+from myserve.core.transfer import upload
 from myserve.engine.angles import look_up_angles, unscaled_length
+from myserve.engine.backend import Backend, backend_for
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints import MaskAhead
 from myserve.engine.exact import make_exact
+from myserve.engine.fixed_rows import (
+    FIXED_EXPERTS,
+    experts_implementation,
+    fixed_shape,
+    groups,
+    use_experts,
+)
 from myserve.engine.kv_cache import KVCache
 from myserve.engine.lm_head import LogitRows, keep_rows
 from myserve.engine.outputs import PromptLogprob
-from myserve.engine.recorded_steps import RecordedSteps
+from myserve.engine.recorded_steps import (
+    LARGEST,
+    LARGEST_DECODE,
+    RecordedSteps,
+    Shapes,
+    shape_for,
+    shape_of_decode,
+)
 from myserve.engine.request import Request
 from myserve.engine.routed_experts import Heard, RoutedExperts
 from myserve.engine.scheduler import Batch, Piece
@@ -50,30 +66,55 @@ class StepResult:
 class ModelRunner:
     """Runs one model. Keeps, for each live request, its sampling state, and the prompt logprobs gathered so far."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, backend: Backend | None = None) -> None:
+        """`backend`: how to compute; None: as the model's device asks for."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.model = loaded.model
         self.device = loaded.device
-        self.exact_report = make_exact(loaded.model, mode=config.exact)
+        exact = config.exact == "on"
+        self.backend = backend or backend_for(loaded.model, loaded.device, exact=exact)
+        self.settings = self.backend.settings if exact else (0,)  # for `use_rows`, in order of their cost
+        made = make_exact(loaded.model, mode=config.exact if self.backend.packs else "off")
+        self.exact_report = replace(made, mode=config.exact, attention=self.backend.attention)
+        self._own_experts = experts_implementation(loaded.model)
         self.routed_experts = RoutedExperts(loaded.model)
-        self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, loaded.device, config)
+        self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, self.backend, config)
         size = self.kv_cache.block_size
         usual = unscaled_length(loaded.model.config) or loaded.max_model_len
         self.max_model_len = min(
             loaded.max_model_len, self.kv_cache.num_blocks * size, config.max_model_len or usual
         )
+        self._max_blocks = -(-self.max_model_len // size)
         look_up_angles(loaded.model, self.max_model_len)
-        self.recorded_steps = RecordedSteps(
-            self._run_model, self.kv_cache.layers, -(-self.max_model_len // size)
-        )
-        # An expert's tokens are chosen by looking at them, which a recording cannot.
-        self.recorded_steps.usable = self.exact_report.mode == "on" and not self.exact_report.experts
+        self.use_rows(self.settings[0])
         self.sampler = Sampler()
         self._masks = MaskAhead()
         self._rows: dict[Request, RowState] = {}
         self._scored: dict[Request, list[PromptLogprob]] = {}
         self._alternatives: dict[Request, int] = {}  # prompt_logprobs=k of those who asked
+
+    def use_rows(self, rows: int) -> None:
+        """From now on every forward pass has so many rows (`fixed_rows`); 0: as many as a step has."""
+        self._fixed_rows = rows
+        self.exact_report = replace(self.exact_report, fixed_rows=rows)
+        if not self.backend.packs:
+            use_experts(self.model, FIXED_EXPERTS if rows else self._own_experts)
+        self.recorded_steps = self._no_steps_yet(rows)
+
+    def _no_steps_yet(self, rows: int) -> RecordedSteps:
+        largest = LARGEST
+        shapes: Shapes = shape_for
+        if rows:
+            largest, shapes = fixed_shape(rows, rows), lambda _, wanted: fixed_shape(rows, wanted)
+        elif not self.backend.packs:
+            largest, shapes = LARGEST_DECODE, shape_of_decode
+        recorder = self.backend.recorder
+        # With our products an expert's tokens are chosen by looking at them, which a recording cannot.
+        if self.backend.packs and (self.exact_report.mode == "off" or self.exact_report.experts):
+            recorder = None
+        inputs = StepInputs.of(largest, self.kv_cache, self._max_blocks)
+        return RecordedSteps(self._run_model, inputs, recorder and recorder(), shapes)
 
     def add(self, request: Request, row: RowState, params: SamplingParams) -> None:
         """Take up a request's sampling state."""
@@ -107,7 +148,7 @@ class ModelRunner:
     def run(self, batch: Batch) -> StepResult:
         """One packed forward, then a draw for each row that is complete."""
         wanted = self._wanted_positions(batch)
-        with keep_rows(self.model) as rows, self._listening_for(batch) as heard:
+        with keep_rows(self.model, self._fixed_rows) as rows, self._listening_for(batch) as heard:
             logits = self.forward(batch, wanted)  # [len(wanted), V]
         self.kv_cache.copy(batch.copies)
         row_of = {position: row for row, position in enumerate(wanted)}
@@ -124,11 +165,30 @@ class ModelRunner:
 
         They may lie in memory that the next call writes again.
         """
-        scores = any(piece.request in self._scored for piece in batch.pieces)
-        recorded = None if scores else self.recorded_steps.logits(batch.pieces, wanted)
+        replay = not any(self._is_listened_to(piece.request) for piece in batch.pieces)
+        if self._fixed_rows:
+            parts = list(groups(batch.pieces, wanted, self._fixed_rows))
+            if len(parts) > 1:  # a copy of each, for they lie in the same memory
+                return torch.cat([self._logits(*part, replay=replay).clone() for part in parts])
+        return self._logits(batch.pieces, wanted, replay=replay)
+
+    def _logits(self, pieces: Sequence[Piece], wanted: Sequence[int], *, replay: bool) -> Tensor:
+        """Of one forward pass, recorded or not."""
+        recorded = self.recorded_steps.logits(pieces, wanted) if replay else None
         if recorded is not None:
             return recorded
-        return self._run_model(StepInputs.exactly(batch.pieces, wanted, self.kv_cache.layers, self.device))
+        if not self._fixed_rows:
+            return self._run_model(StepInputs.exactly(pieces, wanted, self.kv_cache, self._max_blocks))
+        shape = fixed_shape(self._fixed_rows, len(wanted))
+        inputs = StepInputs.of(shape, self.kv_cache, self._max_blocks)
+        inputs.fill(pieces, wanted)
+        return self._run_model(inputs)[: len(wanted)]
+
+    def _is_listened_to(self, request: Request) -> bool:
+        """Whether something hears what its forward pass says on its way, which a replay does not say."""
+        if request in self._scored:
+            return True
+        return self.routed_experts.shape is not None and self._asks_routing(request)
 
     def _run_model(self, inputs: StepInputs) -> Tensor:
         """Logits [wanted, V]."""
@@ -151,7 +211,8 @@ class ModelRunner:
         return self.routed_experts.listening(any(self._asks_routing(piece.request) for piece in batch.pieces))
 
     def _asks_routing(self, request: Request) -> bool:
-        return self._rows[request].params.routed_experts
+        row = self._rows.get(request)  # none: the load-time checks', which ask for nothing
+        return row is not None and row.params.routed_experts
 
     def _routing_of_draws(self, batch: Batch, routed: Sequence[bytes | None]) -> list[bytes | None]:
         return [
@@ -196,7 +257,7 @@ class ModelRunner:
         if not batch.draws:
             return []
         if picked != list(range(logits.shape[0])):
-            logits = logits[torch.tensor(picked, device=logits.device)]
+            logits = logits[upload(picked, torch.int64, logits.device)]
         rows = [self._rows[request] for request, _ in batch.draws]
         self._masks.wait()
         draws = self.sampler.sample(logits, rows)  # [len(draws), V]

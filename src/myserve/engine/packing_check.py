@@ -19,9 +19,23 @@ from myserve.errors import UnsupportedModelError
 
 LENGTHS = (7, 1, 30)  # requests that share a step
 DECODED = 3  # tokens of the first that are decoded, too: recorded, compared, replayed
+CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: libraries change at powers of two
 AGREEMENT = (
     0.9  # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
 )
+
+
+def settle(runner: ModelRunner, vocab_size: int) -> bool:
+    """Makes the runner compute in the first way under which rows are found independent; whether there is one.
+
+    Where there is none, the first is taken, which costs the least. Raises UnsupportedModelError as `check_packing`.
+    """
+    for rows in runner.settings:
+        runner.use_rows(rows)
+        if check_packing(runner, vocab_size):
+            return True
+    runner.use_rows(runner.settings[0])
+    return False
 
 
 @torch.inference_mode()
@@ -35,7 +49,18 @@ def check_packing(runner: ModelRunner, vocab_size: int) -> bool:
     _compare(runner, packed, _own_logits(runner.model, prompts))
     alone = [_packed_logits(runner, [prompt])[0] for prompt in prompts]
     decoded = _decoded_logits(runner, prompts[0][:DECODED])
-    return all(map(torch.equal, packed, alone)) and torch.equal(decoded, packed[0][:DECODED])
+    same = all(map(torch.equal, packed, alone)) and torch.equal(decoded, packed[0][:DECODED])
+    return same and _crowds_leave_alone(runner, prompts[0], alone[0], vocab_size)
+
+
+def _crowds_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor, vocab_size: int) -> bool:
+    """Whether the first prompt is the same beside more rows, for as many as fit."""
+    if runner.backend.packs:
+        return True  # by construction
+    blocks, size = runner.kv_cache.num_blocks, runner.kv_cache.block_size
+    fitting = [rows for rows in CROWD if rows <= runner.max_model_len and rows <= (blocks - 1) * size]
+    crowds = [[(5 + 13 * i) % vocab_size for i in range(rows)] for rows in fitting]
+    return all(torch.equal(_packed_logits(runner, [prompt, crowd])[0], alone) for crowd in crowds)
 
 
 def _compare(runner: ModelRunner, packed: list[Tensor], own: list[Tensor]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from myserve.engine.replay import NotRecordableError, Pool, Recording
+from myserve.engine.replay import NotRecordableError
 from myserve.engine.scheduler import Piece
-from myserve.engine.step_inputs import Layers, Shape, StepInputs
+from myserve.engine.step_inputs import Shape, StepInputs
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,22 @@ _ROOM = (
 )  # requests of a step that is not all decodes; never a number of rows, which are even
 _WANTED = (1, 8, 32, MOST_REQUESTS)
 
+LARGEST = Shape(MOST_ROWS, _ROOM, MOST_REQUESTS)
+LARGEST_DECODE = Shape(MOST_REQUESTS, MOST_REQUESTS, MOST_REQUESTS)
+
 Forward = Callable[[StepInputs], Tensor]  # logits [wanted, V]
+Shapes = Callable[[Sequence[Piece], int], Shape | None]  # of pieces and the number of rows wanted
+
+
+class Recorded(Protocol):
+    """A forward pass that has run once: `out` is its result."""
+
+    @property
+    def out(self) -> Tensor: ...
+    def replay(self) -> Tensor: ...
+
+
+Record = Callable[[Callable[[], Tensor]], Recorded]  # raises NotRecordableError
 
 
 def shape_for(pieces: Sequence[Piece], wanted: int) -> Shape | None:
@@ -40,6 +56,12 @@ def shape_for(pieces: Sequence[Piece], wanted: int) -> Shape | None:
     return Shape(padded, _ROOM, next(room for room in _WANTED if wanted <= room))
 
 
+def shape_of_decode(pieces: Sequence[Piece], wanted: int) -> Shape | None:
+    """The same for decodes alone: on a GPU what Python adds to a prompt's step does not show."""
+    shape = shape_for(pieces, wanted)
+    return shape if shape is not None and shape.rows == shape.requests else None
+
+
 class RecordedSteps:
     """The recordings of one model. A shape is recorded as it runs for the first time.
 
@@ -47,18 +69,18 @@ class RecordedSteps:
     its data in another way than through tensors shows it there, and goes on unrecorded.
     """
 
-    def __init__(self, forward: Forward, layers: Layers, max_blocks: int) -> None:
-        self._forward = forward
-        largest = Shape(MOST_ROWS, _ROOM, MOST_REQUESTS)
-        self._inputs = StepInputs.of(largest, layers, max_blocks)  # of all recordings: one runs at a time
-        self._pool = Pool()
-        self._steps: dict[Shape, tuple[StepInputs, Recording]] = {}
+    def __init__(
+        self, forward: Forward, inputs: StepInputs, record: Record | None, shapes: Shapes = shape_for
+    ) -> None:
+        """`inputs`: room for the largest step; all recordings share it, for one runs at a time."""
+        self._forward, self._inputs, self._record_pass, self._shapes = forward, inputs, record, shapes
+        self._steps: dict[Shape, tuple[StepInputs, Recorded]] = {}
         self._proved: set[bool] = set()  # of steps with room to spare; of those without
-        self.usable = True
+        self.usable = record is not None
 
     def logits(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> Tensor | None:
         """[wanted, V], in memory that the next step writes again; None where the step is not one to record."""
-        shape = shape_for(pieces, len(wanted)) if self.usable else None
+        shape = self._shapes(pieces, len(wanted)) if self.usable else None
         if shape is None:
             return None
         inputs, recording = self._steps.get(shape) or (self._inputs.cut(shape), None)
@@ -71,15 +93,16 @@ class RecordedSteps:
         self._steps.clear()
 
     def _record(self, shape: Shape, inputs: StepInputs) -> Tensor:
+        assert self._record_pass is not None
         try:
-            recording = Recording(lambda: self._forward(inputs), self._pool)
+            recording = self._record_pass(lambda: self._forward(inputs))
         except NotRecordableError as reason:
             self._give_up(str(reason))
             return self._forward(inputs)
         self._steps[shape] = inputs, recording
         return recording.out
 
-    def _replay(self, shape: Shape, inputs: StepInputs, recording: Recording) -> Tensor:
+    def _replay(self, shape: Shape, inputs: StepInputs, recording: Recorded) -> Tensor:
         replayed = recording.replay()
         kind = shape.rows == shape.requests
         if kind in self._proved:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from myserve.core.transfer import upload
 from myserve.engine.outputs import RoutingShape
 
 
@@ -54,7 +55,7 @@ class RoutedExperts:
 
 
 class Heard:
-    """The expert ids of one forward pass: a tensor [T, k] a layer."""
+    """The expert ids of a step's forward passes, in their order: a tensor [T, k] a layer and pass."""
 
     def __init__(self, shape: RoutingShape | None, first_row: int = 0) -> None:
         self._shape = shape
@@ -75,11 +76,13 @@ class Heard:
         """The packed rows `wanted`, each as bytes; None for each where nobody asked."""
         if self._shape is None or not wanted:
             return [None] * len(wanted)
-        assert len(self._layers) == self._shape.num_moe_layers, (
+        size = self._shape.num_moe_layers
+        assert len(self._layers) % size == 0 < len(self._layers), (
             "a layer's experts were not called as a module"
         )
-        ids = torch.stack(self._layers, dim=1)  # [T, num_moe_layers, k]
-        index = torch.tensor(wanted, device=ids.device) + self._first
+        passes = [self._layers[first : first + size] for first in range(0, len(self._layers), size)]
+        ids = torch.cat([torch.stack(layers, dim=1) for layers in passes])  # [T, num_moe_layers, k]
+        index = upload(wanted, torch.int64, ids.device) + self._first
         raw = ids[index].cpu().numpy().astype(self._shape.numpy_dtype).tobytes()
-        size = len(raw) // len(wanted)
-        return [raw[start : start + size] for start in range(0, len(raw), size)]
+        row = len(raw) // len(wanted)
+        return [raw[start : start + row] for start in range(0, len(raw), row)]
