@@ -95,75 +95,111 @@ def _multiply_and_add(b: IR, total: IR, x: IR, w: IR) -> IR:
     return _fma(b, x, w, total)
 
 
+def _accumulate(
+    b: IR, kind: Any, sums: _Sums, a_rows: list[IR], bases: list[IR], b_row: IR, terms: IR, ahead: IR
+) -> None:
+    """sums[r, g] += sum over k < terms of a[r, k] * B[k, g], k ascending; `bases`: of B's rows, for each 16 columns."""
+    packed, dots = is_half(kind), by_pairs(kind)
+
+    def terms_of(pair: IR, half: int) -> list[IR]:
+        at = [_offset(b, b.add(row, _bytes(b, pair, 8)), 4 * half) for row in a_rows]
+        return [_splat(b, _load(b, address, _F32)) for address in at]
+
+    def pairs_of(pair: IR) -> list[IR]:
+        at = [b.add(row, _bytes(b, pair, 4)) for row in a_rows]
+        return [_splat(b, _load(b, address, _I32), _IVEC) for address in at]
+
+    pairs = b.lshr(terms, ir.Constant(_I64, 1))
+    pair_bytes = b_row if packed else _bytes(b, b_row, 2)
+    with cgutils.for_range(b, pairs) as loop:
+        at = [b.add(base, b.mul(loop.index, pair_bytes)) for base in bases]
+        for address in at:
+            _prefetch(b, b.add(address, ahead))
+            if not packed:
+                _prefetch(b, b.add(b.add(address, ahead), b_row))
+        if dots:
+            sums.add(pairs_of(loop.index), [_load(b, address, _IVEC) for address in at], _dot)
+        else:
+            both = [_load_pair(b, address, b_row, packed) for address in at]
+            sums.add(terms_of(loop.index, 0), [even for even, _ in both], _multiply_and_add)
+            sums.add(terms_of(loop.index, 1), [odd for _, odd in both], _multiply_and_add)
+    # An odd last term has no partner: what lies there is another request's past and may be NaN.
+    with b.if_then(b.trunc(terms, ir.IntType(1))):
+        at = [b.add(base, b.mul(pairs, pair_bytes)) for base in bases]
+        if dots:
+            alone = [b.and_(_load(b, address, _IVEC), _const(0xFFFF, _IVEC)) for address in at]
+            sums.add(pairs_of(pairs), alone, _dot)
+        else:
+            both = [_load_pair(b, address, ir.Constant(_I64, 0), packed) for address in at]
+            sums.add(terms_of(pairs, 0), [even for even, _ in both], _multiply_and_add)
+
+
+def _cannot_run(kind: Any) -> bool:
+    """Compiled with the rest, never run: LLVM must not meet what it cannot emit."""
+    return by_pairs(kind) and bfloat16_unit() == "lanes"
+
+
 @intrinsic(prefer_literal=True)
 def multiply(ctx: Any, kind: Any, rows: Any, groups: Any, a: Any, a_row: Any, b: Any, b_row: Any, terms: Any,
-             c: Any, c_row: Any, ahead: Any, alpha: Any) -> Any:  # fmt: skip
-    """c[r, :] = alpha[r] * c[r, :] + sum over k < terms of a[r, k] * B[k, :], k ascending, 16 * groups columns.
+             ahead: Any, c: Any, c_row: Any) -> Any:  # fmt: skip
+    """c[r, :] = sum over k < terms of a[r, k] * B[k, :], k ascending, 16 * groups columns.
 
-    `b` is the address of B's rows; or, where `alpha` is the literal 0 and c starts from nothing, of `groups`
-    addresses, one for each 16 columns. Sizes are in bytes, but for `terms`. `kind` tells B's element type and what
-    multiplies (`lanes.is_half`); `a` is float32, or bfloat16 for dot products of pairs. What lies `ahead` bytes from B
-    is fetched into the cache on the way: pages are scattered, so no hardware prefetcher knows where the next one is.
+    `b` is the address of `groups` addresses, one for each 16 columns of B. Sizes are in bytes, but for `terms`. `kind`
+    tells B's element type and what multiplies (`lanes.is_half`); `a` is float32, or bfloat16 for dot products of pairs.
+    What lies `ahead` bytes from B is fetched into the cache on the way: pages are scattered, so no hardware prefetcher
+    knows where the next one is.
     """
-    packed, dots = is_half(kind), by_pairs(kind)
     R, G = rows.literal_value, groups.literal_value
-    fresh = isinstance(alpha, types.Literal)
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, _, _, a, a_row, base, b_row, terms, c, c_row, ahead, alpha = args
-        if dots and bfloat16_unit() == "lanes":  # compiled with the rest, never run
+        _, _, _, a, a_row, base, b_row, terms, ahead, c, c_row = args
+        if _cannot_run(kind):
             return context.get_dummy_value()
+        bases = [_load(b, _offset(b, base, 8 * g), _I64) for g in range(G)]
+        sums = _Sums(b, R, G)
+        for _, _, slot in sums.each():
+            b.store(_const(0.0), slot)
         a_rows = [b.add(a, _bytes(b, a_row, r)) for r in range(R)]
-        bases = [
-            _load(b, _offset(b, base, 8 * g), _I64) if fresh else _offset(b, base, 64 * g) for g in range(G)
-        ]
+        _accumulate(b, kind, sums, a_rows, bases, b_row, terms, ahead)
+        sums.store(lambda r, g: _offset(b, b.add(c, _bytes(b, c_row, r)), 64 * g))
+        return context.get_dummy_value()
+
+    size = types.int64
+    return types.void(kind, rows, groups, *[size] * 8), codegen
+
+
+@intrinsic(prefer_literal=True)
+def mix(ctx: Any, kind: Any, rows: Any, groups: Any, a: Any, a_row: Any, b: Any, terms: Any, ahead: Any, b2: Any,
+        terms2: Any, ahead2: Any, b_row: Any, c: Any, c_row: Any, alpha: Any) -> Any:  # fmt: skip
+    """c[r, :] = alpha[r] * c[r, :] + sum over k of a[r, k] * B[k, :]: `multiply` onto sums that are there.
+
+    B's rows lie in two places, `terms` of them at `b` and the next at `b2`.
+    """
+    R, G = rows.literal_value, groups.literal_value
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, _, _, a, a_row, first, terms, ahead, second, terms2, ahead2, b_row, c, c_row, alpha = args
+        if _cannot_run(kind):
+            return context.get_dummy_value()
 
         def c_at(r: int, g: int) -> IR:
             return _offset(b, b.add(c, _bytes(b, c_row, r)), 64 * g)
 
         sums = _Sums(b, R, G)
-        factors = [None if fresh else _splat(b, _load(b, _offset(b, alpha, 4 * r), _F32)) for r in range(R)]
+        factors = [_splat(b, _load(b, _offset(b, alpha, 4 * r), _F32)) for r in range(R)]
         for r, g, slot in sums.each():
-            b.store(_const(0.0) if fresh else b.fmul(_load(b, c_at(r, g)), factors[r]), slot)
-
-        def terms_of(pair: IR, half: int) -> list[IR]:
-            at = [_offset(b, b.add(row, _bytes(b, pair, 8)), 4 * half) for row in a_rows]
-            return [_splat(b, _load(b, address, _F32)) for address in at]
-
-        def pairs_of(pair: IR) -> list[IR]:
-            at = [b.add(row, _bytes(b, pair, 4)) for row in a_rows]
-            return [_splat(b, _load(b, address, _I32), _IVEC) for address in at]
-
-        pairs = b.lshr(terms, ir.Constant(_I64, 1))
-        pair_bytes = b_row if packed else _bytes(b, b_row, 2)
-        with cgutils.for_range(b, pairs) as loop:
-            at = [b.add(base, b.mul(loop.index, pair_bytes)) for base in bases]
-            for address in at:
-                _prefetch(b, b.add(address, ahead))
-                if not packed:
-                    _prefetch(b, b.add(b.add(address, ahead), b_row))
-            if dots:
-                sums.add(pairs_of(loop.index), [_load(b, address, _IVEC) for address in at], _dot)
-            else:
-                both = [_load_pair(b, address, b_row, packed) for address in at]
-                sums.add(terms_of(loop.index, 0), [even for even, _ in both], _multiply_and_add)
-                sums.add(terms_of(loop.index, 1), [odd for _, odd in both], _multiply_and_add)
-        # An odd last term has no partner: what lies there is another request's past and may be NaN.
-        with b.if_then(b.trunc(terms, ir.IntType(1))):
-            at = [b.add(base, b.mul(pairs, pair_bytes)) for base in bases]
-            if dots:
-                alone = [b.and_(_load(b, address, _IVEC), _const(0xFFFF, _IVEC)) for address in at]
-                sums.add(pairs_of(pairs), alone, _dot)
-            else:
-                both = [_load_pair(b, address, ir.Constant(_I64, 0), packed) for address in at]
-                sums.add(terms_of(pairs, 0), [even for even, _ in both], _multiply_and_add)
+            b.store(b.fmul(_load(b, c_at(r, g)), factors[r]), slot)
+        behind = _bytes(b, terms, 2 if by_pairs(kind) else 4)  # of a: where its terms for `b2` begin
+        for base, count, fetched, start in ((first, terms, ahead, None), (second, terms2, ahead2, behind)):
+            at = a if start is None else b.add(a, start)
+            a_rows = [b.add(at, _bytes(b, a_row, r)) for r in range(R)]
+            bases = [_offset(b, base, 64 * g) for g in range(G)]
+            _accumulate(b, kind, sums, a_rows, bases, b_row, count, fetched)
         sums.store(c_at)
         return context.get_dummy_value()
 
     size = types.int64
-    return types.void(
-        kind, rows, groups, size, size, size, size, size, size, size, size, alpha if fresh else size
-    ), codegen
+    return types.void(kind, rows, groups, *[size] * 12), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -65,9 +65,9 @@ def _panel_by_lanes(a: Any, kind: Kind, panel: int, first: int, last: int, scrat
             for k in range(a.inner // LANES * LANES, a.inner):
                 widen(kind, 1, a.x + (row + r) * a.x_row + size_of(kind) * k, wide + 4 * (r * a.inner + k))
         if count > 2:
-            multiply(kind, 4, 4, wide, 4 * a.inner, scratch, step, a.inner, sums, 4 * PANEL, 1024, 0)
+            multiply(kind, 4, 4, wide, 4 * a.inner, scratch, step, a.inner, 1024, sums, 4 * PANEL)
         else:
-            multiply(kind, 2, 4, wide, 4 * a.inner, scratch, step, a.inner, sums, 4 * PANEL, 1024, 0)
+            multiply(kind, 2, 4, wide, 4 * a.inner, scratch, step, a.inner, 1024, sums, 4 * PANEL)
         _finish(a, kind, sums, row, count, PANEL * panel)
 
 

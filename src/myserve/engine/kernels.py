@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from myserve.engine.dots import multiply
+from myserve.engine.dots import mix, multiply
 from myserve.engine.lanes import (
     LANES,
     PARTITION,
@@ -63,31 +63,94 @@ def _scores(
     for done in range(0, rows, 4):
         q, s = query + done * q_row, scores + done * s_row
         if rows - done > 2:
-            multiply(kind, 4, 4, q, q_row, keys, k_row, dim, s, s_row, ahead, 0)
+            multiply(kind, 4, 4, q, q_row, keys, k_row, dim, ahead, s, s_row)
         else:
-            multiply(kind, 2, 4, q, q_row, keys, k_row, dim, s, s_row, ahead, 0)
+            multiply(kind, 2, 4, q, q_row, keys, k_row, dim, ahead, s, s_row)
 
 
 @njit(error_model="numpy")
 def _mix(
-    kind: Kind, rows: int, weights: Address, keys: int, values: Address, dim: int, out: Address, ahead: int,
-    alpha: Address,
+    kind: Kind, rows: int, weights: Address, values: Address, keys: int, ahead: int, values2: Address, keys2: int,
+    ahead2: int, dim: int, out: Address, alpha: Address,
 ) -> None:  # fmt: skip
-    """out[r, d] = alpha[r] * out[r, d] + sum over keys of weights[r, key] * V[key, d], over one block."""
+    """out[r, d] = alpha[r] * out[r, d] + sum over keys of weights[r, key] * V[key, d], over one or two blocks."""
     w_row, row = (2 if stays_half(kind) else 4) * PARTITION, 4 * dim
     for done in range(0, rows, 4):
         w, o, f = weights + done * w_row, out + done * row, alpha + 4 * done
-        d = 0  # a tile takes as many columns as its sums leave registers for
-        if rows - done > 2:
-            for d in range(0, dim - 63, 64):
-                multiply(kind, 4, 4, w, w_row, values + 4 * d, row, keys, o + 4 * d, row, ahead, f)
-            for d in range(dim // 64 * 64, dim, 16):
-                multiply(kind, 4, 1, w, w_row, values + 4 * d, row, keys, o + 4 * d, row, ahead, f)
+        if rows - done > 2:  # a tile takes as many columns as its sums leave registers for
+            for d in range(0, 4 * (dim // 64 * 64), 256):
+                mix(
+                    kind,
+                    4,
+                    4,
+                    w,
+                    w_row,
+                    values + d,
+                    keys,
+                    ahead,
+                    values2 + d,
+                    keys2,
+                    ahead2,
+                    row,
+                    o + d,
+                    row,
+                    f,
+                )
+            for d in range(4 * (dim // 64 * 64), 4 * dim, 64):
+                mix(
+                    kind,
+                    4,
+                    1,
+                    w,
+                    w_row,
+                    values + d,
+                    keys,
+                    ahead,
+                    values2 + d,
+                    keys2,
+                    ahead2,
+                    row,
+                    o + d,
+                    row,
+                    f,
+                )
         else:
-            for d in range(0, dim - 127, 128):
-                multiply(kind, 2, 8, w, w_row, values + 4 * d, row, keys, o + 4 * d, row, ahead, f)
-            for d in range(dim // 128 * 128, dim, 16):
-                multiply(kind, 2, 1, w, w_row, values + 4 * d, row, keys, o + 4 * d, row, ahead, f)
+            for d in range(0, 4 * (dim // 128 * 128), 512):
+                mix(
+                    kind,
+                    2,
+                    8,
+                    w,
+                    w_row,
+                    values + d,
+                    keys,
+                    ahead,
+                    values2 + d,
+                    keys2,
+                    ahead2,
+                    row,
+                    o + d,
+                    row,
+                    f,
+                )
+            for d in range(4 * (dim // 128 * 128), 4 * dim, 64):
+                mix(
+                    kind,
+                    2,
+                    1,
+                    w,
+                    w_row,
+                    values + d,
+                    keys,
+                    ahead,
+                    values2 + d,
+                    keys2,
+                    ahead2,
+                    row,
+                    o + d,
+                    row,
+                    f,
+                )
 
 
 @njit(error_model="numpy")
@@ -183,11 +246,22 @@ def _write_row(kind: Kind, source: Address, divisor: np.float32, count: int, tar
 
 
 @njit(error_model="numpy")
-def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scratch: Address) -> None:
-    """One work item: some positions of one request, the query rows of one KV head, over all their keys."""
+def _block(a: Record, cache: Address, request: int, head: int, key: int, block_bytes: int) -> Any:
+    """Where the block that holds a request's key lies."""
+    table = carray(view(a.tables + request * a.table_row, np.int32(0)), a.table_row // 4)
+    return cache + (np.int64(table[key // BLOCK_SIZE]) * a.kv_heads + head) * block_bytes
+
+
+@njit(error_model="numpy")
+def _attend_tile(
+    a: Record, kind: Kind, request: int, head: int, tile: int, coming: int, coming_head: int, scratch: Address
+) -> None:
+    """One work item: some positions of one request, the query rows of one KV head, over all their keys.
+
+    The item that follows is of request `coming` and its `coming_head`, whose first keys are fetched at the end.
+    """
     query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
     context_lens = carray(view(a.context_lens, np.int32(0)), a.requests)
-    table = carray(view(a.tables + request * a.table_row, np.int32(0)), a.table_row // 4)
     element, dim = size_of(kind), padded(a.head_dim)
     block_bytes = BLOCK_SIZE * dim * element
     step = max(1, TILE_ROWS // a.group)
@@ -196,7 +270,8 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
     position = context_lens[request] - (end_token - token)  # of the tile's first row
     rows = positions * a.group
 
-    room = (rows + 15) // 16 * 16  # whole register tiles; the rows beyond are zeros and are dropped
+    whole = 16 if uses_tiles(kind) else 4  # register tiles; the rows beyond are zeros and are dropped
+    room = (rows + whole - 1) // whole * whole
     groups = carray(view(scratch, np.int64(0)), PARTITION // LANES)
     peaks = scratch + 64
     alphas = peaks + 4 * room
@@ -228,8 +303,7 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
             at = min(
                 key + LANES * g, last - 1
             )  # lanes beyond the end repeat the last ones: read, never weighed
-            block = np.int64(table[at // BLOCK_SIZE]) * a.kv_heads + head
-            groups[g] = a.keys + block * block_bytes + at % BLOCK_SIZE // LANES * 64
+            groups[g] = _block(a, a.keys, request, head, at, block_bytes) + at % BLOCK_SIZE // LANES * 64
         if uses_tiles(kind):
             _scores_by_tiles(rows, query, dim, scratch, scores, a.values - a.keys)
         else:
@@ -244,24 +318,36 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
         if uses_tiles(kind):
             _scale_rows(rows, out, dim, alphas)
         # blocks below the window may be another request's by now
-        at = max(key, first // BLOCK_SIZE * BLOCK_SIZE)
-        while at < min(key + PARTITION, last):
-            values = a.values + (np.int64(table[at // BLOCK_SIZE]) * a.kv_heads + head) * block_bytes
-            following = np.int64(table[min(at + PARTITION, last - 1) // BLOCK_SIZE]) * a.kv_heads + head
-            ahead, keys = a.keys + following * block_bytes - values, min(BLOCK_SIZE, last - at)
-            if not uses_tiles(kind):
-                _mix(kind, rows, weights + weight * (at - key), keys, values, dim, out, ahead, alphas)
-                state[room : room + rows] = np.float32(1.0)  # alpha has been applied: once a partition
-            elif at == key and last - key >= PARTITION:
-                second = a.values + (np.int64(table[at // BLOCK_SIZE + 1]) * a.kv_heads + head) * block_bytes
-                _mix_by_tiles(rows, weights, values, 2, second - values, dim, out, ahead)
-                at += BLOCK_SIZE
-            else:
-                if keys < BLOCK_SIZE:
-                    _copy_keys(values, keys, dim, clean)
-                    values = clean
-                _mix_by_tiles(rows, weights + 2 * (at - key), values, 1, 0, dim, out, ahead)
-            at += BLOCK_SIZE
+        at, end = max(key, first // BLOCK_SIZE * BLOCK_SIZE), min(key + PARTITION, last)
+        keys, keys2 = min(BLOCK_SIZE, end - at), max(0, end - at - BLOCK_SIZE)
+        values = _block(a, a.values, request, head, at, block_bytes)
+        values2 = _block(a, a.values, request, head, at + BLOCK_SIZE, block_bytes) if keys2 > 0 else values
+        if key + PARTITION < last:
+            next_keys = _block(a, a.keys, request, head, at + PARTITION, block_bytes)
+            next_keys2 = _block(
+                a, a.keys, request, head, min(at + PARTITION + BLOCK_SIZE, last - 1), block_bytes
+            )
+        else:
+            next_keys = _block(a, a.keys, coming, coming_head, 0, block_bytes)
+            next_keys2 = _block(
+                a, a.keys, coming, coming_head, min(BLOCK_SIZE, context_lens[coming] - 1), block_bytes
+            )
+        mine = weights + weight * (at - key)
+        if not uses_tiles(kind):
+            _mix(
+                kind, rows, mine, values, keys, next_keys - values, values2, keys2, next_keys2 - values2, dim, out,
+                alphas,
+            )  # fmt: skip
+        elif keys2 == BLOCK_SIZE:
+            _mix_by_tiles(rows, mine, values, 2, values2 - values, dim, out, next_keys - values)
+        else:
+            if keys2 > 0:
+                _mix_by_tiles(rows, mine, values, 1, 0, dim, out, next_keys - values)
+                mine, values, keys, next_keys = mine + 2 * BLOCK_SIZE, values2, keys2, next_keys2
+            if keys < BLOCK_SIZE:
+                _copy_keys(values, keys, dim, clean)
+                values = clean
+            _mix_by_tiles(rows, mine, values, 1, 0, dim, out, next_keys - values)
 
     for r in range(rows):
         t, h = token + r // a.group, head * a.group + r % a.group
@@ -273,6 +359,20 @@ def _attend_tile(a: Record, kind: Kind, request: int, head: int, tile: int, scra
 def _clear_rows_of_nobody(a: Record, first: int, size: int) -> None:
     row = a.kv_heads * a.group * a.head_dim * size
     carray(view(a.out + first * row, np.uint8(0)), (a.tokens - first) * row)[:] = np.uint8(0)
+
+
+@njit(error_model="numpy")
+def _find(a: Record, item: int, request: int, before: int, step: int) -> Any:
+    """An item's request, the items before that request's, its tiles; from a request on whose items `before` precede."""
+    query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
+    tiles = 0
+    while request < a.requests:
+        tiles = (query_start[request + 1] - query_start[request] + step - 1) // step
+        if item < before + tiles * a.kv_heads:
+            break
+        before += tiles * a.kv_heads
+        request += 1
+    return request, before, tiles
 
 
 @njit(error_model="numpy")
@@ -288,17 +388,16 @@ def _attend(a: Record, kind: Kind) -> None:
         set_tiles(a.tiles)
     if thread == 0:
         _clear_rows_of_nobody(a, query_start[a.requests], size_of(kind))
-    before = request = 0
     item = next_item(a)
+    request, before, tiles = _find(a, item, 0, 0, step)
     while request < a.requests:
-        tiles = (query_start[request + 1] - query_start[request] + step - 1) // step
-        if item < before + tiles * a.kv_heads:
-            local = item - before
-            _attend_tile(a, kind, request, local // tiles, tiles - 1 - local % tiles, scratch)
-            item = next_item(a)
-        else:
-            before += tiles * a.kv_heads
-            request += 1
+        following = next_item(a)
+        coming, coming_before, coming_tiles = _find(a, following, request, before, step)
+        local, of, head = item - before, request, 0
+        if coming < a.requests:
+            of, head = coming, (following - coming_before) // coming_tiles
+        _attend_tile(a, kind, request, local // tiles, tiles - 1 - local % tiles, of, head, scratch)
+        item, request, before, tiles = following, coming, coming_before, coming_tiles
     if uses_tiles(kind):
         set_tiles(found)
 
