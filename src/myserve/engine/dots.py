@@ -20,6 +20,7 @@ from myserve.engine.lanes import (
     _I64,
     _IVEC,
     _VEC,
+    BFLOAT,
     IR,
     _bytes,
     _const,
@@ -34,19 +35,7 @@ from myserve.engine.lanes import (
 )  # fmt: skip
 from myserve.engine.tiles import bfloat16_unit
 
-
-class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite is untyped
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    null = "0.0"
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-
-_BFloat._create_instance()
-_HALVES = ir.VectorType(_BFloat(), 32)
+_HALVES = ir.VectorType(BFLOAT, 32)
 
 
 def _dot(b: IR, total: IR, x: IR, w: IR) -> IR:

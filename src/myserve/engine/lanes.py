@@ -29,6 +29,20 @@ _VEC = ir.VectorType(_F32, LANES)
 _IVEC = ir.VectorType(_I32, LANES)
 
 
+class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite is untyped
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    null = "0.0"
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat._create_instance()
+BFLOAT: IR = _BFloat()
+
+
 def is_half(kind: Any) -> bool:
     """What a kernel computes with is told by the type of a value, so that it is decided as it is compiled.
 
@@ -98,6 +112,24 @@ def _reduce(b: IR, name: str, vector: IR, *start: IR) -> IR:
     return b.call(fn, [*start, vector])
 
 
+def _largest_lane(b: IR, vector: IR) -> IR:
+    """Of lanes that are no NaN: LLVM's own reduction looks for them at every turn."""
+    for distance in (8, 4, 2, 1):
+        other = ir.Constant(_IVEC, [lane ^ distance for lane in range(LANES)])
+        swapped = b.shuffle_vector(vector, ir.Constant(_VEC, ir.Undefined), other)
+        vector = b.select(b.fcmp_ordered(">", vector, swapped), vector, swapped)
+    return b.extract_element(vector, ir.Constant(_I32, 0))
+
+
+def _store_half(b: IR, value: IR, target: IR) -> None:
+    """16 normal numbers or zeros as bfloat16, by the CPU's own rounding: to nearest, ties to even."""
+    half = ir.VectorType(BFLOAT, LANES)
+    convert = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(half, [_VEC]), "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    )
+    b.store(b.call(convert, [value]), _at(b, target, half), align=2)
+
+
 def _bytes(b: IR, count: IR, scale: int) -> IR:
     return b.mul(count, ir.Constant(_I64, scale))
 
@@ -163,19 +195,24 @@ def softmax_step(ctx: Any, kind: Any, scores: Any, weights: Any, first: Any, las
             values.append(b.select(visible, b.load(slot), low))
             top = b.select(b.fcmp_ordered(">", values[-1], top), values[-1], top)
         old = _load(b, peak, _F32)
-        block_peak = _reduce(b, "fmax", top)
+        block_peak = _largest_lane(b, top)
         new = b.select(b.fcmp_ordered(">", block_peak, old), block_peak, old)
         none = b.fcmp_ordered("==", new, ir.Constant(_F32, float("-inf")))
         shift = _splat(b, b.select(none, ir.Constant(_F32, 0.0), new))
-        factor = _exp(b, b.fsub(_splat(b, old), shift))
-        running = b.fmul(_load(b, total), factor)
+        factor = cgutils.alloca_once_value(b, _const(1.0))
+        with b.if_then(b.fcmp_ordered("!=", new, old)):  # seldom, after the first partitions
+            b.store(_exp(b, b.fsub(_splat(b, old), shift)), factor)
+        running = b.fmul(_load(b, total), b.load(factor))
         for g, s in enumerate(values):
             weight = _exp(b, b.fsub(s, shift))
-            _round_and_store(b, weight, _offset(b, weights, (32 if rounded else 64) * g), rounded)
+            if rounded:
+                _store_half(b, weight, _offset(b, weights, 32 * g))
+            else:
+                _store(b, weight, _offset(b, weights, 64 * g))
             running = b.fadd(running, weight)
         _store(b, running, total)
         _store(b, new, peak)
-        _store(b, b.extract_element(factor, ir.Constant(_I32, 0)), alpha)
+        _store(b, b.extract_element(b.load(factor), ir.Constant(_I32, 0)), alpha)
         return context.get_dummy_value()
 
     size, f = types.int64, types.float32
