@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from numba import carray, njit
 
+from myserve.engine.attention_tiles import copy_keys, mix_by_tiles, scale_rows, scores_by_tiles
 from myserve.engine.dots import mix, multiply
+from myserve.engine.lanes import BLOCK_SIZE as BLOCK_SIZE
 from myserve.engine.lanes import (
     LANES,
     PARTITION,
@@ -21,7 +23,6 @@ from myserve.engine.lanes import (
     lane_sum,
     next_item,
     next_thread,
-    scale_lanes,
     size_of,
     softmax_step,
     stays_half,
@@ -30,9 +31,8 @@ from myserve.engine.lanes import (
     widen,
 )
 from myserve.engine.native import Kernel, fingerprint
-from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles
+from myserve.engine.tiles import Unit, bfloat16_unit, get_tiles, set_tiles
 
-BLOCK_SIZE = 32  # keys per cache block; a divisor of the partition, a multiple of the lanes
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
 
 Address = int  # of a byte
@@ -154,73 +154,6 @@ def _mix(
 
 
 @njit(error_model="numpy")
-def _scores_by_tiles(rows: int, query: Address, dim: int, keys: Address, scores: Address, ahead: int) -> None:
-    """`_scores` for bfloat16 queries."""
-    groups = carray(view(keys, np.int64(0)), PARTITION // LANES)
-    row, s_row, k_row = 2 * dim, 4 * PARTITION, 4 * BLOCK_SIZE
-    for done in range(0, rows, 32):
-        q, s = query + done * row, scores + done * s_row
-        for g in range(0, PARTITION // LANES, 2):
-            c = s + 64 * g
-            if rows - done > 16:
-                multiply_tiles(
-                    2, q, row, groups[g], groups[g + 1], k_row, 16 * k_row, dim // 32, c, s_row, ahead, 1
-                )
-            else:
-                multiply_tiles(
-                    1, q, row, groups[g], groups[g + 1], k_row, 16 * k_row, dim // 32, c, s_row, ahead, 1
-                )
-
-
-@njit(error_model="numpy")
-def _mix_by_tiles(
-    rows: int,
-    weights: Address,
-    values: Address,
-    blocks: int,
-    distance: int,
-    dim: int,
-    out: Address,
-    ahead: int,
-) -> None:
-    """`_mix` for bfloat16 weights, over one or two whole blocks `distance` bytes apart; `out` has been scaled.
-
-    Two at once read and write `out` once, with the same bits.
-    """
-    w_row, row = 2 * PARTITION, 4 * dim
-    for done in range(0, rows, 32):
-        w, o = weights + done * w_row, out + done * row
-        for d in range(0, dim, 32):
-            v, c = values + 4 * d, o + 4 * d
-            if rows - done > 16:
-                multiply_tiles(2, w, w_row, v, v + 64, row, distance, blocks, c, row, ahead, 0)
-            else:
-                multiply_tiles(1, w, w_row, v, v + 64, row, distance, blocks, c, row, ahead, 0)
-
-
-@njit(error_model="numpy")
-def _scale_rows(rows: int, out: Address, dim: int, alpha: Address) -> None:
-    factors = carray(view(alpha, np.float32(0)), rows)
-    for r in range(rows):
-        if factors[r] != np.float32(1.0):
-            for d in range(0, dim, LANES):
-                scale_lanes(out + 4 * (r * dim + d), alpha + 4 * r)
-
-
-@njit(error_model="numpy")
-def _copy_keys(values: Address, keys: int, dim: int, target: Address) -> None:
-    """A block's first keys, zeros behind: a tile multiplies all 32, and what lies there may be another's NaN."""
-    pairs, clean = carray(view(values, np.uint32(0)), 16 * dim), carray(view(target, np.uint32(0)), 16 * dim)
-    whole = keys // 2 * dim
-    for i in range(whole):
-        clean[i] = pairs[i]
-    clean[whole:] = np.uint32(0)
-    if keys % 2:
-        for i in range(whole, whole + dim):
-            clean[i] = pairs[i] & np.uint32(0xFFFF)
-
-
-@njit(error_model="numpy")
 def _copy_row(source: Address, count: int, target: Address) -> None:
     row, copy = carray(view(source, np.int16(0)), count), carray(view(target, np.int16(0)), count)
     for d in range(count):
@@ -305,7 +238,7 @@ def _attend_tile(
             )  # lanes beyond the end repeat the last ones: read, never weighed
             groups[g] = _block(a, a.keys, request, head, at, block_bytes) + at % BLOCK_SIZE // LANES * 64
         if uses_tiles(kind):
-            _scores_by_tiles(rows, query, dim, scratch, scores, a.values - a.keys)
+            scores_by_tiles(rows, query, dim, scratch, scores, a.values - a.keys)
         else:
             _scores(kind, rows, query, dim, scratch, scores, a.values - a.keys)
         for r in range(rows):
@@ -316,7 +249,7 @@ def _attend_tile(
                 a.softcap, peaks + 4 * r, alphas + 4 * r, totals + 4 * r * LANES,
             )  # fmt: skip
         if uses_tiles(kind):
-            _scale_rows(rows, out, dim, alphas)
+            scale_rows(rows, out, dim, alphas)
         # blocks below the window may be another request's by now
         at, end = max(key, first // BLOCK_SIZE * BLOCK_SIZE), min(key + PARTITION, last)
         keys, keys2 = min(BLOCK_SIZE, end - at), max(0, end - at - BLOCK_SIZE)
@@ -339,15 +272,15 @@ def _attend_tile(
                 alphas,
             )  # fmt: skip
         elif keys2 == BLOCK_SIZE:
-            _mix_by_tiles(rows, mine, values, 2, values2 - values, dim, out, next_keys - values)
+            mix_by_tiles(rows, mine, values, 2, values2 - values, dim, out, next_keys - values)
         else:
             if keys2 > 0:
-                _mix_by_tiles(rows, mine, values, 1, 0, dim, out, next_keys - values)
+                mix_by_tiles(rows, mine, values, 1, 0, dim, out, next_keys - values)
                 mine, values, keys, next_keys = mine + 2 * BLOCK_SIZE, values2, keys2, next_keys2
             if keys < BLOCK_SIZE:
-                _copy_keys(values, keys, dim, clean)
+                copy_keys(values, keys, dim, clean)
                 values = clean
-            _mix_by_tiles(rows, mine, values, 1, 0, dim, out, next_keys - values)
+            mix_by_tiles(rows, mine, values, 1, 0, dim, out, next_keys - values)
 
     for r in range(rows):
         t, h = token + r // a.group, head * a.group + r % a.group

@@ -36,6 +36,7 @@ def fingerprint() -> int:
         "lanes.py",
         "tiles.py",
         "dots.py",
+        "attention_tiles.py",
         "kernels.py",
         "gemm_kernels.py",
         "pointwise_kernels.py",

@@ -92,7 +92,7 @@ def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, 
                 address = b.add(group, b.mul(loop.index, w_step))
                 tile("tileloadd64", number(6 + g), _at(b, address, _I8), w_row)
                 for line in range(16):
-                    _prefetch(b, b.add(b.add(address, ahead), _bytes(b, w_row, line)))
+                    _prefetch(b, b.add(b.add(address, ahead), _bytes(b, w_row, line)), level=1)
             for i in range(B):
                 address = b.add(b.add(x, _bytes(b, x_row, 16 * i)), _bytes(b, loop.index, 64))
                 tile("tileloadd64", number(4 + i), _at(b, address, _I8), x_row)
