@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -287,6 +289,31 @@ def test_a_dead_engine_tells_everyone(
     assert not engine.is_alive
     with pytest.raises(EngineDeadError):
         run_one(engine, PROMPT, max_tokens=3)
+
+
+ENDS_IN_MID_STEP = """
+import asyncio
+from myserve.core.params import SamplingParams
+from myserve.demo import embedded_model_path
+from myserve.engine import Engine
+
+async def main():
+    engine = Engine.from_pretrained(str(embedded_model_path()))
+    async for _ in engine.submit([1, 2, 3], SamplingParams(max_tokens=3000, ignore_eos=True)):
+        return engine
+
+engine = asyncio.run(main())
+"""
+
+
+def test_a_process_that_ends_while_the_engine_computes_ends_well() -> None:
+    """Without an end of the engine's own, one in three is aborted."""
+    scripts = [
+        subprocess.Popen([sys.executable, "-c", ENDS_IN_MID_STEP], stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    for script in scripts:
+        _, said = script.communicate(timeout=100)
+        assert (script.returncode, b"terminate" in said) == (0, False)
 
 
 def test_metrics_tell_what_a_request_cost(make_engine: MakeEngine) -> None:

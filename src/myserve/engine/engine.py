@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -217,6 +219,8 @@ class Engine:
             if self._thread is None and not self._stopping:
                 self._thread = threading.Thread(target=self._run, name="myserve-engine", daemon=True)
                 self._thread.start()
+                # a thread that Python ends in the midst of PyTorch's code takes the process with it: SIGABRT
+                atexit.register(_shut_down, weakref.ref(self))
 
     def shutdown(self) -> None:
         """End the thread; whoever is in flight gets an EngineDeadError. The engine cannot be started again.
@@ -392,3 +396,8 @@ class Engine:
 
         detokenizers = [Detokenizer(self.token_bytes, submission.params) for _ in requests]
         return RequestStream(request_id, submission.seed, detokenizers, abort=abort, metrics=metrics)
+
+
+def _shut_down(engine: weakref.ref[Engine]) -> None:
+    if (alive := engine()) is not None:
+        alive.shutdown()
