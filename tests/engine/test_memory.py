@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from myserve.engine.backend import CPU
 from myserve.engine.config import EngineConfig
 from myserve.engine.kv_cache import AHEAD, KVCache
-from myserve.engine.memory import HUGE_PAGE, FilePages, touch, zeros
+from myserve.engine.memory import FilePages, touch, zeros
+from myserve.engine.reserve import HUGE_PAGE
 
 
 @pytest.mark.parametrize("rows", [1, HUGE_PAGE // 8, HUGE_PAGE])

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HUGE_PAGE = 1 << 21
+from myserve.engine import reserve
+from myserve.engine.reserve import HUGE_PAGE
+
 _MADV_PAGEOUT = 21  # Linux 5.4; of `mmap` only from Python 3.15 on, and there for a mapping of one's own
 
 
@@ -30,6 +32,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if size < HUGE_PAGE:
         memory = np.zeros(size + 64, np.uint8)
         start = -memory.ctypes.data % 64
+    elif (taken := reserve.take(size)) is not None:
+        memory, start = np.frombuffer(taken, np.uint8), 0
     else:
         # Anonymous and private: shared memory gets no huge pages. The whole lives as long as a tensor looks at it.
         pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
