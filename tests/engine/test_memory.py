@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,8 @@ from safetensors.torch import save_file
 from myserve.engine.backend import CPU
 from myserve.engine.config import EngineConfig
 from myserve.engine.kv_cache import AHEAD, KVCache
-from myserve.engine.memory import HUGE_PAGE, FilePages, touch, zeros
+from myserve.engine.memory import FilePages, touch, zeros
+from myserve.engine.reserve import HUGE_PAGE
 
 
 @pytest.mark.parametrize("rows", [1, HUGE_PAGE // 8, HUGE_PAGE])
@@ -93,6 +96,38 @@ def test_a_files_pages_are_given_back_and_can_be_read_again(tmp_path: Path) -> N
     FilePages().let_go(x)
     assert resident_file_pages() <= before - 8000, "the other tensor's pages stay"
     assert torch.equal(x, values) and torch.equal(y, values + 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked, and tells")
+def test_what_was_written_over_a_files_pages_stays(tmp_path: Path) -> None:
+    values = torch.randn(1 << 20)
+    save_file({"x": values}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        x = file.get_tensor("x")
+    x[500_000] = 7.0  # as a model's own code may, when it is loaded
+    FilePages().let_go(x)
+    assert x[500_000] == 7.0 and int((x != values).sum()) == 1
+
+
+def in_the_systems_cache(file: Path) -> bool:
+    """Whether all of a file is: what `mincore` says of a fresh mapping."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE) as pages:
+        found = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
+        begin = ctypes.c_char.from_buffer(pages)
+        ctypes.CDLL(None).mincore(ctypes.byref(begin), ctypes.c_size_t(len(pages)), found)
+        del begin
+        return all(page & 1 for page in found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked, and tells")
+def test_a_file_that_was_let_go_need_not_be_read_from_the_disk_again(tmp_path: Path) -> None:
+    save_file({"x": torch.randn(1 << 20)}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        x = file.get_tensor("x")
+    os.sync()
+    total = x.sum()
+    FilePages().let_go(x)
+    assert in_the_systems_cache(tmp_path / "model.safetensors") and x.sum() == total
 
 
 def test_memory_that_is_no_files_stays_as_it_is() -> None:

@@ -163,6 +163,7 @@ def serve(
     listener = _listen(host, port)  # before the imports: a taken port is known at once
     try:
         settings = _settings(model, served_model_name, engine, server)
+        _ask_for_memory(settings)
     except MyserveError as error:
         fail(str(error))
     except ModuleNotFoundError as error:
@@ -197,6 +198,22 @@ def _settings(
         changes["models"] = dict.fromkeys(names, path)
         changes["preload"] = None
     return replace(settings, **changes)
+
+
+def _ask_for_memory(settings: Settings) -> None:
+    """For the first model's packed weights, while Python imports what packs them; not where a GPU takes them."""
+    engine = settings.engine
+    on_cpu = engine.device == "cpu" or (engine.device == "auto" and not has_gpu())
+    as_saved = engine.dtype == "auto" and engine.exact == "on"
+    if settings.preload and on_cpu and as_saved and not settings.force_echo:
+        from myserve.engine import reserve
+
+        reserve.begin(settings.models[settings.preload[0]])
+
+
+def has_gpu() -> bool:
+    """Whether torch, which is not imported yet, may find one."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

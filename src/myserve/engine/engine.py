@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from myserve.core.params import SamplingParams
+from myserve.engine import reserve
 from myserve.engine.admission import ModelFacts, Submission, admit
 from myserve.engine.backend import Backend
 from myserve.engine.blocks import BlockPool
@@ -89,7 +90,10 @@ class Engine:
     @classmethod
     def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> Engine:
         """Load a path or hub id, in the calling thread. Raises UnsupportedModelError for what cannot be batched."""
-        return cls(load(model, config := config or EngineConfig()), config)
+        try:
+            return cls(load(model, config := config or EngineConfig()), config)
+        finally:
+            reserve.give_back()
 
     # ---- for callers
 

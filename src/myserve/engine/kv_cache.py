@@ -13,6 +13,7 @@ from myserve.engine import memory
 from myserve.engine.backend import Backend, head_size, kv_heads
 from myserve.engine.config import EngineConfig
 from myserve.engine.free_memory import free_memory
+from myserve.engine.reserve import HUGE_PAGE
 
 FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
 
@@ -50,7 +51,7 @@ class KVCache:
     def _touch_pages(self) -> Iterator[None]:
         """A layer's keys or values at a time, as many blocks as lie in a huge page."""
         tensors = [tensor for layer in self.layers for tensor in layer]
-        at_once = max(1, memory.HUGE_PAGE // tensors[0][0].nbytes)
+        at_once = max(1, HUGE_PAGE // tensors[0][0].nbytes)
         for first in range(0, self.num_blocks, at_once):
             for tensor in tensors:
                 memory.touch(tensor[first : first + at_once])

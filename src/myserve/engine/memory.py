@@ -10,14 +10,15 @@ import ctypes
 import functools
 import math
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-HUGE_PAGE = 1 << 21
-_MADV_PAGEOUT = 21  # Linux 5.4; of `mmap` only from Python 3.15 on, and there for a mapping of one's own
+from myserve.engine import reserve
+from myserve.engine.reserve import HUGE_PAGE
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -30,6 +31,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if size < HUGE_PAGE:
         memory = np.zeros(size + 64, np.uint8)
         start = -memory.ctypes.data % 64
+    elif (taken := reserve.take(size)) is not None:
+        memory, start = np.frombuffer(taken, np.uint8), 0
     else:
         # Anonymous and private: shared memory gets no huge pages. The whole lives as long as a tensor looks at it.
         pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -46,20 +49,15 @@ def touch(x: Tensor) -> None:
 
 
 class FilePages:
-    """The files that are mapped into this process now, whose pages the system can have back.
+    """The files that are mapped into this process now and were not written to, whose pages it can do without.
 
     A checkpoint is read through such a mapping, and while any tensor of it is used, its embeddings say, all of it
-    would count as ours beside what was made of it. Elsewhere than on Linux nothing is known, and nothing happens.
+    would count as ours beside what was made of it. The system keeps the file in its cache as long as it has room: the
+    next start need not read it from the disk. Elsewhere than on Linux nothing is known, and nothing happens.
     """
 
     def __init__(self) -> None:
-        self._mapped: list[tuple[int, int]] = []
-        maps = Path("/proc/self/maps")
-        for line in maps.read_text().splitlines() if maps.exists() else ():
-            addresses, _, _, _, inode = line.split()[:5]
-            if inode != "0":
-                start, end = (int(address, 16) for address in addresses.split("-"))
-                self._mapped.append((start, end))
+        self._mapped = list(_unwritten_files())
 
     def let_go(self, x: Tensor) -> None:
         """The pages that hold `x` alone; whoever looks at it again has them read again."""
@@ -67,8 +65,21 @@ class FilePages:
         if x.device.type != "cpu" or not any(low <= start and end <= high for low, high in self._mapped):
             return
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last:  # a refusal (an old kernel) costs memory and nothing else
-            _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
+        if first < last:
+            _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _unwritten_files() -> Iterator[tuple[int, int]]:
+    """From where to where each is mapped. A page of a private mapping that was written to is nowhere else."""
+    maps = Path("/proc/self/smaps")
+    start, end, is_file = 0, 0, False
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        name, *words = line.split()
+        if not name.endswith(":"):  # a mapping, and behind it what is known of it
+            start, end = (int(address, 16) for address in name.split("-"))
+            is_file = words[3] != "0"
+        elif name == "Anonymous:" and words[0] == "0" and is_file:
+            yield start, end
 
 
 @functools.cache

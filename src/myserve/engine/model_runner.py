@@ -16,6 +16,7 @@ from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.sampling import Outcome, Sampled, Sampler
 from myserve.core.transfer import upload
+from myserve.engine import reserve
 from myserve.engine.angles import look_up_angles, unscaled_length
 from myserve.engine.backend import Backend, backend_for
 from myserve.engine.config import EngineConfig
@@ -76,6 +77,7 @@ class ModelRunner:
         self.backend = backend or backend_for(loaded.model, loaded.device, exact=exact)
         self.settings = self.backend.settings if exact else (0,)  # for `use_rows`, in order of their cost
         made = make_exact(loaded.model, mode=config.exact if self.backend.packs else "off")
+        reserve.give_back()  # before the cache asks how much memory is free
         self.exact_report = replace(made, mode=config.exact, attention=self.backend.attention)
         self._own_experts = experts_implementation(loaded.model)
         self.routed_experts = RoutedExperts(loaded.model)
