@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 from myserve.core.params import SamplingParams
@@ -49,8 +50,10 @@ class Engine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig, backend: Backend | None = None) -> None:
         self.config = config
         self.tokenizer = loaded.tokenizer
-        self.token_bytes = TokenBytes(loaded.tokenizer, loaded.vocab_size)
-        self.runner = ModelRunner(loaded, config, backend)
+        with ThreadPoolExecutor(1) as beside:  # a table of Python objects, while weights are packed
+            token_bytes = beside.submit(TokenBytes, loaded.tokenizer, loaded.vocab_size)
+            self.runner = ModelRunner(loaded, config, backend)
+        self.token_bytes = token_bytes.result()
         self._independent = settle(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
         self.facts = ModelFacts(
@@ -59,15 +62,9 @@ class Engine:
             loaded.eos_token_ids,
             self.runner.routed_experts.shape,
         )
-        self.scheduler = Scheduler(
-            BlockPool(cache.num_blocks, cache.block_size),
-            Limits(
-                config.max_num_seqs,
-                config.max_num_batched_tokens,
-                config.prefill_chunk,
-                self.facts.max_model_len,
-            ),
-        )
+        longest = self.facts.max_model_len
+        limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.prefill_chunk, longest)
+        self.scheduler = Scheduler(BlockPool(cache.num_blocks, cache.block_size), limits)
         if config.exact == "on" and not self._independent:
             logger.warning(
                 "%s: tokens depend on their batch; no way to compute was found exact", loaded.device

@@ -180,8 +180,8 @@ def threads_for(work: int) -> int:
     return torch.get_num_threads() if work > 1 << 17 else 1
 
 
-def warm() -> None:
-    """Compiles every kernel that this machine uses into Numba's cache (some seconds, once)."""
+def warm(*dtypes: torch.dtype) -> None:
+    """Reads every kernel for these types from Numba's cache (half a second), or compiles it (some seconds, once)."""
     from myserve.core import fast
     from myserve.engine import pointwise_kernels
     from myserve.engine.gemm_kernels import linear_kernel
@@ -191,10 +191,10 @@ def warm() -> None:
 
     fast.warm_up()
     replay_kernel()
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in dtypes:
         attend_kernel(dtype), store_kernel(dtype), linear_kernel(dtype)
         pointwise_kernels.warm(dtype)
 
 
 if __name__ == "__main__":
-    warm()
+    warm(torch.bfloat16, torch.float32)

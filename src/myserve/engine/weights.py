@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from myserve.engine import attention, vector_math
+from myserve.engine import attention, native, vector_math
 from myserve.engine.config import EngineConfig
 from myserve.engine.weight_plan import WeightNames
 from myserve.errors import UnsupportedModelError
@@ -36,19 +38,26 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
     hf_config = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     refuse_what_cannot_be_packed(hf_config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=dtype,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=attention.ATTENTION_NAME,
-    )
+    if device.type == "cpu":  # while weights are read and packed: both leave Python to others
+        half = torch.bfloat16 in (dtype, hf_config.dtype)
+        threading.Thread(target=native.warm, args=(torch.bfloat16 if half else torch.float32,)).start()
+    with ThreadPoolExecutor(1) as beside:
+        tokenizer_coming = beside.submit(
+            AutoTokenizer.from_pretrained, model, trust_remote_code=config.trust_remote_code
+        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=attention.ATTENTION_NAME,
+        )
+        tokenizer = tokenizer_coming.result()
     if not getattr(loaded, "_supports_attention_backend", False):
         raise UnsupportedModelError(
             f"{type(loaded).__name__} does not take its attention from transformers' AttentionInterface, so its "
             "requests cannot be batched exactly; models of the Llama, Qwen, Mistral, Gemma, GPT-2, OLMo and MoE "
             "kinds do"
         )
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     loaded = loaded.eval().requires_grad_(False).to(device)
     return LoadedModel(
         model=loaded,
