@@ -17,7 +17,8 @@ from myserve.engine.request import Request
 from myserve.engine.scheduler import Batch, Piece
 from myserve.errors import UnsupportedModelError
 
-LENGTHS = (2, 30)  # requests that share a step; together and the second alone, they fill one recording, which is proved
+# Of requests that share a step. Together, and the second alone, they fill one recording, which is proved by that.
+LENGTHS = (2, 30)
 DECODED = 2  # tokens of the first that are decoded, too: recorded, and replayed and compared
 CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: libraries change at powers of two
 AGREEMENT = (
