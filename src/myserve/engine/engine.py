@@ -56,13 +56,8 @@ class Engine:
         self.token_bytes = token_bytes.result()
         self._independent = settle(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
-        self.facts = ModelFacts(
-            loaded.vocab_size,
-            self.runner.max_model_len,
-            loaded.eos_token_ids,
-            self.runner.routed_experts.shape,
-        )
-        longest = self.facts.max_model_len
+        longest, routing = self.runner.max_model_len, self.runner.routed_experts.shape
+        self.facts = ModelFacts(loaded.vocab_size, longest, loaded.eos_token_ids, routing)
         limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.prefill_chunk, longest)
         self.scheduler = Scheduler(BlockPool(cache.num_blocks, cache.block_size), limits)
         if config.exact == "on" and not self._independent:
