@@ -197,6 +197,25 @@ def test_logits_that_still_carry_a_graph_are_taken(make_row: MakeRow) -> None:
     assert prompt_logprobs(logits, [1]) == prompt_logprobs(logits.detach(), [1])
 
 
+def test_another_threads_default_dtype_changes_nothing(make_row: MakeRow) -> None:
+    """transformers changes it, for the whole process, while it makes a model: another than the one that samples."""
+    logits = logits_for(len(MIXES))
+
+    def drawn(compiled: bool) -> list[Any]:
+        return step(
+            Sampler(compiled=compiled), logits, [make_row(seed=i, **mix) for i, mix in enumerate(MIXES)]
+        )
+
+    before = [drawn(True), drawn(False)]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.empty(1).dtype == torch.bfloat16
+        assert [drawn(True), drawn(False)] == before
+        assert prompt_logprobs(logits, [0] * len(MIXES), 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_batch_dependent_operation_would_have_been_noticed(two_threads: None) -> None:
     """The control of the tests above: the textbook normaliser does change with the batch."""
     logits = logits_for(64, 40_003)

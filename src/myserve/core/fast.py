@@ -43,7 +43,7 @@ def available() -> bool:
 def warm_up() -> None:
     """Load the compiled code, or compile it (about ten seconds, once an installation), before it is waited for."""
     if available():
-        scores = torch.zeros(1, 2)
+        scores = torch.zeros(1, 2, dtype=torch.float32)
         row = RowState(
             SamplingParams(),
             seed=0,
@@ -75,7 +75,10 @@ def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(largest score [R], mass in quanta [R]) of the rows of [R, V]."""
     from myserve.core import entry_points
 
-    largest, masses = torch.empty(len(scores)), torch.empty(len(scores), dtype=torch.int64)
+    largest, masses = (
+        torch.empty(len(scores), dtype=torch.float32),
+        torch.empty(len(scores), dtype=torch.int64),
+    )
     _over_threads(entry_points.normalise_rows(), scores.contiguous(), largest, masses, work_rows=1)
     return largest, masses
 
@@ -93,7 +96,7 @@ def best_tokens(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
 
     most = min(max(k), scores.shape[1])
     ids = torch.full((len(k), most), -1)
-    values = torch.empty(len(k), most)
+    values = torch.empty(len(k), most, dtype=torch.float32)
     _over_threads(entry_points.best_rows(), scores.contiguous(), torch.tensor(k), ids, values, work_rows=1)
     return ids, values
 
@@ -107,7 +110,7 @@ def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
     top_k = torch.tensor([row.params.top_k or 0 for row in rows])
     keys = torch.tensor([row.counter_key for row in rows], dtype=torch.int64).view(torch.uint64)
     tokens = torch.empty(B, dtype=torch.int64)
-    floats = torch.empty(B, 4)
+    floats = torch.empty(B, 4, dtype=torch.float32)
     masses = torch.full((B, 2), int(MASS_ONE))  # a row without a draw leaves its own as it is
     arrays = (raw, edited, numbers, top_k, keys, tokens, floats, masses)
     _over_threads(entry_points.draw_rows(), *arrays, work_rows=kernels.WORK_ROWS)

@@ -88,7 +88,9 @@ class TorchNoise:
 
     def exponentials(self, vocab_size: int) -> Tensor:
         """The next draw's e, float32 [V]: of the whole vocabulary, tokens of weight 0 included."""
-        return torch.empty(vocab_size, device=self.device).exponential_(generator=self.generator)
+        return torch.empty(vocab_size, dtype=torch.float32, device=self.device).exponential_(
+            generator=self.generator
+        )
 
     def skip(self, draws: int, vocab_size: int) -> None:
         """Move on as if `draws` tokens had been drawn."""

@@ -49,7 +49,7 @@ class PackedWeight:
         return other
 
     def _padded_bias(self, bias: Tensor | None) -> Tensor:
-        columns = torch.zeros(self.weight.shape[0] * 16)  # float32, as the sums it is added to
+        columns = torch.zeros(self.weight.shape[0] * 16, dtype=torch.float32)  # as the sums it is added to
         if bias is not None:
             columns[: self.out_features] = bias.detach()
         return columns
