@@ -17,6 +17,7 @@ from myserve.engine import weights
 from myserve.engine.config import EngineConfig
 from myserve.engine.gemm import PackedWeight
 from myserve.engine.model_runner import ModelRunner
+from myserve.engine.packing_check import check_packing
 from myserve.engine.recorded_calls import Launches, Operation
 from myserve.engine.recorded_steps import MOST_ROWS, shape_for
 from myserve.engine.replay import NotRecordableError, Pool, Recording
@@ -245,6 +246,19 @@ def test_control_a_model_that_reads_its_data_in_python_is_found_out(
     assert not runner.recorded_steps.usable
     runner.recorded_steps.usable = False
     assert torch.equal(second, decode(runner, 2, seed=2)) and not torch.equal(first, second)
+
+
+def test_both_kinds_of_recording_are_proved_before_anybody_asks(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proof computes a step twice: not one of a user's."""
+    runner = make_runner(tiny_model("qwen3"), "float32")
+    assert check_packing(runner, 384)
+    computed = []
+    monkeypatch.setattr(runner.recorded_steps, "_forward", lambda inputs: computed.append(inputs))
+    for counts in ([2, 1], [1]):  # shapes that the check has recorded
+        step(runner, counts, seed=0)
+    assert not computed and runner.recorded_steps.usable
 
 
 def test_mixtures_of_experts_are_not_recorded(tiny_model: Callable[[str], Path]) -> None:
