@@ -17,8 +17,9 @@ from myserve.engine.request import Request
 from myserve.engine.scheduler import Batch, Piece
 from myserve.errors import UnsupportedModelError
 
-# Of requests that share a step. Together, and the second alone, they fill one recording, which is proved by that.
-LENGTHS = (2, 30)
+# Of requests that share a step, a short one behind a long one, whose keys would show in it. Together, and the first
+# alone, they fill one recording, which is proved by that.
+LENGTHS = (30, 2)
 DECODED = 2  # tokens of the first that are decoded, too: recorded, and replayed and compared
 CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: libraries change at powers of two
 AGREEMENT = (
