@@ -15,11 +15,11 @@ install: .venv/installed ## make .venv with everything, exact versions
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,grammar,dev]'
 	$(BIN)/python -m compileall -q src # where Python may write no bytecode, every start would compile: 1.6 s
-	$(BIN)/python -m myserve.engine.native
+	$(BIN)/python -m myserve.engine.kernels.warm
 	@touch $@
 
 demo: install ## serve the embedded model, sample from it, show the result (ONCE=1: then end)
-	$(BIN)/python -m myserve.demo.run $(if $(ONCE),--once)
+	$(BIN)/python -m myserve.cli.demo $(if $(ONCE),--once)
 
 grpo: install ## reinforcement learning on the embedded model, a few minutes: runs/grpo/curve.svg (ARGS: the script's options)
 	$(BIN)/python examples/grpo.py $(ARGS)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from myserve.engine.attention import allocate_layer, paged_attention, store_kv
-from myserve.engine.kernels import BLOCK_SIZE
+from myserve.engine.kernels.attend import BLOCK_SIZE
+from myserve.engine.mixers.attention import allocate_layer, paged_attention, store_kv
 
 HEADS, KV_HEADS, DIM, LAYERS, CONTEXT = 16, 8, 128, 28, 192
 

@@ -32,11 +32,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.weight_replay import replay
 from myserve.core.params import SamplingParams
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
-from myserve.engine.weight_update import prepare
-from myserve.engine.weights import load
+from myserve.engine.weights.loader import load
+from myserve.engine.weights.prepare import prepare
 from myserve.sdk import DeploymentSampler, SampledCompletion
 
 SNAPSHOTS = 4

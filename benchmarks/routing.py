@@ -29,7 +29,7 @@ from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.outputs import Delta
-from myserve.engine.routed_experts import RoutedExperts
+from myserve.engine.runner.routed_experts import RoutedExperts
 
 COMMON: Mapping[str, Any] = {
     "vocab_size": 4096,

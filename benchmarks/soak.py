@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from myserve.core.params import SamplingParams
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 

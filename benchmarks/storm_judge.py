@@ -14,8 +14,8 @@ from benchmarks.weight_replay import Numbers, replay
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
-from myserve.engine.weight_update import prepare
-from myserve.engine.weights import load
+from myserve.engine.weights.loader import load
+from myserve.engine.weights.prepare import prepare
 from myserve.wire.sse import SSEDecoder
 
 REPLAYED = 300  # answers of several versions that are computed again; a random choice of them

@@ -15,7 +15,7 @@ from typing import get_args
 from grpo import Config, Correction, train
 from serving import Server
 
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 from myserve.sdk.svg import line_chart
 
 LAST = 5  # steps whose rewards count as the end

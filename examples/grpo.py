@@ -28,10 +28,10 @@ from serving import Server
 from sums import HELD_OUT, MAX_TOKENS, question, reward, sums_of_step
 from torch import Tensor
 
-from myserve.demo import embedded_model_path
-from myserve.demo.evaluate import accuracy
+from myserve.embedded import embedded_model_path
 from myserve.sdk import AdaptiveConcurrencyController, Completions, DeploymentSampler, SampledCompletion
 from myserve.sdk.mismatch import measure
+from tools.embedded_model.evaluate import accuracy
 
 Correction = Literal["kept", "mass", "none"]
 

@@ -22,8 +22,8 @@ from run_folder import RunError, new_folder
 from serving import Server
 from sums import HELD_OUT, question
 
-from myserve.demo.evaluate import accuracy
 from myserve.sdk import AdaptiveConcurrencyController, Completions, DeploymentSampler, SampledCompletion
+from tools.embedded_model.evaluate import accuracy
 
 
 @dataclass(frozen=True)

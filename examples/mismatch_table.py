@@ -16,9 +16,9 @@ from policy import Policy
 from serving import sampler_for
 from sums import HELD_OUT, MAX_TOKENS, question
 
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 from myserve.sdk import SampledCompletion
-from myserve.sdk.mismatch import Mismatch, measure
+from myserve.sdk.mismatch.measure import Mismatch, measure
 
 TEMPERATURE = 0.7
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from myserve import replay_routing
 from myserve.sdk import SampledCompletion
-from myserve.sdk.routing import aligned_routing
+from myserve.sdk.records.routing import aligned_routing
 
 Rows = list[list[float]]
 

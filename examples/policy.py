@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from myserve import completion_logits, exact_forward, exact_logprobs
 from myserve.sdk import SampledCompletion
-from myserve.sdk.routing import aligned_routing
+from myserve.sdk.records.routing import aligned_routing
 
 WARMUP = 40  # updates: Adam's first ones go a whole learning rate in the direction of a single batch's noise
 

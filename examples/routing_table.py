@@ -18,7 +18,7 @@ from sums import HELD_OUT, MAX_TOKENS, question
 from upcycle import upcycle
 
 from myserve.sdk import SampledCompletion
-from myserve.sdk.mismatch import Mismatch, measure
+from myserve.sdk.mismatch.measure import Mismatch, measure
 
 
 async def draw(model: str, prompts: int) -> list[SampledCompletion]:

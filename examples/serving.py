@@ -17,7 +17,7 @@ from typing import Any, Literal
 import httpx
 from transformers import AutoTokenizer
 
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler, WeightUpdateError
 
 START_TIMEOUT = 300.0  # seconds: of a machine that others use, too

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from myserve.demo.arithmetic import SUM_PHRASINGS, two_digit_pairs
+from myserve.embedded.arithmetic import SUM_PHRASINGS, two_digit_pairs
 from myserve.sdk import SampledCompletion
 
 Sum = tuple[int, int]

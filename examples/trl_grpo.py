@@ -17,7 +17,7 @@ from serving import Server
 from sums import MAX_TOKENS, PRACTICE, question
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 from myserve.sdk import DeploymentSampler
 from myserve.sdk.adapters import Rollouts, trl_rollout_func
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 
 EXPERTS, PER_TOKEN, NOISE = 8, 2, 0.05  # noise: share of each weight's own spread
 

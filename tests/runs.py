@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from myserve.core.params import SamplingParams
 from myserve.engine.engine import Engine
 from myserve.engine.outputs import Delta, RequestMetrics, TokenOutput
-from myserve.engine.stream import RequestStream
+from myserve.engine.requests.stream import RequestStream
 
 
 @dataclass

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from myserve.engine.completion_logits import completion_logits
-    from myserve.engine.exact_forward import exact_forward
-    from myserve.engine.exact_logprobs import exact_logprobs
-    from myserve.engine.replay_routing import replay_routing
+    from myserve.trainer.completion_logits import completion_logits
+    from myserve.trainer.exact_forward import exact_forward
+    from myserve.trainer.exact_logprobs import exact_logprobs
+    from myserve.trainer.replay_routing import replay_routing
 
 __all__ = ["completion_logits", "exact_forward", "exact_logprobs", "replay_routing"]
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
-from myserve.core import fast, sampling, stages
+from myserve.core import sampling, stages
+from myserve.core.compiled import fast_path
 from myserve.core.noise import OPENED
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
@@ -62,6 +63,6 @@ def two_threads(one_thread: None) -> None:
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is taken for a device that no code is compiled for and that is better not asked for numbers."""
-    monkeypatch.setattr(fast, "covers", lambda scores: False)
+    monkeypatch.setattr(fast_path, "covers", lambda scores: False)
     monkeypatch.setattr(stages, "edge_by_guesses", stages.edge_by_bisection)
     monkeypatch.setattr(sampling, "openings", lambda device: (OPENED, None))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from myserve.core import fast, nucleus
+from myserve.core.compiled import fast_path, nucleus
 from myserve.core.logprobs import prompt_logprobs
 from myserve.core.sampling import (
     RowState,
@@ -169,7 +169,7 @@ def test_compiled_and_tensor_logprobs_are_the_same_bits(monkeypatch: pytest.Monk
     for k in (1, 5, 200):
         compiled = prompt_logprobs(logits, targets, k)
         with monkeypatch.context() as patched:
-            patched.setattr(fast, "covers", lambda scores: False)
+            patched.setattr(fast_path, "covers", lambda scores: False)
             assert prompt_logprobs(logits, targets, k) == compiled
 
 

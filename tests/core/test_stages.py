@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
-from myserve.core import fast, stages
+from myserve.core import stages
+from myserve.core.compiled import fast_path
 from myserve.core.numerics import exp, quanta
 from myserve.core.stages import (
     Edits,
@@ -258,7 +259,7 @@ def test_a_mask_in_words_is_a_mask_by_token() -> None:
         for token in range(203):
             if not mask[token // 32] >> (token % 32) & 1:
                 expected[row, token] = -torch.inf
-    for apply in (stages.mask_, fast.mask_):
+    for apply in (stages.mask_, fast_path.mask_):
         edited = scores.clone()
         apply(edited, masks, rows)
         assert torch.equal(edited, expected)

@@ -294,7 +294,7 @@ def test_a_dead_engine_tells_everyone(
 ENDS_IN_MID_STEP = """
 import asyncio
 from myserve.core.params import SamplingParams
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 from myserve.engine import Engine
 
 async def main():

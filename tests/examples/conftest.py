@@ -29,7 +29,7 @@ def embedded_url(weights_dir: Path) -> Iterator[str]:
     """`myserve serve` on the embedded model, in float32, taking weights from `weights_dir`."""
     from serving import Server
 
-    from myserve.demo import embedded_model_path
+    from myserve.embedded import embedded_model_path
 
     with Server(str(embedded_model_path()), weights_dir) as server:
         yield server.url

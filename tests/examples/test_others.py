@@ -46,7 +46,7 @@ def test_the_table_of_the_mismatch_names_each_trainer(tmp_path):
     import mismatch_table
     from serving import Server
 
-    from myserve.demo import embedded_model_path
+    from myserve.embedded import embedded_model_path
 
     with Server(
         str(embedded_model_path()), tmp_path
@@ -79,7 +79,7 @@ class Trainer:
 def trainer() -> Trainer:
     from transformers import AutoModelForCausalLM
 
-    from myserve.demo import embedded_model_path
+    from myserve.embedded import embedded_model_path
 
     return Trainer(AutoModelForCausalLM.from_pretrained(embedded_model_path(), dtype="float32"))
 
@@ -91,7 +91,7 @@ def test_trl_draws_with_the_trainers_weights(trainer: Trainer, tmp_path: Path):
     from transformers import AutoTokenizer
     from trl_grpo import OnPolicy, rewards
 
-    from myserve.demo import embedded_model_path
+    from myserve.embedded import embedded_model_path
     from myserve.sdk import DeploymentSampler
 
     path = embedded_model_path()

@@ -42,7 +42,7 @@ async def test_pairs_hold_what_was_sampled(embedded_url, tmp_path):
     from sums import PRACTICE, question
     from transformers import AutoTokenizer
 
-    from myserve.demo import embedded_model_path
+    from myserve.embedded import embedded_model_path
 
     count = await dpo_pairs.main(str(tmp_path / "pairs.jsonl"), n=8, problems=30, url=embedded_url)
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]

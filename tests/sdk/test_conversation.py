@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from myserve.sdk import Conversation, DeploymentSampler, SamplingError
-from myserve.sdk.columns import to_columns
+from myserve.sdk.records.columns import to_columns
 from myserve.sdk.testing import Drawn, ScriptedTransport, ToyTokenizer, tiny_model
 
 pytestmark = pytest.mark.asyncio

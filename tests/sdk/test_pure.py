@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from myserve.sdk import RetryPolicy
-from myserve.sdk.deployments import AFFINITY_SLACK, Deployment, choose
-from myserve.sdk.dialects import DIALECTS, FIREWORKS, MYSERVE, VLLM, detect
 from myserve.sdk.errors import Failure
 from myserve.sdk.request import SampleRequest, as_token_ids
 from myserve.sdk.seeds import MAX_SEED, index_seed, prompt_seed
+from myserve.sdk.transport.deployments import AFFINITY_SLACK, Deployment, choose
+from myserve.sdk.transport.dialects import DIALECTS, FIREWORKS, MYSERVE, VLLM, detect
 
 REQUEST = SampleRequest(
     prompt_token_ids=(1, 2), model="m", seed=7, max_tokens=8, logprobs=True, top_logprobs=2

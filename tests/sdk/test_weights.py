@@ -17,7 +17,7 @@ import uvicorn
 
 from conftest import make_tiny_model
 from myserve.sdk import DeploymentSampler, WeightUpdateError
-from myserve.sdk.versions import VersionLog
+from myserve.sdk.sampling.versions import VersionLog
 from myserve.server.app import create_app
 from myserve.server.settings import Settings
 

@@ -15,8 +15,8 @@ import pytest
 from fastapi import FastAPI
 
 from myserve.server.app import create_app
-from myserve.server.graceful import GracefulServer
-from myserve.server.models import ServedModel
+from myserve.server.edge.graceful import GracefulServer
+from myserve.server.models.models import ServedModel
 from myserve.server.settings import Settings
 
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from myserve.engine.config import EngineConfig
 from myserve.server.app import create_app
-from myserve.server.models import Models, ServedModel, load_model
+from myserve.server.models.models import Models, ServedModel, load_model
 from myserve.server.settings import Settings
 from myserve.wire.sse import SSEDecoder
 

@@ -16,7 +16,7 @@ import pytest
 
 from myserve.engine.config import EngineConfig
 from myserve.errors import RequestError
-from myserve.server import reading
+from myserve.server.routes import body
 from myserve.server.settings import Settings
 from myserve.wire.sse import ServerSentEvent, SSEDecoder
 
@@ -218,7 +218,7 @@ def test_large_bodies_take_no_more_memory_than_there_is(
     with open_server(settings()) as server:
         url = server.url + "/v1/completions"
         assert httpx.post(url, **large, timeout=60).json()["error"]["code"] == "context_length_exceeded"
-        monkeypatch.setattr(reading, "free_host_memory", lambda: 40 << 20)
+        monkeypatch.setattr(body, "free_host_memory", lambda: 40 << 20)
         answer = httpx.post(url, **large, timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
         assert "memory" in answer.text

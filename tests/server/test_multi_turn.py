@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from myserve.engine.kernels import BLOCK_SIZE
+from myserve.engine.kernels.attend import BLOCK_SIZE
 
 SAMPLED = {"model": "tiny", "max_tokens": 40, "ignore_eos": True, "return_token_ids": True, "logprobs": True}
 

@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from myserve.errors import RequestError
 from myserve.server.app import create_app
-from myserve.server.graceful import GracefulServer
+from myserve.server.edge.graceful import GracefulServer
 from myserve.server.settings import Settings
 
 Open = Callable[[Settings], AbstractContextManager[Any]]

@@ -16,10 +16,10 @@ from typing import Any
 from myserve.bench.figures import Figures, Trace, figures
 from myserve.bench.workload import SAMPLING, Prompt, Workload
 from myserve.errors import MyserveError
-from myserve.sdk.backend import url_of
 from myserve.sdk.errors import AttemptFailed
-from myserve.sdk.replies import failure_of, read_all
-from myserve.sdk.transport import AiohttpTransport
+from myserve.sdk.transport.http import AiohttpTransport
+from myserve.sdk.transport.pool import url_of
+from myserve.sdk.transport.replies import failure_of, read_all
 from myserve.wire.sse import SSEDecoder
 
 # From what our server, vLLM and llama.cpp take down to what every completions server takes. The first set that a

@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from myserve.errors import MyserveError
-from myserve.sdk.backend import root_of
 from myserve.sdk.errors import AttemptFailed
-from myserve.sdk.replies import events_of, failure_of, object_of, read_all
-from myserve.sdk.transport import AiohttpTransport
+from myserve.sdk.transport.http import AiohttpTransport
+from myserve.sdk.transport.pool import root_of
+from myserve.sdk.transport.replies import events_of, failure_of, object_of, read_all
 
 
 class ServerError(MyserveError):

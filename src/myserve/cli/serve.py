@@ -206,9 +206,9 @@ def _ask_for_memory(settings: Settings) -> None:
     on_cpu = engine.device == "cpu" or (engine.device == "auto" and not has_gpu())
     as_saved = engine.dtype == "auto" and engine.exact == "on"
     if settings.preload and on_cpu and as_saved and not settings.force_echo:
-        from myserve.engine import reserve
+        from myserve.engine.memory import prefault
 
-        reserve.begin(settings.models[settings.preload[0]])
+        prefault.begin(settings.models[settings.preload[0]])
 
 
 def has_gpu() -> bool:
@@ -232,9 +232,9 @@ def _name_of(model: str) -> str:
 
 def _run(settings: Settings, listener: socket.socket, log_level: LogLevel, log_format: LogFormat) -> None:
     try:
-        from myserve.server import logs
         from myserve.server.app import create_app
-        from myserve.server.graceful import GracefulServer
+        from myserve.server.edge.graceful import GracefulServer
+        from myserve.server.observe import logs
     except ModuleNotFoundError as error:
         fail(f"{NEEDS_SERVER}  (missing: {error.name})")
     host, port = listener.getsockname()[:2]

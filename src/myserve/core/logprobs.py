@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from myserve.core import fast
+from myserve.core.compiled import fast_path
 from myserve.core.numerics import log_mass, quanta, weights_of
 from myserve.core.stages import entropy_of, ordered
 from myserve.errors import NonFiniteLogitsError
@@ -73,8 +73,8 @@ def to_float32(value: float) -> float:
 
 def masses(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(largest score [R], mass in quanta [R]) of float32 scores [R, V] with a finite maximum in every row."""
-    if fast.covers(scores):
-        return fast.normalise(scores)
+    if fast_path.covers(scores):
+        return fast_path.normalise(scores)
     largest, weights = weights_of(scores)
     return largest[:, 0], quanta(weights).sum(-1)
 
@@ -92,8 +92,8 @@ def normalisers(scores: Tensor) -> list[Normaliser]:
 
 def best_of(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(ids, scores) [R, most] of each row's k[r] best at least, and perhaps of none or of -inf: see `listed`."""
-    if fast.covers(scores):
-        return fast.best_tokens(scores, k)
+    if fast_path.covers(scores):
+        return fast_path.best_tokens(scores, k)
     most = min(max(k), scores.shape[1])
     # by score, equal scores by id, in one number, for which of equal scores topk gives is its own affair
     ids = torch.arange(scores.shape[1], device=scores.device)

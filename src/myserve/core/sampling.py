@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from myserve.core import fast
-from myserve.core.behaviour import scale, truncate
-from myserve.core.edits import Scratch, edit
+from myserve.core.batched.behaviour import scale, truncate
+from myserve.core.batched.edits import Scratch, edit
+from myserve.core.batched.reports import Reports
+from myserve.core.compiled import fast_path
 from myserve.core.logprobs import Kept, Normaliser, TopLogprobs, masses, normalisers_of
 from myserve.core.noise import draw_counter, draw_torch, openings
 from myserve.core.numerics import log_mass, weights_of
 from myserve.core.params import SamplingParams
-from myserve.core.reports import Reports
 from myserve.core.rows import RowState
 from myserve.core.transfer import download, upload
 from myserve.errors import ConstraintError, NonFiniteLogitsError
@@ -69,7 +69,7 @@ class Sampler:
     """
 
     def __init__(self, *, compiled: bool = True) -> None:
-        self._compiled = compiled and fast.available()
+        self._compiled = compiled and fast_path.available()
         self._scratch = Scratch()
 
     @torch.inference_mode()
@@ -91,7 +91,7 @@ class Sampler:
     def _divide(self, rows: Sequence[RowState], device: torch.device) -> list[tuple[Draw, list[int]]]:
         """Which way to draw, and which rows go it."""
         quick = self._compiled and device.type == "cpu"
-        known = [b for b, row in enumerate(rows) if quick and fast.knows(row)]
+        known = [b for b, row in enumerate(rows) if quick and fast_path.knows(row)]
         others = sorted(set(range(len(rows))) - set(known))
         ways: list[tuple[Draw, list[int]]] = [(_draw_compiled, known), (_draw_tensors, others)]
         return [(draw, places) for draw, places in ways if places]
@@ -101,7 +101,7 @@ Draw = Callable[[Tensor, Tensor, list[RowState]], list[Outcome]]
 
 
 def _draw_compiled(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Outcome]:
-    drawn = fast.draw(raw, edited, rows)
+    drawn = fast_path.draw(raw, edited, rows)
     raw_norms = [
         Normaliser(top, log_mass(mass)) for top, mass in zip(drawn.raw_largest, drawn.raw_mass, strict=True)
     ]

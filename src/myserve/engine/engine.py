@@ -14,27 +14,27 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 from myserve.core.params import SamplingParams
-from myserve.engine import reserve
-from myserve.engine.admission import ModelFacts, Submission, admit
-from myserve.engine.backend import Backend
-from myserve.engine.blocks import BlockPool
 from myserve.engine.config import EngineConfig
-from myserve.engine.constraints import Constraints
-from myserve.engine.detokenizer import Detokenizer
-from myserve.engine.mail import Mail
+from myserve.engine.constraints.factory import Constraints
+from myserve.engine.memory import prefault
 from myserve.engine.meters import EngineLoad, EngineMeters
-from myserve.engine.model_runner import ModelRunner, StepResult
 from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
-from myserve.engine.packing_check import settle
-from myserve.engine.queue_bound import QueueBound
-from myserve.engine.request import Request
-from myserve.engine.results import outcome_of, request_metrics
-from myserve.engine.scheduler import Batch, Limits, Scheduler
-from myserve.engine.stream import Outcome, RequestStream
+from myserve.engine.requests.admission import ModelFacts, Submission, admit
+from myserve.engine.requests.detokenizer import Detokenizer
+from myserve.engine.requests.dispatch import Mail
+from myserve.engine.requests.results import outcome_of, request_metrics
+from myserve.engine.requests.stream import Outcome, RequestStream
+from myserve.engine.runner.device_backend import Backend
+from myserve.engine.runner.model_runner import ModelRunner, StepResult
+from myserve.engine.runner.self_test import settle
+from myserve.engine.scheduling.blocks import BlockPool
+from myserve.engine.scheduling.queue_bound import QueueBound
+from myserve.engine.scheduling.request import Request
+from myserve.engine.scheduling.scheduler import Batch, Limits, Scheduler
 from myserve.engine.token_bytes import TokenBytes
-from myserve.engine.weight_update import Mode, Prepared, Source, UpdateOptions, prepare
-from myserve.engine.weight_updates import WeightUpdate, WeightUpdates
-from myserve.engine.weights import LoadedModel, load
+from myserve.engine.weights.loader import LoadedModel, load
+from myserve.engine.weights.prepare import Mode, Prepared, Source, UpdateOptions, prepare
+from myserve.engine.weights.queue import WeightUpdate, WeightUpdates
 from myserve.errors import EngineDeadError, WeightsLoadingError
 
 logger = logging.getLogger("myserve.engine")
@@ -85,7 +85,7 @@ class Engine:
         try:
             return cls(load(model, config := config or EngineConfig()), config)
         finally:
-            reserve.give_back()
+            prefault.give_back()
 
     # ---- for callers
 

@@ -10,8 +10,8 @@ from itertools import accumulate
 from typing import Protocol, get_args
 
 from myserve.engine.outputs import FinishReason
-from myserve.engine.request import Request
-from myserve.engine.scheduler import Batch
+from myserve.engine.scheduling.request import Request
+from myserve.engine.scheduling.scheduler import Batch
 
 SECONDS = tuple(step * 10.0**power for power in range(-3, 3) for step in (1, 2, 5))  # 1 ms to 500 s
 TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))

@@ -1,7 +1,11 @@
 """The client SDK: token-level samples from inference servers, for RL, DPO and evals. Needs no torch."""
 
 from myserve.sdk.batch import Batch, BatchGroup
-from myserve.sdk.concurrency import AdaptiveConcurrencyController, FixedConcurrencyController, StepSummary
+from myserve.sdk.concurrency.controllers import (
+    AdaptiveConcurrencyController,
+    FixedConcurrencyController,
+    StepSummary,
+)
 from myserve.sdk.conversation import Conversation, Trajectory
 from myserve.sdk.errors import SamplingDeadlineError, SamplingError
 from myserve.sdk.options import SampleOptions

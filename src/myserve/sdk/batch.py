@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from myserve.sdk.errors import SamplingError
-from myserve.sdk.journal import Journal
 from myserve.sdk.options import Plan
+from myserve.sdk.records.journal import Journal
 from myserve.sdk.seeds import prompt_seed, random_seed
 from myserve.sdk.types import Completions, SampledCompletion
 

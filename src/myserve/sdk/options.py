@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
-from myserve.sdk.group import OnError
 from myserve.sdk.request import SampleRequest
+from myserve.sdk.sampling.group import OnError
 
 
 class SampleOptions(TypedDict, total=False):

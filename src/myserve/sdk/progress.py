@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from myserve.sdk.backend import Backend
+from myserve.sdk.transport.pool import Backend
 
 
 class SampleProgress:

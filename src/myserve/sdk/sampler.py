@@ -11,19 +11,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack
 
 from myserve.sdk import weights
-from myserve.sdk.backend import Backend
 from myserve.sdk.batch import Batch
-from myserve.sdk.concurrency import FixedConcurrencyController
-from myserve.sdk.deployments import Deployment
-from myserve.sdk.dialects import DIALECTS, DialectName
+from myserve.sdk.concurrency.controllers import FixedConcurrencyController
 from myserve.sdk.errors import SamplingError
-from myserve.sdk.group import Group
 from myserve.sdk.options import Plan, SampleOptions, plan
 from myserve.sdk.request import DEFAULT_MAX_TOKENS, as_token_ids
 from myserve.sdk.retry import RetryPolicy
+from myserve.sdk.sampling.group import Group
 from myserve.sdk.seeds import prompt_seed, random_seed
 from myserve.sdk.sync import SyncSampler
-from myserve.sdk.transport import AiohttpTransport, Transport
+from myserve.sdk.transport.deployments import Deployment
+from myserve.sdk.transport.dialects import DIALECTS, DialectName
+from myserve.sdk.transport.http import AiohttpTransport, Transport
+from myserve.sdk.transport.pool import Backend
 from myserve.sdk.types import Completions, SampledCompletion, SampleDelta, SamplerStats
 
 if TYPE_CHECKING:

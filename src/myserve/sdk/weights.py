@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from myserve.errors import MyserveError
-from myserve.sdk.backend import root_of
 from myserve.sdk.errors import AttemptFailed, Failure
-from myserve.sdk.replies import failure_of, read_all
+from myserve.sdk.transport.pool import root_of
+from myserve.sdk.transport.replies import failure_of, read_all
 
 if TYPE_CHECKING:
-    from myserve.sdk.backend import Backend
+    from myserve.sdk.transport.pool import Backend
     from myserve.wire.weights import Replica, WeightsReport
 
 HOT_LOAD = "/hot_load/v1/models/hot_load"

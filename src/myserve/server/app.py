@@ -13,16 +13,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from myserve.errors import MyserveError
-from myserve.server import chat, completions, generate, health, metrics, playground, tokenize, weights
-from myserve.server.access import Access, AccessControl
-from myserve.server.edge import Edge
+from myserve.server import pages
+from myserve.server.answers.streaming import ClientGoneError
+from myserve.server.edge.access import Access, AccessControl
+from myserve.server.edge.edge import Edge
 from myserve.server.errors import error_response, http_error_response, status_of
-from myserve.server.http_meters import HttpMeters
-from myserve.server.models import Models
-from myserve.server.openapi import openapi
+from myserve.server.models.models import Models
+from myserve.server.observe.http_meters import HttpMeters
+from myserve.server.observe.traces import Traces
+from myserve.server.routes import chat, completions, generate, health, metrics, tokenize, weights
+from myserve.server.routes.openapi import openapi
 from myserve.server.settings import Settings
-from myserve.server.streaming import ClientGoneError
-from myserve.server.traces import Traces
 
 log = logging.getLogger("myserve.server")
 
@@ -50,7 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.models = Models(settings)
     app.state.on_load_failure = None  # who starts a server may want to end it then
-    for family in (chat, completions, generate, tokenize, weights, health, metrics, playground):
+    for family in (chat, completions, generate, tokenize, weights, health, metrics, pages):
         app.include_router(family.router)
     app.add_exception_handler(MyserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -72,7 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def _traces(settings: Settings) -> Traces | None:
     if settings.otlp_traces_endpoint is None:
         return None
-    from myserve.server.otel import OtlpTraces  # opentelemetry is an extra
+    from myserve.server.observe.otel import OtlpTraces  # opentelemetry is an extra
 
     return OtlpTraces(settings.otlp_traces_endpoint)
 

@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from myserve.demo import embedded_model_path
+from myserve.embedded import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.errors import RequestError
-from myserve.server.tool_calls import TOOL_STYLES
+from myserve.server.parsing.tool_calls import TOOL_STYLES
 
 EMBEDDED_MODEL = "myserve-demo"
 DEFAULT_ON_DEMAND = "sshleifer/tiny-gpt2"  # what the seed document's tests ask a bare server for

@@ -1,0 +1,170 @@
+"""The draw of a CPU row in few passes over its logits, compiled: the same definition as the tensor code, bit for bit.
+
+`stages`, `numerics` and `noise` say what is computed; this says it again as loops, for a row of 152k scores stays in
+a core's cache between loops and leaves it between tensor operations. Tests hold the two together. No fast-math: it
+would let the compiler change the bits. Needs Numba; without it `sampling` uses the tensor code alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from myserve.core.compiled.nucleus import SPARE_ROWS, best_scores, truncate
+from myserve.core.compiled.row_reductions import (
+    block_maxima,
+    drop_masked,
+    largest_score,
+    only_masks,
+    scale,
+    weigh,
+    weigh_few,
+)
+from myserve.core.compiled.scalar_math import (
+    BLOCK,
+    INFINITY,
+    MASS_ONE,
+    ZERO,
+    compiled,
+    neg_log1m,
+    philox,
+    uniform,
+)
+
+WORK_ROWS = 2 + SPARE_ROWS  # of memory that a thread needs for a draw: fresh memory costs more than the draw
+
+
+@compiled
+def mask_rows(start: int, stop: int, masks: Any, scores: Any, rows: Any) -> None:
+    """`stages.mask_`: a word of the mask at a time, for most are all ones or all zeros."""
+    V = scores.shape[1]
+    for m in range(start, stop):
+        row = scores[rows[m]]
+        for w in range(masks.shape[1]):
+            word = masks[m, w]
+            if word == -1:
+                continue
+            first, last = 32 * w, min(32 * w + 32, V)
+            if word == 0:
+                row[first:last] = -INFINITY
+            else:
+                for i in range(first, last):
+                    if not (word >> (i - first)) & 1:
+                        row[i] = -INFINITY
+
+
+@compiled
+def race(weights: Any, key: Any) -> Any:
+    """`noise.draw_counter` of one row: blocks in order of promise, the first to set the time to beat."""
+    V = len(weights)
+    heaviest = block_maxima(weights)
+    alive, count = np.empty(len(heaviest), np.int64), 0
+    for b in range(len(heaviest)):
+        alive[count] = b
+        count += heaviest[b] > ZERO
+    w0, w1, w2 = np.empty(count, np.uint64), np.empty(count, np.uint64), np.empty(count, np.uint64)
+    k0, k1, position, index = key[0], key[1], key[2], key[3]
+    for at in range(count):
+        w0[at], w1[at], w2[at] = philox(np.uint64(alive[at]), position, index, np.uint64(0), k0, k1)
+    # v <= -log(1 - v): a bound without a logarithm; the factor outweighs its rounding
+    bound = np.empty(count, np.float64)
+    first = 0
+    for at in range(count):
+        bound[at] = uniform(w0[at], w1[at]) * (1 - 1e-12) / BLOCK / np.float64(heaviest[alive[at]])
+        if bound[at] < bound[first]:
+            first = at
+    best, winner = math.inf, V
+    for turn in range(-1, count):
+        at = first if turn < 0 else turn
+        if bound[at] > best:
+            continue
+        b = alive[at]
+        least = neg_log1m(uniform(w0[at], w1[at])) / BLOCK
+        lane = np.int64(w2[at] % np.uint64(BLOCK))
+        for i in range(b * BLOCK, min((b + 1) * BLOCK, V)):
+            weight = np.float64(weights[i])
+            if weight == 0.0 or least / weight > best:
+                continue
+            e = least
+            if i % BLOCK != lane:
+                u0, u1, _ = philox(np.uint64(i), position, index, np.uint64(1), k0, k1)
+                e = least + neg_log1m(uniform(u0, u1))
+            if e / weight < best or (e / weight == best and i < winner):
+                best, winner = e / weight, i
+    return winner
+
+
+@compiled
+def normalise_rows(start: int, stop: int, scores: Any, largest: Any, masses: Any, work: Any) -> None:
+    """The largest score and the mass of rows `start` to `stop`."""
+    weights = work[0]
+    for b in range(start, stop):
+        largest[b] = largest_score(scores[b])
+        masses[b] = weigh(scores[b], largest[b], weights)
+
+
+@compiled
+def best_rows(start: int, stop: int, scores: Any, wanted: Any, ids: Any, values: Any, work: Any) -> None:
+    """The `wanted[b]` best tokens of each row, in order of id, those above the edge first; -1 where there is none."""
+    for b in range(start, stop):
+        row, maxima, k = scores[b], block_maxima(scores[b]), min(wanted[b], scores.shape[1])
+        if not abs(largest_score(maxima)) < INFINITY:
+            continue  # NaN has no order
+        edge = best_scores(row, maxima, k, work[0])[k - 1]
+        count = 0
+        for at_edge in range(2):
+            for block in range(len(maxima)):
+                if maxima[block] < edge:
+                    continue
+                for i in range(block * BLOCK, min((block + 1) * BLOCK, len(row))):
+                    chosen = row[i] == edge if at_edge else row[i] > edge
+                    if chosen and count < k and row[i] > -INFINITY:
+                        ids[b, count], values[b, count] = i, row[i]
+                        count += 1
+
+
+@compiled
+def draw_rows(
+    start: int, stop: int, raw: Any, edited: Any, numbers: Any, top_k: Any, keys: Any, tokens: Any, floats: Any,
+    masses: Any, work: Any,
+) -> None:  # fmt: skip
+    """Rows `start` to `stop`: see `draw` in `fast.py`, which owns the arrays; `work` is [WORK_ROWS, V]."""
+    scaled, weights, spare = work[0], work[1], work[2:]
+    for b in range(start, stop):
+        temperature, top_p, min_p = numbers[b, 0], numbers[b, 1], numbers[b, 2]
+        raw_largest = largest_score(raw[b])
+        changed = numbers[b, 3] != 0.0  # whether stages 1 to 4 did anything
+        largest = largest_score(edited[b]) if changed else raw_largest
+        floats[b, 0], floats[b, 1] = raw_largest, largest
+        if not (abs(raw_largest) < INFINITY and abs(largest) < INFINITY):
+            tokens[b] = -1
+            continue
+        if temperature == 0.0:
+            token = 0
+            while edited[b, token] != largest:
+                token += 1
+            masses[b, 0] = weigh(raw[b], raw_largest, weights)
+            floats[b, 1], floats[b, 3], masses[b, 1] = ZERO, ZERO, np.int64(MASS_ONE)
+        else:
+            scores = edited[b]
+            if temperature != 1.0:
+                scale(edited[b], np.float32(temperature), largest, scaled)
+                scores = scaled
+                largest = largest_score(scaled)
+            masses[b, 0] = weigh(raw[b], raw_largest, weights)
+            if temperature != 1.0:
+                total = weigh(scores, largest, weights)
+            elif not changed:
+                total = masses[b, 0]
+            elif largest == raw_largest and only_masks(raw[b], edited[b]):
+                total = drop_masked(edited[b], weights)
+            else:
+                total = weigh_few(scores, largest, weights)
+            if top_k[b] > 0 or top_p < 1.0 or min_p > 0.0:
+                total = truncate(scores, weights, largest, total, top_k[b], top_p, min_p, spare)
+            token = race(weights, keys[b])
+            floats[b, 1], floats[b, 3], masses[b, 1] = largest, scores[token], total
+        tokens[b] = token
+        floats[b, 2] = raw[b, token]

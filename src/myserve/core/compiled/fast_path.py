@@ -1,0 +1,163 @@
+"""The compiled draw (`kernels`) for the rows that it knows, over as many threads as torch has."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from myserve.core.numerics import MASS_ONE
+from myserve.core.params import SamplingParams
+from myserve.core.rows import RowState
+
+SMALLEST_NORMAL = 2.0**-126
+SCORES_A_THREAD = 1 << 18  # scores that are worth waking another thread for
+
+
+class Drawn(NamedTuple):
+    """What the compiled draw gives, a row each: Python lists."""
+
+    tokens: list[int]  # -1: nothing to draw; the maxima say why
+    raw_largest: list[float]
+    largest: list[float]
+    raw_score: list[float]  # of the token, before stage 1
+    score: list[float]  # of the token, under the behaviour distribution
+    raw_mass: list[int]  # quanta
+    mass: list[int]
+
+
+@cache
+def available() -> bool:
+    """Whether Numba is installed."""
+    return find_spec("numba") is not None
+
+
+def warm_up() -> None:
+    """Load the compiled code, or compile it (about ten seconds, once an installation), before it is waited for."""
+    if available():
+        scores = torch.zeros(1, 2, dtype=torch.float32)
+        row = RowState(
+            SamplingParams(),
+            seed=0,
+            sample_index=0,
+            prompt_token_ids=(),
+            vocab_size=2,
+            eos_token_ids=(),
+        )
+        draw(scores, scores, [row])
+        normalise(scores)
+        best_tokens(scores, [1])
+        mask_(scores.clone(), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+
+
+def knows(row: RowState) -> bool:
+    """Whether the compiled draw covers everything that the row asks for."""
+    p = row.params
+    processed = p.logprobs_mode == "processed" and (p.top_logprobs > 0 or bool(p.logprob_token_ids))
+    truncated = p.typical_p < 1.0 or p.top_n_sigma is not None
+    return row.torch_noise is None and not (processed or truncated or p.kept)
+
+
+def covers(scores: Tensor) -> bool:
+    """Whether compiled code can read these scores."""
+    return available() and scores.device.type == "cpu" and scores.dtype == torch.float32
+
+
+def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest score [R], mass in quanta [R]) of the rows of [R, V]."""
+    from myserve.core.compiled import entry_points
+
+    largest, masses = (
+        torch.empty(len(scores), dtype=torch.float32),
+        torch.empty(len(scores), dtype=torch.int64),
+    )
+    _over_threads(entry_points.normalise_rows(), scores.contiguous(), largest, masses, work_rows=1)
+    return largest, masses
+
+
+def mask_(scores: Tensor, masks: Tensor, rows: Tensor) -> None:
+    """`stages.mask_`, in place."""
+    from myserve.core.compiled import entry_points
+
+    _over_threads(entry_points.mask_rows(), masks, scores, rows)
+
+
+def best_tokens(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(ids, scores) [R, most] of the k[r] best of each row, k[r] >= 1, in no order; id -1 where there are fewer."""
+    from myserve.core.compiled import entry_points
+
+    most = min(max(k), scores.shape[1])
+    ids = torch.full((len(k), most), -1)
+    values = torch.empty(len(k), most, dtype=torch.float32)
+    _over_threads(entry_points.best_rows(), scores.contiguous(), torch.tensor(k), ids, values, work_rows=1)
+    return ids, values
+
+
+def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
+    """Draw every row of CPU float32 `edited` [B, V], the raw scores after stages 1 to 4."""
+    from myserve.core.compiled import (  # compiled, or loaded: on first use, not at import
+        draw_kernel,
+        entry_points,
+    )
+
+    B = len(rows)
+    numbers = torch.tensor([_numbers(row) for row in rows], dtype=torch.float64)
+    top_k = torch.tensor([row.params.top_k or 0 for row in rows])
+    keys = torch.tensor([row.counter_key for row in rows], dtype=torch.int64).view(torch.uint64)
+    tokens = torch.empty(B, dtype=torch.int64)
+    floats = torch.empty(B, 4, dtype=torch.float32)
+    masses = torch.full((B, 2), int(MASS_ONE))  # a row without a draw leaves its own as it is
+    arrays = (raw, edited, numbers, top_k, keys, tokens, floats, masses)
+    _over_threads(entry_points.draw_rows(), *arrays, work_rows=draw_kernel.WORK_ROWS)
+    return Drawn(tokens.tolist(), *floats.T.tolist(), *masses.T.tolist())
+
+
+def _numbers(row: RowState) -> tuple[float, float, float, float]:
+    p = row.params
+    temperature = max(p.temperature, SMALLEST_NORMAL) if p.temperature else 0.0
+    return temperature, p.top_p, p.min_p, float(row.edits_scores)
+
+
+def _over_threads(kernel: Callable[..., None], scores: Tensor, *others: Tensor, work_rows: int = 0) -> None:
+    """Run `kernel(start, stop, *arrays)` over all rows of `scores`, parts of them on other threads.
+
+    `work_rows` more arrays of a row's size, [work_rows, V], are there for a part to work in.
+    """
+    arrays = [tensor.numpy() for tensor in (scores, *others)]
+    rows, V = scores.shape
+    parts = max(1, min(torch.get_num_threads(), rows, scores.numel() // SCORES_A_THREAD))
+    edges = [rows * part // parts for part in range(parts + 1)]
+
+    def run(start: int, stop: int) -> None:
+        kernel(start, stop, *arrays, *([_work(work_rows, V)] if work_rows else []))
+
+    running = [_pool().submit(run, *part) for part in pairwise(edges[1:])]
+    run(0, edges[1])
+    for part in running:
+        part.result()
+
+
+_kept = threading.local()
+
+
+def _work(rows: int, V: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Memory [rows, V] of this thread, kept: fresh memory would cost as much as what is computed in it."""
+    memory: np.ndarray[Any, np.dtype[np.float32]] | None = getattr(_kept, "memory", None)
+    if memory is None or memory.size < rows * V:
+        _kept.memory = memory = np.empty(rows * V, np.float32)
+    return memory[: rows * V].reshape(rows, V)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(
+        max_workers=max(1, torch.get_num_threads() - 1), thread_name_prefix="myserve-sampler"
+    )

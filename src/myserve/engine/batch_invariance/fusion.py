@@ -1,0 +1,180 @@
+"""Fewer passes over the same numbers: norms, rotary angles, the gate, and products that share their input.
+
+What is replaced is recognised by what it computes, never by a model's name: a norm by trying it, the gate by its one
+line of source, the rotary function by comparing bits. What is not recognised stays as transformers wrote it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from myserve.engine.batch_invariance import pointwise
+from myserve.engine.batch_invariance.linear import JoinedWeights
+
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_GATE_SOURCE = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+_ROTARY = "apply_rotary_pos_emb"
+
+
+@dataclass(frozen=True, slots=True)
+class NormKind:
+    """A family of RMS norms: what is added to the weight, and whether the product rounds once or twice."""
+
+    offset: float
+    rounds_first: bool
+
+    def reference(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """In tensor operations, as models spell it out."""
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+        if self.rounds_first:
+            return weight * normed.to(x.dtype)
+        return (normed * (weight.float() + self.offset)).to(x.dtype)
+
+
+_KINDS = (NormKind(0.0, True), NormKind(0.0, False), NormKind(1.0, False))  # Llama; OLMo 2 and gpt-oss; Gemma
+
+
+def norm_kind(module: nn.Module) -> tuple[NormKind, float] | None:
+    """Which RMS norm a module is, and its epsilon; None for everything else.
+
+    >>> norm_kind(nn.LayerNorm(4)) is None
+    True
+    """
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or set(module._parameters) != {"weight"}:
+        return None
+    if not isinstance(eps, float) or not pointwise.is_ours(weight):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, len(weight), generator=generator).to(weight.dtype)
+    probe = torch.randn(len(weight), generator=generator).to(weight.dtype)
+    with torch.no_grad():
+        own = torch.func.functional_call(module, {"weight": probe}, (x,))
+        for kind in _KINDS:
+            if torch.equal(own, kind.reference(x, probe, eps)):
+                return kind, eps
+    return None
+
+
+def is_gate(module: nn.Module) -> bool:
+    """Whether a module computes down(silu(gate(x)) * up(x)) and nothing else."""
+    if not _is_silu(getattr(module, "act_fn", None)):
+        return False
+    lines = [line.strip() for line in inspect.getsource(type(module).forward).splitlines()[1:]]
+    body = " ".join(line for line in lines if line)
+    return body in (f"return {_GATE_SOURCE}", f"down_proj = {_GATE_SOURCE} return down_proj")
+
+
+def _is_silu(module: object) -> bool:
+    return isinstance(module, nn.SiLU | SiLUActivation)
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Replaces the forward of every RMS norm; how many there were."""
+    modules: list[Any] = list(model.modules())
+    found = [(module, known) for module in modules if (known := norm_kind(module)) is not None]
+    for module, known in found:
+        module.forward = MethodType(_norm_forward(*known), module)
+    return len(found)
+
+
+def _norm_forward(kind: NormKind, eps: float) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return pointwise.rms_norm(x, self.weight, eps, offset=kind.offset, rounds_first=kind.rounds_first)
+
+    return forward
+
+
+def fuse_gates(model: nn.Module) -> None:
+    """SiLU by our kernel, in one pass with the product where it is one."""
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if is_gate(module):
+            module.forward = MethodType(_gate_forward, module)
+        elif _is_silu(module):
+            module.forward = MethodType(lambda self, x: pointwise.silu(x), module)
+
+
+def _gate_forward(self: Any, x: Tensor) -> Tensor:
+    out: Tensor = self.down_proj(pointwise.silu(self.gate_proj(x), self.up_proj(x)))
+    return out
+
+
+class SharedInput:
+    """Products of one x, made together when the first is asked for; the others find theirs waiting."""
+
+    def __init__(self, joined: JoinedWeights) -> None:
+        self._joined, self._parts = joined, joined.parts
+        self._x: Tensor | None = None
+        self._made: list[Tensor] = []
+
+    def product(self, part: int, x: Tensor) -> Tensor:
+        """Of one part; x is compared by identity, so that a model that calls in another way is only slower."""
+        if part == 0:
+            self._x, self._made = x, self._joined(x)
+        elif self._x is not x:
+            return self._parts[part](x)
+        made = self._made[part]
+        if part == len(self._parts) - 1:
+            self._x, self._made = None, []
+        return made
+
+
+def products_of_one_input(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """The linear layers of a module that multiply the same x, by their names in it."""
+    for module in model.modules():
+        for names in _SHARED_INPUTS:
+            layers = [getattr(module, name, None) for name in names]
+            if all(isinstance(layer, nn.Linear) for layer in layers):
+                yield module, list(names)
+
+
+def fuse_rotary(model: nn.Module) -> None:
+    """Puts our kernel before the rotary function of the files that the model's classes come from.
+
+    The function is a global of a file of transformers, so a trainer's model in this process finds ours too: where
+    there are gradients to keep, or another shape, it goes on to the old one, and the bits are the same.
+    """
+    for name in {type(module).__module__ for module in model.modules()}:
+        file = sys.modules[name]
+        theirs = getattr(file, _ROTARY, None)
+        if theirs is not None and not hasattr(theirs, "before_fusion") and _rotates_halves(theirs):
+            setattr(file, _ROTARY, _rotary_before(theirs))
+
+
+def _rotary_before(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        known = unsqueeze_dim == 1 and q.dim() == 4 and q.shape[0] == 1 and cos.dim() == 3
+        whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1] and cos.shape[0] == 1
+        if not (known and whole and torch.is_inference_mode_enabled() and pointwise.is_ours(q, k, cos, sin)):
+            rotated: tuple[Tensor, Tensor] = theirs(q, k, cos, sin, unsqueeze_dim)
+            return rotated
+        query, key = pointwise.rotate(q[0], k[0], cos[0], sin[0])
+        return query[None], key[None]
+
+    apply_rotary_pos_emb.before_fusion = theirs  # type: ignore[attr-defined]  # so that it is put there once
+    return apply_rotary_pos_emb
+
+
+def _rotates_halves(function: Callable[..., Any]) -> bool:
+    """Whether a function has the usual signature and, on random numbers, the bits of `pointwise.rotate`."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(1, n, 3, 8, generator=generator).bfloat16() for n in (4, 2, 1, 1))
+    try:
+        theirs = function(q, k, cos[:, 0], sin[:, 0])
+    except (TypeError, RuntimeError, IndexError):
+        return False
+    ours = pointwise.rotate(q[0], k[0], cos[0, 0], sin[0, 0])
+    return all(torch.equal(a[0], b) for a, b in zip(theirs, ours, strict=True))

@@ -1,0 +1,150 @@
+"""RMS norm, rotary angles, SiLU and its gate, rows by index, by kernels of our own; CPU, bfloat16 or float32.
+
+Each gives the bits of the tensor operations that a model of transformers spells out, but for the order of a norm's sum
+and the exponential of SiLU, which PyTorch leaves to its libraries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from myserve.engine.kernels.launch import threads_for
+from myserve.engine.kernels.pointwise import (
+    ROWS,
+    add_kernel,
+    gate_kernel,
+    gather_kernel,
+    norm_kernel,
+    rotate_kernel,
+)
+
+
+def is_ours(*tensors: Tensor) -> bool:
+    """Whether the kernels take these: on a CPU, all of one element type that they know."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.bfloat16, torch.float32) and all(
+        x.dtype == dtype and x.device.type == "cpu" for x in tensors
+    )
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_first: bool = True
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, in float32; x [..., D], weight [D].
+
+    `rounds_first`: what is multiplied by the weight has been rounded to x's type (Llama), or not (Gemma, OLMo 2).
+
+    >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), 0.0)
+    tensor([0.8485, 1.1314])
+    """
+    x, (rows, row, groups, group) = _as_rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    size, width = x.element_size(), x.shape[-1]
+    norm_kernel(x.dtype)(
+        _threads(rows, groups * width),
+        x=x.data_ptr(), x_row=size * row, x_group=size * group, weight=weight.data_ptr(), out=out.data_ptr(),
+        rows=rows, groups=groups, width=width, rounds_first=rounds_first, eps=eps, offset=offset,
+    )  # fmt: skip
+    return out
+
+
+def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of the halves: query [H, T, D], key [Hkv, T, D], cosine and sine [T, D].
+
+    >>> x = torch.tensor([[[1.0, 2.0]]])
+    >>> rotate(x, x, torch.zeros(1, 2), torch.ones(1, 2))[0]
+    tensor([[[-2.,  1.]]])
+    """
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    cosine, sine = cosine.contiguous(), sine.contiguous()
+    (heads, tokens, dim), key_heads, size = query.shape, key.shape[0], query.element_size()
+    query_out, key_out = (torch.empty(tokens, n, dim, dtype=query.dtype) for n in (heads, key_heads))
+    rotate_kernel(query.dtype)(
+        _threads(tokens, (heads + key_heads) * dim),
+        query=query.data_ptr(), query_token=size * query.stride(1), query_head=size * query.stride(0),
+        key=key.data_ptr(), key_token=size * key.stride(1), key_head=size * key.stride(0),
+        cosine=cosine.data_ptr(), sine=sine.data_ptr(), angle_row=size * dim,
+        query_out=query_out.data_ptr(), key_out=key_out.data_ptr(),
+        tokens=tokens, query_heads=heads, key_heads=key_heads, head_dim=dim,
+    )  # fmt: skip
+    return query_out.transpose(0, 1), key_out.transpose(0, 1)
+
+
+def silu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """gate * sigmoid(gate), rounded, and times `up` where one is given: [..., D]. Other types than ours: PyTorch's.
+
+    >>> silu(torch.tensor([0.0, 100.0]), torch.tensor([1.0, 2.0]))
+    tensor([  0., 200.])
+    """
+    if not is_ours(gate):
+        return F.silu(gate) if up is None else F.silu(gate) * up
+    gate, (rows, gate_row) = _flat(gate)
+    address = up_row = 0
+    if up is not None:
+        up, (_, up_row) = _flat(up)
+        address = up.data_ptr()
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    size, width = gate.element_size(), gate.shape[-1]
+    gate_kernel(gate.dtype)(
+        _threads(rows, width),
+        gate=gate.data_ptr(), gate_row=size * gate_row, up=address, up_row=size * up_row, out=out.data_ptr(),
+        rows=rows, width=width,
+    )  # fmt: skip
+    return out
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b of one shape, both contiguous."""
+    out = torch.empty(a.shape, dtype=a.dtype)
+    width = a.shape[-1]
+    rows = a.numel() // width
+    add_kernel(a.dtype)(
+        _threads(rows, width), a=a.data_ptr(), b=b.data_ptr(), out=out.data_ptr(), rows=rows, width=width
+    )
+    return out
+
+
+def gather(table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices]: [N, D] by [...] int64 to [..., D]; both contiguous. An index out of range gives a row of NaN.
+
+    >>> gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 0, 2]))
+    tensor([[3., 4.],
+            [1., 2.],
+            [nan, nan]])
+    """
+    out = torch.empty((*indices.shape, table.shape[1]), dtype=table.dtype)
+    gather_kernel()(
+        _threads(indices.numel(), table.shape[1]),
+        table=table.data_ptr(), table_rows=table.shape[0], indices=indices.data_ptr(), out=out.data_ptr(),
+        rows=indices.numel(), row_bytes=table.shape[1] * table.element_size(),
+    )  # fmt: skip
+    return out
+
+
+def _threads(rows: int, width: int) -> int:
+    return threads_for(16 * rows * width) if rows > ROWS else 1
+
+
+def _flat(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """x as rows [..., D] at one distance: (x, (rows, distance)); copied where it is not."""
+    x, (rows, row, groups, _) = _as_rows(x)
+    if groups == 1:
+        return x, (rows, row)
+    x = x.contiguous()
+    return x, (rows * groups, x.shape[-1])
+
+
+def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """x [..., D] as [rows, groups, D] with any two distances: a slice of a joined product, and its heads."""
+    if x.stride(-1) == 1:
+        lead = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+        if not lead:
+            return x, (1, x.shape[-1], 1, x.shape[-1])
+        if len(lead) == 1:
+            return x, (*lead[0], 1, x.shape[-1])
+        if len(lead) == 2:
+            return x, (*lead[0], *lead[1])
+    x = x.contiguous()
+    return x, (x.numel() // x.shape[-1], x.shape[-1], 1, x.shape[-1])

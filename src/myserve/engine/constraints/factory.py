@@ -1,0 +1,139 @@
+"""From what a request asks of its text to the constraint of each choice; and their masks, computed ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from myserve.core.params import SamplingParams
+from myserve.core.rows import Constraint
+from myserve.engine.token_bytes import TokenBytes
+from myserve.errors import RequestError
+
+if TYPE_CHECKING:
+    from myserve.engine.constraints.grammar import GrammarConstraint
+    from myserve.engine.constraints.reasoning import Marks, ReasoningConstraint
+    from myserve.grammar.library import Library
+
+    ForkableConstraint = GrammarConstraint | ReasoningConstraint
+else:
+    ForkableConstraint = Any  # their modules are imported with the first grammar: llguidance is an extra
+
+
+class Constraints:
+    """Makes the constraints of one model's requests. Costs nothing until one is asked for."""
+
+    def __init__(self, tokenizer: Any, table: TokenBytes, eos_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._table = table
+        self._eos_ids = tuple(eos_ids)
+        self._marks: dict[str, Marks] = {}
+
+    async def prepare(self, params: SamplingParams) -> None:
+        """Compile what `begin` will need. Raises RequestError."""
+        if params.grammar is not None:
+            await self._library.prepare(params.grammar)
+
+    def begin(
+        self, params: SamplingParams, max_tokens: int, prior_token_ids: Sequence[int]
+    ) -> ForkableConstraint | None:
+        """The constraint of a completion that has `prior_token_ids` and may have `max_tokens` more."""
+        if params.grammar is None and params.reasoning is None:
+            return None
+        constraint = self._make(params, max_tokens + len(prior_token_ids))
+        for token_id in prior_token_ids:
+            constraint.prepare()  # what it does depends on every token, so each is taken as it was drawn
+            constraint.append(token_id)
+        if constraint.error is not None:
+            raise RequestError(
+                f"the last {len(prior_token_ids)} tokens of the prompt do not fit the grammar: {constraint.error}",
+                param="num_prior_tokens",
+            )
+        return constraint
+
+    def close(self) -> None:
+        """End the compiler's thread and process."""
+        if "_library" in self.__dict__:
+            self._library.close()
+
+    def _make(self, params: SamplingParams, max_tokens: int) -> ForkableConstraint:
+        from myserve.engine.constraints.grammar import GrammarConstraint
+        from myserve.engine.constraints.reasoning import Marks, ReasoningConstraint
+
+        inner = None
+        if params.grammar is not None:
+            compiled = self._library.get(params.grammar)
+            inner = GrammarConstraint(compiled, self._eos_ids, len(self._table), max_tokens)
+        if params.reasoning is None:
+            assert inner is not None
+            return inner
+        marks = self._marks.get(params.reasoning.end)
+        if marks is None:
+            marks = self._marks[params.reasoning.end] = Marks.of(params.reasoning, self._table, self._encode)
+        return ReasoningConstraint(params.reasoning, inner, self._table, marks, self._eos_ids)
+
+    @cached_property
+    def _library(self) -> Library:
+        try:
+            from myserve.grammar.compiler import Vocabulary
+            from myserve.grammar.library import Library
+        except ModuleNotFoundError as error:
+            raise RequestError(
+                f"grammars need {error.name}, which this server was installed without: pip install 'myserve[grammar]'",
+                param="grammar",
+            ) from error
+        return Library(
+            Vocabulary(list(self._table), self._table.special_ids, self._eos_ids),
+            _text_encoder(self._tokenizer),
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def _text_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text to ids, where the text of a special token is a text: a grammar's `<|im_end|>` does not end anything."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda text: list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    copy.no_truncation()
+    copy.no_padding()
+    return lambda text: list(copy.encode(text, add_special_tokens=False).ids)
+
+
+class MaskAhead:
+    """Computes the masks of the next draws while the model computes their logits."""
+
+    def __init__(self) -> None:
+        self._worker: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+
+    def start(self, constraints: Iterable[Constraint | None]) -> None:
+        """Begin with these; nobody may touch them until `wait` is back."""
+        constrained = [constraint for constraint in constraints if constraint is not None]
+        if constrained:
+            self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="myserve-masks")
+            self._running = self._worker.submit(_prepare_all, constrained)
+
+    def wait(self) -> None:
+        """Until they are there. A constraint that was not among them computes its own when asked."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+
+def _prepare_all(constraints: list[Constraint]) -> None:
+    for constraint in constraints:
+        constraint.prepare()

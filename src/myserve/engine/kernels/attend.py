@@ -1,0 +1,362 @@
+"""Attention's loops: a query row's numbers are a function of its own keys, whatever is computed beside it.
+
+The order of sums is fixed by `lanes`. Here stands which rows share a tile and which thread takes which tile; none of
+that shows in the bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+
+from myserve.engine.kernels.attention_tiles import copy_keys, mix_by_tiles, scale_rows, scores_by_tiles
+from myserve.engine.kernels.dots import mix, multiply
+from myserve.engine.kernels.lanes import BLOCK_SIZE as BLOCK_SIZE
+from myserve.engine.kernels.lanes import (
+    LANES,
+    PARTITION,
+    divide_and_round,
+    lane_sum,
+    next_item,
+    next_thread,
+    size_of,
+    softmax_step,
+    stays_half,
+    uses_tiles,
+    view,
+    widen,
+)
+from myserve.engine.kernels.launch import Kernel, fingerprint
+from myserve.engine.kernels.tiles import Unit, bfloat16_unit, get_tiles, set_tiles
+
+TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
+
+Address = int  # of a byte
+Kind = Any  # a value whose type says what is computed with: `lanes.is_half`
+Record = Any  # ATTEND
+
+# What a kernel is told: addresses; strides in bytes; counts. Caches are [num_blocks, kv_heads, block]; a block
+# of K is [dim, BLOCK_SIZE], of V [BLOCK_SIZE, dim]; in bfloat16 two rows lie interleaved: [rows / 2, columns, 2].
+ATTEND = (
+    "query", "query_token", "query_head", "out", "keys", "values", "tables", "table_row", "query_start",
+    "context_lens", "sinks", "scratch", "scratch_bytes", "tokens", "requests", "kv_heads", "group",
+    "head_dim", "window", "tiles", "scale", "softcap",
+)  # fmt: skip
+
+
+@njit(error_model="numpy")
+def padded(dim: int) -> int:
+    """The head dimension as the cache has it: whole tiles of 32, zeros behind."""
+    return (dim + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)
+
+
+@njit(error_model="numpy")
+def _scores(
+    kind: Kind, rows: int, query: Address, dim: int, keys: Address, scores: Address, ahead: int
+) -> None:
+    """scores[r, key] = sum over d of query[r, d] * K[d, key], for one partition; `keys`: an address per 16."""
+    q_row, s_row, k_row = (2 if stays_half(kind) else 4) * dim, 4 * PARTITION, 4 * BLOCK_SIZE
+    for done in range(0, rows, 4):
+        q, s = query + done * q_row, scores + done * s_row
+        if rows - done > 2:
+            multiply(kind, 4, 4, q, q_row, keys, k_row, dim, ahead, s, s_row)
+        else:
+            multiply(kind, 2, 4, q, q_row, keys, k_row, dim, ahead, s, s_row)
+
+
+@njit(error_model="numpy")
+def _mix(
+    kind: Kind, rows: int, weights: Address, values: Address, keys: int, ahead: int, values2: Address, keys2: int,
+    ahead2: int, dim: int, out: Address, alpha: Address,
+) -> None:  # fmt: skip
+    """out[r, d] = alpha[r] * out[r, d] + sum over keys of weights[r, key] * V[key, d], over one or two blocks."""
+    w_row, row = (2 if stays_half(kind) else 4) * PARTITION, 4 * dim
+    for done in range(0, rows, 4):
+        w, o, f = weights + done * w_row, out + done * row, alpha + 4 * done
+        if rows - done > 2:  # a tile takes as many columns as its sums leave registers for
+            for d in range(0, 4 * (dim // 64 * 64), 256):
+                mix(
+                    kind,
+                    4,
+                    4,
+                    w,
+                    w_row,
+                    values + d,
+                    keys,
+                    ahead,
+                    values2 + d,
+                    keys2,
+                    ahead2,
+                    row,
+                    o + d,
+                    row,
+                    f,
+                )
+            for d in range(4 * (dim // 64 * 64), 4 * dim, 64):
+                mix(
+                    kind,
+                    4,
+                    1,
+                    w,
+                    w_row,
+                    values + d,
+                    keys,
+                    ahead,
+                    values2 + d,
+                    keys2,
+                    ahead2,
+                    row,
+                    o + d,
+                    row,
+                    f,
+                )
+        else:
+            for d in range(0, 4 * (dim // 128 * 128), 512):
+                mix(
+                    kind,
+                    2,
+                    8,
+                    w,
+                    w_row,
+                    values + d,
+                    keys,
+                    ahead,
+                    values2 + d,
+                    keys2,
+                    ahead2,
+                    row,
+                    o + d,
+                    row,
+                    f,
+                )
+            for d in range(4 * (dim // 128 * 128), 4 * dim, 64):
+                mix(
+                    kind,
+                    2,
+                    1,
+                    w,
+                    w_row,
+                    values + d,
+                    keys,
+                    ahead,
+                    values2 + d,
+                    keys2,
+                    ahead2,
+                    row,
+                    o + d,
+                    row,
+                    f,
+                )
+
+
+@njit(error_model="numpy")
+def _copy_row(source: Address, count: int, target: Address) -> None:
+    row, copy = carray(view(source, np.int16(0)), count), carray(view(target, np.int16(0)), count)
+    for d in range(count):
+        copy[d] = row[d]
+
+
+@njit(error_model="numpy")
+def _read_row(kind: Kind, source: Address, count: int, target: Address) -> None:
+    whole = count // LANES * LANES
+    for d in range(0, whole, LANES):
+        widen(kind, 16, source + size_of(kind) * d, target + 4 * d)
+    for d in range(whole, count):
+        widen(kind, 1, source + size_of(kind) * d, target + 4 * d)
+
+
+@njit(error_model="numpy")
+def _write_row(kind: Kind, source: Address, divisor: np.float32, count: int, target: Address) -> None:
+    whole = count // LANES * LANES
+    for d in range(0, whole, LANES):
+        divide_and_round(kind, 16, source + 4 * d, divisor, target + size_of(kind) * d)
+    for d in range(whole, count):
+        divide_and_round(kind, 1, source + 4 * d, divisor, target + size_of(kind) * d)
+
+
+@njit(error_model="numpy")
+def _block(a: Record, cache: Address, request: int, head: int, key: int, block_bytes: int) -> Any:
+    """Where the block that holds a request's key lies."""
+    table = carray(view(a.tables + request * a.table_row, np.int32(0)), a.table_row // 4)
+    return cache + (np.int64(table[key // BLOCK_SIZE]) * a.kv_heads + head) * block_bytes
+
+
+@njit(error_model="numpy")
+def _attend_tile(
+    a: Record, kind: Kind, request: int, head: int, tile: int, coming: int, coming_head: int, scratch: Address
+) -> None:
+    """One work item: some positions of one request, the query rows of one KV head, over all their keys.
+
+    The item that follows is of request `coming` and its `coming_head`, whose first keys are fetched at the end.
+    """
+    query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
+    context_lens = carray(view(a.context_lens, np.int32(0)), a.requests)
+    element, dim = size_of(kind), padded(a.head_dim)
+    block_bytes = BLOCK_SIZE * dim * element
+    step = max(1, TILE_ROWS // a.group)
+    token, end_token = query_start[request] + tile * step, query_start[request + 1]
+    positions = min(step, end_token - token)
+    position = context_lens[request] - (end_token - token)  # of the tile's first row
+    rows = positions * a.group
+
+    whole = 16 if uses_tiles(kind) else 4  # register tiles; the rows beyond are zeros and are dropped
+    room = (rows + whole - 1) // whole * whole
+    groups = carray(view(scratch, np.int64(0)), PARTITION // LANES)
+    peaks = scratch + 64
+    alphas = peaks + 4 * room
+    totals = alphas + 4 * room
+    query = totals + 4 * room * LANES
+    out = query + 4 * room * dim
+    rounded = out + 4 * room * dim
+    scores = rounded + 2 * room * PARTITION
+    clean = scores + 4 * room * PARTITION
+    weights, weight = (rounded, 2) if stays_half(kind) else (scores, 4)
+    state = carray(view(peaks, np.float32(0)), room * (2 + LANES + 2 * dim + PARTITION // 2))
+    state[:] = np.float32(0.0)
+    for r in range(rows):
+        t, h = token + r // a.group, head * a.group + r % a.group
+        source = a.query + t * a.query_token + h * a.query_head
+        if stays_half(kind):
+            _copy_row(source, a.head_dim, query + 2 * r * dim)
+        else:
+            _read_row(kind, source, a.head_dim, query + 4 * r * dim)
+        state[r] = np.float32(-np.inf)
+        if a.sinks != 0:  # a sink is a score without a value: it is there before the first key
+            widen(np.float32(0), 1, a.sinks + 4 * h, peaks + 4 * r)
+            state[2 * room + LANES * r] = np.float32(1.0)
+
+    last = position + positions  # the first key that no row of the tile sees
+    first = max(0, position + 1 - a.window) if a.window > 0 else 0
+    for key in range(first // PARTITION * PARTITION, last, PARTITION):
+        for g in range(PARTITION // LANES):
+            at = min(
+                key + LANES * g, last - 1
+            )  # lanes beyond the end repeat the last ones: read, never weighed
+            groups[g] = _block(a, a.keys, request, head, at, block_bytes) + at % BLOCK_SIZE // LANES * 64
+        if uses_tiles(kind):
+            scores_by_tiles(rows, query, dim, scratch, scores, a.values - a.keys)
+        else:
+            _scores(kind, rows, query, dim, scratch, scores, a.values - a.keys)
+        for r in range(rows):
+            end = position + r // a.group + 1
+            begin = max(0, end - a.window) if a.window > 0 else 0
+            softmax_step(
+                kind, scores + 4 * r * PARTITION, weights + weight * r * PARTITION, begin - key, end - key, a.scale,
+                a.softcap, peaks + 4 * r, alphas + 4 * r, totals + 4 * r * LANES,
+            )  # fmt: skip
+        if uses_tiles(kind):
+            scale_rows(rows, out, dim, alphas)
+        # blocks below the window may be another request's by now
+        at, end = max(key, first // BLOCK_SIZE * BLOCK_SIZE), min(key + PARTITION, last)
+        keys, keys2 = min(BLOCK_SIZE, end - at), max(0, end - at - BLOCK_SIZE)
+        values = _block(a, a.values, request, head, at, block_bytes)
+        values2 = _block(a, a.values, request, head, at + BLOCK_SIZE, block_bytes) if keys2 > 0 else values
+        if key + PARTITION < last:
+            next_keys = _block(a, a.keys, request, head, at + PARTITION, block_bytes)
+            next_keys2 = _block(
+                a, a.keys, request, head, min(at + PARTITION + BLOCK_SIZE, last - 1), block_bytes
+            )
+        else:
+            next_keys = _block(a, a.keys, coming, coming_head, 0, block_bytes)
+            next_keys2 = _block(
+                a, a.keys, coming, coming_head, min(BLOCK_SIZE, context_lens[coming] - 1), block_bytes
+            )
+        mine = weights + weight * (at - key)
+        if not uses_tiles(kind):
+            _mix(
+                kind, rows, mine, values, keys, next_keys - values, values2, keys2, next_keys2 - values2, dim, out,
+                alphas,
+            )  # fmt: skip
+        elif keys2 == BLOCK_SIZE:
+            mix_by_tiles(rows, mine, values, 2, values2 - values, dim, out, next_keys - values)
+        else:
+            if keys2 > 0:
+                mix_by_tiles(rows, mine, values, 1, 0, dim, out, next_keys - values)
+                mine, values, keys, next_keys = mine + 2 * BLOCK_SIZE, values2, keys2, next_keys2
+            if keys < BLOCK_SIZE:
+                copy_keys(values, keys, dim, clean)
+                values = clean
+            mix_by_tiles(rows, mine, values, 1, 0, dim, out, next_keys - values)
+
+    for r in range(rows):
+        t, h = token + r // a.group, head * a.group + r % a.group
+        target = a.out + element * (t * a.kv_heads * a.group + h) * a.head_dim
+        _write_row(kind, out + 4 * r * dim, lane_sum(totals + 4 * r * LANES), a.head_dim, target)
+
+
+@njit(error_model="numpy")
+def _clear_rows_of_nobody(a: Record, first: int, size: int) -> None:
+    row = a.kv_heads * a.group * a.head_dim * size
+    carray(view(a.out + first * row, np.uint8(0)), (a.tokens - first) * row)[:] = np.uint8(0)
+
+
+@njit(error_model="numpy")
+def _find(a: Record, item: int, request: int, before: int, step: int) -> Any:
+    """An item's request, the items before that request's, its tiles; from a request on whose items `before` precede."""
+    query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
+    tiles = 0
+    while request < a.requests:
+        tiles = (query_start[request + 1] - query_start[request] + step - 1) // step
+        if item < before + tiles * a.kv_heads:
+            break
+        before += tiles * a.kv_heads
+        request += 1
+    return request, before, tiles
+
+
+@njit(error_model="numpy")
+def _attend(a: Record, kind: Kind) -> None:
+    """One thread's share of the items (request, KV head, tile), the longest tiles of a request first."""
+    query_start = carray(view(a.query_start, np.int32(0)), a.requests + 1)
+    thread = next_thread(a)
+    scratch = a.scratch + a.scratch_bytes * thread
+    step = max(1, TILE_ROWS // a.group)
+    found = scratch + a.scratch_bytes - 64  # oneDNN relies on finding its own tile configuration again
+    if uses_tiles(kind):
+        get_tiles(found)
+        set_tiles(a.tiles)
+    if thread == 0:
+        _clear_rows_of_nobody(a, query_start[a.requests], size_of(kind))
+    item = next_item(a)
+    request, before, tiles = _find(a, item, 0, 0, step)
+    while request < a.requests:
+        following = next_item(a)
+        coming, coming_before, coming_tiles = _find(a, following, request, before, step)
+        local, of, head = item - before, request, 0
+        if coming < a.requests:
+            of, head = coming, (following - coming_before) // coming_tiles
+        _attend_tile(a, kind, request, local // tiles, tiles - 1 - local % tiles, of, head, scratch)
+        item, request, before, tiles = following, coming, coming_before, coming_tiles
+    if uses_tiles(kind):
+        set_tiles(found)
+
+
+@functools.cache
+def attend_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
+    """The entry point for caches of one element type; bfloat16 on `unit`, or on the best of this machine."""
+    source = fingerprint()
+
+    def attend_lanes(p: Any) -> None:
+        if source >= 0:
+            _attend(carray(p, 1)[0], np.uint16(0))
+
+    def attend_pairs(p: Any) -> None:
+        if source >= 0:
+            _attend(carray(p, 1)[0], np.int8(0))
+
+    def attend_tiles(p: Any) -> None:
+        if source >= 0:
+            _attend(carray(p, 1)[0], np.int16(0))
+
+    def attend_float32(p: Any) -> None:
+        if source >= 0:
+            _attend(carray(p, 1)[0], np.float32(0))
+
+    if dtype == torch.float32:
+        return Kernel(ATTEND, attend_float32)
+    chosen = {"tiles": attend_tiles, "pairs": attend_pairs, "lanes": attend_lanes}
+    return Kernel(ATTEND, chosen[unit or bfloat16_unit()])

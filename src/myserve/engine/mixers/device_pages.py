@@ -1,0 +1,203 @@
+"""The cache as plain pages, for devices that our kernels do not run on: PyTorch stores, and PyTorch attends.
+
+Where it can, by the flash attention that PyTorch brings (`varlen_attn`), which reads pages where they lie. What it can
+is found out by calling it: its signature, and what it says of pages, differ from one release and one GPU to the next.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from myserve.engine.mixers.attention import PagedContext, dense_attention
+
+log = logging.getLogger(__name__)
+
+FLASH_BLOCK = 256  # FlashAttention 2 takes pages of multiples of it, and says so: "divisible by 256"
+PLAIN_BLOCK = 32  # where requests are gathered, any size does
+MOST_DIM = 256
+AGREEMENT = (
+    0.05  # of attention over random numbers of size 1 in bfloat16; what is wrong differs by whole numbers
+)
+_KEYWORDS = {"scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits"}
+
+VarlenAttention = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Flash:
+    """PyTorch's `varlen_attn` over pages, in one order whatever is beside a row.
+
+    Three things make it so. `num_splits=1`: a context is never cut (elsewise the cut depends on the batch, and
+    FlashAttention 2 leaves rows unwritten: pytorch issue 194167). `max_q` is never 1, for there FlashAttention 2 lays
+    query heads out as rows. `max_k` is what a table has room for, not what is in it, for a window that reaches further
+    than `max_k` is no window to it, and another kernel.
+    """
+
+    varlen: VarlenAttention
+    key_starts: bool  # whether it wants cu_seq_k, which pages give no meaning to; FlashAttention 3 refuses it
+
+    def __call__(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, *, scale: float,
+        window: int,
+    ) -> Tensor:  # fmt: skip
+        tables = context.block_tables
+        out: Tensor = self.varlen(
+            query if query.stride(-1) == 1 else query.contiguous(),
+            key_cache,
+            value_cache,
+            context.query_start,
+            context.query_start if self.key_starts else None,
+            max(2, query.shape[0]),
+            tables.shape[1] * key_cache.shape[1],
+            scale=scale,
+            window_size=(window - 1 if window else -1, 0),
+            enable_gqa=True,
+            seqused_k=context.context_lens,
+            block_table=tables,
+            num_splits=1,
+        )
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePages:
+    """Stores to pages and attends over them (`attention.Pages`)."""
+
+    flash: Flash | None
+
+    def allocate(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """K and V of one layer, [num_blocks + 1, block_size, num_kv_heads, head_dim]; the last block is nobody's."""
+        shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
+        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    def store(
+        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """New keys and values [T, Hkv, D] to their slots [T]; slot -1, of rows of nobody, is the last block's last.
+
+        To leave such rows out, a device would have to be asked which they are.
+        """
+        for new, cache in ((key, key_cache), (value, value_cache)):
+            cache.flatten(0, 1)[slot_mapping] = new.to(cache.dtype)
+
+    def attend(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, *, scale: float,
+        window: int, softcap: float, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """As `attention.paged_attention`; what rows of nobody get is not defined."""
+        if self.flash is not None and not softcap and sinks is None:
+            return self.flash(query, key_cache, value_cache, context, scale=scale, window=window)
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        return gathered_attention(query, key_cache, value_cache, context, options)
+
+
+def gathered_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, options: dict[str, Any]
+) -> Tensor:
+    """Request by request, never padded: what flash attention does not do."""
+    known = context.on_host or context
+    starts, lens = known.query_start.tolist(), known.context_lens.tolist()
+    size, out = key_cache.shape[1], torch.zeros_like(query)
+    for r, length in enumerate(lens):
+        rows = slice(starts[r], starts[r + 1])
+        if starts[r] == starts[r + 1]:
+            continue
+        blocks = context.block_tables[r, : -(-length // size)].long()
+        key, value = (c[blocks].flatten(0, 1)[:length].transpose(0, 1) for c in (key_cache, value_cache))
+        attended = dense_attention(query[rows].transpose(0, 1), key, value, **options)
+        out[rows] = attended.transpose(0, 1)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What attention is to be done on."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    softcap: float = 0.0
+    sinks: bool = False
+
+
+def find_flash(
+    heads: Heads, device: torch.device, varlen: VarlenAttention | None
+) -> tuple[Flash | None, str]:
+    """What attends on a device over the pages of such heads, and how it is called, with the reason if it is not flash.
+
+    `varlen`: what `library_attention` found.
+    """
+    reason = _why_not(heads, varlen)
+    if reason is None and varlen is not None:
+        for flash in (Flash(varlen, key_starts=False), Flash(varlen, key_starts=True)):
+            reason = _tried(flash, heads, device)
+            if reason is None:
+                return flash, "flash"
+    log.info("attention by gathering each request's keys, slowly: %s", reason)
+    return None, f"gathered: {reason}"
+
+
+def library_attention() -> VarlenAttention | None:
+    """PyTorch's `varlen_attn`, if it knows of pages: it does from 2.12 on."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if set(inspect.signature(varlen_attn).parameters) >= _KEYWORDS else None
+
+
+def _why_not(heads: Heads, varlen: VarlenAttention | None) -> str | None:
+    if varlen is None:
+        return f"varlen_attn of PyTorch {torch.__version__} knows no pages"
+    if heads.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention does not compute in {str(heads.dtype).removeprefix('torch.')}"
+    if heads.head_dim > MOST_DIM or heads.head_dim % 8:
+        return f"flash attention has no heads of {heads.head_dim}"
+    if heads.softcap:
+        return "varlen_attn caps no scores"
+    return "varlen_attn has no sinks" if heads.sinks else None
+
+
+@torch.inference_mode()
+def _tried(flash: Flash, heads: Heads, device: torch.device) -> str | None:
+    """Two requests on scattered pages, with and without a window: None if it is attention, else what is wrong."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(heads.dtype).to(device)
+
+    def ints(*values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    keys, values = (random(5, FLASH_BLOCK, heads.kv_heads, heads.head_dim) for _ in range(2))
+    context = PagedContext(
+        layers=(),
+        slot_mapping=torch.empty(0, dtype=torch.int64, device=device),
+        block_tables=ints([3, 1], [2, 0]),
+        query_start=ints(0, 40, 41),
+        context_lens=ints(FLASH_BLOCK + 9, 5),
+    )
+    query = random(41, heads.heads, heads.head_dim)
+    for window in (0, 17):
+        options: dict[str, Any] = {"scale": heads.head_dim**-0.5, "window": window}
+        try:
+            got = flash(query, keys, values, context, **options)
+            wide = query.float(), keys.float(), values.float()
+            wanted = gathered_attention(*wide, context, options)
+            difference = float((got - wanted).abs().max())
+        except (RuntimeError, TypeError, ValueError) as error:
+            return str(error).splitlines()[0]
+        if not difference < AGREEMENT:
+            return f"varlen_attn differs from attention by {difference:.2g}"
+    return None

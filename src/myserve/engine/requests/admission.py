@@ -1,0 +1,166 @@
+"""What may be asked of this model: every check that needs the model's own numbers, and the requests that pass."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from myserve.core.params import SamplingParams
+from myserve.core.rows import RowState
+from myserve.core.stopping import StopIds
+from myserve.engine.constraints.factory import Constraints, ForkableConstraint
+from myserve.engine.outputs import RoutingShape
+from myserve.engine.requests.stream import RequestStream
+from myserve.engine.scheduling.request import Request
+from myserve.errors import ContextLengthError, RequestError
+
+MAX_SAMPLES = 2**32  # sample indices of one seed: a word of the counter noise
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The numbers of a model that a request is checked against."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    routing_shape: RoutingShape | None = None  # of a mixture of experts
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """One call of `submit`: what was asked, and the requests that it became. `stream` is set once, right after."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    facts: ModelFacts
+    seed: int
+    sample_index: int
+    num_prior_tokens: int
+    ends: StopIds
+    loop: asyncio.AbstractEventLoop
+    constraint: ForkableConstraint | None  # behind the prior tokens, and copied for each choice
+    requests: list[Request] = field(default_factory=list)
+    stream: RequestStream = field(init=False)
+
+    def row_state(self, index: int, device: torch.device) -> RowState:
+        """The sampling state of choice `index`. Prior tokens count as its completion, not as its prompt."""
+        begun = len(self.prompt_token_ids) - self.num_prior_tokens
+        return RowState(
+            self.params,
+            seed=self.seed,
+            sample_index=self.sample_index + index,
+            prompt_token_ids=self.prompt_token_ids[:begun],
+            completion_token_ids=self.prompt_token_ids[begun:],
+            vocab_size=self.facts.vocab_size,
+            eos_token_ids=self.facts.eos_token_ids,
+            device=device,
+            constraint=self.constraint and self.constraint.fork(),
+        )
+
+
+def admit(
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    facts: ModelFacts,
+    *,
+    n: int,
+    request_id: str,
+    priority: int,
+    client: str,
+    arrival: int,
+    cache_root: Hashable,
+    sample_index: int,
+    num_prior_tokens: int,
+    constraints: Constraints,
+    now: float,
+) -> Submission:
+    """Check everything, draw a seed if none is given, and make the n requests. Raises RequestError."""
+    if n < 1:
+        raise RequestError(f"n must be at least 1, got {n}", param="n")
+    if not 0 <= sample_index <= MAX_SAMPLES - n:
+        raise RequestError(
+            f"sample_index must be in [0, {MAX_SAMPLES} - n], got {sample_index} with n = {n}",
+            param="sample_index",
+        )
+    prompt = checked_prompt(prompt_token_ids, facts.vocab_size)
+    if not 0 <= num_prior_tokens < len(prompt):
+        raise RequestError(
+            f"num_prior_tokens must be in [0, {len(prompt) - 1}], for the prompt has {len(prompt)} tokens; "
+            f"got {num_prior_tokens}",
+            param="num_prior_tokens",
+        )
+    max_tokens = checked_max_tokens(len(prompt), params.max_tokens, facts.max_model_len)
+    params.check_vocabulary(facts.vocab_size)
+    if params.routed_experts and facts.routing_shape is None:
+        raise RequestError(
+            "this model is dense: it has no experts to report (include_routing_matrix, routed_experts); leave it out",
+            param="include_routing_matrix",
+        )
+    ends = StopIds(
+        eos_token_ids=facts.eos_token_ids, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
+    )
+    submission = Submission(
+        prompt,
+        params,
+        facts,
+        seed=secrets.randbits(64) if params.seed is None else params.seed,
+        sample_index=sample_index,
+        num_prior_tokens=num_prior_tokens,
+        ends=ends,
+        loop=asyncio.get_running_loop(),
+        constraint=constraints.begin(params, max_tokens, prompt[len(prompt) - num_prior_tokens :]),
+    )
+    for index in range(n):
+        request = Request(
+            id=f"{request_id}/{index}",
+            prompt_token_ids=prompt,
+            max_tokens=max_tokens,
+            index=index,
+            stop_ids=ends,
+            priority=priority,
+            client=client,
+            arrival=arrival,
+            cache_root=cache_root,
+            needs_prompt_logits=params.prompt_logprobs is not None and index == 0,
+        )
+        request.times.arrived = now
+        submission.requests.append(request)
+    submission.requests[0].siblings = submission.requests[1:]
+    return submission
+
+
+def checked_prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
+    """The prompt as a list of ids of this vocabulary; a prompt of text must have been tokenized before."""
+    prompt = list(token_ids)
+    if not prompt:
+        raise RequestError("the prompt has no tokens; give at least one", param="prompt")
+    for token_id in prompt:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"the prompt holds token id {token_id}; this model's ids are 0 to {vocab_size - 1}",
+                param="prompt",
+            )
+    return prompt
+
+
+def checked_max_tokens(num_prompt_tokens: int, asked: int | None, max_model_len: int) -> int:
+    """How many tokens may be drawn: what was asked, or the rest of the context."""
+    room = max_model_len - num_prompt_tokens
+    if room < 1:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt_tokens} tokens and the context is {max_model_len} long; "
+            "shorten the prompt so that at least one token fits",
+            param="prompt",
+        )
+    if asked is not None and asked > room:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {asked}, together more than the context of "
+            f"{max_model_len}; ask for at most {room}, or leave max_tokens out",
+            param="max_tokens",
+        )
+    return room if asked is None else asked

@@ -1,0 +1,91 @@
+"""From what the runner drew and the scheduler decided to what a caller is told: pure, and the same for every route."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from myserve.core.sampling import Outcome as Draw
+from myserve.core.sampling import Sampled
+from myserve.engine.outputs import FinishReason, KeptSet, RequestMetrics, TokenOutput
+from myserve.engine.requests.admission import Submission
+from myserve.engine.requests.stream import Outcome
+from myserve.engine.scheduling.request import Request
+
+
+def outcome_of(
+    request: Request,
+    draw: Draw,
+    routed_experts: bytes | None,
+    ended: str | None,
+    owner: Submission,
+    weight_version: int,
+    now: float,
+    *,
+    closed_early: bool,
+) -> Outcome:
+    """What one draw means to the choice that it was made for. `now` in unix seconds; `closed_early`: its grammar was
+    brought to an end for `max_tokens`."""
+    if not isinstance(draw, Sampled):
+        return Outcome(request.index, finish_reason="error", error=draw)
+    stopped = ended == "stop"
+    reason: int | str | None = owner.ends.reason(draw.token_id) if stopped else None
+    if stopped and reason is None and closed_early:
+        reason = "max_tokens"
+    return Outcome(
+        request.index,
+        token=token_output(
+            draw,
+            routed_experts,
+            weight_version,
+            now,
+            recomputed=request.recomputed_at is not None
+            and request.recomputed_at == request.num_output_tokens - 1,
+        ),
+        finish_reason=cast("FinishReason | None", ended),
+        stop_reason=reason,
+        hides_token=stopped and not owner.params.include_stop_str_in_output,
+    )
+
+
+def token_output(
+    draw: Sampled,
+    routed_experts: bytes | None,
+    weight_version: int,
+    now: float,
+    *,
+    recomputed: bool = False,
+) -> TokenOutput:
+    kept = draw.kept
+    return TokenOutput(
+        draw.token_id,
+        draw.logprob,
+        draw.sampling_logprob,
+        top_logprobs=draw.top_logprobs,
+        token_id_logprobs=draw.token_id_logprobs,
+        kept=None if kept is None else KeptSet(kept.token_ids, kept.mass, kept.entropy),
+        routed_experts=routed_experts,
+        weight_version=weight_version,
+        recomputed=recomputed,
+        time=now,
+    )
+
+
+def request_metrics(
+    request: Request, now: float, unix_now: float, num_concurrent_requests: int, kv_cache_usage: float
+) -> RequestMetrics:
+    """A request's durations at its end. What never happened took no time. `unix_now`: what a calendar calls `now`."""
+    times = request.times
+    admitted = now if times.admitted is None else times.admitted
+    first = now if times.first_token is None else times.first_token
+    last = first if times.last_token is None else times.last_token
+    return RequestMetrics(
+        prompt_tokens=request.num_prompt_tokens,
+        cached_tokens=request.num_cached_tokens,
+        arrival_time=unix_now - (now - times.arrived),
+        prefill_queue_duration=admitted - times.arrived,
+        prefill_duration=first - admitted,
+        generation_duration=last - first,
+        time_to_first_token=first - times.arrived,
+        num_concurrent_requests=num_concurrent_requests,
+        kv_cache_usage=kv_cache_usage,
+    )

@@ -1,0 +1,132 @@
+"""The event loop's side of a request: raw tokens come in from the engine's thread, deltas go out to who awaits them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
+from myserve.engine.requests.detokenizer import Detokenizer, Released
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one step brought one choice: a token, an end, or both."""
+
+    index: int
+    token: TokenOutput | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = (
+        None  # the stop id, unless it is an EOS; "max_tokens": a grammar closed early
+    )
+    hides_token: bool = False  # the token is the EOS or stop id that ended it: it has no text
+    error: Exception | None = None
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
+
+
+class RequestStream(AsyncIterator[Delta]):
+    """All n choices of one submission, interleaved as they come; ends when each has had its finish_reason.
+
+    `seed` is the one that is used: the caller's, or one drawn for it. Leaving early? `abort()` (or `aclose()`):
+    the choices that are still open end with finish_reason "abort".
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        seed: int,
+        detokenizers: list[Detokenizer],
+        *,
+        abort: Callable[[list[int], FinishReason], None],
+        metrics: Callable[[int], RequestMetrics],
+    ) -> None:
+        self.request_id = request_id
+        self.seed = seed
+        self._detokenizers = detokenizers
+        self._open = set(range(len(detokenizers)))
+        self._abort_in_engine = abort
+        self._metrics = metrics
+        self._ready: deque[Delta] = deque()
+        self._wake = asyncio.Event()
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._ready:
+            if not self._open:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        return self._ready.popleft()
+
+    def metrics(self, index: int) -> RequestMetrics:
+        """What a choice has cost so far, ended or not."""
+        return self._metrics(index)
+
+    def abort(self) -> None:
+        """End what is still open. Idempotent."""
+        aborted = sorted(self._open)
+        for index in aborted:
+            self._finish(index, self._detokenizers[index].end(), "abort")
+        if aborted:
+            self._abort_in_engine(aborted, "abort")
+
+    async def aclose(self) -> None:
+        self.abort()
+
+    def receive(self, outcome: Outcome) -> None:
+        """Turn a raw token into text: on the event loop, so that no step of the engine waits for it."""
+        index = outcome.index
+        if index not in self._open:
+            return  # a stop string ended this choice while the engine was a token ahead
+        detokenizer = self._detokenizers[index]
+        released = Released()
+        if outcome.token is not None and not outcome.hides_token:
+            released = detokenizer.feed(outcome.token)
+        if released.matched is not None:
+            self._finish(index, released, "stop", released.matched, outcome=outcome)
+            self._abort_in_engine([index], "stop")
+        elif outcome.finish_reason is not None:
+            rest = detokenizer.end(outcome.token if outcome.hides_token else None)
+            stopped_by: int | str | None = outcome.stop_reason
+            self._finish(index, _joined(released, rest), outcome.finish_reason, stopped_by, outcome)
+        elif released.tokens or released.text or outcome.prompt_logprobs is not None:
+            self._push(Delta(index, released.text, released.tokens, prompt_logprobs=outcome.prompt_logprobs))
+
+    def _finish(
+        self,
+        index: int,
+        released: Released,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        outcome: Outcome | None = None,
+    ) -> None:
+        self._open.discard(index)
+        self._push(
+            Delta(
+                index,
+                released.text,
+                released.tokens,
+                released.stop_tokens,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+                error=outcome.error if outcome else None,
+                prompt_logprobs=outcome.prompt_logprobs if outcome else None,
+                metrics=self._metrics(index),
+            )
+        )
+
+    def _push(self, delta: Delta) -> None:
+        self._ready.append(delta)
+        self._wake.set()
+
+
+def _joined(first: Released, then: Released) -> Released:
+    return Released(
+        first.text + then.text,
+        first.tokens + then.tokens,
+        first.stop_tokens + then.stop_tokens,
+    )

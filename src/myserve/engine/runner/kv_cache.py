@@ -1,0 +1,78 @@
+"""The tensors that the blocks stand for: keys and values of every layer, allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from myserve.core.transfer import upload
+from myserve.engine.config import EngineConfig
+from myserve.engine.memory import huge_pages
+from myserve.engine.memory.available import free_memory
+from myserve.engine.memory.prefault import HUGE_PAGE
+from myserve.engine.runner.device_backend import Backend, head_size, kv_heads
+
+FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
+
+
+AHEAD = 2048  # tokens, for whose blocks memory lies ready
+
+
+class KVCache:
+    """`num_blocks` blocks of `block_size` tokens in every layer.
+
+    A system hands memory out when it is first written, so a cache that is larger than its use costs nothing. But a
+    prompt that is the first to write there waits for it, a tenth of its time: `make_ready` does so before.
+    """
+
+    def __init__(self, hf_config: Any, dtype: torch.dtype, backend: Backend, config: EngineConfig) -> None:
+        self.device, self.block_size, self.pages = backend.device, backend.block_size, backend.pages
+        heads, head_dim = kv_heads(hf_config), head_size(hf_config)
+        num_layers = hf_config.num_hidden_layers
+        size = num_layers * backend.bytes_per_block(heads, head_dim, dtype)
+        self.num_blocks = config.num_blocks or _affordable_blocks(size, hf_config, backend, config)
+        self.layers: list[tuple[Tensor, Tensor]] = [
+            backend.allocate_layer(self.num_blocks, heads, head_dim, dtype) for _ in range(num_layers)
+        ]
+        self.num_bytes = self.num_blocks * size
+        self._ready = 0 if self.device.type == "cpu" else self.num_blocks  # whose memory lies ready
+        self._touching = self._touch_pages()
+
+    def make_ready(self, num_used: int) -> bool:
+        """Have the system hand out a page or so, for blocks behind the first `num_used`; False where all lies ready."""
+        if self._ready >= min(self.num_blocks, num_used + AHEAD // self.block_size):
+            return False
+        next(self._touching, None)
+        return True
+
+    def _touch_pages(self) -> Iterator[None]:
+        """A layer's keys or values at a time, as many blocks as lie in a huge page."""
+        tensors = [tensor for layer in self.layers for tensor in layer]
+        at_once = max(1, HUGE_PAGE // tensors[0][0].nbytes)
+        for first in range(0, self.num_blocks, at_once):
+            for tensor in tensors:
+                huge_pages.touch(tensor[first : first + at_once])
+                yield
+            self._ready = first + at_once
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, in every layer: (from, to)."""
+        if not pairs:
+            return
+        sources, targets = (upload(side, torch.int64, self.device) for side in zip(*pairs, strict=True))
+        for keys, values in self.layers:
+            keys[targets] = keys[sources]
+            values[targets] = values[sources]
+
+
+def _affordable_blocks(size: int, hf_config: Any, backend: Backend, config: EngineConfig) -> int:
+    """As many blocks as the budget pays for; never more than `max_num_seqs` full contexts could use."""
+    budget = config.kv_cache_bytes or int(FREE_SHARE * free_memory(backend.device))
+    longest = (
+        config.max_model_len or getattr(hf_config, "max_position_embeddings", 0) or hf_config.n_positions
+    )
+    useful = config.max_num_seqs * -(-longest // backend.block_size)
+    return max(1, min(budget // size, useful))

@@ -1,0 +1,276 @@
+"""A Batch into tensors, through the model, into drawn tokens. All device work is here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from myserve.core.logprobs import prompt_logprobs
+from myserve.core.params import SamplingParams
+from myserve.core.rows import RowState
+from myserve.core.sampling import Outcome, Sampled, Sampler
+from myserve.core.transfer import upload
+from myserve.engine.batch_invariance.patch import make_exact
+from myserve.engine.batch_invariance.rope_table import look_up_angles, unscaled_length
+from myserve.engine.config import EngineConfig
+from myserve.engine.constraints.factory import MaskAhead
+from myserve.engine.memory import prefault
+from myserve.engine.outputs import PromptLogprob
+from myserve.engine.runner.device_backend import Backend, backend_for
+from myserve.engine.runner.kv_cache import KVCache
+from myserve.engine.runner.logit_rows import LogitRows, keep_rows
+from myserve.engine.runner.routed_experts import Heard, RoutedExperts
+from myserve.engine.scheduling.request import Request
+from myserve.engine.scheduling.scheduler import Batch, Piece
+from myserve.engine.steps.fixed_rows import (
+    FIXED_EXPERTS,
+    experts_implementation,
+    fixed_shape,
+    groups,
+    use_experts,
+)
+from myserve.engine.steps.inputs import StepInputs
+from myserve.engine.steps.recordings import (
+    LARGEST,
+    LARGEST_DECODE,
+    RecordedSteps,
+    Shapes,
+    shape_for,
+    shape_of_decode,
+)
+from myserve.engine.weights.loader import LoadedModel
+from myserve.errors import NonFiniteLogitsError
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """For each of the batch's draws, a sample or its row's error; and the prompts whose scores are done, or broke."""
+
+    draws: list[Outcome]
+    routed_experts: list[bytes | None]  # of each draw's forward pass, where its request asked
+    prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
+    failed_prompts: dict[Request, NonFiniteLogitsError]
+    sampling_seconds: float
+
+    @property
+    def token_ids(self) -> list[int | None]:
+        """The drawn ids; None where a row failed."""
+        return [draw.token_id if isinstance(draw, Sampled) else None for draw in self.draws]
+
+
+class ModelRunner:
+    """Runs one model. Keeps, for each live request, its sampling state, and the prompt logprobs gathered so far."""
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, backend: Backend | None = None) -> None:
+        """`backend`: how to compute; None: as the model's device asks for."""
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.model = loaded.model
+        self.device = loaded.device
+        exact = config.exact == "on"
+        self.backend = backend or backend_for(loaded.model, loaded.device, exact=exact)
+        self.settings = self.backend.settings if exact else (0,)  # for `use_rows`, in order of their cost
+        made = make_exact(loaded.model, mode=config.exact if self.backend.packs else "off")
+        prefault.give_back()  # before the cache asks how much memory is free
+        self.exact_report = replace(made, mode=config.exact, attention=self.backend.attention)
+        self._own_experts = experts_implementation(loaded.model)
+        self.routed_experts = RoutedExperts(loaded.model)
+        self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, self.backend, config)
+        size = self.kv_cache.block_size
+        usual = unscaled_length(loaded.model.config) or loaded.max_model_len
+        self.max_model_len = min(
+            loaded.max_model_len, self.kv_cache.num_blocks * size, config.max_model_len or usual
+        )
+        self._max_blocks = -(-self.max_model_len // size)
+        look_up_angles(loaded.model, self.max_model_len)
+        self.use_rows(self.settings[0])
+        self.sampler = Sampler()
+        self._masks = MaskAhead()
+        self._rows: dict[Request, RowState] = {}
+        self._scored: dict[Request, list[PromptLogprob]] = {}
+        self._alternatives: dict[Request, int] = {}  # prompt_logprobs=k of those who asked
+
+    def use_rows(self, rows: int) -> None:
+        """From now on every forward pass has so many rows (`fixed_rows`); 0: as many as a step has."""
+        self._fixed_rows = rows
+        self.exact_report = replace(self.exact_report, fixed_rows=rows)
+        if not self.backend.packs:
+            use_experts(self.model, FIXED_EXPERTS if rows else self._own_experts)
+        self.recorded_steps = self._no_steps_yet(rows)
+
+    def _no_steps_yet(self, rows: int) -> RecordedSteps:
+        largest = LARGEST
+        shapes: Shapes = shape_for
+        if rows:
+            largest, shapes = fixed_shape(rows, rows), lambda _, wanted: fixed_shape(rows, wanted)
+        elif not self.backend.packs:
+            largest, shapes = LARGEST_DECODE, shape_of_decode
+        recorder = self.backend.recorder
+        # With our products an expert's tokens are chosen by looking at them, which a recording cannot.
+        if self.backend.packs and (self.exact_report.mode == "off" or self.exact_report.experts):
+            recorder = None
+        inputs = StepInputs.of(largest, self.kv_cache, self._max_blocks)
+        return RecordedSteps(self._run_model, inputs, recorder and recorder(), shapes)
+
+    def add(self, request: Request, row: RowState, params: SamplingParams) -> None:
+        """Take up a request's sampling state."""
+        self._rows[request] = row
+        if request.needs_prompt_logits and params.prompt_logprobs is not None:
+            self._alternatives[request] = params.prompt_logprobs
+            self._scored[request] = [PromptLogprob(request.prompt_token_ids[0], None)]
+
+    def restart(self, request: Request) -> None:
+        """Its prompt will be run again, by other weights: what was scored of it is void."""
+        if request in self._scored:
+            del self._scored[request][1:]
+
+    def remove(self, request: Request) -> None:
+        self._rows.pop(request, None)
+        self._scored.pop(request, None)
+        self._alternatives.pop(request, None)
+
+    def close(self) -> None:
+        """End the thread that computes masks, and let go of the weights and of the cache."""
+        self._masks.close()
+        for memory in ("model", "kv_cache", "recorded_steps", "routed_experts"):
+            vars(self).pop(memory, None)  # the second time too
+
+    def closes_early(self, request: Request) -> bool:
+        """Whether its grammar was brought to an end for `max_tokens`."""
+        constraint = self._rows[request].constraint
+        return constraint is not None and constraint.closes_early
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepResult:
+        """One packed forward, then a draw for each row that is complete."""
+        wanted = self._wanted_positions(batch)
+        with keep_rows(self.model, self._fixed_rows) as rows, self._listening_for(batch) as heard:
+            logits = self.forward(batch, wanted)  # [len(wanted), V]
+        self.kv_cache.copy(batch.copies)
+        row_of = {position: row for row, position in enumerate(wanted)}
+        scored, failed = self._score_prompts(batch, rows, heard)
+        drawing = _drawing_positions(batch)
+        began = time.perf_counter()
+        draws = self._draw(batch, logits, [row_of[position] for position in drawing])
+        sampling = time.perf_counter() - began
+        routed = self._routing_of_draws(batch, heard.rows(drawing))
+        return StepResult(draws, routed, scored, failed, sampling)
+
+    def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
+        """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted.
+
+        They may lie in memory that the next call writes again.
+        """
+        replay = not any(self._is_listened_to(piece.request) for piece in batch.pieces)
+        if self._fixed_rows:
+            parts = list(groups(batch.pieces, wanted, self._fixed_rows))
+            if len(parts) > 1:  # a copy of each, for they lie in the same memory
+                return torch.cat([self._logits(*part, replay=replay).clone() for part in parts])
+        return self._logits(batch.pieces, wanted, replay=replay)
+
+    def _logits(self, pieces: Sequence[Piece], wanted: Sequence[int], *, replay: bool) -> Tensor:
+        """Of one forward pass, recorded or not."""
+        recorded = self.recorded_steps.logits(pieces, wanted) if replay else None
+        if recorded is not None:
+            return recorded
+        if not self._fixed_rows:
+            return self._run_model(StepInputs.exactly(pieces, wanted, self.kv_cache, self._max_blocks))
+        shape = fixed_shape(self._fixed_rows, len(wanted))
+        inputs = StepInputs.of(shape, self.kv_cache, self._max_blocks)
+        inputs.fill(pieces, wanted)
+        return self._run_model(inputs)[: len(wanted)]
+
+    def _is_listened_to(self, request: Request) -> bool:
+        """Whether something hears what its forward pass says on its way, which a replay does not say."""
+        if request in self._scored:
+            return True
+        return self.routed_experts.shape is not None and self._asks_routing(request)
+
+    def _run_model(self, inputs: StepInputs) -> Tensor:
+        """Logits [wanted, V]."""
+        out = self.model(
+            input_ids=inputs.ids,
+            position_ids=inputs.positions,
+            use_cache=False,
+            logits_to_keep=inputs.wanted,
+            paged=inputs.context,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _wanted_positions(self, batch: Batch) -> list[int]:
+        """Packed rows that are drawn from: the last of each piece that draws."""
+        drawing = sorted(set(_drawing_positions(batch)))
+        return drawing or [batch.num_tokens - 1]  # a model cannot be asked for no logits
+
+    def _listening_for(self, batch: Batch) -> AbstractContextManager[Heard]:
+        return self.routed_experts.listening(any(self._asks_routing(piece.request) for piece in batch.pieces))
+
+    def _asks_routing(self, request: Request) -> bool:
+        row = self._rows.get(request)  # none: the load-time checks', which ask for nothing
+        return row is not None and row.params.routed_experts
+
+    def _routing_of_draws(self, batch: Batch, routed: Sequence[bytes | None]) -> list[bytes | None]:
+        return [
+            experts if self._asks_routing(request) else None
+            for (request, _), experts in zip(batch.draws, routed, strict=True)
+        ]
+
+    def _score_prompts(
+        self, batch: Batch, rows: LogitRows, heard: Heard
+    ) -> tuple[dict[Request, tuple[PromptLogprob, ...]], dict[Request, NonFiniteLogitsError]]:
+        complete: dict[Request, tuple[PromptLogprob, ...]] = {}
+        failed: dict[Request, NonFiniteLogitsError] = {}
+        start = 0
+        for piece in batch.pieces:
+            if piece.request in self._scored and piece.start < piece.request.num_prompt_tokens:
+                try:
+                    self._score_piece(piece, rows.from_row(start), heard.from_row(start))
+                except NonFiniteLogitsError as error:
+                    failed[piece.request] = error
+                if len(self._scored[piece.request]) == piece.request.num_prompt_tokens:
+                    complete[piece.request] = tuple(self._scored.pop(piece.request))
+            start += piece.count
+        return complete, failed
+
+    def _score_piece(self, piece: Piece, logits: LogitRows, heard: Heard) -> None:  # logits [count, V]
+        """Row i gives the logprob of token i + 1; the rows behind the prompt's end score nothing."""
+        request, gathered = piece.request, self._scored[piece.request]
+        first = max(piece.start, len(gathered) - 1)  # a preempted prompt is not scored twice
+        targets = request.prompt_token_ids[first + 1 : piece.start + piece.count + 1]
+        if targets:
+            rows = logits.from_row(first - piece.start)
+            scores = prompt_logprobs(rows, targets, self._alternatives[request])
+            routed: Sequence[bytes | None] = [None] * len(targets)
+            if self._asks_routing(request):
+                routed = heard.from_row(first - piece.start).rows(range(len(targets)))
+            gathered.extend(
+                PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs, experts)
+                for scored, experts in zip(scores, routed, strict=True)
+            )
+
+    def _draw(self, batch: Batch, logits: Tensor, picked: list[int]) -> list[Outcome]:
+        if not batch.draws:
+            return []
+        if picked != list(range(logits.shape[0])):
+            logits = logits[upload(picked, torch.int64, logits.device)]
+        rows = [self._rows[request] for request, _ in batch.draws]
+        self._masks.wait()
+        draws = self.sampler.sample(logits, rows)  # [len(draws), V]
+        for row, draw in zip(rows, draws, strict=True):
+            if isinstance(draw, Sampled):
+                row.append(draw.token_id)
+        self._masks.start(row.constraint for row in rows)
+        return draws
+
+
+def _drawing_positions(batch: Batch) -> list[int]:
+    """For each draw, the packed row that it is drawn from: the last of its piece."""
+    last_rows = [end - 1 for end in accumulate(piece.count for piece in batch.pieces)]
+    return [last_rows[piece] for _, piece in batch.draws]

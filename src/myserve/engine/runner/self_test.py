@@ -1,0 +1,120 @@
+"""Two questions to a model before it serves: can it be packed at all, and do its rows depend on their company?
+
+Reading a config answers only for what someone thought of, and tests answer only for the machines they ran on; this
+asks the loaded model, on this machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from myserve.engine.mixers.attention import ATTENTION_NAME
+from myserve.engine.runner.model_runner import ModelRunner
+from myserve.engine.scheduling.request import Request
+from myserve.engine.scheduling.scheduler import Batch, Piece
+from myserve.errors import UnsupportedModelError
+
+# Of requests that share a step, a short one behind a long one, whose keys would show in it. Together, and the first
+# alone, they fill one recording, which is proved by that.
+LENGTHS = (30, 2)
+DECODED = 2  # tokens of the first that are decoded, too: recorded, and replayed and compared
+CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: libraries change at powers of two
+AGREEMENT = (
+    0.9  # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
+)
+
+
+def settle(runner: ModelRunner, vocab_size: int) -> bool:
+    """Makes the runner compute in the first way under which rows are found independent; whether there is one.
+
+    Where there is none, the first is taken, which costs the least. Raises UnsupportedModelError as `check_packing`.
+    """
+    for rows in runner.settings:
+        runner.use_rows(rows)
+        if check_packing(runner, vocab_size):
+            return True
+    runner.use_rows(runner.settings[0])
+    return False
+
+
+@torch.inference_mode()
+def check_packing(runner: ModelRunner, vocab_size: int) -> bool:
+    """Whether every row has the same bits in company and alone, prefilled whole and token by token.
+
+    Raises UnsupportedModelError unless packed logits are those of the model's own forward, but for rounding.
+    """
+    prompts = _prompts(runner, vocab_size)
+    packed = _packed_logits(runner, prompts)
+    _compare(runner, packed, _own_logits(runner.model, prompts))
+    alone = [_packed_logits(runner, [prompt])[0] for prompt in prompts]
+    decoded = _decoded_logits(runner, prompts[0][:DECODED])
+    same = all(map(torch.equal, packed, alone)) and torch.equal(decoded, packed[0][:DECODED])
+    return same and _crowds_leave_alone(runner, prompts[0], alone[0], vocab_size)
+
+
+def _crowds_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor, vocab_size: int) -> bool:
+    """Whether the first prompt is the same beside more rows, for as many as fit."""
+    if runner.backend.packs:
+        return True  # by construction
+    blocks, size = runner.kv_cache.num_blocks, runner.kv_cache.block_size
+    fitting = [rows for rows in CROWD if rows <= runner.max_model_len and rows <= (blocks - 1) * size]
+    crowds = [[(5 + 13 * i) % vocab_size for i in range(rows)] for rows in fitting]
+    return all(torch.equal(_packed_logits(runner, [prompt, crowd])[0], alone) for crowd in crowds)
+
+
+def _compare(runner: ModelRunner, packed: list[Tensor], own: list[Tensor]) -> None:
+    agreement = min(_correlation(a, b) for a, b in zip(packed, own, strict=True))
+    if not agreement > AGREEMENT:
+        raise UnsupportedModelError(
+            f"{type(runner.model).__name__} gives other logits packed than alone (correlation {agreement:.3f}): it "
+            "keeps state, masks or positions of its own, so its requests cannot be batched exactly"
+        )
+
+
+def _prompts(runner: ModelRunner, vocab_size: int) -> list[list[int]]:
+    """As many as the cache has blocks for; each fits one."""
+    lengths = LENGTHS[: runner.kv_cache.num_blocks]
+    return [[(17 + 31 * i + 7 * r) % vocab_size for i in range(n)] for r, n in enumerate(lengths)]
+
+
+def _decoded_logits(runner: ModelRunner, prompt: list[int]) -> Tensor:
+    """One token a step, as it is decoded."""
+    request = Request(id="check", prompt_token_ids=prompt, max_tokens=1, block_table=[0])
+    rows = []
+    for position in range(len(prompt)):
+        batch = Batch()
+        batch.add(Piece(request, position, 1))
+        rows.append(runner.forward(batch, [0]).clone())
+    return torch.cat(rows)
+
+
+def _packed_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor]:
+    batch = Batch()
+    blocks = iter(range(runner.kv_cache.num_blocks))
+    for number, prompt in enumerate(prompts):
+        request = Request(id=f"check-{number}", prompt_token_ids=prompt, max_tokens=1)
+        request.block_table = [next(blocks) for _ in range(0, len(prompt), runner.kv_cache.block_size)]
+        batch.add(Piece(request, 0, len(prompt)))
+    logits = runner.forward(batch, list(range(batch.num_tokens))).clone()  # [T, V]
+    return list(torch.split(logits, [len(prompt) for prompt in prompts]))
+
+
+def _own_logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
+    """transformers' own forward and attention, one sequence at a time."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        return [
+            model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits[0]
+            for prompt in prompts
+        ]
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:  # [T, V] each
+    """Of all logits of a sequence, each row about its own mean."""
+    a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (a, b))
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30))

@@ -1,0 +1,354 @@
+"""Who runs this step, and on which blocks. Decides and returns the deed; touches no tensor, no clock, no thread."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from myserve.engine.scheduling.blocks import BlockPool
+from myserve.engine.scheduling.request import Event, Request, State
+from myserve.engine.scheduling.waiting import WaitingRequests
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens [start, start + count) of one request, to be run in this step."""
+
+    request: Request
+    start: int
+    count: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step does: run the pieces, copy blocks that forked, then draw a token for each of `draws`.
+
+    `draws` pairs a request with the piece whose last position gives its logits: its own, or its leader's.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    draws: list[tuple[Request, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block), after the forward
+    num_tokens: int = 0
+    num_prefill_tokens: int = 0  # of num_tokens, those in pieces of more than one
+
+    def add(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        self.num_tokens += piece.count
+        self.num_prefill_tokens += piece.count if piece.count > 1 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may hold.
+
+    `prefill_chunk` bounds the prompt tokens of a step in which others decode, so that a long prompt costs the running
+    streams a hiccup and not a stall; where more wait for their first token than decode, the whole step is theirs.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefill_chunk: int
+    max_model_len: int
+
+
+class Scheduler:
+    """Continuous batching: every step, those who run go on, and those who wait come in as blocks and budget allow.
+
+    Within a priority clients come in by turns, and each client's requests first come, first served (`waiting`). When
+    blocks run out, the youngest of the least important is preempted: it loses its blocks, keeps its tokens, and is
+    prefilled again later (from the prefix cache, often).
+    """
+
+    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.running: list[Request] = []  # kept sorted by Request.order
+        self.waiting = WaitingRequests()
+        self.held: dict[Request, None] = {}
+        self.num_preemptions = 0
+        self.weight_version = 0
+        self._draining: set[int] | None = (
+            None  # arrivals of those who may still finish; None: no swap is awaited
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.running) + len(self.waiting) + len(self.held)
+
+    # ---- coming in and going out
+
+    def add(self, request: Request) -> None:
+        """Queue a request; the siblings it leads are held until its prompt is computed."""
+        assert request.state is State.WAITING
+        self.waiting.add(request)
+        for sibling in request.siblings:
+            sibling.state = State.HELD
+            self.held[sibling] = None
+
+    def abort(self, request: Request) -> None:
+        """Take a request out, wherever it stands. Idempotent."""
+        if not request.is_finished:
+            self._leave(request, Event.ABORT)
+
+    def finish(self, request: Request) -> None:
+        """A running request has its last token."""
+        self._leave(request, Event.FINISH)
+
+    def _leave(self, request: Request, event: Event) -> None:
+        was = request.state
+        request.apply(event)
+        if was is State.HELD:
+            del self.held[request]
+        elif was is State.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._give_back_blocks(request)
+        self._release_siblings(request)
+
+    def _release_siblings(self, request: Request) -> None:
+        for sibling in request.siblings:
+            if sibling.state is State.HELD:
+                self._queue_held(sibling)
+        request.siblings = []
+
+    def _queue_held(self, sibling: Request) -> None:
+        del self.held[sibling]
+        sibling.apply(Event.RELEASE)
+        self.waiting.add(sibling)
+
+    # ---- new weights
+
+    @property
+    def begun(self) -> list[Request]:
+        """Who has tokens, or is being computed: in flight."""
+        return self.running + [r for r in self.waiting if r.num_output_tokens]
+
+    def drain(self) -> None:
+        """From now on only who is in flight goes on, with the siblings that belong to it; all others wait."""
+        self._draining = {r.arrival for r in self.begun}
+
+    @property
+    def is_drained(self) -> bool:
+        """Nobody who was in flight at `drain` is left."""
+        draining = self._draining or set()
+        return not any(r.arrival in draining for r in (*self.running, *self.waiting, *self.held))
+
+    def change_weights(self, version: int) -> list[Request]:
+        """Other weights compute from the next step on. Who has tokens keeps its blocks; who has none starts over, so
+        that a prompt is computed by one version alone. Returns the latter."""
+        self.weight_version = version
+        self._draining = None
+        restarted = [r for r in self.running if not r.num_output_tokens]
+        for request in restarted:
+            self.running.remove(request)
+            self._preempt(request)
+            request.times.admitted = None  # so that what it found in the old cache is not counted
+        return restarted
+
+    # ---- planning a step
+
+    def schedule(self, now: float) -> Batch:
+        """Plan one step. An empty batch means that there is nothing to do until something is added."""
+        batch = Batch()
+        preempted = self._continue_running(batch)
+        if not preempted:  # who has just taken blocks away does not hand them to a newcomer
+            self._admit_waiting(batch, now)
+        return batch
+
+    def _continue_running(self, batch: Batch) -> bool:
+        """Give every running request its next tokens, preempting from the back where blocks run out."""
+        preempted = False
+        decoders_left = sum(1 for r in self.running if r.num_pending_tokens == 1)
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            decoders_left -= request.num_pending_tokens == 1
+            count = self._affordable(request.num_pending_tokens, batch, decoders_left)
+            while count and not self._extend_blocks(request, count):
+                victim = self.running.pop()
+                self._preempt(victim)
+                preempted = True
+                if victim is request:
+                    return True
+            if count:
+                self._plan(request, count, batch)
+            index += 1
+        return preempted
+
+    def _admit_waiting(self, batch: Batch, now: float) -> None:
+        """Let in who waits, in order; the first that does not fit closes the door, so that nobody is overtaken."""
+        while len(self.running) < self.limits.max_num_seqs and (request := self._first_waiting()):
+            shared, names = self._cached_prefix(request)
+            cached = len(shared) * self.pool.block_size
+            count = self._affordable(request.num_tokens - cached, batch, decoders_left=0)
+            newly_held = sum(1 for block in shared if not self.pool.is_held(block))
+            needed = self.pool.blocks_for(cached + count) - len(shared)
+            if not count or needed + newly_held > self.pool.num_free:
+                return
+            self.waiting.admit(request)
+            self.pool.hold(shared)
+            request.block_table, request.content_ids = list(shared), list(names)
+            request.num_computed_tokens = cached
+            self._admitted(request, cached, now)
+            self._extend_blocks(request, count)
+            self._plan(request, count, batch)
+
+    def _first_waiting(self) -> Request | None:
+        """The next to come in; while others drain, the next of theirs."""
+        if self._draining is None:
+            return self.waiting.next(self.running)
+        return next((r for r in self.waiting if r.arrival in self._draining), None)
+
+    def _admitted(self, request: Request, cached: int, now: float) -> None:
+        if request.num_output_tokens and request.weight_version != self.weight_version:
+            request.recomputed_at = request.num_output_tokens
+        request.weight_version = self.weight_version
+        request.apply(Event.ADMIT)
+        insort(self.running, request, key=Request.order)
+        if request.times.admitted is None:
+            request.times.admitted = now
+            request.num_cached_tokens = cached
+
+    def _cached_prefix(self, request: Request) -> tuple[list[int], list[int]]:
+        """At least one token is always left to run, for its logits are what the next token is drawn from."""
+        if request.needs_prompt_logits and request.num_output_tokens == 0:
+            return [], []
+        return self.pool.match(
+            self._root(request, self.weight_version), request.token_ids[: request.num_tokens - 1]
+        )
+
+    @staticmethod
+    def _root(request: Request, weight_version: int) -> Hashable:
+        """Where the names of a request's blocks begin: blocks of two versions are never taken for one another.
+
+        Versions only grow, so blocks that older weights began can never be found again, whatever is added to them.
+        """
+        return (request.cache_root, weight_version)
+
+    def _affordable(self, wanted: int, batch: Batch, decoders_left: int) -> int:
+        """How many of the wanted tokens this step's budget allows. Prefills leave room for who is still to decode."""
+        left = self.limits.max_num_batched_tokens - batch.num_tokens
+        if wanted == 1:
+            return min(1, left)
+        others_decode = decoders_left > 0 or batch.num_tokens > batch.num_prefill_tokens
+        if others_decode:
+            left -= decoders_left
+            if not self._most_wait():
+                left = min(left, self.limits.prefill_chunk - batch.num_prefill_tokens)
+        return max(0, min(wanted, left))
+
+    def _most_wait(self) -> bool:
+        decoding = sum(1 for r in self.running if r.num_pending_tokens == 1)
+        return len(self.waiting) + len(self.running) > 2 * decoding
+
+    def _extend_blocks(self, request: Request, count: int) -> bool:
+        missing = self.pool.blocks_for(request.num_computed_tokens + count) - len(request.block_table)
+        if missing > self.pool.num_free:
+            return False
+        if missing > 0:
+            request.block_table += self.pool.allocate(missing)
+        return True
+
+    def _plan(self, request: Request, count: int, batch: Batch) -> None:
+        """Run `count` tokens of `request`; where they are its last known ones, draw its next, and its followers'."""
+        batch.add(Piece(request, request.num_computed_tokens, count))
+        if count < request.num_pending_tokens:
+            return
+        piece = len(batch.pieces) - 1
+        batch.draws.append((request, piece))
+        for sibling in request.siblings:
+            if sibling.state is State.HELD and self._fork(request, sibling, batch):
+                batch.draws.append((sibling, piece))
+        self._release_siblings(request)
+
+    def _fork(self, leader: Request, sibling: Request, batch: Batch) -> bool:
+        """Let a sibling share the leader's full prompt blocks, and copy the one that is filled in part."""
+        full, rest = divmod(leader.num_prompt_tokens, self.pool.block_size)
+        room = len(self.running) < self.limits.max_num_seqs and self.pool.num_free >= (1 if rest else 0)
+        if not room or leader.num_output_tokens:
+            return False
+        del self.held[sibling]
+        sibling.apply(Event.FORK)
+        sibling.weight_version = leader.weight_version
+        shared = leader.block_table[:full]
+        self.pool.hold(shared)
+        sibling.block_table = list(shared)
+        if rest:
+            sibling.block_table += self.pool.allocate(1)
+            batch.copies.append((leader.block_table[full], sibling.block_table[full]))
+        sibling.num_computed_tokens = leader.num_prompt_tokens
+        sibling.num_cached_tokens = leader.num_prompt_tokens
+        sibling.content_ids = []
+        sibling.times.admitted = leader.times.admitted
+        insort(self.running, sibling, key=Request.order)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        request.apply(Event.PREEMPT)
+        self._give_back_blocks(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.add(request)
+
+    def _give_back_blocks(self, request: Request) -> None:
+        self.pool.release(request.block_table)
+        request.block_table, request.content_ids = [], []
+        request.num_computed_tokens = 0
+
+    # ---- after a step
+
+    def update(self, batch: Batch, drawn: Sequence[int | None], now: float) -> list[tuple[Request, str]]:
+        """Take in what the step computed. `drawn` has a token for each of `batch.draws`, or None where a row failed.
+
+        Returns who ended, and why: "stop", "length", or "error" for a row that failed.
+        """
+        for piece in batch.pieces:
+            if not piece.request.is_finished:
+                piece.request.num_computed_tokens += piece.count
+                self._publish_full_blocks(piece.request)
+        ended: list[tuple[Request, str]] = []
+        for (request, _), token_id in zip(batch.draws, drawn, strict=True):
+            if request.is_finished:
+                continue
+            if token_id is None:
+                reason: str | None = "error"
+            else:
+                request.append(token_id)
+                request.times.last_token = now
+                if request.times.first_token is None:
+                    request.times.first_token = now
+                reason = request.finish_reason(self.limits.max_model_len)
+            if reason is not None:
+                self.finish(request)
+                ended.append((request, reason))
+        return ended
+
+    def _publish_full_blocks(self, request: Request) -> None:
+        size = self.pool.block_size
+        for index in range(len(request.content_ids), request.num_computed_tokens // size):
+            root = self._root(request, request.weight_version)
+            parent = request.content_ids[-1] if request.content_ids else root
+            tokens = request.token_ids[index * size : (index + 1) * size]
+            request.content_ids.append(self.pool.publish(request.block_table[index], parent, tokens))
+
+    def check_integrity(self) -> None:
+        """What must hold between any two steps, whatever has happened."""
+        self.pool.check_integrity(r.block_table for r in self.running)
+        assert all(r.state is State.RUNNING for r in self.running), "a running request is in another state"
+        assert all(r.state is State.WAITING and not r.block_table for r in self.waiting), (
+            "who waits holds nothing"
+        )
+        assert all(r.state is State.HELD and not r.block_table for r in self.held), (
+            "who is held holds nothing"
+        )
+        assert len(self.running) <= self.limits.max_num_seqs
+        for request in self.running:
+            need = self.pool.blocks_for(request.num_computed_tokens)
+            assert len(request.block_table) >= need, "computed tokens without blocks"

@@ -1,0 +1,186 @@
+"""What a forward pass is told of a step: the packed rows, where they lie in the cache, which of them are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from myserve.engine.mixers.attention import PagedContext, Pages
+from myserve.engine.scheduling.scheduler import Piece
+
+Take = Callable[[int, torch.dtype], Tensor]  # so many numbers of a type, zeroed
+Layers = Sequence[tuple[Tensor, Tensor]]  # (K, V) of each
+
+
+class Cache(Protocol):
+    """What steps need to know of the cache: see `kv_cache.KVCache`."""
+
+    @property
+    def layers(self) -> Layers: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def pages(self) -> Pages | None: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How much a step has room for; it may fill less."""
+
+    rows: int
+    requests: int
+    wanted: int
+
+
+class Staging:
+    """Where a step is written for a device to read: pinned memory, and one copy that nobody waits for."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        self.device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._sent = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Until the last copy is made: a step without draws is not waited for by anyone else."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def send(self) -> None:
+        self.device.copy_(self.host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record(torch.cuda.current_stream(self.device.device))
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """Tensors that a forward pass reads, and that may be filled anew for the next."""
+
+    ids: Tensor  # [1, rows] int64
+    positions: Tensor  # [1, rows] int64
+    wanted: Tensor  # [wanted] int64: the rows whose logits are asked for
+    context: PagedContext
+    block_size: int
+    host: StepInputs | None = None  # of inputs on a device: where they are filled
+    staging: Staging | None = None
+
+    @classmethod
+    def of(cls, shape: Shape, cache: Cache, max_blocks: int) -> StepInputs:
+        if cache.pages is None:
+            return cls._made(_zeros, shape, cache, max_blocks)
+        longs, ints = 3 * shape.rows + shape.wanted, shape.requests * (max_blocks + 2) + 1
+        staging = Staging(8 * longs + 4 * ints, cache.device)
+        inputs = cls._made(_cutting(staging.device), shape, cache, max_blocks)
+        host = cls._made(_cutting(staging.host), shape, cache, max_blocks)
+        inputs.staging, inputs.host = staging, host
+        inputs.context = replace(inputs.context, on_host=host.context)
+        return inputs
+
+    @classmethod
+    def _made(cls, take: Take, shape: Shape, cache: Cache, max_blocks: int) -> StepInputs:
+        """The wide ones first, so that cut from one memory all are aligned."""
+        rows, requests = shape.rows, shape.requests
+        ids, positions, slots = (take(rows, torch.int64) for _ in range(3))
+        wanted = take(shape.wanted, torch.int64)
+        tables = take(requests * max_blocks, torch.int32).view(requests, max_blocks)
+        starts, lens = take(requests + 1, torch.int32), take(requests, torch.int32)
+        context = PagedContext(cache.layers, slots, tables, starts, lens, cache.pages)
+        return cls(ids[None], positions[None], wanted, context, cache.block_size)
+
+    @classmethod
+    def exactly(
+        cls, pieces: Sequence[Piece], wanted: Sequence[int], cache: Cache, max_blocks: int
+    ) -> StepInputs:
+        """With no room left; on a device tables are as wide as ever, for their width is told to its kernels."""
+        shape = Shape(sum(piece.count for piece in pieces), len(pieces), len(wanted))
+        used = max(len(piece.request.block_table) for piece in pieces)
+        inputs = cls.of(shape, cache, used if cache.pages is None else max_blocks)
+        inputs.fill(pieces, wanted)
+        return inputs
+
+    def cut(self, shape: Shape) -> StepInputs:
+        """The same memory with room for less."""
+        context, host = self.context, None if self.host is None else self.host.cut(shape)
+        return StepInputs(
+            self.ids[:, : shape.rows],
+            self.positions[:, : shape.rows],
+            self.wanted[: shape.wanted],
+            replace(
+                context,
+                slot_mapping=context.slot_mapping[: shape.rows],
+                block_tables=context.block_tables[: shape.requests],
+                query_start=context.query_start[: shape.requests + 1],
+                context_lens=context.context_lens[: shape.requests],
+                on_host=None if host is None else host.context,
+            ),
+            self.block_size,
+            host,
+            self.staging,
+        )
+
+    def fill(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> None:
+        """A step's pieces, packed; what room they leave becomes rows of nobody and requests without rows."""
+        if self.host is None or self.staging is None:
+            self._write(pieces, wanted)
+            return
+        self.staging.wait()
+        self.host._write(pieces, wanted)
+        self.staging.send()
+
+    def _write(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> None:
+        """By NumPy's views of the same memory, which are cheaper to assign to."""
+        context = self.context
+        tables = context.block_tables.numpy()  # [requests, max_blocks]
+        starts = context.query_start.numpy()
+        lens = context.context_lens.numpy()
+        for number, piece in enumerate(pieces):
+            table = piece.request.block_table
+            tables[number, : len(table)] = table
+        counts = np.array([piece.count for piece in pieces])
+        ends = counts.cumsum()
+        starts[1 : len(pieces) + 1] = ends
+        starts[len(pieces) + 1 :] = ends[-1]
+        first = np.array([piece.start for piece in pieces])
+        lens[: len(pieces)] = first + counts
+        lens[len(pieces) :] = 0
+        size = self.block_size
+        owner = np.repeat(np.arange(len(pieces)), counts)  # [T]
+        position = np.arange(ends[-1]) + (first - ends + counts)[owner]
+        rows = int(ends[-1])
+        for tensor, values, nobody in (
+            (self.ids[0], [t for p in pieces for t in p.request.token_ids[p.start : p.start + p.count]], 0),
+            (self.positions[0], position, 0),
+            (
+                context.slot_mapping,
+                tables[owner, position // size].astype(np.int64) * size + position % size,
+                -1,
+            ),
+        ):
+            array = tensor.numpy()
+            array[:rows] = values
+            array[rows:] = nobody
+        picked = self.wanted.numpy()
+        picked[: len(wanted)] = wanted
+        picked[len(wanted) :] = 0  # row 0 once more: nobody looks
+
+
+def _zeros(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(count, dtype=dtype)
+
+
+def _cutting(memory: Tensor) -> Take:  # bytes
+    start = 0
+
+    def take(count: int, dtype: torch.dtype) -> Tensor:
+        nonlocal start
+        start += count * dtype.itemsize
+        return memory[start - count * dtype.itemsize : start].view(dtype)
+
+    return take

@@ -1,0 +1,153 @@
+"""A step recorded once and replayed without Python: what CUDA graphs are to a GPU, for a CPU.
+
+A step of n requests makes the same kernel calls every time, on the same memory if we give it the same memory. The
+model's own forward runs once under a dispatch mode that writes down every call of a kernel of ours and every tensor
+operation. Replaying, a run of kernel calls is one call into compiled code; what is not ours is called again as the
+tensor operation that it was, and its result copied to where it was.
+
+Rejected: writing the forward pass of the common models ourselves. This serves any model and changes no bit of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from myserve.engine.batch_invariance import pointwise
+from myserve.engine.kernels.launch import Scratch, recording
+from myserve.engine.steps.launches import Operation, parts, those_that_matter
+
+_aten = torch.ops.aten
+# What a recording cannot hold: a result that Python has looked at, or whose shape the data decides.
+_LOOKS_AT_DATA = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default}
+
+
+class NotRecordableError(Exception):
+    """The step depends on its data in another way than through tensors."""
+
+
+class Pool:
+    """Memory for the tensors of recordings: what one tensor leaves is taken by the next, and all of it is kept.
+
+    Recordings of one pool share it, for only one is replayed at a time; so the largest decides how much there is.
+    """
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+        self._blocks: list[Tensor] = []
+        self._free: dict[int, list[int]] = defaultdict(list)  # size, a power of two -> addresses
+        self._recording = 0
+
+    def begin(self) -> None:
+        """A new recording: everything is free again."""
+        self._recording += 1
+        self._free.clear()
+        for block in self._blocks:
+            self._offer(block)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised, at a cache line."""
+        count = math.prod(shape)
+        size = 1 << max(6, (count * dtype.itemsize - 1).bit_length())
+        if not self._free[size]:
+            block = torch.empty(size + 64, dtype=torch.uint8)
+            self._blocks.append(block)
+            self._offer(block)
+        address = self._free[size].pop()
+        # PyTorch tells nobody when a storage dies; but a storage made from a buffer holds the buffer.
+        buffer = (ctypes.c_char * size).from_address(address)
+        weakref.finalize(buffer, self._release, size, address, self._recording)
+        return torch.frombuffer(buffer, dtype=dtype, count=max(count, 1))[:count].view(shape)
+
+    def _offer(self, block: Tensor) -> None:
+        """A block is 64 bytes larger than what it offers, so that this begins at a cache line."""
+        self._free[block.numel() - 64].append(block.data_ptr() + -block.data_ptr() % 64)
+
+    def _release(self, size: int, address: int, recording: int) -> None:
+        if recording == self._recording:
+            self._free[size].append(address)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
+    """Lets a forward pass run and adds what is not a kernel's call to the list of calls."""
+
+    def __init__(self, calls: list[Any], pool: Pool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls, self.pool = calls, pool
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten.empty.memory_format:
+            return self.pool.empty(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
+        if func in _LOOKS_AT_DATA:
+            raise NotRecordableError(str(func))
+        with self:
+            ours = _by_a_kernel(func, args, kwargs)
+        if ours is not None:
+            return ours
+        out = func(*args, **kwargs)
+        operation = Operation.of(func, args, kwargs, out)
+        if not operation.does_nothing:
+            self.calls.append(operation)
+        return out
+
+
+def _by_a_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The same bits by a kernel of ours, which replays without Python; None for what we have none for."""
+    if func is _aten.add.Tensor and not kwargs and _adds_like_with_like(*args):
+        return pointwise.add(*args)
+    if func is _aten.embedding.default and _has_rows(*args[:2]):
+        return pointwise.gather(*args[:2])
+    if func is _aten.index.Tensor and args[0].shape[0] == 1 and len(args[1]) == 2 and args[1][0] is None:
+        table, indices = args[0][0], args[1][1]  # x[:, indices]
+        if _has_rows(table, indices):
+            return pointwise.gather(table, indices)[None]
+    return None
+
+
+def _has_rows(table: Tensor, indices: Tensor) -> bool:
+    return (
+        table.dim() == 2 and table.is_contiguous() and pointwise.is_ours(table)
+        and indices.dtype == torch.int64 and indices.is_contiguous()
+    )  # fmt: skip
+
+
+def _adds_like_with_like(a: Any, b: Any) -> bool:
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return (
+        tensors and a.shape == b.shape and a.dim() > 0 and a.is_contiguous() and b.is_contiguous()
+        and pointwise.is_ours(a, b)
+    )  # fmt: skip
+
+
+class Recording:
+    """One forward pass, to be made again on whatever its input tensors then hold.
+
+    >>> x = torch.ones(2, 3)
+    >>> step = Recording(lambda: (x + x) * 3, Pool())
+    >>> x.fill_(5.0).sum(), step.replay()[0, 0]
+    (tensor(30.), tensor(30.))
+    """
+
+    def __init__(self, forward: Callable[[], Tensor], pool: Pool) -> None:
+        pool.begin()
+        with recording(pool.scratch) as calls, _Recorder(calls, pool):
+            self.out = forward()
+        self._pool = pool
+        self._parts = parts(those_that_matter(calls, self.out))
+
+    def replay(self) -> Tensor:
+        """The result, in the same memory every time."""
+        for part in self._parts:
+            part()
+        return self.out

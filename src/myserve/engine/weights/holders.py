@@ -1,0 +1,119 @@
+"""Where each weight lives in a model that serves, and how it gets new values: made beside the old, then put in place.
+
+What a model holds beside its parameters is derived from them: packed products, routers, experts. Whoever derives
+something new from a weight must say so here; `tests/engine/test_weights.py` compares an updated model of every kind
+with a fresh one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from myserve.engine.batch_invariance.linear import PackedWeight
+from myserve.engine.batch_invariance.patch import ExactLinear, ExactWeight, packed_experts
+
+Deed = Callable[[], None]  # cannot fail: it puts in place what is there already
+Values = Mapping[str, Tensor]  # by the names of `WeightNames`
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Weights that are derived from together. `prepare` takes new values of some of them."""
+
+    names: tuple[str, ...]
+    prepare: Callable[[Values], list[Deed]]
+
+
+def holders(model: nn.Module) -> Iterator[Holder]:
+    """All of a model, exact or not. Tied weights come once for each of their names."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        special: set[str] = set()
+        for holder in _derived(prefix, module):
+            special |= set(holder.names)
+            yield holder
+        for name in module.state_dict(keep_vars=True):
+            if "." not in name and prefix + name not in special:
+                yield _plain(module, name, prefix + name)
+
+
+def _derived(prefix: str, module: Any) -> Iterator[Holder]:
+    if isinstance(module, ExactLinear):
+        yield _linear(module, prefix + "weight", prefix + "bias")
+    elif isinstance(getattr(module, "weight", None), ExactWeight):
+        yield _router(module, prefix + "weight", prefix + "bias")
+    elif hasattr(module, "packed_down"):
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        yield _experts(module, "packed_up", prefix, up)
+        yield _experts(module, "packed_down", prefix, "down_proj")
+
+
+def _linear(module: ExactLinear, weight: str, bias: str) -> Holder:
+    def prepare(values: Values) -> list[Deed]:
+        packed = module.packed
+        if weight in values:
+            new = values[weight].T if module.is_transposed else values[weight]
+            old_bias = packed.bias[: packed.out_features]
+            packed = PackedWeight(new.to(packed.dtype), values.get(bias, old_bias))
+        else:
+            packed = packed.with_bias(values[bias])
+        return [lambda: module.replace(packed)]
+
+    return Holder((weight, bias), prepare)
+
+
+def _router(module: Any, weight: str, bias: str) -> Holder:
+    def prepare(values: Values) -> list[Deed]:
+        old: ExactWeight = module.weight
+        new_bias = values.get(bias, module._parameters.get("bias"))
+        plain = values.get(weight, old.as_subclass(Tensor))
+        exact = ExactWeight.of(_own(plain, like=old), new_bias)
+        deeds: list[Deed] = [lambda: setattr(module, "weight", exact)]
+        return deeds + _plain_deeds(module, "bias", values.get(bias))
+
+    return Holder((weight, bias), prepare)
+
+
+def _experts(module: Any, attribute: str, prefix: str, name: str) -> Holder:
+    weight, bias = prefix + name, f"{prefix}{name}_bias"
+
+    def prepare(values: Values) -> list[Deed]:
+        old: list[PackedWeight] = getattr(module, attribute)
+        biases = values.get(bias, module._parameters.get(f"{name}_bias"))
+        if weight in values:
+            new = values[weight].to(old[0].dtype)
+            packed = packed_experts(new, biases, is_transposed=module.is_transposed)
+        else:
+            assert biases is not None
+            packed = [p.with_bias(b) for p, b in zip(old, biases, strict=True)]
+        deeds: list[Deed] = [lambda: setattr(module, attribute, packed)]
+        return deeds + _plain_deeds(module, f"{name}_bias", values.get(bias))
+
+    return Holder((weight, bias), prepare)
+
+
+def _plain(module: nn.Module, name: str, full_name: str) -> Holder:
+    return Holder((full_name,), lambda values: _plain_deeds(module, name, values[full_name]))
+
+
+def _plain_deeds(module: nn.Module, name: str, value: Tensor | None) -> list[Deed]:
+    """The parameter or buffer stays the object that it is, for tied ones are one object; its memory is exchanged."""
+    if value is None:
+        return []
+    tensor = getattr(module, name)
+    new = _own(value, like=tensor)
+
+    def put() -> None:
+        tensor.data = new
+
+    return [put]
+
+
+def _own(value: Tensor, *, like: Tensor) -> Tensor:
+    """A copy where `like` lives: whoever gave the value may change it afterwards."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format).copy_(value).detach()

@@ -1,0 +1,186 @@
+"""Which of a snapshot's tensors become which of the model's weights; refuses, before any is read, what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from myserve.engine.weights.snapshot import TensorInfo
+from myserve.errors import BadSnapshotError
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """A model's weights as transformers names them: what each is, and which are one tensor under several names."""
+
+    infos: Mapping[str, TensorInfo]
+    tied: Sequence[frozenset[str]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> WeightNames:
+        """Read off a model as it was loaded, before `make_exact`.
+
+        >>> WeightNames.of(nn.Linear(3, 2)).infos["weight"].shape
+        (2, 3)
+        """
+        infos: dict[str, TensorInfo] = {}
+        names_of: dict[int, set[str]] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            infos[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
+            names_of.setdefault(id(tensor), set()).add(name)
+        return cls(infos, [frozenset(names) for names in names_of.values() if len(names) > 1])
+
+    def twins(self, name: str) -> frozenset[str]:
+        """All names of the tensor that has this name."""
+        return next((names for names in self.tied if name in names), frozenset([name]))
+
+
+@dataclass(slots=True)
+class Group:
+    """Tensors of a snapshot that together make one or several weights: mostly one that makes one, as it is.
+
+    A checkpoint's experts are a tensor each, and stacked in the model; transformers' own converters say how.
+    """
+
+    target: str
+    sources: list[str] = field(default_factory=list)
+    converter: WeightConverter | None = None
+    patterns: list[str] = field(default_factory=list)  # of the converter, a source each
+
+    def make(self, read: Callable[[str], Tensor], model: Any) -> dict[str, Tensor]:
+        """The weights, by name."""
+        if self.converter is None:
+            return {self.target: read(self.sources[0])}
+        converter: Any = deepcopy(self.converter)
+        for source, pattern in zip(self.sources, self.patterns, strict=True):
+            converter.add_tensor(self.target, source, pattern, read(source))
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: part[0] if isinstance(part, list) else part for name, part in made.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The groups, and of each weight that they make the group that makes it."""
+
+    groups: list[Group]
+    group_of: dict[str, Group]
+    names: WeightNames
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights that are to change. Tied ones count under each name: an embedding stays beside its product."""
+        return sum(self.names.infos[name].num_bytes for name in self.needed_by(self.names.infos))
+
+    def needed_by(self, names: Iterable[str]) -> dict[str, dict[str, Group]]:
+        """Of these weights those that are to change, with the groups that make them: tied ones under any name."""
+        needed = {
+            n: {t: self.group_of[t] for t in sorted(self.names.twins(n) & self.group_of.keys())}
+            for n in names
+        }
+        return {name: groups for name, groups in needed.items() if groups}
+
+
+def make_plan(
+    tensors: Mapping[str, TensorInfo], model: Any, names: WeightNames, *, partial: bool, may_cast: bool
+) -> Plan:
+    """Raises BadSnapshotError for a name, shape or dtype that is not the model's, and for what is missing.
+
+    `partial`: only some of the weights are there. `may_cast`: another floating dtype is rounded to the model's.
+    """
+    if not tensors:
+        raise BadSnapshotError("the snapshot has no tensors")
+    groups = _groups(tensors, model, names)
+    made_by: dict[str, Group] = {}
+    for group in groups:
+        for name, info in _made_infos(group, tensors, model).items():
+            if name in made_by:
+                raise BadSnapshotError(f"the snapshot has {name} twice, under two names")
+            _check(name, info, names, group)
+            _check_dtype(name, [tensors[source].dtype for source in group.sources], names, may_cast=may_cast)
+            made_by[name] = group
+    missing = [name for name in names.infos if not made_by.keys() & names.twins(name)]
+    if missing and not partial:
+        raise BadSnapshotError(
+            f"the snapshot lacks {_listed(missing)}; to change only some of the weights, say partial"
+        )
+    return Plan(groups, made_by, names)
+
+
+def _groups(tensors: Iterable[str], model: Any, names: WeightNames) -> list[Group]:
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
+    groups: dict[str, Group] = {}
+    unknown: list[str] = []
+    for name in sorted(tensors, key=_natural):
+        if name in names.infos:
+            target, pattern = name, None
+        else:
+            target, pattern = rename_source_key(
+                name, renamings, converters, model.base_model_prefix, dict(names.infos)
+            )
+        if target not in names.infos:
+            unknown.append(name)
+            continue
+        group = groups.setdefault(target, Group(target))
+        if group.sources and (pattern is None or group.converter is None):
+            raise BadSnapshotError(f"the snapshot has {target} twice: as {group.sources[0]} and as {name}")
+        group.converter = converter_of[pattern] if pattern is not None else None
+        group.sources.append(name)
+        group.patterns.append(pattern or "")
+    if unknown:
+        raise BadSnapshotError(f"the model has no {_listed(unknown)}")
+    return list(groups.values())
+
+
+def _made_infos(group: Group, tensors: Mapping[str, TensorInfo], model: Any) -> dict[str, TensorInfo]:
+    """What the group makes, found by making it of tensors without memory."""
+
+    def empty(name: str) -> Tensor:
+        return torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta")
+
+    try:
+        made = group.make(empty, model)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise BadSnapshotError(
+            f"{group.target} cannot be made of {_listed(group.sources)}: they do not fit each other"
+        ) from error
+    return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()}
+
+
+def _check(name: str, info: TensorInfo, names: WeightNames, group: Group) -> None:
+    wanted = names.infos.get(name)
+    if wanted is None:
+        raise BadSnapshotError(f"the model has no {name}")
+    if info.shape != wanted.shape:
+        made = "" if group.sources == [name] else f", made of {_listed(group.sources)},"
+        raise BadSnapshotError(f"{name}{made} has the shape {info.shape}; the model's is {wanted.shape}")
+
+
+def _check_dtype(name: str, dtypes: Iterable[torch.dtype], names: WeightNames, *, may_cast: bool) -> None:
+    wanted = names.infos[name].dtype
+    for dtype in dtypes:
+        castable = may_cast and dtype.is_floating_point and wanted.is_floating_point
+        if dtype != wanted and not castable:
+            raise BadSnapshotError(
+                f"{name} is {dtype} and the model's is {wanted}; save it so, or load the model with an explicit "
+                "dtype, to which then every snapshot is rounded"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Expert 10 after expert 9: the order in which they are stacked."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,221 @@
+"""One sample as it arrives: chunks in, a checked `SampledCompletion` out. Nothing is ever filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TypeVar
+
+from myserve.sdk.errors import AttemptFailed, Failure, SamplingError
+from myserve.sdk.request import SampleRequest
+from myserve.sdk.sampling.versions import VersionLog
+from myserve.sdk.transport.chunks import Choice, RawOutput, TokenEntry
+from myserve.sdk.types import Alternative, SampledCompletion, SampleDelta
+
+T = TypeVar("T")
+Decode = Callable[[list[int]], str]
+
+
+class Track:
+    """The state of sample `index` of a request, over as many attempts as it takes."""
+
+    def __init__(self, request: SampleRequest, index: int) -> None:
+        self.request = request
+        self.index = index
+        self.requests = 0  # HTTP requests that carried it
+        self.completion: SampledCompletion | None = None
+        self.error: SamplingError | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.prompt_ids = list(self.request.prompt_token_ids)
+        self.ids: list[int] = []
+        self.finish_reason: str | None = None
+        self._texts: list[str] = []
+        self._entries: list[TokenEntry] = []  # as they came: columns are taken from them once, at the end
+        self._now: float | None = None  # when the newest ids came
+        self._arrivals: list[
+            tuple[int, float]
+        ] = []  # (number of ids before, seconds) of each read that had some
+        self._raw_ids: list[int] | None = None
+        self._num_prior = 0  # how many of `ids` came with earlier attempts
+        self._routing_shape: list[int] | None = None
+        self._seed: int | None = None
+        self._stop_reason: int | str | None = None
+        self._weight_version: int | None = None
+        self._version: int | None = None  # of the newest ids, which `_versions` has not heard of yet
+        self._versions = VersionLog()
+
+    @property
+    def is_done(self) -> bool:
+        return self.completion is not None or self.error is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """True when it has its finish reason and its ids, and needs nothing more of its stream."""
+        return self.finish_reason is not None and (self._raw_ids is not None or bool(self.ids))
+
+    def begin(self, *, resume: bool) -> list[int]:
+        """Starts an attempt; gives the tokens that it goes on from (none, without `resume`)."""
+        self.requests += 1
+        # It starts over, as the same sample: with echo, whose prompt rows come again; after a finish reason,
+        # where something did not add up; and where all that is missing is the finish reason.
+        is_full = len(self.ids) >= self.request.max_tokens
+        starts_over = not resume or self.request.echo or self.finish_reason is not None or is_full
+        if starts_over and self.requests > 1:
+            self._clear()
+        self._num_prior = len(self.ids)
+        self._versions.feed(self._num_prior, self._version)
+        self._versions.begin(self._num_prior)
+        return self.ids
+
+    def feed(self, choice: Choice, now: float) -> None:
+        """Takes in one chunk's choice. `now`: seconds since the sample was asked for."""
+        if choice.text:
+            self._texts.append(choice.text)
+        if (logprobs := choice.logprobs) is not None:
+            self._entries += logprobs.entries()
+        ids = choice.token_ids if choice.token_ids is not None else choice.ids()
+        if ids:
+            if now != self._now:
+                self._now = now
+                self._arrivals.append((len(self.ids), now))
+            if choice.weight_version != self._version:
+                self._versions.feed(len(self.ids), self._version)
+                self._version = choice.weight_version
+            self.ids += ids
+        if choice.weight_version_spans is not None:
+            self._versions.feed(len(self.ids), self._version)
+            self._versions.correct(choice.weight_version_spans)
+        if choice.raw_output is not None:
+            self._feed_raw(choice.raw_output)
+        if choice.seed is not None:
+            self._seed = choice.seed
+        if choice.routing_matrix_shape is not None:
+            self._routing_shape = choice.routing_matrix_shape
+        if choice.finish_reason is not None:
+            self.finish_reason = choice.finish_reason
+            self._stop_reason = choice.stop_reason
+            self._weight_version = choice.weight_version
+
+    def delta(self, choice: Choice) -> SampleDelta:
+        """What `choice` brings, as the caller sees it."""
+        entries = choice.logprobs.entries() if choice.logprobs is not None else ()
+        return SampleDelta(
+            self.index,
+            choice.text or "",
+            tuple(choice.ids()),
+            tuple([entry.logprob for entry in entries]),
+            self.finish_reason,
+        )
+
+    def _feed_raw(self, raw: RawOutput) -> None:
+        if raw.completion_token_ids is not None:
+            self._raw_ids = raw.completion_token_ids
+        if raw.prompt_token_ids and not self._num_prior:
+            self.prompt_ids = (
+                raw.prompt_token_ids
+            )  # the server's own word on what it was asked: it replaces ours
+
+    def complete(self, request_id: str, decode: Decode | None = None) -> SampledCompletion:
+        """The finished sample, every length checked; `AttemptFailed` says what does not fit."""
+        prompt_ids, ids = self.prompt_ids, self._completion_ids()
+        echo = self.request.echo
+        if echo and ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        num_rows = len(prompt_ids) + len(ids) - 1 if echo else len(ids)
+        entries = self._entries
+        logprobs = self._logprobs(num_rows) if self.request.logprobs else None
+        sampling = [entry.sampling_logprob for entry in entries[-len(ids) :]] if ids else []
+        kept = [entry.kept for entry in entries if entry.kept is not None]
+        self._versions.feed(len(self.ids), self._version)
+        self.completion = SampledCompletion(
+            text=self._completion_text(ids, decode) if echo else "".join(self._texts),
+            full_tokens=prompt_ids + ids,
+            prompt_len=len(prompt_ids),
+            completion_len=len(ids),
+            finish_reason=self.finish_reason or "",
+            inference_logprobs=logprobs,
+            logprobs_echoed=echo and logprobs is not None,
+            routing_matrices=self._routing_rows(num_rows, len(ids)),
+            routing_shape=self._routing_shape,
+            routing_dtype=entries[-1].routing_matrix_dtype if entries else "uint8",
+            sampling_logprobs=sampling if logprobs is not None and None not in sampling else None,  # type: ignore[arg-type]
+            top_logprobs=self._alternatives(num_rows) if logprobs is not None else None,
+            kept=self._rows("kept sets", kept, len(ids)) if kept else None,
+            index=self.index,
+            seed=self._seed if self._seed is not None else self.request.seed,
+            stop_reason=self._stop_reason,
+            weight_version=self._weight_version,
+            weight_version_spans=self._versions.spans(),
+            token_times=self._token_times(len(ids)),
+            attempts=self.requests,
+            request_id=request_id,
+        )
+        return self.completion
+
+    def _logprobs(self, num_rows: int) -> list[float]:
+        rows = self._rows("logprobs", [entry.logprob for entry in self._entries], num_rows)
+        if None in rows:
+            raise _broken(f"the logprob of row {rows.index(None)} is null")
+        return rows  # type: ignore[return-value]  # None was looked for
+
+    def _alternatives(self, num_rows: int) -> list[tuple[Alternative, ...]] | None:
+        if self.request.top_logprobs is None:
+            return None
+        rows = [entry.top_logprobs for entry in self._entries if entry.top_logprobs is not None]
+        return self._rows("top_logprobs", rows, num_rows)
+
+    def _token_times(self, num_ids: int) -> list[float] | None:
+        """Of the last `num_ids` tokens; None where not every one of them came by itself."""
+        times: list[float] = []
+        for (first, now), (end, _) in pairwise([*self._arrivals, (len(self.ids), 0.0)]):
+            times += [now] * (end - first)
+        return times[-num_ids:] if 0 < num_ids <= len(times) else None if num_ids else []
+
+    def _completion_text(self, ids: list[int], decode: Decode | None) -> str:
+        """The text without the prompt's, which an echo begins with."""
+        if decode is not None:
+            return decode(ids)
+        text, num_prompt = "".join(self._texts), len(self.prompt_ids)
+        offsets = [entry.text_offset for entry in self._entries if entry.text_offset is not None]
+        if len(offsets) >= num_prompt:
+            return text[offsets[num_prompt] :] if len(offsets) > num_prompt else ""
+        return text
+
+    def _completion_ids(self) -> list[int]:
+        streamed, raw = self.ids, self._raw_ids
+        if raw is None:
+            if not streamed and "".join(self._texts):
+                raise _broken("text came without token ids (raw_output, return_token_ids)")
+            return streamed
+        if not streamed:
+            return raw
+        if streamed[self._num_prior :] == raw or streamed == self.prompt_ids + raw or self._is_echo_of(raw):
+            return streamed if not self.request.echo else raw
+        raise _broken(
+            f"{len(streamed) - self._num_prior} streamed token ids are not the {len(raw)} of raw_output"
+        )
+
+    def _is_echo_of(self, raw: list[int]) -> bool:
+        return self.request.echo and raw == self.prompt_ids + self.ids
+
+    def _rows(self, what: str, rows: list[T], expected: int) -> list[T]:
+        """`rows`, if there are as many as tokens. An echo may bring a row for the first prompt token."""
+        if self.request.echo and len(rows) == expected + 1:
+            return rows[1:]
+        if len(rows) != expected:
+            raise _broken(f"{len(rows)} rows of {what} for {expected} tokens")
+        return rows
+
+    def _routing_rows(self, num_rows: int, completion_len: int) -> list[str] | None:
+        if not self.request.include_routing_matrix:
+            return None
+        routing = [entry.routing_matrix for entry in self._entries if entry.routing_matrix is not None]
+        if len(routing) == completion_len:
+            return routing  # with echo, the prompt's rows come only where they are asked for
+        return self._rows("routing", routing, num_rows)
+
+
+def _broken(what: str) -> AttemptFailed:
+    return AttemptFailed(Failure("protocol", f"the server's answer does not add up: {what}"))

@@ -1,0 +1,200 @@
+"""One request on the engine: a stream for each of its prompts, read whole or as it comes, aborted if left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from myserve.core.params import SamplingParams
+from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
+from myserve.errors import EngineError, MyserveError
+from myserve.server import caller
+from myserve.server.answers.pacing import Pace
+from myserve.server.models.models import ServedModel
+from myserve.server.models.served_engine import Stream
+from myserve.server.observe import traces
+from myserve.server.observe.logs import note
+from myserve.server.prompts.sampling import prompt_seed
+from myserve.wire.fields import GenerationRequest
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one choice has gained so far. `index` counts over all prompts of the request."""
+
+    index: int
+    prompt: int  # which of the request's prompts
+    prompt_token_ids: Sequence[int]
+    seed: int
+    texts: list[str] = field(default_factory=list)
+    tokens: list[TokenOutput] = field(default_factory=list)
+    stop_tokens: list[TokenOutput] = field(default_factory=list)
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
+    last: Delta | None = None  # the delta with the finish reason
+    weight_version: int | None = None  # of the last token drawn, shown or not
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.tokens += delta.tokens
+        self.stop_tokens += delta.stop_tokens
+        if delta.finish_reason is not None:
+            self.last = delta
+
+    @property
+    def sampled(self) -> list[TokenOutput]:
+        """Every token that was drawn, in order: what usage counts."""
+        return self.tokens + self.stop_tokens
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return (self.last and self.last.metrics) or RequestMetrics(prompt_tokens=len(self.prompt_token_ids))
+
+
+class Generation:
+    """All choices of one request: n for each prompt, numbered prompt by prompt.
+
+    Raises what `Engine.submit` raises; then nothing is left running.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        request: GenerationRequest,
+        request_id: str,
+    ) -> None:
+        n = request.n or 1
+        client = caller.current(0.0).name
+        self._in_flight = model.in_flight
+        self._in_flight.add(self, request.request_timeout)
+        self._cut_by: MyserveError | None = None
+        self._n = n
+        self._request, self._request_id = request, request_id
+        self._scores_only = request.max_tokens == 0  # validated: then only the prompt's scores are wanted
+        self._streams: list[Stream] = []
+        try:
+            for position, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+                stream = model.engine.submit(
+                    prompt,
+                    wanted,
+                    n=n,
+                    request_id=request_id if len(prompts) == 1 else f"{request_id}-{position}",
+                    priority=request.priority or 0,
+                    client=client,
+                    cache_salt=request.cache_salt or "",
+                    sample_index=request.sample_index or 0,
+                    num_prior_tokens=request.num_prior_tokens or 0,
+                )
+                self._streams.append(stream)
+        except BaseException:
+            self.abort()
+            raise
+        self.choices = [
+            Choice(position * n + index, position, prompts[position], stream.seed)
+            for position, stream in enumerate(self._streams)
+            for index in range(n)
+        ]
+        note(model=request.model, prompt_tokens=sum(map(len, prompts)), choices=len(self.choices))
+        self._paces = [Pace(request.stream_interval or 1 if request.stream else 1) for _ in self.choices]
+
+    def abort(self) -> None:
+        """Stop whatever still runs; harmless when all has ended."""
+        self._in_flight.remove(self)
+        for stream in self._streams:
+            stream.abort()
+
+    def cut(self, error: MyserveError) -> None:
+        """Stop, and let who reads the events know why."""
+        self._cut_by = error
+        self.abort()
+
+    async def events(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
+        """Each delta with its choice, already added to it, as they come. Raises when a choice failed."""
+        try:
+            async with aclosing(_merged(self._streams)) as deltas:
+                async for position, delta in deltas:
+                    self._raise_if_failed(delta)
+                    pace = self._paces[position * self._n + delta.index]
+                    ready = pace.take(delta)
+                    if ready is not None:
+                        yield self._take(position, ready)
+        except Exception as error:
+            traces.fail(error)
+            raise
+        finally:
+            self.abort()
+            traces.record(self._request, self._request_id, self.choices, self._costs())
+            note(completion_tokens=sum(len(choice.sampled) for choice in self.choices))
+
+    def _take(self, position: int, delta: Delta) -> tuple[Choice, Delta]:
+        first = position * self._n
+        if delta.prompt_logprobs is not None:
+            # The prompt was scored once for all of its choices.
+            for sibling in self.choices[first : first + self._n]:
+                sibling.prompt_logprobs = delta.prompt_logprobs
+        choice = self.choices[first + delta.index]
+        if sampled := delta.stop_tokens or delta.tokens:
+            choice.weight_version = sampled[-1].weight_version
+        delta = _without_sample(delta) if self._scores_only else delta
+        choice.add(delta)
+        return choice, delta
+
+    def _raise_if_failed(self, delta: Delta) -> None:
+        if delta.finish_reason == "error":
+            raise delta.error or EngineError("the engine failed without saying why")
+        if delta.finish_reason == "abort" and self._cut_by is not None:
+            raise self._cut_by
+
+    def _costs(self) -> list[RequestMetrics]:
+        """What each choice has cost, those that were left too."""
+        return [stream.metrics(index) for stream in self._streams for index in range(self._n)]
+
+    async def finish(self) -> list[Choice]:
+        """Every choice, once all have ended."""
+        async for _ in self.events():
+            pass
+        return self.choices
+
+
+def params_of_prompts(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """The same parameters for each prompt, with a seed of its own where a seed was given."""
+    return [replace(params, seed=prompt_seed(params.seed, position)) for position in range(count)]
+
+
+def _without_sample(delta: Delta) -> Delta:
+    """The prompt's scores cost one drawn token, which nobody asked for."""
+    reason: FinishReason | None = None if delta.finish_reason is None else "length"
+    return Delta(
+        delta.index, finish_reason=reason, prompt_logprobs=delta.prompt_logprobs, metrics=delta.metrics
+    )
+
+
+async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The deltas of all streams in the order of their coming."""
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
+
+    async def pump(position: int, stream: Stream) -> None:
+        async for delta in stream:
+            arrived.put_nowait((position, delta))
+        arrived.put_nowait((position, None))
+
+    pumps = [asyncio.create_task(pump(position, stream)) for position, stream in enumerate(streams)]
+    try:
+        running = len(pumps)
+        while running:
+            position, arrival = await arrived.get()
+            if arrival is None:
+                running -= 1
+            else:
+                yield position, arrival
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,257 @@
+"""Which models are served: the operator's list alone, each loaded once, on first use or at start."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import logging
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from myserve.errors import ModelNotFoundError, MyserveError
+from myserve.server.errors import EngineRestartingError, ModelLoadError
+from myserve.server.models.echo import EchoEngine
+from myserve.server.models.in_flight import InFlight
+from myserve.server.models.restart import (
+    Files,
+    LostWeightsError,
+    Remains,
+    Restarts,
+    files_of,
+    give_memory_back,
+)
+from myserve.server.models.served_engine import Backend
+from myserve.server.models.snapshots import Snapshots
+from myserve.server.prompts.chat_style import ChatStyle
+from myserve.server.prompts.codec import Codec
+from myserve.server.settings import Settings
+
+log = logging.getLogger("myserve.server")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A loaded model, as the routes need it."""
+
+    engine: Backend
+    codec: Codec
+    digest: str
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    in_flight: InFlight = field(default_factory=InFlight)
+    style: ChatStyle = field(default_factory=ChatStyle)
+    files: Files = field(default_factory=dict)  # as they were when it was loaded
+    num_restarts: int = 0
+    tokenizer_thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="myserve-tokenizer")
+    )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever may change the answer to a seed: this package, the model, its weights."""
+        return f"fp_{self.digest}_{self.engine.weight_version}"
+
+
+def _spare_the_collector(_: object) -> None:
+    """What a load leaves behind lives as long as the server: no collection need walk over it again."""
+    gc.freeze()
+    gc.enable()
+
+
+class Models:
+    """The served names. `get` loads what it must; any number of event loops and threads may call it."""
+
+    def __init__(
+        self, settings: Settings, load: Callable[[str, Settings], ServedModel] | None = None
+    ) -> None:
+        self._settings = settings
+        self._load = load or load_model
+        self._lock = threading.Lock()
+        self._loads: dict[str, Future[ServedModel]] = {}  # by path: two names of one path share an engine
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="myserve-load")  # one load at a time
+        self._closing = False
+        self._restarts: defaultdict[str, Restarts] = defaultdict(Restarts)  # by path, as the next
+        self._remains: dict[str, Remains] = {}  # of those whose engine has stopped once
+        self.created = int(time.time())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._settings.models)
+
+    async def get(self, name: str | None) -> ServedModel:
+        """The model of that name; None means the only one, or the first.
+
+        Raises ModelNotFoundError for a name that is not served, ModelLoadError for one that does not load,
+        EngineRestartingError.
+        """
+        name = self.names[0] if name is None else name
+        if name not in self._settings.models:
+            served = ", ".join(self.names)
+            raise ModelNotFoundError(
+                f"the model {name[:200]!r} is not served here; this server has: {served}"
+            )
+        path = self._settings.models[name]
+        future = self._start_loading(path)
+        if path in self._remains and not future.done():
+            raise EngineRestartingError  # and not a wait, as at start: other servers may have room
+        try:
+            # Shielded: a client that leaves must not cancel the load for those who wait with it.
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            # Our own words are for people; anything else may name paths and belongs in the log.
+            reason = str(error) if isinstance(error, MyserveError) else "the server's log says why"
+            raise ModelLoadError(f"the model {name!r} did not load: {reason}") from error
+
+    def if_loaded(self, name: str) -> ServedModel | None:
+        """The model, where it is ready; starts nothing."""
+        future = self._loads.get(self._settings.models[name])
+        return future.result() if future is not None and _succeeded(future) else None
+
+    def preload(self, on_failure: Callable[[str, BaseException], None] | None = None) -> None:
+        """Begin to load what the operator wants ready; returns at once. `on_failure` gets a name and why it failed."""
+
+        def report(name: str, done: Future[ServedModel]) -> None:
+            if on_failure is not None and not done.cancelled() and (error := done.exception()) is not None:
+                on_failure(name, error)
+
+        for name in self._settings.preload or ():
+            self._start_loading(self._settings.models[name]).add_done_callback(partial(report, name))
+
+    def readiness(self) -> dict[str, str]:
+        """What each model that is to be ready at start is.
+
+        "unloaded", "loading", "ready", "failed"; "restarting" and "dead" for one whose engine has stopped.
+        """
+        return {name: self._state(self._settings.models[name]) for name in self._settings.preload or ()}
+
+    def close_door(self) -> None:
+        """Take no new generations; who is in flight goes on."""
+        self._closing = True
+        for model in self._loaded():
+            model.in_flight.close()
+
+    def cut_all(self) -> None:
+        """End every generation with an error that says why."""
+        for model in self._loaded():
+            model.in_flight.cut_all()
+
+    def _loaded(self) -> list[ServedModel]:
+        return [future.result() for future in self._loads.values() if _succeeded(future)]
+
+    def close(self) -> None:
+        """End every engine. Blocks until their threads have ended."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        for model in self._loaded():
+            _end(model)
+
+    def restart_stopped(self, now: float) -> None:
+        """Load anew each model whose engine has stopped, as often as `Restarts` lets it. To be called all the time."""
+        with self._lock:
+            for path, future in self._loads.items():
+                if not self._closing and self._is_down(path, future) and self._restarts[path].is_due(now):
+                    self._loads[path] = self._restart(path, [future.result()] if _succeeded(future) else [])
+
+    def _is_down(self, path: str, future: Future[ServedModel]) -> bool:
+        """Whether its engine, which once ran, has stopped, and is not being loaded again."""
+        if not future.done():
+            return False
+        return not future.result().engine.is_alive if _succeeded(future) else path in self._remains
+
+    def _restart(self, path: str, stopped: list[ServedModel]) -> Future[ServedModel]:
+        log.error("%s: its engine has stopped, and is loaded again", path)
+        if stopped:
+            self._remains[path] = Remains.of(stopped[0])
+        return self._submit(path, partial(self._load_again, path, stopped))
+
+    def _load_again(self, path: str, stopped: list[ServedModel]) -> ServedModel:
+        """In the loader's thread. `stopped` is emptied: two models at once may be more than the memory holds."""
+        remains = self._remains[path]
+        while stopped:
+            _end(stopped.pop())
+        give_memory_back()
+        try:
+            remains.check_files(files_of(path))
+            model = replace(self._load(path, self._settings), num_restarts=remains.num_restarts + 1)
+            try:
+                remains.check_files(model.files)
+                remains.restore(model)
+            except BaseException:
+                _end(model)
+                raise
+        except LostWeightsError:
+            self._restarts[path].given_up = True
+            raise
+        if self._closing:
+            model.in_flight.close()
+        return model
+
+    def _start_loading(self, path: str) -> Future[ServedModel]:
+        with self._lock:
+            future = self._loads.get(path)
+            failed = future is not None and future.done() and not _succeeded(future)
+            # A failed load may be tried again; a failed restart may not, for it knows which weights were served.
+            if future is None or (failed and path not in self._remains):
+                future = self._loads[path] = self._submit(path, partial(self._load, path, self._settings))
+            return future
+
+    def _submit(self, path: str, load: Callable[[], ServedModel]) -> Future[ServedModel]:
+        future = self._loader.submit(load)
+        future.add_done_callback(_spare_the_collector)
+        future.add_done_callback(partial(_log_failure, path))
+        return future
+
+    def _state(self, path: str) -> str:
+        future = self._loads.get(path)
+        if future is None:
+            return "unloaded"
+        if _succeeded(future) and future.result().engine.is_alive:
+            return "ready"
+        if not _succeeded(future) and path not in self._remains:
+            return "failed" if future.done() else "loading"
+        comes_back = self._settings.restart_engine and not self._restarts[path].given_up
+        return "restarting" if comes_back else "dead"
+
+
+def load_model(path: str, settings: Settings) -> ServedModel:
+    """Load in the calling thread: the engine of a folder or hub id, or an echo if the operator wants one."""
+    engine: Any
+    if settings.force_echo:
+        engine = EchoEngine()
+    else:
+        from transformers.utils import logging as transformers_logging
+
+        from myserve.engine.engine import Engine  # torch is imported when a model is, and not before
+
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is no terminal
+        engine = Engine.from_pretrained(path, settings.engine)
+    identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
+    digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
+    style = ChatStyle.of(engine.tokenizer, settings.tool_style)
+    files = {} if settings.force_echo else files_of(path)
+    codec, in_flight = Codec(engine.tokenizer, engine.token_bytes), InFlight(settings.request_timeout)
+    return ServedModel(engine, codec, digest, style=style, in_flight=in_flight, files=files)
+
+
+def _end(model: ServedModel) -> None:
+    model.engine.shutdown()
+    model.tokenizer_thread.shutdown()
+
+
+def _succeeded(future: Future[ServedModel]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _log_failure(path: str, future: Future[ServedModel]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.error("the model at %s did not load", path, exc_info=error)

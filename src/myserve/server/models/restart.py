@@ -1,0 +1,133 @@
+"""An engine that stopped is loaded again with the weights that it had, or not at all; and not for ever."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from myserve.errors import EngineDeadError, MyserveError
+
+if TYPE_CHECKING:
+    from myserve.engine.weights.queue import WeightUpdate  # torch is imported when a model is
+    from myserve.server.models.snapshots import Snapshots
+
+MOST_RESTARTS = 5
+WITHIN = 600.0  # seconds
+
+Files = Mapping[str, tuple[int, int]]  # of a model: name to size and modification time
+OF_A_MODEL = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"})
+
+
+class LostWeightsError(EngineDeadError):
+    """The weights that an engine had cannot be had again; to serve others under their version would be a lie."""
+
+
+class Restarts:
+    """When one engine may be loaded again: at once, then after 1, 3, 7 and 15 s; five times in ten minutes, no more.
+
+    >>> restarts = Restarts()
+    >>> [now for now in range(60) if restarts.is_due(now)], restarts.given_up
+    ([0, 2, 6, 14, 30], True)
+    """
+
+    def __init__(self) -> None:
+        self.given_up = False
+        self._begun: deque[float] = deque()
+        self._due: float | None = None
+
+    def is_due(self, now: float) -> bool:
+        """To be asked again and again while it is down; true once for each restart."""
+        if self._due is None and not self.given_up:
+            while self._begun and now - self._begun[0] > WITHIN:
+                self._begun.popleft()
+            if len(self._begun) >= MOST_RESTARTS:
+                self.given_up = True
+            else:
+                self._due = now + 2.0 ** len(self._begun) - 1
+        if self._due is None or now < self._due:
+            return False
+        self._due = None
+        self._begun.append(now)
+        return True
+
+
+class Restartable(Protocol):
+    """What is read of a `ServedModel`, which knows this module."""
+
+    @property
+    def engine(self) -> Any: ...
+    @property
+    def files(self) -> Files: ...
+    @property
+    def snapshots(self) -> Snapshots: ...
+    @property
+    def num_restarts(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What is kept of a model whose engine stopped: by what its weights are known again, and none of its memory."""
+
+    files: Files
+    lineage: tuple[
+        tuple[str, WeightUpdate], ...
+    ]  # what was swapped in since, beginning with the last whole one
+    num_restarts: int
+
+    @classmethod
+    def of(cls, model: Restartable) -> Remains:
+        return cls(model.files, tuple(model.snapshots.lineage), model.num_restarts)
+
+    def check_files(self, now: Files) -> None:
+        """Raises LostWeightsError where the model's files are not those that the stopped engine was loaded from."""
+        changed = sorted(name for name in {*self.files, *now} if self.files.get(name) != now.get(name))
+        if changed:
+            raise LostWeightsError(
+                f"its engine stopped, and {changed[0]} in its folder has changed since it was loaded: a restart "
+                "would serve another model; restart the server to serve it"
+            )
+
+    def restore(self, model: Restartable) -> None:
+        """Swap in again what had been, under the same versions. Raises LostWeightsError where it is not the same."""
+        for identity, update in self.lineage:
+            report = update.result(0)
+            again = model.snapshots.begin(
+                model.engine,
+                identity,
+                Path(str(update.source)),
+                partial=update.options.partial,
+                version=report.weight_version,
+                checksum=report.checksum,
+            )
+            try:
+                again.result()
+            except MyserveError as error:
+                raise LostWeightsError(
+                    f"its engine stopped, and its weights, version {report.weight_version} from {identity!r}, cannot "
+                    f"be had again: {error}; restart the server, and load weights that it has"
+                ) from error
+
+
+def files_of(model: str) -> Files:
+    """What a model is loaded from, without reading it. Of a hub id, the snapshot in the cache."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model, "config.json")
+        if not isinstance(cached, str):
+            return {}
+        folder = Path(cached).parent
+    files = [path for path in folder.iterdir() if path.suffix in OF_A_MODEL and path.is_file()]
+    stats = {path.name: path.stat() for path in files}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def give_memory_back() -> None:
+    """Of a model that nobody uses any more: an engine is full of cycles, and loads hide theirs from the collector."""
+    gc.unfreeze()
+    gc.collect()

@@ -1,0 +1,86 @@
+"""One choice's text as OpenAI's message: what was thought, what is said, what is called. Whole or as it comes."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from myserve.server.parsing.thinking import ThinkingReader
+from myserve.server.parsing.tool_calls import Arguments, CallReader, CallStart, Piece, Text
+from myserve.wire.responses import ChatDelta, Message, ToolCall, ToolCallDelta
+
+
+class AnswerReader:
+    """Feeds a text through both readers; either may be None, where there is nothing to look for."""
+
+    def __init__(self, thinking: ThinkingReader | None, calls: CallReader | None) -> None:
+        self._thinking = thinking
+        self._calls = calls
+        self._num_calls = 0
+
+    @property
+    def has_called(self) -> bool:
+        return self._num_calls > 0
+
+    def feed(self, text: str, *, last: bool) -> ChatDelta:
+        """What the message gains with this text; `last`: nothing comes behind it."""
+        if self._thinking is None and self._calls is None:
+            return {"content": text}
+        thought, said = self._split(text, last)
+        pieces: list[Piece] = [Text(said)] if said else []
+        if self._calls is not None:
+            pieces = [*self._calls.feed(said), *(self._calls.end() if last else ())]
+        change: ChatDelta = {}
+        if thought:
+            change["reasoning_content"] = thought
+        if content := "".join(piece.text for piece in pieces if isinstance(piece, Text)):
+            change["content"] = content
+        if calls := self._call_deltas(pieces):
+            change["tool_calls"] = calls
+        return change
+
+    def whole(self, text: str) -> Message:
+        """The message of a whole text: what the deltas of a stream add up to."""
+        change = self.feed(text, last=True)
+        calls: list[ToolCall] = []
+        for delta in change.get("tool_calls", ()):
+            if "id" in delta:
+                calls.append({"id": delta["id"], "type": "function", "function": delta["function"]})
+            else:
+                calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+        said = change.get("content", None if calls else "")
+        message: Message = {"role": "assistant", "content": said, "refusal": None}
+        if self._thinking is not None:
+            message["reasoning_content"] = change.get("reasoning_content", "")
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+    def _split(self, text: str, last: bool) -> tuple[str, str]:
+        if self._thinking is None:
+            return "", text
+        thought, said = self._thinking.feed(text)
+        if last:
+            rest = self._thinking.end()
+            thought, said = thought + rest[0], said + rest[1]
+        return thought, said
+
+    def _call_deltas(self, pieces: Sequence[Piece]) -> list[ToolCallDelta]:
+        deltas: list[ToolCallDelta] = []
+        for piece in pieces:
+            if isinstance(piece, CallStart):
+                deltas.append(
+                    {
+                        "index": self._num_calls,
+                        "id": f"call_{uuid.uuid4().hex[:24]}",
+                        "type": "function",
+                        "function": {"name": piece.name, "arguments": ""},
+                    }
+                )
+                self._num_calls += 1
+            elif isinstance(piece, Arguments):
+                index = self._num_calls - 1
+                if not deltas or deltas[-1]["index"] != index:
+                    deltas.append({"index": index, "function": {"arguments": ""}})
+                deltas[-1]["function"]["arguments"] += piece.text
+        return deltas

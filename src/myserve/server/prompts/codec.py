@@ -1,0 +1,157 @@
+"""Between text and token ids, for one model: prompts in, the bytes of every token out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import jinja2
+
+from myserve.engine.token_bytes import TokenBytes
+from myserve.errors import EngineError, RequestError
+from myserve.server.prompts.control_tokens import ControlTokens
+from myserve.wire.chat import ChatMessage
+from myserve.wire.structured import Tool
+
+T = TypeVar("T")
+
+# Up to here, a prompt is tokenized in the time that a thread switch costs; above, elsewhere than on the loop.
+INLINE_CHARACTERS = 2048
+
+# What a model without a chat template gets (GPT-2): one line a message, and the assistant's turn left open.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+_RESERVED = frozenset(
+    {"conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"}
+    | {"continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
+    | {"padding", "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens"}
+)
+
+
+class Codec:
+    """One model's tokenizer as the server uses it. Its methods may be called from any thread."""
+
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
+        self._tokenizer = tokenizer
+        self._template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        self._control = ControlTokens(tokenizer)
+        self.token_bytes = token_bytes
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids that the model's own tokenizer gives, its BOS included unless told otherwise."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        template_kwargs: dict[str, Any],
+        tools: Sequence[Tool] = (),
+    ) -> list[int]:
+        """The ids of `tokenizer.apply_chat_template`, whose control tokens messages and tools cannot forge."""
+        _refuse_reserved(template_kwargs)
+        turns = [_as_template_sees(message) for message in messages]
+        if tools:  # strangers' text like a message's, so they go the same way
+            offered = [tool.model_dump(by_alias=True, exclude_unset=True) for tool in tools]
+            turns.append({"role": "system", "tools": offered})
+
+        def render(turns: list[dict[str, Any]]) -> str:
+            if not tools:
+                return self._render(turns, template_kwargs)
+            return self._render(turns[:-1], {**template_kwargs, "tools": turns[-1]["tools"]})
+
+        if self._control.in_messages(turns):
+            return self._control.encode(turns, render)
+        return self.encode(render(turns), add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self.token_bytes.text(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def _render(self, turns: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                turns,
+                chat_template=self._template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            # A template is the model's program over the caller's data, and refuses what it does not know.
+            raise RequestError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return text
+
+
+class Tokenizing:
+    """Runs a codec's work on the loop while it is short, in a thread of its own when not; keeps the time."""
+
+    def __init__(self, worker: ThreadPoolExecutor) -> None:
+        self._worker = worker
+        self.queued = 0.0  # seconds
+        self.spent = 0.0
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """`work()`, which is about `size` characters of it."""
+        if size <= INLINE_CHARACTERS:
+            return self._timed(work, time.perf_counter())
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, self._timed, work, time.perf_counter())
+
+    def _timed(self, work: Callable[[], T], asked: float) -> T:
+        began = time.perf_counter()
+        try:
+            return work()
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except (
+            BaseException
+        ) as panic:  # of a tokenizer in Rust: no Exception, so that no handler would answer
+            raise EngineError(f"the tokenizer failed: {panic}") from panic
+        finally:
+            self.queued += began - asked
+            self.spent += time.perf_counter() - began
+
+
+def _refuse_reserved(template_kwargs: dict[str, Any]) -> None:
+    for name in sorted(_RESERVED & template_kwargs.keys()):
+        raise RequestError(
+            f"chat_template_kwargs may not set {name}: it is the server's to set",
+            param="chat_template_kwargs",
+        )
+
+
+def _as_template_sees(message: ChatMessage) -> dict[str, Any]:
+    """OpenAI's message in the terms of templates: no "developer", a tool call's arguments as an object."""
+    turn: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.text,
+    }
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        turn["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        turn["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
+    return turn
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call  # what the model once wrote need not be JSON; the template gets the string
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,92 @@
+"""A request's body, bounded in size and parsed as what the route takes; the models that it may name."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from myserve.engine.memory.available import free_host_memory
+from myserve.server.errors import BodyTooLargeError, TooSlowError
+from myserve.server.models.models import Models
+from myserve.server.settings import Settings
+from myserve.wire.parse import parse_request
+
+R = TypeVar("R", bound=BaseModel)
+
+PARSED = 32  # bytes that a byte of JSON may take while it is parsed: measured 24, for a list of one-digit ids
+LARGE = 1 << 20  # from here on, what memory there is is looked at
+
+SCHEMAS = "#/components/schemas/"
+
+
+def settings_of(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def models_of(request: Request) -> Models:
+    models: Models = request.app.state.models
+    return models
+
+
+async def read_request(request: Request, kind: type[R]) -> R:
+    """The body as a `kind`, whatever its content type says. Raises RequestError."""
+    settings = settings_of(request)
+    try:
+        async with asyncio.timeout(settings.client_timeout):
+            body = await _body(request, settings.max_body_bytes)
+    except TimeoutError:
+        raise TooSlowError(
+            f"the body did not come within {settings.client_timeout:g} s", code="request_timeout"
+        ) from None
+    return parse_request(kind, body, strict=settings.strict)
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """Read nothing of a body that says it is too large, and no further than the limit of one that does not."""
+    said = request.headers.get("content-length", "")
+    _check_size(int(said) if said.isdigit() else 0, limit)
+    parts: list[bytes] = []
+    size = checked = 0
+    async for part in request.stream():
+        size += len(part)
+        parts.append(part)
+        if size > limit or size - checked >= LARGE:
+            _check_size(size, limit)
+            checked = size
+    return b"".join(parts)
+
+
+def _check_size(size: int, limit: int) -> None:
+    """Several large bodies at once must not end the server, so each may take what the others leave."""
+    if size > limit:
+        raise BodyTooLargeError(f"the body is larger than {limit} bytes", code="body_too_large")
+    if size >= LARGE and size * PARSED > (free := free_host_memory()):
+        raise BodyTooLargeError(
+            f"the body has {size} bytes or more, and the server's memory now has room for {free // PARSED}",
+            code="body_too_large",
+        )
+
+
+def documented(
+    body: type[BaseModel] | None = None, answer: type | None = None, event: type | None = None
+) -> dict[str, Any]:
+    """Schemas for /openapi.json: routes parse and shape for themselves, so FastAPI does not know them.
+
+    `event` is what a stream's events are, where there may be a stream.
+    """
+    said: dict[str, Any] = {}
+    if body is not None:
+        said["requestBody"] = {"required": True, "content": {"application/json": _schema(body)}}
+    answers = {"application/json": answer, "text/event-stream": event}
+    content = {media: _schema(kind) for media, kind in answers.items() if kind is not None}
+    if content:
+        said["responses"] = {"200": {"content": content}}
+    return said
+
+
+def _schema(kind: type) -> dict[str, Any]:
+    return {"schema": {"$ref": SCHEMAS + kind.__name__}}

@@ -1,0 +1,96 @@
+"""Is it there, is it ready, what is it: routes that never wait for a model."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from myserve.errors import ModelNotFoundError
+from myserve.server.answers.streaming import json_response, to_json
+from myserve.server.models.models import ServedModel
+from myserve.server.routes.body import models_of
+
+router = APIRouter()
+
+NOT_YET: dict[int | str, dict[str, Any]] = {503: {"description": "Not yet, or no more: the body says which."}}
+
+
+@router.get("/health", responses=NOT_YET)
+@router.get("/healthz", responses=NOT_YET)
+async def health(http: Request) -> Response:
+    """200 once what was to be served can be; 503 while it loads, and for good if it failed or its engine died
+    and does not come back.
+
+    An app whose lifespan nobody runs loads on first use: until then it is healthy with nothing loaded.
+    """
+    states = models_of(http).readiness()
+    for trouble in ("dead", "failed", "restarting", "loading"):
+        if names := [name for name, state in states.items() if state == trouble]:
+            body = to_json({"status": trouble, "models": names})
+            return Response(body, 503, media_type="application/json")
+    versions = {name: model.engine.weight_version for name, model in _loaded(http).items()}
+    header = {"myserve-weight-versions": to_json(versions).decode()}  # the body is the same for every probe
+    return json_response({"status": "ok"}, header)
+
+
+@router.get("/ready", responses=NOT_YET)
+async def ready(http: Request) -> Response:
+    """200 once every model that the operator wants ready is loaded; 503 before, with the state of each."""
+    states = models_of(http).readiness()
+    is_ready = all(state == "ready" for state in states.values())
+    body = {"status": "ready" if is_ready else "not ready", "models": states}
+    return Response(to_json(body), 200 if is_ready else 503, media_type="application/json")
+
+
+@router.get("/version")
+async def show_version(http: Request) -> Response:
+    """What runs here, and how each loaded model is made exact."""
+    loaded = _loaded(http)
+    return json_response(
+        {
+            "name": "myserve",
+            "version": version("myserve"),
+            "transformers": version("transformers"),
+            "torch": version("torch"),
+            "exact": {name: model.engine.exactness for name, model in loaded.items()},
+            "weights": {
+                name: {"weight_version": model.engine.weight_version, "identity": model.snapshots.identity}
+                for name, model in loaded.items()
+            },
+            "extensions": ["num_prior_tokens", "sample_index"],  # by which our SDK knows that it may use them
+        }
+    )
+
+
+@router.get("/v1/models")
+async def list_models(http: Request) -> Response:
+    """The served names; the context's length where the model is loaded."""
+    models = models_of(http)
+    return json_response({"object": "list", "data": [_card(http, name) for name in models.names]})
+
+
+@router.get("/v1/models/{name:path}")
+async def show_model(http: Request, name: str) -> Response:
+    """One of them."""
+    if name not in models_of(http).names:
+        raise ModelNotFoundError(f"the model {name[:200]!r} is not served here")
+    return json_response(_card(http, name))
+
+
+def _loaded(http: Request) -> dict[str, ServedModel]:
+    models = models_of(http)
+    return {name: model for name in models.names if (model := models.if_loaded(name)) is not None}
+
+
+def _card(http: Request, name: str) -> dict[str, Any]:
+    models = models_of(http)
+    loaded = models.if_loaded(name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": models.created,
+        "owned_by": "myserve",
+        "max_model_len": None if loaded is None else loaded.engine.max_model_len,
+    }

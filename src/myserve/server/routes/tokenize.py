@@ -1,0 +1,76 @@
+"""Text to ids and back, exactly as the generating routes do it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from myserve.errors import RequestError
+from myserve.server.answers.streaming import json_response
+from myserve.server.models.models import ServedModel
+from myserve.server.prompts.codec import Tokenizing
+from myserve.server.routes.body import documented, models_of, read_request
+from myserve.wire.base import WireModel
+from myserve.wire.chat import ChatMessage
+from myserve.wire.fields import TokenIds
+
+router = APIRouter()
+
+
+class TokenizeRequest(WireModel):
+    """`POST /tokenize`: a text or a conversation. Without a model, the first served one."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(WireModel):
+    """`POST /detokenize`. Special tokens are kept: the text shows every token."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+
+@router.post("/tokenize", openapi_extra=documented(TokenizeRequest))
+async def tokenize(http: Request) -> Response:
+    """`{"tokens": [...], "count": ..., "max_model_len": ...}`."""
+    request = await read_request(http, TokenizeRequest)
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("send either prompt or messages", param="prompt")
+    model = await models_of(http).get(request.model)
+    ids = await Tokenizing(model.tokenizer_thread).run(_size(request), lambda: _encode(model, request))
+    body: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_model_len}
+    if request.return_token_strs:
+        body["token_strs"] = [model.codec.decode([i], skip_special_tokens=False) for i in ids]
+    return json_response(body)
+
+
+@router.post("/detokenize", openapi_extra=documented(DetokenizeRequest))
+async def detokenize(http: Request) -> Response:
+    """`{"prompt": "..."}`."""
+    request = await read_request(http, DetokenizeRequest)
+    model = await models_of(http).get(request.model)
+    for position, token_id in enumerate(request.tokens):
+        if not 0 <= token_id < model.engine.vocab_size:
+            raise RequestError(
+                f"tokens[{position}]: {token_id} is no id of this model, whose ids are 0 to "
+                f"{model.engine.vocab_size - 1}",
+                param=f"tokens[{position}]",
+            )
+    return json_response({"prompt": model.codec.decode(request.tokens, skip_special_tokens=False)})
+
+
+def _encode(model: ServedModel, request: TokenizeRequest) -> list[int]:
+    if request.messages is not None:
+        return model.codec.encode_chat(request.messages, request.chat_template_kwargs or {})
+    return model.codec.encode(request.prompt or "", add_special_tokens=request.add_special_tokens)
+
+
+def _size(request: TokenizeRequest) -> int:
+    return len(request.prompt or "") + sum(len(message.text) for message in request.messages or ())

@@ -1,0 +1,171 @@
+"""Attention in a trainer: forward by the engine's kernel, backward by PyTorch, on packed rows.
+
+A sequence asks with rows of its own and sees a context, which may begin with rows of another: a prompt that many
+completions share has its keys and values computed once, as in the engine's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from myserve.engine.kernels.attend import BLOCK_SIZE
+from myserve.engine.mixers.attention import allocate_layer, dense_attention, paged_attention, store_kv
+
+TRAINER_NAME = "myserve_trainer"  # attention and experts, as a model's config says them
+
+
+def register_exact_attention() -> None:
+    """Makes `attn_implementation="myserve_trainer"` known to transformers."""
+    AttentionInterface.register(TRAINER_NAME, _attention_forward)
+    AttentionMaskInterface.register(TRAINER_NAME, lambda *_, attention_mask=None, **__: attention_mask)
+
+
+class Spans:
+    """Packed rows [T] cut into sequences: S spans behind one another, each the last rows of a context of its own.
+
+    The same for every layer, so what the kernel wants to know of it is computed once.
+
+    >>> prompt_and_token = Spans([2, 1], [torch.tensor([0, 1]), torch.tensor([0, 1, 2])])
+    >>> [(rows.tolist(), contexts.tolist()) for rows, contexts in prompt_and_token.by_shape]
+    [([[2]], [[0, 1, 2]]), ([[0, 1]], [[0, 1]])]
+    """
+
+    def __init__(self, lengths: Sequence[int], contexts: Sequence[Tensor]) -> None:
+        """`lengths`: rows of each span. `contexts`: the rows that it sees, in order, its own last; int64 [K] each."""
+        self.query_start = torch.tensor([0, *lengths]).cumsum(0)
+        self.lengths, self.contexts = lengths, contexts
+        self.context_rows = torch.cat(list(contexts))  # [sum of K]
+
+    @classmethod
+    def of_whole(cls, lengths: Sequence[int]) -> Spans:
+        """Every sequence sees itself."""
+        return cls(lengths, torch.split(torch.arange(sum(lengths)), list(lengths)))
+
+    @cached_property
+    def blocks(self) -> tuple[Tensor, Tensor, int]:
+        """Of a cache for one layer: the slot of each context row, the table [S, blocks] int32, how many blocks."""
+        counts = [-(-len(context) // BLOCK_SIZE) for context in self.contexts]
+        starts = torch.tensor([0, *counts]).cumsum(0)
+        sizes = torch.tensor([len(context) for context in self.contexts])
+        first = sizes.cumsum(0) - sizes
+        offset = torch.arange(len(self.context_rows)) - first.repeat_interleave(sizes)
+        slots = (starts[:-1] * BLOCK_SIZE).repeat_interleave(sizes) + offset
+        tables = (starts[:-1, None] + torch.arange(max(counts))).clamp(max=sum(counts) - 1).int()
+        return slots, tables, sum(counts)
+
+    @cached_property
+    def by_shape(self) -> list[tuple[Tensor, Tensor]]:
+        """Spans of one shape together, as rows [B, Q] and contexts [B, K].
+
+        A batch of rollouts is many short ones, and a graph each costs more than the arithmetic.
+        """
+        shapes = [(length, len(context)) for length, context in zip(self.lengths, self.contexts, strict=True)]
+        groups = []
+        for shape in sorted(set(shapes)):
+            members = [s for s, other in enumerate(shapes) if other == shape]
+            rows = self.query_start[members, None] + torch.arange(shape[0])
+            groups.append((rows, torch.stack([self.contexts[s] for s in members])))
+        return groups
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    spans: Spans | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, T, D], key and value [B, Hkv, T, D]; gives [B, T, H, D].
+
+    The rows are those of `spans`, packed [1, T]; or whole sequences, padded, attention_mask [B, T] or None.
+    """
+    batch, length, head_dim = query.shape[0], *query.shape[2:]
+    options: dict[str, Any] = {
+        "scale": head_dim**-0.5 if scaling is None else scaling,
+        "window": sliding_window or 0,
+        "softcap": softcap or 0.0,
+    }
+    rows = [x.transpose(1, 2) for x in (query, key, value)]  # [B, T, heads, D]
+    if spans is not None:
+        return _attend([x[0] for x in rows], s_aux, spans, options)[None], None
+    real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    out = _attend([x[real] for x in rows], s_aux, Spans.of_whole(real.sum(1).tolist()), options)
+    padded = out.new_zeros(batch, length, query.shape[1], head_dim)
+    return padded.masked_scatter(real[..., None, None], out), None
+
+
+def _attend(qkv: list[Tensor], sinks: Tensor | None, spans: Spans, options: dict[str, Any]) -> Tensor:
+    out: Tensor = _ExactAttention.apply(*qkv, sinks, spans, options)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ExactAttention(torch.autograd.Function):
+    """Packed: [T, heads, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, spans: Spans,
+        options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(query, key, value, sinks)
+        ctx.spans, ctx.options = spans, options
+        slots, tables, blocks = spans.blocks
+        cache = allocate_layer(blocks, key.shape[1], key.shape[2], key.dtype)
+        # Each span has a copy of its context: a block that a prompt's end shares with a completion's begin would have
+        # to be copied anyway, and the copies are small beside the products.
+        store_kv(key[spans.context_rows], value[spans.context_rows], *cache, slots)
+        lens = torch.tensor([len(context) for context in spans.contexts], dtype=torch.int32)
+        return paged_attention(query, *cache, tables, spans.query_start.int(), lens, sinks=sinks, **options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks = ctx.saved_tensors
+        # Sums over the completions that share a prompt are float32, whatever the model is.
+        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value)]
+        sink_grad = None if sinks is None else torch.zeros_like(sinks)
+        for (rows, context), parts in _gradients(ctx.spans, query, key, value, sinks, grad, ctx.options):
+            for total, at, part in zip(grads, (rows, context, context), parts, strict=False):
+                total.index_add_(0, at.flatten(), part.flatten(0, 1).float())
+            if sink_grad is not None:
+                sink_grad += parts[3]
+        typed = (total.to(x.dtype) for total, x in zip(grads, (query, key, value), strict=True))
+        return *typed, sink_grad, None, None
+
+
+def _gradients(
+    spans: Spans, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, grad: Tensor,
+    options: dict[str, Any],
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]]:  # fmt: skip
+    """For the spans of each shape: their rows and contexts, and the gradients of queries, keys, values (and sinks)."""
+    for rows, context in spans.by_shape:
+        wanted = [query[rows], key[context], value[context], *([] if sinks is None else [sinks])]
+        wanted = [x.detach().requires_grad_() for x in wanted]
+        with torch.enable_grad():
+            out = _dense_rows(wanted[:3], wanted[3] if sinks is not None else None, options)
+            yield (rows, context), torch.autograd.grad(out, wanted, grad[rows])
+
+
+def _dense_rows(qkv: list[Tensor], sinks: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """Attention of B sequences: query [B, Q, H, D], key and value [B, K, Hkv, D]; gives [B, Q, H, D]."""
+    batch, heads = len(qkv[0]), qkv[0].shape[2]
+    query, key, value = (
+        x.transpose(1, 2).flatten(0, 1) for x in qkv
+    )  # each sequence brings heads of its own
+    every = None if sinks is None else sinks.repeat(batch)
+    out = dense_attention(query, key, value, sinks=every, **options)  # [B * H, Q, D]
+    return out.reshape(batch, heads, *out.shape[1:]).transpose(1, 2)

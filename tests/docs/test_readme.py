@@ -1,0 +1,70 @@
+"""The README's blocks run, as they stand, against a real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """`myserve serve`, as the README starts it, but on a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "myserve", "serve", "--port", str(free)])
+    try:
+        wait_until_healthy(server, free)
+        yield free
+    finally:
+        server.terminate()
+        assert server.wait(timeout=30) == 0
+
+
+def wait_until_healthy(server: subprocess.Popen[bytes], port: int) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the server ended before it was ready"
+        try:
+            with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.1)
+    raise AssertionError("the server was not ready within a minute")
+
+
+def test_the_readme_shows_both_commands() -> None:
+    assert "make demo" in README and "make test" in README
+    assert len(BLOCKS) >= 4
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_block_runs(number: int, port: int) -> None:
+    language, code = BLOCKS[number]
+    code = code.replace("localhost:8000", f"localhost:{port}")
+    command = (
+        [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ.copy()
+    )
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stdout.lower()
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_a_link_leads_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()

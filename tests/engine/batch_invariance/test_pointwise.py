@@ -1,0 +1,75 @@
+"""Norms, angles and gates: right beside PyTorch's, and each row a function of itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from myserve.engine.batch_invariance import pointwise
+from myserve.engine.batch_invariance.fusion import NormKind
+
+DTYPES = [torch.float32, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+KINDS = [NormKind(0.0, True), NormKind(0.0, False), NormKind(1.0, False)]
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("width", [8, 48, 77])
+def test_a_norm_is_the_models_own(dtype: torch.dtype, kind: NormKind, width: int) -> None:
+    x, weight = (5 * torch.randn(40, width)).to(dtype), torch.randn(width).to(dtype)
+    ours = pointwise.rms_norm(x, weight, 1e-6, offset=kind.offset, rounds_first=kind.rounds_first)
+    torch.testing.assert_close(ours, kind.reference(x, weight, 1e-6))
+
+
+@each_dtype
+def test_a_norms_row_depends_on_itself_alone_and_on_no_layout(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 50, 4, 24).to(dtype), torch.randn(24).to(dtype)
+    whole = pointwise.rms_norm(x, weight, 1e-5)
+    assert torch.equal(pointwise.rms_norm(x[1, 7, 2], weight, 1e-5), whole[1, 7, 2])
+    wide = torch.randn(1, 50, 200).to(dtype)
+    heads = wide[..., 64:160].view(1, 50, 4, 24)  # a part of a joined product
+    assert torch.equal(
+        pointwise.rms_norm(heads, weight, 1e-5), pointwise.rms_norm(heads.contiguous(), weight, 1e-5)
+    )
+
+
+@each_dtype
+def test_rotary_angles_have_the_bits_of_transformers(dtype: torch.dtype) -> None:
+    query, key = (torch.randn(1, 33, heads, 16).to(dtype).transpose(1, 2) for heads in (6, 2))
+    cosine, sine = torch.randn(2, 1, 33, 16).to(dtype)
+    theirs = apply_rotary_pos_emb(query, key, cosine, sine)
+    ours = pointwise.rotate(query[0], key[0], cosine[0], sine[0])
+    assert all(torch.equal(a[0], b) for a, b in zip(theirs, ours, strict=True))
+    assert not torch.equal(ours[0], query[0])
+
+
+@each_dtype
+def test_the_gate_is_silu_rounded_and_then_multiplied(dtype: torch.dtype) -> None:
+    both = (4 * torch.randn(37, 150)).to(dtype)
+    gate, up = both[:, :75], both[:, 75:]
+    torch.testing.assert_close(pointwise.silu(gate), F.silu(gate))
+    assert torch.equal(pointwise.silu(gate, up), pointwise.silu(gate) * up)
+    assert torch.equal(pointwise.silu(gate[5:6], up[5:6])[0], pointwise.silu(gate, up)[5])
+
+
+@each_dtype
+def test_silu_at_the_ends(dtype: torch.dtype) -> None:
+    x = torch.tensor([float("nan"), float("inf"), 100.0, 0.0, -0.0, -30.0, -200.0]).to(dtype)
+    ours = pointwise.silu(x)
+    assert ours[0].isnan() and ours[1] == float("inf")
+    torch.testing.assert_close(ours[2:], F.silu(x[2:]))
+
+
+def test_float16_stays_pytorchs() -> None:
+    x = torch.randn(4, 8).half()
+    assert torch.equal(pointwise.silu(x, x), F.silu(x) * x)
+    assert not pointwise.is_ours(x)
+
+
+@each_dtype
+def test_a_sum_has_pytorchs_bits(dtype: torch.dtype) -> None:
+    a, b = torch.randn(2, 3, 45, 19).to(dtype)
+    assert torch.equal(pointwise.add(a, b), a + b)

@@ -1,0 +1,279 @@
+"""The scheduler: single moves first, then random lives under check_integrity."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from myserve.engine.scheduling.blocks import BlockPool
+from myserve.engine.scheduling.request import Event, Request, State
+from myserve.engine.scheduling.scheduler import Batch, Limits, Scheduler
+
+EOS = 0
+
+
+def make_scheduler(num_blocks: int = 64, block_size: int = 4, **limits: int) -> Scheduler:
+    defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "prefill_chunk": 16, "max_model_len": 64}
+    return Scheduler(BlockPool(num_blocks, block_size), Limits(**(defaults | limits)))
+
+
+def request(prompt_len: int = 6, max_tokens: int = 8, arrival: int = 0, **fields: object) -> Request:
+    return Request(
+        id=f"r{arrival}",
+        prompt_token_ids=[100 + i for i in range(prompt_len)],
+        max_tokens=max_tokens,
+        arrival=arrival,
+        stop_ids=frozenset([EOS]),
+        **fields,
+    )
+
+
+def plan(batch: Batch) -> list[tuple[str, int, int]]:
+    return [(p.request.id, p.start, p.count) for p in batch.pieces]
+
+
+def run(scheduler: Scheduler, token: int | None = 5) -> Batch:
+    batch = scheduler.schedule(now=0.0)
+    scheduler.update(batch, [token] * len(batch.draws), now=1.0)
+    scheduler.check_integrity()
+    return batch
+
+
+def test_a_request_is_prefilled_then_decoded_then_gone() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(request(max_tokens=3))
+    assert plan(run(scheduler)) == [("r0", 0, 6)]
+    assert plan(run(scheduler)) == [("r0", 6, 1)]
+    assert plan(run(scheduler)) == [("r0", 7, 1)]
+    assert not scheduler.has_work
+    assert scheduler.pool.num_free == 64
+
+
+def test_requests_join_and_leave_between_steps() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(request(max_tokens=2))
+    run(scheduler)
+    scheduler.add(request(arrival=1, max_tokens=2, cache_root="its own"))
+    assert plan(run(scheduler)) == [("r0", 6, 1), ("r1", 0, 6)]
+    assert plan(run(scheduler)) == [("r1", 6, 1)]
+
+
+def test_eos_ends_a_request_whatever_the_others_do() -> None:
+    scheduler = make_scheduler()
+    first, second = request(arrival=0), request(arrival=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    batch = scheduler.schedule(0.0)
+    assert scheduler.update(batch, [EOS, 5], 1.0) == [(first, "stop")]
+    assert plan(run(scheduler)) == [("r1", 6, 1)]
+
+
+def test_a_failed_row_ends_alone() -> None:
+    scheduler = make_scheduler()
+    first, second = request(arrival=0), request(arrival=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    batch = scheduler.schedule(0.0)
+    assert scheduler.update(batch, [None, 5], 1.0) == [(first, "error")]
+    assert second.state is State.RUNNING
+
+
+def test_a_long_prompt_is_chunked_and_does_not_stall_who_decodes() -> None:
+    scheduler = make_scheduler(prefill_chunk=8)
+    scheduler.add(request(arrival=0, max_tokens=20))
+    run(scheduler)
+    scheduler.add(request(arrival=1, prompt_len=20))
+    assert plan(run(scheduler)) == [("r0", 6, 1), ("r1", 4, 8)]  # its first block was cached by r0
+    assert plan(run(scheduler)) == [("r0", 7, 1), ("r1", 12, 8)]
+
+
+def test_where_more_wait_than_decode_a_step_is_for_their_prompts() -> None:
+    scheduler = make_scheduler(prefill_chunk=8)
+    scheduler.add(request(arrival=0, max_tokens=20))
+    run(scheduler)
+    for arrival in (1, 2):
+        scheduler.add(request(arrival=arrival, prompt_len=20, cache_root=str(arrival)))
+    assert plan(run(scheduler)) == [("r0", 6, 1), ("r1", 0, 20), ("r2", 0, 20)]
+    scheduler.add(request(arrival=3, prompt_len=20, cache_root="3"))
+    assert plan(run(scheduler))[-1] == ("r3", 0, 8), "one waits, three decode"
+
+
+def test_a_prefill_leaves_room_for_younger_decoders() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=9, prefill_chunk=16)
+    scheduler.add(request(arrival=5, prompt_len=2, max_tokens=20, cache_root="its own"))
+    run(scheduler)
+    scheduler.add(request(arrival=1, prompt_len=30))
+    run(scheduler)
+    assert plan(run(scheduler)) == [("r1", 8, 8), ("r5", 3, 1)]
+
+
+def test_a_finished_prefix_is_found_again() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(request(prompt_len=9, max_tokens=1))
+    run(scheduler)
+    again = request(prompt_len=9, arrival=1)
+    scheduler.add(again)
+    assert plan(run(scheduler)) == [("r1", 8, 1)]
+    assert again.num_cached_tokens == 8
+
+
+def test_a_prompt_that_is_cached_whole_still_runs_its_last_token() -> None:
+    scheduler = make_scheduler()
+    for arrival in (0, 1):
+        scheduler.add(request(prompt_len=8, max_tokens=1, arrival=arrival))
+        batch = run(scheduler)
+    assert plan(batch) == [("r1", 4, 4)]
+
+
+def test_prompt_logits_forbid_a_cached_prefix() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(request(max_tokens=1))
+    run(scheduler)
+    scheduler.add(request(arrival=1, needs_prompt_logits=True))
+    assert plan(run(scheduler)) == [("r1", 0, 6)]
+
+
+def siblings_of(leader: Request, n: int) -> list[Request]:
+    return [
+        Request(id=f"r0.{i}", prompt_token_ids=leader.prompt_token_ids, max_tokens=8, index=i)
+        for i in range(1, n)
+    ]
+
+
+def test_n_choices_cost_one_prefill_and_share_its_blocks() -> None:
+    scheduler = make_scheduler()
+    leader = request(prompt_len=6)
+    leader.siblings = siblings_of(leader, 3)
+    followers = list(leader.siblings)
+    scheduler.add(leader)
+    batch = run(scheduler)
+    assert plan(batch) == [("r0", 0, 6)]
+    assert batch.draws == [(leader, 0), (followers[0], 0), (followers[1], 0)]
+    assert all(f.block_table[0] == leader.block_table[0] for f in followers)
+    assert batch.copies == [(leader.block_table[1], f.block_table[1]) for f in followers]
+    assert len(run(scheduler).pieces) == 3
+
+
+def test_siblings_that_do_not_fit_queue_like_anyone() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    leader = request(max_tokens=1)
+    leader.siblings = siblings_of(leader, 3)
+    scheduler.add(leader)
+    assert len(run(scheduler).draws) == 2
+    assert [r.id for r in scheduler.waiting] == ["r0.2"]
+    assert plan(run(scheduler))[-1] == ("r0.2", 4, 2)
+
+
+def test_an_aborted_leader_frees_its_followers() -> None:
+    scheduler = make_scheduler()
+    leader = request()
+    leader.siblings = siblings_of(leader, 2)
+    scheduler.add(leader)
+    scheduler.abort(leader)
+    assert plan(run(scheduler)) == [("r0.1", 0, 6)]
+
+
+def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_model_len=16)
+    old, young = request(arrival=0, max_tokens=10), request(arrival=1, max_tokens=5, cache_root="its own")
+    scheduler.add(old)
+    scheduler.add(young)
+    for _ in range(4):
+        run(scheduler)
+    assert (old.num_preemptions, young.num_preemptions) == (0, 1)
+    assert young.state is State.WAITING
+    assert young.num_output_tokens == 3
+    while scheduler.has_work:
+        run(scheduler)
+    assert (old.num_output_tokens, young.num_output_tokens) == (10, 5)
+
+
+def test_priority_runs_first() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler.add(request(arrival=0, priority=1))
+    scheduler.add(request(arrival=1, priority=0))
+    assert plan(run(scheduler)) == [("r1", 0, 6)]
+
+
+def test_a_move_that_the_table_has_not_is_refused() -> None:
+    finished = request()
+    finished.apply(Event.ABORT)
+    with pytest.raises(AssertionError, match="no way from finished by admit"):
+        finished.apply(Event.ADMIT)
+
+
+class RandomLives(RuleBasedStateMachine):
+    """Submissions, steps, failures and aborts in any order, on a pool too small for all of them."""
+
+    requests = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler(
+            num_blocks=9,
+            block_size=3,
+            max_num_seqs=4,
+            max_num_batched_tokens=12,
+            prefill_chunk=5,
+            max_model_len=27,
+        )
+        self.submitted: list[Request] = []
+
+    @rule(
+        target=requests,
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=18),
+        max_tokens=st.integers(1, 9),
+        n=st.integers(1, 3),
+        priority=st.integers(0, 1),
+        scored=st.booleans(),
+    )
+    def submit(self, prompt: list[int], max_tokens: int, n: int, priority: int, scored: bool) -> Request:
+        made = [
+            Request(
+                id=f"{len(self.submitted)}/{index}",
+                prompt_token_ids=prompt,
+                max_tokens=max_tokens,
+                index=index,
+                stop_ids=frozenset([EOS]),
+                priority=priority,
+                arrival=len(self.submitted),
+                needs_prompt_logits=scored and index == 0,
+            )
+            for index in range(n)
+        ]
+        made[0].siblings = made[1:]
+        self.scheduler.add(made[0])
+        self.submitted += made
+        return made[-1]
+
+    @rule(drawn=st.lists(st.sampled_from([EOS, 1, 2, 2, 2, None]), min_size=8, max_size=8))
+    def step(self, drawn: list[int | None]) -> None:
+        had_work = self.scheduler.has_work
+        batch = self.scheduler.schedule(0.0)
+        assert bool(batch.pieces) == had_work, "there is work, and nothing is planned"
+        assert batch.num_tokens <= 12
+        assert all(request.state is State.RUNNING for request, _ in batch.draws)
+        self.scheduler.update(batch, drawn[: len(batch.draws)], 0.0)
+
+    @rule(request=requests)
+    def abort(self, request: Request) -> None:
+        self.scheduler.abort(request)
+
+    @invariant()
+    def integrity(self) -> None:
+        self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.has_work:
+                break
+            batch = self.scheduler.schedule(0.0)
+            self.scheduler.update(batch, [1] * len(batch.draws), 0.0)
+        assert all(r.is_finished for r in self.submitted), "a request was forgotten"
+        assert self.scheduler.pool.num_free == 9, "blocks leaked"
+
+
+TestRandomLives = RandomLives.TestCase
+TestRandomLives.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

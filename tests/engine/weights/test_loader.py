@@ -1,0 +1,106 @@
+"""Which models load, and what is said of those that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import trained_tokenizer
+from myserve.engine.config import EngineConfig
+from myserve.engine.engine import Engine
+from myserve.engine.mixers import attention
+from myserve.errors import RequestError, UnsupportedModelError
+
+SMALL = EngineConfig(num_blocks=8)
+
+
+def saved(folder: Path, arch: str, **config: object) -> str:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **config)).save_pretrained(folder)
+    trained_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
+    path = saved(tmp_path, "mamba", vocab_size=384, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UnsupportedModelError, match=r"[mM]amba"):
+        Engine.from_pretrained(path, SMALL)
+
+
+def test_a_hybrid_model_is_refused_for_its_layers(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "qwen3", layer_types=["full_attention", "linear_attention"], num_hidden_layers=2
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="linear_attention"):
+        Engine.from_pretrained(str(tmp_path), SMALL)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        Engine.from_pretrained(str(tmp_path), SMALL)
+
+
+def test_a_model_that_packs_wrongly_is_found_out(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of every other test here that loads: spoil the attention, and loading must refuse."""
+    honest = attention.paged_attention
+
+    def sees_one_key_too_few(query: torch.Tensor, *args: torch.Tensor, **options: float) -> torch.Tensor:
+        return honest(query.roll(1, dims=0), *args, **options)
+
+    monkeypatch.setattr(attention, "paged_attention", sees_one_key_too_few)
+    with pytest.raises(UnsupportedModelError, match="other logits packed than alone"):
+        Engine.from_pretrained(str(tiny_model("llama")), SMALL)
+
+
+def test_a_path_that_is_no_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises((OSError, ValueError)):
+        Engine.from_pretrained(str(tmp_path / "nothing"), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("dtype", "fp32"),
+        ("exact", "maybe"),
+        ("max_num_seqs", 0),
+        ("max_queue", 0),
+        ("max_num_batched_tokens", 8),
+    ],
+)
+def test_a_knob_out_of_range_says_its_name(knob: str, value: object) -> None:
+    with pytest.raises(RequestError, match=knob):
+        EngineConfig(**{knob: value})
+
+
+def test_dtype_is_what_was_asked_for(make_engine: Callable[..., Engine]) -> None:
+    assert make_engine("llama").runner.model.dtype == torch.float32
+    assert make_engine("llama", dtype="bfloat16").runner.model.dtype == torch.bfloat16
+
+
+def test_the_context_is_no_longer_than_asked_or_than_the_cache_holds(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    path = str(tiny_model("llama"))
+    for config, length in [
+        (EngineConfig(num_blocks=64), 512),
+        (EngineConfig(num_blocks=64, max_model_len=100), 100),
+        (EngineConfig(num_blocks=2), 64),
+    ]:
+        assert Engine.from_pretrained(path, config).max_model_len == length
+
+
+def test_what_exactness_was_found_is_told(make_engine: Callable[..., Engine]) -> None:
+    on, off = (
+        make_engine("llama").exactness,
+        make_engine("llama", prefix_caching=False, exact="off").exactness,
+    )
+    assert (on["mode"], on["rows_are_independent"]) == ("on", True)
+    assert (off["mode"], off["rows_are_independent"]) == ("off", False)

@@ -1,0 +1,143 @@
+"""A killed run goes on where it stopped, asks for nothing twice, and ends as an unbroken one would."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from myserve.sdk.records.journal import Journal, JournalError
+from myserve.sdk.types import SampledCompletion
+
+PROMPTS = [[1, 2, number % 20] for number in range(40)]  # each prompt twice
+
+
+def sample(index: int) -> SampledCompletion:
+    return SampledCompletion(
+        text=f"{index}",
+        full_tokens=[1, index],
+        prompt_len=1,
+        finish_reason="stop",
+        completion_len=1,
+        index=index,
+    )
+
+
+def test_every_cut_of_the_file_leaves_a_journal_with_its_whole_lines(tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    with Journal(whole, run_seed=7) as journal:
+        for index in range(3):
+            journal.add("a", sample(index))
+    data = whole.read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    for length in range(len(data)):
+        cut.write_bytes(data[:length])
+        lines = data[:length].count(b"\n")
+        with Journal(cut, run_seed=8) as journal:
+            assert journal.run_seed == (7 if lines else 8)
+            assert journal.known("a") == {index: sample(index) for index in range(lines - 1)}
+            journal.add("a", sample(9))  # what is added after a cut is whole again
+        with Journal(cut, run_seed=8) as journal:
+            assert journal.known("a")[9] == sample(9)
+
+
+def test_a_damaged_line_costs_its_own_sample_alone(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with Journal(path, run_seed=7) as journal:
+        for index in range(3):
+            journal.add("a", sample(index))
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = lines[2][:-3] + b"\x00\x00\x00"
+    path.write_bytes(b"\n".join(lines))
+    with Journal(path, run_seed=7) as journal:
+        assert journal.known("a") == {0: sample(0), 2: sample(2)}
+
+
+def test_two_runs_do_not_share_a_journal(tmp_path):
+    with (
+        Journal(tmp_path / "run.jsonl", run_seed=7),
+        pytest.raises(BlockingIOError, match="in use by another run"),
+    ):
+        Journal(tmp_path / "run.jsonl", run_seed=7)
+
+
+def test_another_file_is_not_overwritten(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"my": "notes"}\n')
+    with pytest.raises(ValueError, match="is not a journal"):
+        Journal(path, run_seed=7)
+    assert path.read_text() == '{"my": "notes"}\n'
+
+
+@pytest.mark.asyncio
+async def test_a_full_disk_stops_the_run_instead_of_passing_for_a_broken_connection(
+    make_sampler, stub, tmp_path, monkeypatch
+):
+    def full(file: int, data: bytes) -> int:
+        if b'"key"' not in data:
+            return len(data)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(JournalError, match=r"cannot write .*run\.jsonl: No space left"):
+        await make_sampler().sample_batch([[1, 2]], journal=tmp_path / "run.jsonl")
+    assert len(stub.bodies) == 1  # nothing was asked again
+
+
+PROGRAM = """
+    import asyncio, json, sys
+    from myserve.sdk import DeploymentSampler, FixedConcurrencyController
+    url, journal, count = sys.argv[1:]
+    sampler = DeploymentSampler(url, "toy", concurrency_controller=FixedConcurrencyController(6))
+    prompts = [[1, 2, number % 20] for number in range(40)]
+    async def main():
+        batch = sampler.sample_batch(prompts, n=3, max_tokens=20, logprobs=True, journal=journal)
+        async for group in batch:
+            print(group.prompt_index, flush=True)
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.asyncio
+async def test_a_run_that_is_killed_resumes(make_sampler, stub, tmp_path):
+    stub.pause = 0.003
+    journal = tmp_path / "run.jsonl"
+    Journal(journal, run_seed=7).close()
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(PROGRAM), stub.url, str(journal), "40", stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    for _ in range(5):
+        await child.stdout.readline()
+    os.kill(child.pid, signal.SIGKILL)
+    await child.wait()
+    await asyncio.sleep(0.05)
+    stub.pause = 0.0
+    unbroken = await make_sampler(run_seed=7).sample_batch(PROMPTS, n=3, max_tokens=20, logprobs=True)
+    with Journal(journal, run_seed=0) as left:
+        kept = sum(len(samples) for samples in left._places.values())
+    assert 15 <= kept < 120
+    asked_before = len(stub.bodies)
+    sampler = make_sampler()
+    resumed = await sampler.sample_batch(PROMPTS, n=3, max_tokens=20, logprobs=True, journal=journal)
+    assert sampler.stats.samples == 120 - kept  # nothing twice
+    assert 0 < len(stub.bodies) - asked_before < 40
+    assert [[(c.text, c.inference_logprobs) for c in group] for group in resumed] == [
+        [(c.text, c.inference_logprobs) for c in group] for group in unbroken
+    ]
+    # A third run asks for nothing at all.
+    asked_before = len(stub.bodies)
+    assert (
+        len(await make_sampler().sample_batch(PROMPTS, n=3, max_tokens=20, logprobs=True, journal=journal))
+        == 40
+    )
+    assert len(stub.bodies) == asked_before
+    # Control: with other options they are other samples.
+    await make_sampler().sample_batch(PROMPTS, n=3, max_tokens=21, logprobs=True, journal=journal)
+    assert len(stub.bodies) == asked_before + 40
