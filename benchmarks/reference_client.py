@@ -20,9 +20,8 @@ async def main(url: str, streams: int, tokens: int, logprobs: bool) -> None:
     )
     options = {"logprobs": True, "top_logprobs": 1} if logprobs else {}
     prompt = list(range(1, 129))
-    await sampler.sample_with_prompt_tokens(
-        prompt, n=1, max_tokens=tokens, **options
-    )  # what is made at first use
+    # what is made at first use
+    await sampler.sample_with_prompt_tokens(prompt, n=1, max_tokens=tokens, **options)
     began = time.process_time()
     calls = [
         sampler.sample_with_prompt_tokens(prompt, n=1, max_tokens=tokens, **options) for _ in range(streams)

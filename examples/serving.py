@@ -52,9 +52,8 @@ class Server:
             self._watcher.start()
         self.name: str = self._get("/v1/models")["data"][0]["id"]
         version = self._weight_version()
-        self._first_version = (
-            version + 1 if version else 0
-        )  # a server that somebody used before has other weights
+        # a server that somebody used before has other weights
+        self._first_version = version + 1 if version else 0
         return self
 
     def __exit__(

@@ -14,7 +14,7 @@ from typing import Any
 from serving import sampler_for
 from sums import HELD_OUT, MAX_TOKENS, Sum, question
 
-from myserve.sdk.adapters import SamplerTokenCompleter
+from myserve.adapters.tinker import SamplerTokenCompleter
 
 
 def sum_env(pair: Sum, tokenizer: Any) -> Any:

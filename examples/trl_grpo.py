@@ -17,9 +17,9 @@ from serving import Server
 from sums import MAX_TOKENS, PRACTICE, question
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from myserve.adapters.trl import Rollouts, trl_rollout_func
 from myserve.embedded import embedded_model_path
 from myserve.sdk import DeploymentSampler
-from myserve.sdk.adapters import Rollouts, trl_rollout_func
 
 
 def rewards(prompts: list[str], completions: list[str], answer: list[str], **_: object) -> list[float]:

@@ -1,19 +1,50 @@
-"""Sampling from language models, exactly: a server, a client SDK, and what a trainer needs to agree with both."""
+"""Deterministic, batch-invariant sampling from language models: a server, a client SDK, and a trainer's exact forward.
+
+Everything here is imported when it is first asked for: `import myserve` costs no torch, and neither does `myserve.sdk`.
+"""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from myserve.core.params import SamplingParams
+    from myserve.engine.config import EngineConfig
+    from myserve.engine.engine import Engine
     from myserve.trainer.completion_logits import completion_logits
     from myserve.trainer.exact_forward import exact_forward
     from myserve.trainer.exact_logprobs import exact_logprobs
     from myserve.trainer.replay_routing import replay_routing
 
-__all__ = ["completion_logits", "exact_forward", "exact_logprobs", "replay_routing"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "SamplingParams",
+    "__version__",
+    "completion_logits",
+    "exact_forward",
+    "exact_logprobs",
+    "replay_routing",
+]
+
+__version__ = version("myserve")
+
+_HOMES = {
+    "Engine": "myserve.engine.engine",
+    "EngineConfig": "myserve.engine.config",
+    "SamplingParams": "myserve.core.params",
+    "completion_logits": "myserve.trainer.completion_logits",
+    "exact_forward": "myserve.trainer.exact_forward",
+    "exact_logprobs": "myserve.trainer.exact_logprobs",
+    "replay_routing": "myserve.trainer.replay_routing",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # asked for, not imported: `import myserve.sdk` must not pull in torch
-    if name in __all__:
-        return getattr(import_module(f"myserve.engine.{name}"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

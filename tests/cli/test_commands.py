@@ -61,9 +61,8 @@ def test_chat_streams_one_answer(served):
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout.strip()
     assert myserve("chat", *options, stdin="Hello\n").stdout == plain.stdout
-    assert (
-        myserve("chat", "Hello", *options, "--probs").stdout == plain.stdout
-    )  # no colour where no terminal is
+    # no colour where no terminal is
+    assert myserve("chat", "Hello", *options, "--probs").stdout == plain.stdout
     coloured = myserve("chat", "Hello", *options, "--probs", FORCE_COLOR="1", TERM="xterm-256color")
     assert "\x1b[" in coloured.stdout
 

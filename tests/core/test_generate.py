@@ -16,14 +16,8 @@ from myserve.core.sampling import RowState, Sampled, Sampler, SamplerCfg
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2"]
 NEW_TOKENS = 48
-MIXES = [  # temperature, top_p, top_k
-    (1.0, 1.0, None),
-    (0.7, 1.0, 50),
-    (1.0, 0.9, None),
-    (0.3, 0.95, 20),
-    (2.0, 0.5, 100),
-    (1.5, 0.99, 7),
-]
+# temperature, top_p, top_k
+MIXES = [(1.0, 1.0, None), (0.7, 1.0, 50), (1.0, 0.9, None), (0.3, 0.95, 20), (2.0, 0.5, 100), (1.5, 0.99, 7)]
 
 
 @pytest.fixture(params=ARCHITECTURES)

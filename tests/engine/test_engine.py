@@ -208,9 +208,8 @@ def test_an_abort_ends_a_request_and_gives_its_blocks_back(make_engine: MakeEngi
 
     deltas = asyncio.run(abort_midway())
     assert [d.finish_reason for d in deltas if d.finish_reason] == ["abort", "abort"]
-    run_one(
-        engine, PROMPT, max_tokens=1
-    )  # the engine has taken the abort in by the time that it has run this
+    # the engine has taken the abort in by the time that it has run this
+    run_one(engine, PROMPT, max_tokens=1)
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.num_free == 64
 

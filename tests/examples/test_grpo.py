@@ -86,9 +86,8 @@ def test_truncated_sampling_is_exact_over_its_support_and_not_without(tmp_path, 
         folder = asyncio.run(train(config(tmp_path / correction, correction=correction, **at)))
         found[correction] = curve(folder)[0]["mismatch"]
     assert found["kept"] == 0
-    assert (
-        found["none"] == found["mass"] > 0.01
-    )  # the trainer's own distribution is not the one that was drawn from
+    # the trainer's own distribution is not the one that was drawn from
+    assert found["none"] == found["mass"] > 0.01
 
 
 def test_a_trainer_that_is_not_exact_shows_it(embedded_url):

@@ -48,9 +48,8 @@ def test_the_table_of_the_mismatch_names_each_trainer(tmp_path):
 
     from myserve.embedded import embedded_model_path
 
-    with Server(
-        str(embedded_model_path()), tmp_path
-    ) as server:  # with weights that no other test has changed
+    # with weights that no other test has changed
+    with Server(str(embedded_model_path()), tmp_path) as server:
         found = asyncio.run(mismatch_table.main(url=server.url, prompts=24))
     named = {name: mismatch.verdict.kind for name, mismatch in found.items()}
     assert named == {

@@ -99,9 +99,8 @@ class StubServer:
 
     def _events(self, body: dict[str, Any], left: list[int]) -> Iterable[bytes]:
         next_token = self.next_token
-        if (
-            self.version is not None and "extensions" not in self.version
-        ):  # vLLM: sample i draws with seed + i
+        # vLLM: sample i draws with seed + i
+        if self.version is not None and "extensions" not in self.version:
             next_token = lambda prompt, ids, seed, i: self.next_token(prompt, ids, seed + i, 0)  # noqa: E731
         for event in fake_events(body, next_token):
             if b'"finish_reason"' in event:

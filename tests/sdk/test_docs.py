@@ -46,11 +46,8 @@ def test_every_block_runs(server_url, tiny_model, tmp_path, monkeypatch, capsys)
 
 
 def parameters(call: Callable[..., object]) -> list[str]:
-    inner = (
-        "self",
-        "options",
-        "preamble",
-    )  # a conversation's first messages: the page shows them in their place
+    # a conversation's first messages: the page shows them in their place
+    inner = ("self", "options", "preamble")
     return [name for name in inspect.signature(call).parameters if name not in inner]
 
 

@@ -206,9 +206,8 @@ def test_a_body_that_says_it_is_too_large_is_not_read(
         ):
             with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), 20) as large:
                 large.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + head)
-                assert large.recv(100).startswith(
-                    b"HTTP/1.1 413"
-                )  # before a byte of the one, or the end of the other
+                # before a byte of the one, or the end of the other
+                assert large.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_large_bodies_take_no_more_memory_than_there_is(

@@ -26,9 +26,8 @@ MIXES: list[dict[str, Any]] = [
 
 
 def chat(client: openai.OpenAI, **fields: Any) -> ChatCompletion:
-    create: Any = (
-        client.chat.completions.create
-    )  # its overloads cannot follow fields that a test puts together
+    # its overloads cannot follow fields that a test puts together
+    create: Any = client.chat.completions.create
     answer: ChatCompletion = create(**{"model": "tiny", "messages": USER, "max_tokens": 24} | fields)
     return answer
 

@@ -16,12 +16,8 @@ ARCHITECTURES = [
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2", "gpt2", "qwen3_moe", "mixtral",
     "olmoe", "gpt_oss",
 ]  # fmt: skip
-GROUPS = [
-    (1, [1, 5]),
-    (19, [3, 3, 20, 1]),
-    (16, [17]),
-    (40, [2, 30, 2]),
-]  # a prompt's length, its completions'
+# a prompt's length, its completions'
+GROUPS = [(1, [1, 5]), (19, [3, 3, 20, 1]), (16, [17]), (40, [2, 30, 2])]
 
 
 @pytest.fixture

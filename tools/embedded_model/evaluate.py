@@ -24,9 +24,8 @@ class Accuracy:
     """Over `count` questions with one right answer each; both rates in [0, 1]."""
 
     greedy: float  # how often the most probable token is the right one at every place, <|im_end|> included
-    sampled: (
-        float  # the mean probability of the right answer at temperature 1: what a sampler gets on average
-    )
+    # the mean probability of the right answer at temperature 1: what a sampler gets on average
+    sampled: float
     count: int
 
 

@@ -160,9 +160,8 @@ def prompt_logprobs(logits: Rows, target_ids: Sequence[int], k: int = 0) -> list
     [Scored(token_id=3, logprob=-1.3862943649291992, top_logprobs=((0, -1.3862943649291992),))]
     """
     scored: list[Scored] = []
-    scores = torch.empty(
-        0
-    )  # [PROMPT_CHUNK, V]: a fresh 40 MB for each chunk costs as much as the head's product
+    # [PROMPT_CHUNK, V]: a fresh 40 MB for each chunk costs as much as the head's product
+    scores = torch.empty(0)
     for start in range(0, len(target_ids), PROMPT_CHUNK):
         targets = list(target_ids[start : start + PROMPT_CHUNK])
         chunk = logits[start : start + len(targets)].detach()

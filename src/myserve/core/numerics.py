@@ -21,9 +21,8 @@ LOG2_E = 1.4426950408889634
 LN2 = 0.6931471805599453
 LN2_HIGH = 0.693359375  # 355/512: few bits, so that n * LN2_HIGH is exact for every exponent n of a float32
 LN2_LOW = LN2 - LN2_HIGH
-ROUND_TO_INTEGER = (
-    12582912.0  # 1.5 * 2**23: adding and subtracting it rounds a float32 to the nearest integer
-)
+# 1.5 * 2**23: adding and subtracting it rounds a float32 to the nearest integer
+ROUND_TO_INTEGER = 12582912.0
 EXP_UNDERFLOW = -87.0  # below it a float32 result would be subnormal, and devices disagree on those
 EXP_COEFFICIENTS = tuple(1.0 / math.factorial(k) for k in range(7, -1, -1))  # of r**7 ... r**0
 SQRT_HALF = 0.7071067811865476

@@ -46,9 +46,8 @@ class Sampled:
     logprob: float  # of the model's own distribution: log-softmax of the raw logits
     sampling_logprob: float  # of the distribution that the draw used
     top_logprobs: TopLogprobs = ()  # (id, logprob), best first, of the distribution that logprobs_mode names
-    token_id_logprobs: tuple[
-        tuple[int, float | None], ...
-    ] = ()  # for logprob_token_ids; None: out of the support
+    # for logprob_token_ids; None: out of the support
+    token_id_logprobs: tuple[tuple[int, float | None], ...] = ()
     kept: Kept | None = None
 
 

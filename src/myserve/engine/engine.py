@@ -266,9 +266,8 @@ class Engine:
 
     def _wait_for_work(self) -> None:
         ever_held, is_idle = self.scheduler.pool.num_ever_held, True
-        while is_idle and not (
-            self._inbox or self._stopping
-        ):  # a page at a time: nobody who comes in waits for it
+        # a page at a time: nobody who comes in waits for it
+        while is_idle and not (self._inbox or self._stopping):
             is_idle = self.runner.kv_cache.make_ready(ever_held)
         with self._wake:
             self._wake.wait_for(lambda: bool(self._inbox) or self._stopping)

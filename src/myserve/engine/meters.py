@@ -94,9 +94,8 @@ class EngineMeters:
         self.step_seconds += seconds
         self.sampling_seconds += result.sampling_seconds
         self.step_tokens.observe(batch.num_tokens)
-        gaps: Counter[float] = (
-            Counter()
-        )  # who decode together waited equally long: one value, not one a request
+        # who decode together waited equally long: one value, not one a request
+        gaps: Counter[float] = Counter()
         for (request, _), token_id in zip(batch.draws, result.token_ids, strict=True):
             if token_id is None:
                 continue

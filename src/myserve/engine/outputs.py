@@ -32,9 +32,8 @@ class TokenOutput:
     token_id: int
     logprob: float  # log-softmax of the raw logits
     sampling_logprob: float  # log of the distribution that the draw used
-    top_logprobs: tuple[
-        tuple[int, float], ...
-    ] = ()  # (id, logprob), best first, raw or processed by logprobs_mode
+    # (id, logprob), best first, raw or processed by logprobs_mode
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     token_id_logprobs: tuple[tuple[int, float | None], ...] = ()  # for logprob_token_ids
     kept: KeptSet | None = None
     routed_experts: bytes | None = None  # of the forward pass that gave it: `RoutingShape.array` reads it
@@ -119,9 +118,8 @@ class Delta:
     tokens: tuple[TokenOutput, ...] = ()
     stop_tokens: tuple[TokenOutput, ...] = ()
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = (
-        None  # the stop id or the stop string that matched; None for EOS or length
-    )
+    # the stop id or the stop string that matched; None for EOS or length
+    stop_reason: int | str | None = None
     error: Exception | None = None  # with finish_reason "error"
     prompt_logprobs: tuple[PromptLogprob, ...] | None = None  # on the first delta of choice 0, when asked for
     metrics: RequestMetrics | None = None  # with finish_reason

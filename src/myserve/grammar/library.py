@@ -37,9 +37,8 @@ class Library:
         self._encode = encode
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="myserve-grammar")
         self._lock = threading.RLock()
-        self._futures: OrderedDict[Grammar, Future[Compiled]] = (
-            OrderedDict()
-        )  # the least recently asked for first
+        # the least recently asked for first
+        self._futures: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
         self._tools: tuple[Guard, Compiler, Closer] | None = None  # the worker thread's
 
     async def prepare(self, grammar: Grammar) -> Compiled:

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from myserve.sdk.errors import SamplingError
-from myserve.sdk.options import Plan
+from myserve.sdk.options import Plan, Prompt
 from myserve.sdk.records.journal import Journal
 from myserve.sdk.seeds import prompt_seed, random_seed
+from myserve.sdk.transport.pool import Backend
 from myserve.sdk.types import Completions, SampledCompletion
 
 if TYPE_CHECKING:
     from myserve.sdk.progress import SampleProgress
-    from myserve.sdk.sampler import DeploymentSampler, Prompt
 
 # Prompts in work at a time: more than any window holds, and few enough that a million prompts cost no memory.
 OPEN_PROMPTS = 1024
+
+
+class GroupSampler(Protocol):
+    """What a batch needs of a sampler: one prompt's ids, its plan, and its samples."""
+
+    run_seed: int | None
+    backend: Backend
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]: ...
+    def plan(self, prompt_token_ids: Sequence[int], options: Mapping[str, Any]) -> Plan: ...
+    async def draw(
+        self,
+        call: Plan,
+        *,
+        known: Mapping[int, SampledCompletion] | None = None,
+        on_end: Callable[[SampledCompletion | SamplingError], None] | None = None,
+    ) -> Completions: ...
 
 
 class BatchGroup(NamedTuple):
@@ -35,7 +52,7 @@ class Batch:
 
     def __init__(
         self,
-        sampler: DeploymentSampler,
+        sampler: GroupSampler,
         prompts: Sequence[Prompt],
         options: dict[str, Any],
         *,
@@ -111,9 +128,7 @@ class Batch:
 class _Runner:
     """Draws the groups of one batch, and tells the journal and the bar."""
 
-    def __init__(
-        self, sampler: DeploymentSampler, journal: Journal | None, bar: SampleProgress | None
-    ) -> None:
+    def __init__(self, sampler: GroupSampler, journal: Journal | None, bar: SampleProgress | None) -> None:
         self._sampler = sampler
         self._journal = journal
         self._bar = bar

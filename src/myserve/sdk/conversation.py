@@ -45,9 +45,8 @@ class Trajectory:
     # True where the model chose within this trajectory: what a loss is for. Answers that a truncation carried over
     # were chosen in another context, and are trained on in the trajectory before.
     is_sampled: list[bool] = field(default_factory=list)
-    logprobs: list[float | None] = field(
-        default_factory=list
-    )  # of the sampled tokens, where they were asked for
+    # of the sampled tokens, where they were asked for
+    logprobs: list[float | None] = field(default_factory=list)
 
     def extended(
         self, ids: Sequence[int], logprobs: Sequence[float] | None = None, *, sampled: bool

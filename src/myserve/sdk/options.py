@@ -9,6 +9,9 @@ from typing import Any, TypedDict, get_args
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.sampling.group import OnError
 
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Messages | Sequence[int]
+
 
 class SampleOptions(TypedDict, total=False):
     """The keyword arguments of every sampling call. What is not named here goes to the server as it is."""

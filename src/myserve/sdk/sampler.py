@@ -14,7 +14,7 @@ from myserve.sdk import weights
 from myserve.sdk.batch import Batch
 from myserve.sdk.concurrency.controllers import FixedConcurrencyController
 from myserve.sdk.errors import SamplingError
-from myserve.sdk.options import Plan, SampleOptions, plan
+from myserve.sdk.options import Messages, Plan, Prompt, SampleOptions, plan
 from myserve.sdk.request import DEFAULT_MAX_TOKENS, as_token_ids
 from myserve.sdk.retry import RetryPolicy
 from myserve.sdk.sampling.group import Group
@@ -27,14 +27,9 @@ from myserve.sdk.transport.pool import Backend
 from myserve.sdk.types import Completions, SampledCompletion, SampleDelta, SamplerStats
 
 if TYPE_CHECKING:
-    from myserve.wire.weights import (  # pydantic: not imported for a sample's sake
-        Mode,
-        Replica,
-        WeightsReport,
-    )
+    # pydantic: not imported for a sample's sake
+    from myserve.wire.weights import Mode, Replica, WeightsReport
 
-Messages = Sequence[Mapping[str, Any]]
-Prompt = str | Messages | Sequence[int]
 T = TypeVar("T")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack
 
+from myserve.sdk.batch import Batch
+from myserve.sdk.options import Messages, Prompt, SampleOptions
 from myserve.sdk.types import Completions, SampledCompletion
 
 if TYPE_CHECKING:
-    from myserve.sdk.options import SampleOptions
-    from myserve.sdk.sampler import DeploymentSampler, Messages, Prompt
     from myserve.wire.weights import Replica, WeightsReport
 
 T = TypeVar("T")
@@ -44,10 +44,26 @@ def _background_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
+class AsyncCalls(Protocol):
+    """The calls of `DeploymentSampler` that `SyncSampler` waits for."""
+
+    async def sample_with_tokens(self, messages: Messages, n: int = 1, **options: Any) -> Completions: ...
+    async def sample_with_prompt_tokens(
+        self, prompt_token_ids: Sequence[int], **options: Unpack[SampleOptions]
+    ) -> Completions: ...
+    def stream_completions(
+        self, prompt: Prompt, **options: Unpack[SampleOptions]
+    ) -> AsyncGenerator[SampledCompletion]: ...
+    def sample_batch(self, prompts: Sequence[Prompt], **options: Any) -> Batch: ...
+    async def update_weights(self, path: str, **options: Any) -> list[WeightsReport]: ...
+    async def hot_load(self, identity: str, **options: Any) -> list[Replica]: ...
+    async def aclose(self) -> None: ...
+
+
 class SyncSampler:
     """`sampler.sync`: the calls of `DeploymentSampler`, without `await`."""
 
-    def __init__(self, sampler: DeploymentSampler) -> None:
+    def __init__(self, sampler: AsyncCalls) -> None:
         self._sampler = sampler
 
     def sample_with_tokens(self, messages: Messages, n: int = 1, **options: Any) -> Completions:

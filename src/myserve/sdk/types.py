@@ -67,6 +67,11 @@ class SampledCompletion:
         return self.full_tokens[self.prompt_len :]
 
     @property
+    def behaviour_logprobs(self) -> list[float] | None:
+        """What an importance ratio divides by: [C] of the distribution drawn from, the model's where that is all."""
+        return self.sampling_logprobs if self.sampling_logprobs is not None else self.inference_logprobs
+
+    @property
     def time_to_first_token(self) -> float | None:
         """Seconds from the request to its first token, queueing at the server included."""
         return self.token_times[0] if self.token_times else None

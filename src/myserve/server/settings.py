@@ -40,9 +40,8 @@ class Settings:
     client_timeout: float = 60.0  # seconds in which a client must have sent a head, and a body
     shutdown_timeout: float = 30.0  # seconds that streams have to finish when the server ends
     restart_engine: bool = False  # load an engine that stopped again, with the weights that it had
-    exit_on_engine_death: bool = (
-        False  # so that a supervisor starts it anew; else /health is 503 from then on
-    )
+    # so that a supervisor starts it anew; else /health is 503 from then on
+    exit_on_engine_death: bool = False
     api_keys_file: str | None = None  # None: whoever reaches the port may ask
     admin_keys_file: str | None = None  # of those who may change weights
     ssl_certfile: str | None = None  # a certificate chain, as PEM: HTTPS, and nothing else on the port

@@ -163,9 +163,8 @@ def _gradients(
 def _dense_rows(qkv: list[Tensor], sinks: Tensor | None, options: dict[str, Any]) -> Tensor:
     """Attention of B sequences: query [B, Q, H, D], key and value [B, K, Hkv, D]; gives [B, Q, H, D]."""
     batch, heads = len(qkv[0]), qkv[0].shape[2]
-    query, key, value = (
-        x.transpose(1, 2).flatten(0, 1) for x in qkv
-    )  # each sequence brings heads of its own
+    # each sequence brings heads of its own
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in qkv)
     every = None if sinks is None else sinks.repeat(batch)
     out = dense_attention(query, key, value, sinks=every, **options)  # [B * H, Q, D]
     return out.reshape(batch, heads, *out.shape[1:]).transpose(1, 2)

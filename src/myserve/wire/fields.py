@@ -109,9 +109,8 @@ class GenerationRequest(SamplingFields):
     stream_options: StreamOptions | None = None
     priority: int | None = None
     cache_salt: str | None = None
-    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
-        None  # seconds for the answer
-    )
+    # seconds for the answer
+    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     stream_interval: Annotated[int, Field(ge=1)] | None = None  # tokens a chunk
     token_arrays: bool | None = None

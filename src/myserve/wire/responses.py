@@ -8,9 +8,8 @@ from typing_extensions import TypedDict  # pydantic reads no other before Python
 
 from myserve.wire.token_arrays import TokenArrays
 
-FinishReason = Literal[
-    "stop", "length", "tool_calls", "abort"
-]  # abort: new weights ended it, at their sender's wish
+# abort: new weights ended it, at their sender's wish
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class ErrorBody(TypedDict):

@@ -92,9 +92,8 @@ class SSEDecoder:
         whole = self._whole_blocks(chunk)
         if whole.startswith(b"data: "):
             data = whole[6:].split(b"\n\ndata: ")
-            if whole.count(b"\n") == 2 * (
-                len(data) - 1
-            ):  # one-line data and nothing else: no look at each one
+            # one-line data and nothing else: no look at each one
+            if whole.count(b"\n") == 2 * (len(data) - 1):
                 return data
         events = [self._parse(block) for block in whole.split(b"\n\n")]
         return [event.data.encode() for event in events if event is not None]

@@ -145,9 +145,8 @@ def test_draws_follow_the_model_within_the_grammar(make_engine: MakeEngine) -> N
     expected = {text: 600 * p / sum(raw.values()) for text, p in raw.items()}
     counts = {text: sum(c.text == text for c in choices) for text in raw}
     assert set(raw) == {"a", "b", "c"}
-    assert (
-        sum((counts[t] - expected[t]) ** 2 / expected[t] for t in raw) < 13.8
-    )  # chi-square, 2 df, p = 0.001
+    # chi-square, 2 df, p = 0.001
+    assert sum((counts[t] - expected[t]) ** 2 / expected[t] for t in raw) < 13.8
 
 
 # -- exactness ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 from myserve.engine.config import EngineConfig
 from myserve.engine.memory import available as module
-from myserve.engine.memory.available import free_memory
+from myserve.engine.memory.device import free_memory
 from myserve.engine.runner import device_backend
 from myserve.engine.runner.kv_cache import KVCache
 

@@ -26,14 +26,8 @@ from myserve.engine.mixers.attention import (
 UNITS: list[Unit] = ["tiles", "pairs", "lanes"]
 HERE = UNITS[UNITS.index(bfloat16_unit()) :]  # a CPU has what is worse than its best, too
 DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [
-    (16, 8, 128),
-    (4, 4, 16),
-    (6, 2, 40),
-    (7, 1, 64),
-    (3, 3, 8),
-    (5, 1, 200),
-]  # heads, KV heads, head_dim
+# heads, KV heads, head_dim
+SHAPES = [(16, 8, 128), (4, 4, 16), (6, 2, 40), (7, 1, 64), (3, 3, 8), (5, 1, 200)]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"window": 17},
@@ -189,9 +183,8 @@ def test_keys_below_the_window_are_never_read() -> None:
     case = make_case(torch.float32, (4, 4, 16), {"window": 17})
     before = case.run([4])
     for tensor in case.cache:
-        tensor[case.tables[4, :5].long()] = float(
-            "nan"
-        )  # 200 keys: the window starts at 183, in the sixth block
+        # 200 keys: the window starts at 183, in the sixth block
+        tensor[case.tables[4, :5].long()] = float("nan")
     assert torch.equal(bits(case.run([4])), bits(before))
 
 

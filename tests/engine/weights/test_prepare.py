@@ -71,9 +71,8 @@ def test_an_updated_engine_is_a_fresh_one(
     assert numbers(engine) == numbers(open_engine(new)) != before
     assert (engine.weight_version, engine.exactness) == (1, exactness)
     assert report.checksum == weights_checksum(new)
-    trainer = AutoModelForCausalLM.from_pretrained(
-        old
-    )  # named as in the model: experts stacked, tied ones twice
+    # named as in the model: experts stacked, tied ones twice
+    trainer = AutoModelForCausalLM.from_pretrained(old)
     engine.update_weights(trainer.state_dict()).result(60)
     assert numbers(engine) == before
 

@@ -67,9 +67,8 @@ def test_a_forgotten_temperature(draw, load):
     verdict = measure(samples, rows, against="sampling").verdict
     assert verdict.kind == "temperature" and "forgotten" in verdict.words
     assert measure(samples, rows).verdict.kind == "exact"  # they are right for temperature 1
-    rows = scored(
-        load(dtype=torch.bfloat16), samples
-    )  # in another precision too it is the temperature that counts
+    # in another precision too it is the temperature that counts
+    rows = scored(load(dtype=torch.bfloat16), samples)
     assert measure(samples, rows, against="sampling").verdict.kind == "temperature"
 
 

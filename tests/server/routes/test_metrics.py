@@ -107,9 +107,8 @@ def test_answers_are_counted_by_route_and_status_and_never_by_path(
     httpx.post(own.url + "/v1/completions", json={})
     for path in ("/a", "/b"):
         httpx.get(own.url + path)
-    wait_until(
-        lambda: own.app.state.http_meters.in_progress == 0
-    )  # an answer counts when its last byte is out
+    # an answer counts when its last byte is out
+    wait_until(lambda: own.app.state.http_meters.in_progress == 0)
     samples = scrape(own.url)
     assert value(samples, "http_requests_total", handler="/v1/models/{name:path}", status="200") == 1
     assert value(samples, "http_requests_total", handler="/v1/completions", status="400") == 1

@@ -103,10 +103,8 @@ def best_tokens(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
     """Draw every row of CPU float32 `edited` [B, V], the raw scores after stages 1 to 4."""
-    from myserve.core.compiled import (  # compiled, or loaded: on first use, not at import
-        draw_kernel,
-        entry_points,
-    )
+    # compiled, or loaded: on first use, not at import
+    from myserve.core.compiled import draw_kernel, entry_points
 
     B = len(rows)
     numbers = torch.tensor([_numbers(row) for row in rows], dtype=torch.float64)

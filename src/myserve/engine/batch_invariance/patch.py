@@ -186,9 +186,8 @@ def _pack_each(module: Any, name: str) -> list[PackedWeight]:
     return packed_experts(weights, biases, is_transposed=module.is_transposed)
 
 
-def packed_experts(
-    weights: Tensor, biases: Tensor | None, *, is_transposed: bool
-) -> list[PackedWeight]:  # weights [E, N, K] or [E, K, N], biases [E, N]
+# weights [E, N, K] or [E, K, N], biases [E, N]
+def packed_experts(weights: Tensor, biases: Tensor | None, *, is_transposed: bool) -> list[PackedWeight]:
     weights = weights.transpose(1, 2) if is_transposed else weights
     return [PackedWeight(w, None if biases is None else biases[e]) for e, w in enumerate(weights)]
 

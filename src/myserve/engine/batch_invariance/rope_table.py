@@ -100,9 +100,8 @@ def _tables(
     tables: tuple[Tensor, ...] = ()
     for start in range(0, positions, chunk):
         rows = slice(start, min(start + chunk, positions))
-        angles = theirs(
-            x, torch.arange(rows.start, rows.stop, device=x.device)[None], *more
-        )  # [1, chunk, D] each
+        # [1, chunk, D] each
+        angles = theirs(x, torch.arange(rows.start, rows.stop, device=x.device)[None], *more)
         tables = tables or tuple(_room(positions, a) for a in angles)
         for table, part in zip(tables, angles, strict=True):
             table[rows] = part[0]

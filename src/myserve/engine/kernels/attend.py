@@ -233,9 +233,8 @@ def _attend_tile(
     first = max(0, position + 1 - a.window) if a.window > 0 else 0
     for key in range(first // PARTITION * PARTITION, last, PARTITION):
         for g in range(PARTITION // LANES):
-            at = min(
-                key + LANES * g, last - 1
-            )  # lanes beyond the end repeat the last ones: read, never weighed
+            # lanes beyond the end repeat the last ones: read, never weighed
+            at = min(key + LANES * g, last - 1)
             groups[g] = _block(a, a.keys, request, head, at, block_bytes) + at % BLOCK_SIZE // LANES * 64
         if uses_tiles(kind):
             scores_by_tiles(rows, query, dim, scratch, scores, a.values - a.keys)

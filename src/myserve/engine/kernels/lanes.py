@@ -145,9 +145,8 @@ def _exp(b: IR, x: IR) -> IR:
     2^n * p(r) with n = round(x / ln 2): the usual Cody-Waite reduction and a Taylor polynomial of degree 7,
     whose error on |r| <= ln(2)/2 is below float32's own rounding.
     """
-    magic = _const(
-        12582912.0
-    )  # 1.5 * 2^23: adding it rounds to an integer, kept in the low bits; no fptosi of NaN
+    # 1.5 * 2^23: adding it rounds to an integer, kept in the low bits; no fptosi of NaN
+    magic = _const(12582912.0)
     shifted = b.fadd(b.fmul(x, _const(1.4426950408889634)), magic)
     n = b.fsub(shifted, magic)
     r = _fma(b, n, _const(-0.693359375), x)

@@ -126,10 +126,8 @@ def _norm_row(
 @njit(error_model="numpy")
 def _norm(a: Record, kind: Kind) -> None:
     """out[r, g] = x[r, g] / sqrt(mean(x[r, g]^2) + eps) * (weight + offset); a row has `groups` parts."""
-    size, width = (
-        size_of(kind),
-        a.width,
-    )  # a bound that is read anew in a loop would keep it from being vectors
+    # a bound that is read anew in a loop would keep it from being vectors
+    size, width = (size_of(kind), a.width)
     weight = carray(view(a.weight, kind), width)
     item = next_item(a)
     while item * ROWS < a.rows:

@@ -55,9 +55,8 @@ def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, 
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, x, x_row, w0, w1, w_row, w_step, steps, c, c_row, ahead, _ = args
-        if (
-            bfloat16_unit() != "tiles"
-        ):  # compiled with the rest, never run: LLVM must not meet what it cannot emit
+        # compiled with the rest, never run: LLVM must not meet what it cannot emit
+        if bfloat16_unit() != "tiles":
             return context.get_dummy_value()
 
         def tile(name: str, *operands: IR) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import psutil
-
-if TYPE_CHECKING:
-    import torch  # for the GPU's memory alone: whoever asks for the machine's need not load it
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -27,17 +24,8 @@ V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_fi
 V2 = _Names("memory.max", "memory.current", "inactive_file")
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be taken now without hurting anyone, or being killed for it."""
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    return free_host_memory()
-
-
 def free_host_memory() -> int:
-    """The same, of the CPU's."""
+    """Bytes of the machine's memory that could be taken now without hurting anyone, or being killed for it."""
     return min([int(psutil.virtual_memory().available), *_left_by_limits(CGROUPS, OWN_CGROUPS)])
 
 

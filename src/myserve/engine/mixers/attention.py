@@ -43,9 +43,8 @@ class PagedContext:
     query_start: Tensor  # [R + 1] int32: request r owns the rows query_start[r] .. query_start[r + 1]
     context_lens: Tensor  # [R] int32: keys of each request, its new ones included
     pages: Pages | None = None  # who stores and attends; None: our CPU kernels
-    on_host: PagedContext | None = (
-        None  # of a context on a device: the same numbers, to be looked at without waiting
-    )
+    # of a context on a device: the same numbers, to be looked at without waiting
+    on_host: PagedContext | None = None
 
 
 class Pages(Protocol):

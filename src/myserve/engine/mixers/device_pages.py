@@ -22,9 +22,8 @@ log = logging.getLogger(__name__)
 FLASH_BLOCK = 256  # FlashAttention 2 takes pages of multiples of it, and says so: "divisible by 256"
 PLAIN_BLOCK = 32  # where requests are gathered, any size does
 MOST_DIM = 256
-AGREEMENT = (
-    0.05  # of attention over random numbers of size 1 in bfloat16; what is wrong differs by whole numbers
-)
+# of attention over random numbers of size 1 in bfloat16; what is wrong differs by whole numbers
+AGREEMENT = 0.05
 _KEYWORDS = {"scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits"}
 
 VarlenAttention = Callable[..., Any]

@@ -18,9 +18,8 @@ class Outcome:
     index: int
     token: TokenOutput | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = (
-        None  # the stop id, unless it is an EOS; "max_tokens": a grammar closed early
-    )
+    # the stop id, unless it is an EOS; "max_tokens": a grammar closed early
+    stop_reason: int | str | None = None
     hides_token: bool = False  # the token is the EOS or stop id that ended it: it has no text
     error: Exception | None = None
     prompt_logprobs: tuple[PromptLogprob, ...] | None = None

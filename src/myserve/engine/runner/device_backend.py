@@ -36,12 +36,10 @@ class Backend:
     block_size: int  # tokens of a page
     pages: DevicePages | None  # None: the cache is our CPU kernels'
     packs: bool  # whether products are our CPU kernels', exact by construction
-    recorder: (
-        Callable[[], Record] | None
-    )  # records steps, with memory of its own; None: steps run as they are
-    settings: tuple[
-        int, ...
-    ]  # how many rows each forward pass has, to be tried in order; 0: as many as there are
+    # records steps, with memory of its own; None: steps run as they are
+    recorder: Callable[[], Record] | None
+    # how many rows each forward pass has, to be tried in order; 0: as many as there are
+    settings: tuple[int, ...]
 
     def allocate_layer(
         self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype

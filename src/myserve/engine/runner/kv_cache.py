@@ -11,7 +11,7 @@ from torch import Tensor
 from myserve.core.transfer import upload
 from myserve.engine.config import EngineConfig
 from myserve.engine.memory import huge_pages
-from myserve.engine.memory.available import free_memory
+from myserve.engine.memory.device import free_memory
 from myserve.engine.memory.prefault import HUGE_PAGE
 from myserve.engine.runner.device_backend import Backend, head_size, kv_heads
 

@@ -22,9 +22,8 @@ from myserve.errors import UnsupportedModelError
 LENGTHS = (30, 2)
 DECODED = 2  # tokens of the first that are decoded, too: recorded, and replayed and compared
 CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: libraries change at powers of two
-AGREEMENT = (
-    0.9  # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
-)
+# correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
+AGREEMENT = 0.9
 
 
 def settle(runner: ModelRunner, vocab_size: int) -> bool:

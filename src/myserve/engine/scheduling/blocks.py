@@ -12,9 +12,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import count
 
-ContentKey = tuple[
-    Hashable, tuple[int, ...]
-]  # (name of the parent content, or the cache root; the block's tokens)
+# (name of the parent content, or the cache root; the block's tokens)
+ContentKey = tuple[Hashable, tuple[int, ...]]
 
 
 class BlockPool:
@@ -33,9 +32,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._holders = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict(
-            (b, None) for b in range(num_blocks)
-        )  # first = next out
+        # first = next out
+        self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(num_blocks))
         self._block_of: dict[ContentKey, int] = {}
         self._name_of: dict[ContentKey, int] = {}
         self._key_of: dict[int, ContentKey] = {}  # block -> the content that it is cached under
@@ -116,9 +114,8 @@ class BlockPool:
         key = (parent, tuple(token_ids))
         assert len(key[1]) == self.block_size, "only full blocks are published"
         if key not in self._name_of:
-            self._forget(
-                block
-            )  # its name may hang on a parent that was evicted and came back under a new one
+            # its name may hang on a parent that was evicted and came back under a new one
+            self._forget(block)
             self._name_of[key] = next(self._names)
             self._block_of[key] = block
             self._key_of[block] = key

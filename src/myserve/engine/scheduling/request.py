@@ -68,9 +68,8 @@ class Request:
     priority: int = 0  # lower runs first
     client: str = ""  # whose it is: within a priority, clients come in by turns
     arrival: int = 0  # submission order, which breaks ties of priority
-    cache_root: Hashable = (
-        None  # what a cached prefix must agree on beside tokens and weight version: the salt
-    )
+    # what a cached prefix must agree on beside tokens and weight version: the salt
+    cache_root: Hashable = None
     needs_prompt_logits: bool = False  # prompt logprobs: every position must be run, so no cached prefix
     siblings: list[Request] = field(default_factory=list)  # held until this one's prompt is computed
 
@@ -80,9 +79,8 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt, at its first admission
     num_preemptions: int = 0
     weight_version: int = 0  # the one by which its blocks were begun
-    recomputed_at: int | None = (
-        None  # output tokens it had when they and its prompt were run again by newer weights
-    )
+    # output tokens it had when they and its prompt were run again by newer weights
+    recomputed_at: int | None = None
     block_table: list[int] = field(default_factory=list)
     content_ids: list[int] = field(default_factory=list)  # the prefix cache's names of the full blocks
     times: Times = field(default_factory=Times)

@@ -69,9 +69,8 @@ class Scheduler:
         self.held: dict[Request, None] = {}
         self.num_preemptions = 0
         self.weight_version = 0
-        self._draining: set[int] | None = (
-            None  # arrivals of those who may still finish; None: no swap is awaited
-        )
+        # arrivals of those who may still finish; None: no swap is awaited
+        self._draining: set[int] | None = None
 
     @property
     def has_work(self) -> bool:

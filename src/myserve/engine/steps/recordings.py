@@ -17,9 +17,8 @@ log = logging.getLogger(__name__)
 
 MOST_REQUESTS = 64  # beyond, what Python adds to a step no longer shows
 MOST_ROWS = 576
-_ROOM = (
-    MOST_REQUESTS + 1
-)  # requests of a step that is not all decodes; never a number of rows, which are even
+# requests of a step that is not all decodes; never a number of rows, which are even
+_ROOM = MOST_REQUESTS + 1
 _WANTED = (1, 8, 32, MOST_REQUESTS)
 
 LARGEST = Shape(MOST_ROWS, _ROOM, MOST_REQUESTS)

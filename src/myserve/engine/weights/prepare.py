@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from myserve.engine.memory.available import free_memory
+from myserve.engine.memory.device import free_memory
 from myserve.engine.weights.holders import Deed, holders
 from myserve.engine.weights.plan import Plan, WeightNames, make_plan
 from myserve.engine.weights.snapshot import Checksum, Snapshot, open_snapshot

@@ -64,9 +64,8 @@ class Mismatch:
 
     all: Gap
     by_version: dict[int, Gap]  # weight version of each token, where the server says it
-    by_position: dict[
-        int, Gap
-    ]  # by place in the completion: 0, 1, 2-3, 4-7, 8-15, ... under the first of them
+    # by place in the completion: 0, 1, 2-3, 4-7, 8-15, ... under the first of them
+    by_position: dict[int, Gap]
     verdict: Verdict
 
     def __str__(self) -> str:

@@ -56,9 +56,8 @@ class Evidence:
     others: Mapping[str, Floats] = field(default_factory=dict)  # "inference", "sampling", "untruncated"
     shifted: Mapping[str, tuple[Floats, Floats]] = field(default_factory=dict)  # moved by one, and unmoved
     against: str = "inference"
-    samples: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # which one a token is of
+    # which one a token is of
+    samples: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def size(self) -> float:

@@ -34,9 +34,8 @@ class Track:
         self._texts: list[str] = []
         self._entries: list[TokenEntry] = []  # as they came: columns are taken from them once, at the end
         self._now: float | None = None  # when the newest ids came
-        self._arrivals: list[
-            tuple[int, float]
-        ] = []  # (number of ids before, seconds) of each read that had some
+        # (number of ids before, seconds) of each read that had some
+        self._arrivals: list[tuple[int, float]] = []
         self._raw_ids: list[int] | None = None
         self._num_prior = 0  # how many of `ids` came with earlier attempts
         self._routing_shape: list[int] | None = None
@@ -113,9 +112,8 @@ class Track:
         if raw.completion_token_ids is not None:
             self._raw_ids = raw.completion_token_ids
         if raw.prompt_token_ids and not self._num_prior:
-            self.prompt_ids = (
-                raw.prompt_token_ids
-            )  # the server's own word on what it was asked: it replaces ours
+            # the server's own word on what it was asked: it replaces ours
+            self.prompt_ids = raw.prompt_token_ids
 
     def complete(self, request_id: str, decode: Decode | None = None) -> SampledCompletion:
         """The finished sample, every length checked; `AttemptFailed` says what does not fit."""

@@ -12,8 +12,8 @@ from functools import lru_cache
 from myserve.engine.outputs import TokenOutput
 from myserve.errors import EngineError
 from myserve.server.answers.arrays import token_arrays
-from myserve.server.answers.generation import Choice
 from myserve.server.answers.logprobs import TokenWriter, as_base64
+from myserve.server.choice import Choice
 from myserve.server.models.models import ServedModel
 from myserve.server.prompts.codec import Tokenizing
 from myserve.server.prompts.sampling import top_logprobs_of

@@ -5,51 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from myserve.core.params import SamplingParams
-from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
+from myserve.engine.outputs import Delta, FinishReason, RequestMetrics
 from myserve.errors import EngineError, MyserveError
 from myserve.server import caller
 from myserve.server.answers.pacing import Pace
+from myserve.server.choice import Choice
 from myserve.server.models.models import ServedModel
 from myserve.server.models.served_engine import Stream
 from myserve.server.observe import traces
 from myserve.server.observe.logs import note
 from myserve.server.prompts.sampling import prompt_seed
 from myserve.wire.fields import GenerationRequest
-
-
-@dataclass(slots=True)
-class Choice:
-    """What one choice has gained so far. `index` counts over all prompts of the request."""
-
-    index: int
-    prompt: int  # which of the request's prompts
-    prompt_token_ids: Sequence[int]
-    seed: int
-    texts: list[str] = field(default_factory=list)
-    tokens: list[TokenOutput] = field(default_factory=list)
-    stop_tokens: list[TokenOutput] = field(default_factory=list)
-    prompt_logprobs: tuple[PromptLogprob, ...] | None = None
-    last: Delta | None = None  # the delta with the finish reason
-    weight_version: int | None = None  # of the last token drawn, shown or not
-
-    def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
-        self.tokens += delta.tokens
-        self.stop_tokens += delta.stop_tokens
-        if delta.finish_reason is not None:
-            self.last = delta
-
-    @property
-    def sampled(self) -> list[TokenOutput]:
-        """Every token that was drawn, in order: what usage counts."""
-        return self.tokens + self.stop_tokens
-
-    @property
-    def metrics(self) -> RequestMetrics:
-        return (self.last and self.last.metrics) or RequestMetrics(prompt_tokens=len(self.prompt_token_ids))
 
 
 class Generation:

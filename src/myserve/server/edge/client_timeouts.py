@@ -61,9 +61,8 @@ def impatient(seconds: float) -> type[H11Protocol]:
             now: Any = self.cycle
             if now is last and (now is None or now.response_complete):
                 self.transport.close()
-                self._stall = self.loop.call_later(
-                    seconds, self.transport.abort
-                )  # for an answer that nobody takes
+                # for an answer that nobody takes
+                self._stall = self.loop.call_later(seconds, self.transport.abort)
             else:
                 self._look_again()
 

@@ -51,9 +51,8 @@ class EchoEngine:
     weight_version = 0
     routing_shape = None
     is_alive = True
-    exactness: ClassVar[
-        dict[str, str | int | bool]
-    ] = {}  # there are no numbers that could depend on anything
+    # there are no numbers that could depend on anything
+    exactness: ClassVar[dict[str, str | int | bool]] = {}
 
     def __init__(self) -> None:
         self.meters = EngineMeters()  # of steps, and an echo takes none

@@ -73,9 +73,8 @@ class Remains:
     """What is kept of a model whose engine stopped: by what its weights are known again, and none of its memory."""
 
     files: Files
-    lineage: tuple[
-        tuple[str, WeightUpdate], ...
-    ]  # what was swapped in since, beginning with the last whole one
+    # what was swapped in since, beginning with the last whole one
+    lineage: tuple[tuple[str, WeightUpdate], ...]
     num_restarts: int
 
     @classmethod

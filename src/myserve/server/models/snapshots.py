@@ -10,9 +10,8 @@ from myserve.errors import RequestError
 from myserve.wire.weights import LoadingState, Stage
 
 if TYPE_CHECKING:
-    from myserve.engine.weights.queue import (
-        WeightUpdate,  # torch is imported when a model is, and not before
-    )
+    # torch is imported when a model is, and not before
+    from myserve.engine.weights.queue import WeightUpdate
 
 _STAGES: dict[str, Stage] = {
     "preparing": "loading",

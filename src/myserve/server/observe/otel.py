@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -18,15 +18,12 @@ from starlette.types import Scope
 
 from myserve.engine.outputs import RequestMetrics
 from myserve.errors import RequestError
+from myserve.server.choice import Choice
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.fields import GenerationRequest
 
-if TYPE_CHECKING:
-    from myserve.server.answers.generation import Choice
-
-PROBES = frozenset(
-    {"/health", "/healthz", "/ready", "/metrics"}
-)  # asked for every few seconds, and say nothing
+# asked for every few seconds, and say nothing
+PROBES = frozenset({"/health", "/healthz", "/ready", "/metrics"})
 METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 # Of a request, under the names of OpenTelemetry's GenAI conventions; `stop` is text, and stays where it is.
 ASKED = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "max_tokens", "stream")

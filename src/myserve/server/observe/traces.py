@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from starlette.types import Scope
 
 from myserve.engine.outputs import RequestMetrics
+from myserve.server.choice import Choice
 from myserve.wire.fields import GenerationRequest
-
-if TYPE_CHECKING:
-    from myserve.server.answers.generation import Choice
 
 
 class Trace(Protocol):

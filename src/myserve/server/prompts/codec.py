@@ -112,9 +112,8 @@ class Tokenizing:
             return work()
         except (Exception, KeyboardInterrupt, SystemExit):
             raise
-        except (
-            BaseException
-        ) as panic:  # of a tokenizer in Rust: no Exception, so that no handler would answer
+        # of a tokenizer in Rust: no Exception, so that no handler would answer
+        except BaseException as panic:
             raise EngineError(f"the tokenizer failed: {panic}") from panic
         finally:
             self.queued += began - asked

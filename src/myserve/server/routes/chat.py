@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request, Response
 from myserve.core.grammar import Reasoning
 from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answers.answer import Answer, finish_reason_of, usage_of
-from myserve.server.answers.generation import Choice, Generation
+from myserve.server.answers.generation import Generation
 from myserve.server.answers.streaming import EventStream, json_response, unless_gone
+from myserve.server.choice import Choice
 from myserve.server.models.models import ServedModel
 from myserve.server.parsing.message_reader import AnswerReader
 from myserve.server.parsing.thinking import ThinkingReader, thinking_tokens

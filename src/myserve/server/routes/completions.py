@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answers.answer import Answer, finish_reason_of, usage_of
-from myserve.server.answers.generation import Choice, Generation, params_of_prompts
+from myserve.server.answers.generation import Generation, params_of_prompts
 from myserve.server.answers.logprobs import legacy, with_offsets
 from myserve.server.answers.streaming import EventStream, json_response, unless_gone
+from myserve.server.choice import Choice
 from myserve.server.models.models import ServedModel
 from myserve.server.prompts.sampling import completion_params, lists_tokens, top_logprobs_of, wants_logprobs
 from myserve.server.routes.body import documented, models_of, read_request

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answers.answer import Answer, finish_reason_of, usage_of
-from myserve.server.answers.generation import Choice, Generation
+from myserve.server.answers.generation import Generation
 from myserve.server.answers.streaming import EventStream, json_response, unless_gone
+from myserve.server.choice import Choice
 from myserve.server.prompts.sampling import generate_params, lists_tokens
 from myserve.server.routes.body import documented, models_of, read_request
 from myserve.wire.generate import GenerateRequest

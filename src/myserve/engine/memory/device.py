@@ -1,0 +1,14 @@
+"""How much of a device's memory could be taken now; a CPU's is the machine's (`available`, which needs no torch)."""
+
+from __future__ import annotations
+
+import torch
+
+from myserve.engine.memory.available import free_host_memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of `device` that could be taken now without hurting anyone, or being killed for it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_memory()
