@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack
 
 from myserve.sdk.batch import Batch
@@ -54,10 +54,13 @@ class AsyncCalls(Protocol):
     def stream_completions(
         self, prompt: Prompt, **options: Unpack[SampleOptions]
     ) -> AsyncGenerator[SampledCompletion]: ...
-    def sample_batch(self, prompts: Sequence[Prompt], **options: Any) -> Batch: ...
-    async def update_weights(self, path: str, **options: Any) -> list[WeightsReport]: ...
-    async def hot_load(self, identity: str, **options: Any) -> list[Replica]: ...
     async def aclose(self) -> None: ...
+    @property
+    def sample_batch(self) -> Callable[..., Batch]: ...
+    @property
+    def update_weights(self) -> Callable[..., Awaitable[list[WeightsReport]]]: ...
+    @property
+    def hot_load(self) -> Callable[..., Awaitable[list[Replica]]]: ...
 
 
 class SyncSampler:
@@ -92,11 +95,15 @@ class SyncSampler:
         return run_sync(run())
 
     def update_weights(self, path: str, **options: Any) -> list[WeightsReport]:
-        return run_sync(self._sampler.update_weights(path, **options))
+        return run_sync(_awaited(self._sampler.update_weights(path, **options)))
 
     def hot_load(self, identity: str, **options: Any) -> list[Replica]:
-        return run_sync(self._sampler.hot_load(identity, **options))
+        return run_sync(_awaited(self._sampler.hot_load(identity, **options)))
 
     def close(self) -> None:
         """Closes the background loop's connections."""
         run_sync(self._sampler.aclose())
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
