@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import ROOT, Peer
-from myserve.bench.figures import Figures, Trace, figures
-from myserve.bench.load import BenchError, Dialect, Target
+from myserve.bench.figures import Figures, RequestTimes, figures
+from myserve.bench.load import BenchError, ServerFeatures, Target
 from myserve.bench.workload import SAMPLING, Prompt, Workload, id_prompts
 
 # Above the tokenizer's bytes and its special tokens, below the model's vocabulary.
@@ -98,14 +98,14 @@ class Contender:
             if self._peer.prompts == "ids":
                 extras = {"ignore_eos": True, "stream_options": {"include_usage": True}}
                 return await target.run(
-                    workload, id_prompts(workload, PROMPT_IDS, seed), Dialect(True, extras)
+                    workload, id_prompts(workload, PROMPT_IDS, seed), ServerFeatures(True, extras)
                 )
             if workload.sampling == "logprobs":
                 raise BenchError(f"{self.name} gives no logprobs")
             # Without `n` and `ignore_eos`: n requests then, and an end token once in 150,000.
             alone = Workload(workload.choices, workload.prompt_len, workload.output_len, workload.sampling)
             texts = [text for text in _texts(workload, seed) for _ in range(workload.n)]
-            return await target.run(alone, texts, Dialect(False, {}, takes_filters=False))
+            return await target.run(alone, texts, ServerFeatures(False, {}, takes_filters=False))
         finally:
             await target.aclose()
 
@@ -118,7 +118,9 @@ class Contender:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
-        traces = [Trace(**{**trace, "times": tuple(trace["times"])}) for trace in self._read_line()["traces"]]
+        traces = [
+            RequestTimes(**{**trace, "times": tuple(trace["times"])}) for trace in self._read_line()["traces"]
+        ]
         return figures(traces, requests=workload.streams)
 
     def _read_line(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class Contender:
 
     def _answers(self) -> bool:
         """A token has come back: a server that listens need not have loaded its model."""
-        dialect = Dialect(self._peer.prompts == "ids", {}, takes_filters=False)
+        dialect = ServerFeatures(self._peer.prompts == "ids", {}, takes_filters=False)
         prompt: Prompt = [1000, 1001] if self._peer.prompts == "ids" else "ab"
         body = dialect.body(self._model, Workload(1, 2, 1), prompt) | {"stream": False}
         request = urllib.request.Request(

@@ -17,7 +17,7 @@ from myserve.core.sampling import Sampled, Sampler
 from myserve.engine.engine import Engine
 from myserve.engine.outputs import TokenOutput
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, Piece
+from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
 
 Numbers = tuple[int, float, float]  # token id, logprob, sampling_logprob
 STEP = 100  # tokens of a forward
@@ -68,7 +68,7 @@ def replay(
         wanted = range(len(prompt) + span["start"] - 1, len(prompt) + span["end"] - 1)
         for start in range(computed, wanted.stop, STEP):
             batch = Batch()
-            batch.add(Piece(request, start, min(STEP, wanted.stop - start)))
+            batch.add(ScheduledTokens(request, start, min(STEP, wanted.stop - start)))
             rows = [i - start for i in wanted if start <= i < start + batch.num_tokens]
             logits = engine.runner.forward(batch, rows or [0])[: len(rows)]
             states = [row(count) for count in range(len(drawn), len(drawn) + len(rows))]

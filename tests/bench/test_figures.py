@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myserve.bench.figures import Trace, figures, median_of, ms_per_step, percentile
+from myserve.bench.figures import RequestTimes, figures, median_of, ms_per_step, percentile
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.floats(0, 100))
@@ -15,8 +15,8 @@ def test_percentile_is_numpys(values: list[float], q: float) -> None:
     assert percentile(values, q) == pytest.approx(np.percentile(values, q), rel=1e-9, abs=1e-6)
 
 
-def steady(started: float, first: float, step: float, tokens: int) -> Trace:
-    return Trace(started, tuple(first + i * step for i in range(tokens)), tokens, prompt_tokens=10)
+def steady(started: float, first: float, step: float, tokens: int) -> RequestTimes:
+    return RequestTimes(started, tuple(first + i * step for i in range(tokens)), tokens, prompt_tokens=10)
 
 
 @given(
@@ -33,14 +33,16 @@ def test_a_steady_step_is_found_whatever_the_number_of_streams(
 
 
 def test_steps_that_wait_for_another_streams_prefill_do_not_count() -> None:
-    early = Trace(0.0, (1.0, 2.0, 3.0, 3.1, 3.2, 3.3), 6, 10)  # one step a second while the other prefills
-    late = Trace(0.0, (3.0, 3.1, 3.2, 3.3), 4, 10)
+    early = RequestTimes(
+        0.0, (1.0, 2.0, 3.0, 3.1, 3.2, 3.3), 6, 10
+    )  # one step a second while the other prefills
+    late = RequestTimes(0.0, (3.0, 3.1, 3.2, 3.3), 4, 10)
     assert ms_per_step([early, late]) == pytest.approx(100)
     assert ms_per_step([early]) == pytest.approx(460), "the control: alone, they do count"
 
 
 def test_tokens_that_came_two_at_once_are_two_steps() -> None:
-    assert ms_per_step([Trace(0.0, (1.0, 1.2, 1.4), 6, 10)]) == pytest.approx(100)
+    assert ms_per_step([RequestTimes(0.0, (1.0, 1.2, 1.4), 6, 10)]) == pytest.approx(100)
 
 
 def test_streams_that_never_decode_together_have_no_step() -> None:
@@ -49,7 +51,7 @@ def test_streams_that_never_decode_together_have_no_step() -> None:
 
 
 def test_throughput_counts_prefill_and_a_shared_prompt_once() -> None:
-    choices = [Trace(1.0, (1.5, 2.0, 3.0), 3, prompt_tokens=100) for _ in range(8)]
+    choices = [RequestTimes(1.0, (1.5, 2.0, 3.0), 3, prompt_tokens=100) for _ in range(8)]
     run = figures(choices, requests=1)
     assert run.tokens_per_s == pytest.approx(8 * 3 / 2.0)
     assert run.prefill_tokens_per_s == pytest.approx(100 / 0.5)

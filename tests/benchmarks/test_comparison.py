@@ -9,7 +9,7 @@ import pytest
 from benchmarks import ledger
 from benchmarks.comparison import Comparison, table
 from benchmarks.roofline import Machine, bound, least_ms_per_step, most_prefill_tokens_per_s
-from myserve.bench.figures import Figures, Trace, figures
+from myserve.bench.figures import Figures, RequestTimes, figures
 from myserve.bench.workload import PRESETS, Workload
 
 MACHINE = Machine("a cpu", cores=2, memory_gib=24, read_gb_s=28, bf16_gflop_s=450, f32_gflop_s=200)
@@ -17,7 +17,7 @@ MACHINE = Machine("a cpu", cores=2, memory_gib=24, read_gb_s=28, bf16_gflop_s=45
 
 def run_of(step: float) -> Figures:
     """A run of 8 streams that decode a token every `step` seconds."""
-    return figures([Trace(0.0, (1.0, 1.0 + step, 1.0 + 2 * step), 3, 128)] * 8, requests=8)
+    return figures([RequestTimes(0.0, (1.0, 1.0 + step, 1.0 + 2 * step), 3, 128)] * 8, requests=8)
 
 
 @pytest.fixture

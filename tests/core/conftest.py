@@ -64,5 +64,5 @@ def two_threads(one_thread: None) -> None:
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is taken for a device that no code is compiled for and that is better not asked for numbers."""
     monkeypatch.setattr(fast_path, "covers", lambda scores: False)
-    monkeypatch.setattr(stages, "edge_by_guesses", stages.edge_by_bisection)
+    monkeypatch.setattr(stages, "nucleus_edge", stages.nucleus_edge_without_sync)
     monkeypatch.setattr(sampling, "openings", lambda device: (OPENED, None))

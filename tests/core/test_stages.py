@@ -21,8 +21,6 @@ from myserve.core.stages import (
     add_bias_,
     allow_only_,
     apply_temperature,
-    edge_by_bisection,
-    edge_by_guesses,
     forbid_,
     keep_min_p,
     keep_top_k,
@@ -30,6 +28,8 @@ from myserve.core.stages import (
     keep_top_p,
     keep_typical,
     kth_largest,
+    nucleus_edge,
+    nucleus_edge_without_sync,
     penalise_counts_,
     penalise_repetition_,
 )
@@ -180,7 +180,7 @@ def test_bisection_finds_the_edge_that_guesses_find(rows: list[list[float]], p: 
     for row, values in zip(scores, rows, strict=True):
         row[: len(values)] = torch.tensor(values)
     share = torch.full((len(rows), 1), p, dtype=torch.float64)
-    guessed, found = edge_by_guesses(scores, share), edge_by_bisection(scores, share)
+    guessed, found = nucleus_edge(scores, share), nucleus_edge_without_sync(scores, share)
     assert torch.equal(guessed[0] + 0.0, found[0]) and torch.equal(guessed[1], found[1])  # -0 is 0
 
 

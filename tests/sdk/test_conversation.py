@@ -6,7 +6,7 @@ import pytest
 
 from myserve.sdk import Conversation, DeploymentSampler, SamplingError
 from myserve.sdk.records.columns import to_columns
-from myserve.sdk.testing import Drawn, ScriptedTransport, ToyTokenizer, tiny_model
+from myserve.sdk.testing import FakeToken, ScriptedTransport, ToyTokenizer, tiny_model
 
 pytestmark = pytest.mark.asyncio
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -37,7 +37,7 @@ def talk(tokenizer=None, next_token=None) -> Conversation:
 
 def always(*answer: int):
     def next_token(prompt, so_far, seed, index):
-        return Drawn(answer[len(so_far)], -0.5) if len(so_far) < len(answer) else None
+        return FakeToken(answer[len(so_far)], -0.5) if len(so_far) < len(answer) else None
 
     return next_token
 

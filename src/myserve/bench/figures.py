@@ -9,7 +9,7 @@ from statistics import mean, median
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class RequestTimes:
     """One completion as the client saw it. Times are seconds of one monotonic clock.
 
     `times` are those of the events that brought tokens. A server may hold tokens back (half a character) or send
@@ -55,10 +55,10 @@ def percentile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def figures(traces: Sequence[Trace], *, requests: int) -> Figures:
+def figures(traces: Sequence[RequestTimes], *, requests: int) -> Figures:
     """The figures of one run. `requests`: HTTP requests, of which each may have brought several traces.
 
-    >>> traces = [Trace(0.0, (0.5, 0.6, 0.7), 3, 10), Trace(0.0, (0.5, 0.6, 0.7), 3, 10)]
+    >>> traces = [RequestTimes(0.0, (0.5, 0.6, 0.7), 3, 10), RequestTimes(0.0, (0.5, 0.6, 0.7), 3, 10)]
     >>> run = figures(traces, requests=2)
     >>> round(run.ttft_p50), round(run.inter_token_p50), round(run.ms_per_step), round(run.prefill_tokens_per_s)
     (500, 100, 100, 40)
@@ -85,14 +85,14 @@ def figures(traces: Sequence[Trace], *, requests: int) -> Figures:
     )
 
 
-def ms_per_step(traces: Sequence[Trace]) -> float | None:
+def ms_per_step(traces: Sequence[RequestTimes]) -> float | None:
     """How long one token of every stream takes while all streams decode and none prefills.
 
     The window goes from the last stream's first token to the first stream's last one; the step is the streams' mean
     pace inside it. Gaps between events would say the same only if every token came alone; steps mixed with prefill
     are what TTFT and the inter-token percentiles show. None when a stream has no two events in the window.
 
-    >>> ms_per_step([Trace(0, (1.0, 1.5, 2.0, 2.1), 4, 1), Trace(0, (1.9, 2.0, 2.1), 3, 1)])
+    >>> ms_per_step([RequestTimes(0, (1.0, 1.5, 2.0, 2.1), 4, 1), RequestTimes(0, (1.9, 2.0, 2.1), 3, 1)])
     100.0
     """
     begin = max(trace.times[0] for trace in traces)
@@ -102,7 +102,7 @@ def ms_per_step(traces: Sequence[Trace]) -> float | None:
     return round(1e3 * mean(known), 6) if len(known) == len(traces) else None
 
 
-def _pace(trace: Trace, begin: float, end: float) -> float | None:
+def _pace(trace: RequestTimes, begin: float, end: float) -> float | None:
     """Seconds a token between the first and the last event of the window."""
     inside = [moment for moment in trace.times if begin <= moment <= end]
     if len(inside) < 2:
@@ -114,7 +114,7 @@ def _pace(trace: Trace, begin: float, end: float) -> float | None:
 def median_of(runs: Sequence[Figures]) -> Figures:
     """Field by field, the median of several runs of one workload.
 
-    >>> runs = [figures([Trace(0.0, (t,), 1, 8)], requests=1) for t in (0.1, 0.9, 0.2)]
+    >>> runs = [figures([RequestTimes(0.0, (t,), 1, 8)], requests=1) for t in (0.1, 0.9, 0.2)]
     >>> round(median_of(runs).ttft_p50), median_of(runs).ms_per_step
     (200, None)
     """

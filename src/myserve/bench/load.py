@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from myserve.bench.figures import Figures, Trace, figures
+from myserve.bench.figures import Figures, RequestTimes, figures
 from myserve.bench.workload import SAMPLING, Prompt, Workload
 from myserve.errors import MyserveError
 from myserve.sdk.errors import AttemptFailed
@@ -34,7 +34,7 @@ class BenchError(MyserveError):
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class ServerFeatures:
     """What this server understands: token ids as prompts, fields beyond OpenAI's."""
 
     takes_ids: bool
@@ -44,7 +44,7 @@ class Dialect:
     def body(self, model: str, workload: Workload, prompt: Prompt, seed: int | None = None) -> dict[str, Any]:
         """The request for one prompt; with a `seed`, one whose draws can be repeated.
 
-        >>> Dialect(True, {}).body("m", Workload(1, 2, 3), [7, 8], seed=5)
+        >>> ServerFeatures(True, {}).body("m", Workload(1, 2, 3), [7, 8], seed=5)
         {'model': 'm', 'prompt': [7, 8], 'max_tokens': 3, 'stream': True, 'temperature': 0.0, 'seed': 5}
         """
         sampling = SAMPLING[workload.sampling]
@@ -55,7 +55,7 @@ class Dialect:
         return body | {"n": workload.n} if workload.n > 1 else body
 
     @classmethod
-    def candidates(cls, *, ids: bool) -> Iterator[Dialect]:
+    def candidates(cls, *, ids: bool) -> Iterator[ServerFeatures]:
         """From the richest to the poorest."""
         for takes_ids in (True, False) if ids else (False,):
             for extras in _EXTRAS:
@@ -63,7 +63,7 @@ class Dialect:
 
 
 @dataclass(slots=True)
-class Recording:
+class TimedRequest:
     """One request: when it was sent, and what came when."""
 
     started: float = 0.0
@@ -85,7 +85,7 @@ class Target:
         self,
         workload: Workload,
         prompts: Sequence[Prompt],
-        dialect: Dialect,
+        dialect: ServerFeatures,
         on_read: Callable[[bytes], None] = lambda data: None,
         seed: int | None = None,
     ) -> Figures:
@@ -96,7 +96,7 @@ class Target:
             ).encode()
             for i, prompt in enumerate(prompts)
         ]
-        recordings = [Recording() for _ in bodies]
+        recordings = [TimedRequest() for _ in bodies]
         try:
             await asyncio.gather(
                 *(self._record(body, into, on_read) for body, into in zip(bodies, recordings, strict=True))
@@ -106,10 +106,12 @@ class Target:
             raise BenchError(f"{self.url}: {ended.failure.message}") from ended
         return figures(traces, requests=len(recordings))
 
-    async def accepts(self, workload: Workload, prompt: Prompt, dialect: Dialect) -> str | None:
+    async def accepts(self, workload: Workload, prompt: Prompt, dialect: ServerFeatures) -> str | None:
         """None if the server takes such a request; else why not, in its own words."""
         try:
-            await self._record(json.dumps(dialect.body(self.model, workload, prompt)).encode(), Recording())
+            await self._record(
+                json.dumps(dialect.body(self.model, workload, prompt)).encode(), TimedRequest()
+            )
         except AttemptFailed as ended:
             if ended.failure.kind == "transport":
                 raise BenchError(f"no answer from {self.url} ({ended.failure.message})") from ended
@@ -139,7 +141,7 @@ class Target:
             raise BenchError(f"no answer from {self.url} ({ended.failure.message})") from ended
 
     async def _record(
-        self, body: bytes, into: Recording, on_read: Callable[[bytes], None] = lambda data: None
+        self, body: bytes, into: TimedRequest, on_read: Callable[[bytes], None] = lambda data: None
     ) -> None:
         into.started = time.perf_counter()
         url = url_of(self.url, "/v1/completions")
@@ -151,7 +153,7 @@ class Target:
                 on_read(data)
 
 
-def traces_of(recording: Recording, workload: Workload) -> list[Trace]:
+def traces_of(recording: TimedRequest, workload: Workload) -> list[RequestTimes]:
     """A trace for each of the request's choices; BenchError when one has no tokens or no end.
 
     The end is a choice's `finish_reason`, not `[DONE]`: transformers' server never sends that.
@@ -182,7 +184,10 @@ def traces_of(recording: Recording, workload: Workload) -> list[Trace]:
     # Without usage an event is taken for a token, and the prompt for as long as was asked.
     total = counted or sum(map(len, times))
     prompt_tokens = usage.get("prompt_tokens") or workload.prompt_len
-    return [Trace(recording.started, tuple(moments), total // workload.n, prompt_tokens) for moments in times]
+    return [
+        RequestTimes(recording.started, tuple(moments), total // workload.n, prompt_tokens)
+        for moments in times
+    ]
 
 
 def _brings_tokens(choice: Mapping[str, Any]) -> bool:

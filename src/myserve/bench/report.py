@@ -47,8 +47,8 @@ def number(value: float | None) -> str:
 def svg(results: Mapping[str, Figures], title: str) -> str:
     """A chart: tokens a second as bars; time between tokens as ranges, p50 to p99 with a mark at p90.
 
-    >>> from myserve.bench.figures import Trace, figures
-    >>> run = figures([Trace(0.0, (0.5, 0.6, 0.7), 3, 10)], requests=1)
+    >>> from myserve.bench.figures import RequestTimes, figures
+    >>> run = figures([RequestTimes(0.0, (0.5, 0.6, 0.7), 3, 10)], requests=1)
     >>> svg({"1x10:3": run}, "a & b").count("<rect"), "a &amp; b" in svg({"1x10:3": run}, "a & b")
     (3, True)
     """

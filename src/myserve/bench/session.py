@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from myserve.bench.figures import Figures, median_of
-from myserve.bench.load import BenchError, Dialect, Target
+from myserve.bench.load import BenchError, ServerFeatures, Target
 from myserve.bench.workload import Prompt, Workload, id_prompts, text_prompts
 
 
@@ -34,30 +34,32 @@ class Session:
         ids = await target.tokenize(" ".join(text_prompts(Workload(1, 200, 1), seed)))
         return cls(target, sorted(set(ids or ())), seed, seeds_draws)
 
-    async def measure(self, workload: Workload, repeats: int) -> tuple[Figures, list[Figures], Dialect]:
+    async def measure(
+        self, workload: Workload, repeats: int
+    ) -> tuple[Figures, list[Figures], ServerFeatures]:
         """The medians of `repeats` runs, the runs, and in what words they were asked for."""
         dialect = await self.dialect(workload)
         await self.target.run(workload.warm_up(), self.prompts(workload.warm_up(), dialect), dialect)
         runs = [await self.run(workload, dialect) for _ in range(repeats)]
         return median_of(runs), runs, dialect
 
-    async def run(self, workload: Workload, dialect: Dialect) -> Figures:
+    async def run(self, workload: Workload, dialect: ServerFeatures) -> Figures:
         prompts = self.prompts(workload, dialect)
         seed = self.seed if self.seeds_draws else None
         return await self.target.run(workload, prompts, dialect, self.on_read, seed)
 
-    async def dialect(self, workload: Workload) -> Dialect:
+    async def dialect(self, workload: Workload) -> ServerFeatures:
         """The richest that the server accepts for such a workload."""
         probe = Workload(1, 4, 1, workload.sampling, workload.n)
         refusals: list[str] = []
-        for dialect in Dialect.candidates(ids=bool(self.ids)):
+        for dialect in ServerFeatures.candidates(ids=bool(self.ids)):
             refused = await self.target.accepts(probe, self.prompts(probe, dialect)[0], dialect)
             if refused is None:
                 return dialect
             refusals.append(refused)
         raise BenchError(f"{self.target.url} refused {workload}: {refusals[0]}")
 
-    def prompts(self, workload: Workload, dialect: Dialect) -> list[Prompt]:
+    def prompts(self, workload: Workload, dialect: ServerFeatures) -> list[Prompt]:
         """New ones at every call."""
         self._drawn += 1
         seed = self.seed * 1_000_003 + self._drawn

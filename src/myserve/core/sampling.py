@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from myserve.core.batched.behaviour import scale, truncate
-from myserve.core.batched.edits import Scratch, edit
+from myserve.core.batched.edits import ScoreScratch, edit
 from myserve.core.batched.reports import Reports
 from myserve.core.compiled import fast_path
 from myserve.core.logprobs import Kept, Normaliser, TopLogprobs, masses, normalisers_of
@@ -69,7 +69,7 @@ class Sampler:
 
     def __init__(self, *, compiled: bool = True) -> None:
         self._compiled = compiled and fast_path.available()
-        self._scratch = Scratch()
+        self._scratch = ScoreScratch()
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[Outcome]:

@@ -96,7 +96,7 @@ def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
     A token stays if and only if the mass before it, in order, is below p of the whole: what transformers
     computes upwards from the tail (cumulative mass <= 1 - p goes), with the tie at the edge settled.
     """
-    edge, ties = (edge_by_guesses if scores.device.type == "cpu" else edge_by_bisection)(scores, p)
+    edge, ties = (nucleus_edge if scores.device.type == "cpu" else nucleus_edge_without_sync)(scores, p)
     at_edge = scores == edge
     return scores.masked_fill((scores < edge) | (at_edge & (at_edge.cumsum(-1) > ties)), -torch.inf)
 
@@ -107,7 +107,7 @@ def _needed(mass: Tensor, p: Tensor) -> Tensor:
     return (p * total.double()).ceil().to(torch.int64).clamp(min=1)
 
 
-def edge_by_guesses(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def nucleus_edge(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """([R, 1] the lowest score in the nucleus, [R, 1] how many tokens of just that score are in it)."""
     R, V = scores.shape
     largest, weights = weights_of(scores)
@@ -135,7 +135,7 @@ def edge_by_guesses(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return edge, ties
 
 
-def edge_by_bisection(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def nucleus_edge_without_sync(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """The same, and no number of it is looked at: 32 halvings of all float32 values.
 
     Each is a pass over the vocabulary, of which a GPU makes dozens while the host waits for one answer.

@@ -21,12 +21,12 @@ from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
 from myserve.engine.requests.admission import ModelFacts, Submission, admit
 from myserve.engine.requests.detokenizer import Detokenizer
-from myserve.engine.requests.dispatch import Mail
+from myserve.engine.requests.dispatch import Dispatcher
 from myserve.engine.requests.results import outcome_of, request_metrics
-from myserve.engine.requests.stream import Outcome, RequestStream
-from myserve.engine.runner.device_backend import Backend
+from myserve.engine.requests.stream import RequestStream, StepOutcome
+from myserve.engine.runner.device_backend import DeviceBackend
 from myserve.engine.runner.model_runner import ModelRunner, StepResult
-from myserve.engine.runner.self_test import settle
+from myserve.engine.runner.self_test import choose_batch_invariant_mode
 from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.queue_bound import QueueBound
 from myserve.engine.scheduling.request import Request
@@ -47,14 +47,16 @@ class Engine:
     Every public method may be called from any thread.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, backend: Backend | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, backend: DeviceBackend | None = None
+    ) -> None:
         self.config = config
         self.tokenizer = loaded.tokenizer
         with ThreadPoolExecutor(1) as beside:  # a table of Python objects, while weights are packed
             token_bytes = beside.submit(TokenBytes, loaded.tokenizer, loaded.vocab_size)
             self.runner = ModelRunner(loaded, config, backend)
         self.token_bytes = token_bytes.result()
-        self._independent = settle(self.runner, loaded.vocab_size)
+        self._independent = choose_batch_invariant_mode(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
         longest, routing = self.runner.max_model_len, self.runner.routed_experts.shape
         self.facts = ModelFacts(loaded.vocab_size, longest, loaded.eos_token_ids, routing)
@@ -238,7 +240,7 @@ class Engine:
         """Plan, run, take in, hand out. False when there was nothing to do."""
         began = time.monotonic()
         batch = self.scheduler.schedule(began)
-        if not batch.pieces:
+        if not batch.scheduled:
             return False
         result = self.runner.run(batch)
         now = time.monotonic()
@@ -295,11 +297,11 @@ class Engine:
 
     def _hand_out(self, batch: Batch, result: StepResult, ended: dict[Request, str]) -> None:
         """What a step brought; of a prompt before its first token."""
-        mail, now = Mail(), time.time()
+        mail, now = Dispatcher(), time.time()
         for request, scores in result.prompt_logprobs.items():
-            mail.add(self._owner[request], Outcome(request.index, prompt_logprobs=scores))
+            mail.add(self._owner[request], StepOutcome(request.index, prompt_logprobs=scores))
         for request, error in result.failed_prompts.items():
-            mail.add(self._owner[request], Outcome(request.index, finish_reason="error", error=error))
+            mail.add(self._owner[request], StepOutcome(request.index, finish_reason="error", error=error))
             ended[request] = "error"
             self.scheduler.abort(request)
         for (request, _), draw, routed in zip(batch.draws, result.draws, result.routed_experts, strict=True):
@@ -326,9 +328,9 @@ class Engine:
     def _fail_everyone(self, error: Exception) -> None:
         self._updates.close(error)
         self._take_inbox()
-        mail = Mail()
+        mail = Dispatcher()
         for request, owner in list(self._owner.items()):
-            mail.add(owner, Outcome(request.index, finish_reason="error", error=error))
+            mail.add(owner, StepOutcome(request.index, finish_reason="error", error=error))
             self._forget(request, "error")
         mail.send(self._abort_all_of)
 
@@ -336,10 +338,10 @@ class Engine:
 
     def end_begun(self) -> int:
         """Everyone in flight that has tokens ends with them; the others have nothing to lose, and start over."""
-        begun = [request for request in self.scheduler.begun if request.num_output_tokens]
-        mail = Mail()
+        begun = [request for request in self.scheduler.in_flight if request.num_output_tokens]
+        mail = Dispatcher()
         for request in begun:
-            mail.add(self._owner[request], Outcome(request.index, finish_reason="abort"))
+            mail.add(self._owner[request], StepOutcome(request.index, finish_reason="abort"))
             self._abort([request])
         mail.send(self._abort_all_of)
         return len(begun)

@@ -19,7 +19,7 @@ TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 
 REASONS = get_args(FinishReason)  # counted from 0, so that a first error is seen as a rise
 
 
-class Drawn(Protocol):
+class StepTokens(Protocol):
     """What the meters read of a `StepResult`, which knows torch."""
 
     @property
@@ -88,7 +88,7 @@ class EngineMeters:
     request_prompt_tokens: Histogram = field(default_factory=_tokens)
     request_generation_tokens: Histogram = field(default_factory=_tokens)
 
-    def add_step(self, batch: Batch, result: Drawn, seconds: float, now: float) -> None:
+    def add_step(self, batch: Batch, result: StepTokens, seconds: float, now: float) -> None:
         """What a step drew; to be called before its tokens are taken in, while a request still says when it had its
         last."""
         self.step_seconds += seconds

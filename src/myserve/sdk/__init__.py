@@ -1,6 +1,6 @@
 """The client SDK: token-level samples from inference servers, for RL, DPO and evals. Needs no torch."""
 
-from myserve.sdk.batch import Batch, BatchGroup
+from myserve.sdk.batch import BatchGroup, SampleBatch
 from myserve.sdk.concurrency.controllers import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
@@ -17,13 +17,13 @@ from myserve.sdk.weights import WeightUpdateError
 __all__ = [
     "AdaptiveConcurrencyController",
     "Alternative",
-    "Batch",
     "BatchGroup",
     "Completions",
     "Conversation",
     "DeploymentSampler",
     "FixedConcurrencyController",
     "RetryPolicy",
+    "SampleBatch",
     "SampleDelta",
     "SampleOptions",
     "SampledCompletion",

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from myserve.sdk.errors import SamplingError
-from myserve.sdk.options import Plan, Prompt
+from myserve.sdk.options import CallPlan, Prompt
 from myserve.sdk.records.journal import Journal
 from myserve.sdk.seeds import prompt_seed, random_seed
-from myserve.sdk.transport.pool import Backend
+from myserve.sdk.transport.pool import ServerPool
 from myserve.sdk.types import Completions, SampledCompletion
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ class GroupSampler(Protocol):
     """What a batch needs of a sampler: one prompt's ids, its plan, and its samples."""
 
     run_seed: int | None
-    backend: Backend
+    backend: ServerPool
 
     def prompt_ids(self, prompt: Prompt) -> list[int]: ...
-    def plan(self, prompt_token_ids: Sequence[int], options: Mapping[str, Any]) -> Plan: ...
+    def plan(self, prompt_token_ids: Sequence[int], options: Mapping[str, Any]) -> CallPlan: ...
     async def draw(
         self,
-        call: Plan,
+        call: CallPlan,
         *,
         known: Mapping[int, SampledCompletion] | None = None,
         on_end: Callable[[SampledCompletion | SamplingError], None] | None = None,
@@ -47,7 +47,7 @@ class BatchGroup(NamedTuple):
     completions: Completions
 
 
-class Batch:
+class SampleBatch:
     """What `DeploymentSampler.sample_batch` returns. It starts when it is awaited or iterated."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Batch:
                     task.cancel()
                 await asyncio.gather(*open_tasks, return_exceptions=True)
 
-    def _plans(self) -> Generator[tuple[int, Plan]]:
+    def _plans(self) -> Generator[tuple[int, CallPlan]]:
         """Each prompt's call. The k-th copy of a prompt has samples of its own, wherever it stands."""
         seen: Counter[int] = Counter()
         for index, prompt in enumerate(self._prompts):
@@ -133,7 +133,7 @@ class _Runner:
         self._journal = journal
         self._bar = bar
 
-    async def draw(self, index: int, call: Plan, until: float | None) -> BatchGroup:
+    async def draw(self, index: int, call: CallPlan, until: float | None) -> BatchGroup:
         fingerprint = call.request.fingerprint() if self._journal is not None else ""
         known = self._known(fingerprint, call.n)
 
@@ -156,9 +156,9 @@ class _Runner:
         return {index: sample for index, sample in self._journal.known(fingerprint).items() if index < n}
 
 
-def _within(call: Plan, until: float | None) -> Plan:
+def _within(call: CallPlan, until: float | None) -> CallPlan:
     """The call with what is left of the batch's time, if that is less than its own."""
     if until is None:
         return call
     left = max(0.0, until - asyncio.get_running_loop().time())
-    return Plan(call.request, call.n, call.max_seq_len, call.on_error, min(left, call.timeout or left))
+    return CallPlan(call.request, call.n, call.max_seq_len, call.on_error, min(left, call.timeout or left))

@@ -27,7 +27,7 @@ class ChatTokenizer(Protocol):
     def encode(self, text: str, **kwargs: Any) -> Any: ...
 
 
-class Sampler(Protocol):
+class TurnSampler(Protocol):
     """What is used of a `DeploymentSampler`."""
 
     @property
@@ -84,7 +84,7 @@ class Conversation:
     2
     """
 
-    sampler: Sampler
+    sampler: TurnSampler
     preamble: Sequence[Message] = ()  # before the first turn; a truncation keeps it
     tools: Sequence[Mapping[str, Any]] | None = None
     max_context: int | None = None  # tokens

@@ -56,7 +56,7 @@ class SampleOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CallPlan:
     """One prompt's call, understood: the request, and what the client does with its samples."""
 
     request: SampleRequest
@@ -74,7 +74,7 @@ class Plan:
 _OF_REQUEST = ("max_tokens", "temperature", "top_p", "top_k", "logprobs", "top_logprobs", "echo")
 
 
-def plan(model: str, prompt_token_ids: Sequence[int], seed: int, options: Mapping[str, Any]) -> Plan:
+def plan(model: str, prompt_token_ids: Sequence[int], seed: int, options: Mapping[str, Any]) -> CallPlan:
     """Reads the options of a call; errors name the option.
 
     >>> plan("m", [1], 7, {"n": 2, "stop": "END", "min_p": 0.1}).request.stop
@@ -105,4 +105,4 @@ def plan(model: str, prompt_token_ids: Sequence[int], seed: int, options: Mappin
         extra={**rest.pop("extra", {}), **rest},
         **fields,
     )
-    return Plan(request, n, max_seq_len, on_error, timeout)
+    return CallPlan(request, n, max_seq_len, on_error, timeout)

@@ -9,13 +9,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from myserve.sdk.transport.pool import Backend
+from myserve.sdk.transport.pool import ServerPool
 
 
 class SampleProgress:
     """A rich progress bar over samples; `advance` counts one, and refreshes at rich's own pace."""
 
-    def __init__(self, total: int, backend: Backend) -> None:
+    def __init__(self, total: int, backend: ServerPool) -> None:
         self._backend = backend
         self._tokens_before = backend.stats.completion_tokens
         self._started = time.monotonic()

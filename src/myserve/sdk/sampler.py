@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack
 
 from myserve.sdk import weights
-from myserve.sdk.batch import Batch
+from myserve.sdk.batch import SampleBatch
 from myserve.sdk.concurrency.controllers import FixedConcurrencyController
 from myserve.sdk.errors import SamplingError
-from myserve.sdk.options import Messages, Plan, Prompt, SampleOptions, plan
+from myserve.sdk.options import CallPlan, Messages, Prompt, SampleOptions, plan
 from myserve.sdk.request import DEFAULT_MAX_TOKENS, as_token_ids
 from myserve.sdk.retry import RetryPolicy
 from myserve.sdk.sampling.group import Group
@@ -23,7 +23,7 @@ from myserve.sdk.sync import SyncSampler
 from myserve.sdk.transport.deployments import Deployment
 from myserve.sdk.transport.dialects import DIALECTS, DialectName
 from myserve.sdk.transport.http import AiohttpTransport, Transport
-from myserve.sdk.transport.pool import Backend
+from myserve.sdk.transport.pool import ServerPool
 from myserve.sdk.types import Completions, SampledCompletion, SampleDelta, SamplerStats
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class DeploymentSampler:
         self.run_seed = run_seed
         self.concurrency_controller = concurrency_controller
         self._asked: Counter[int] = Counter()  # how often each prompt was asked, for its next seed
-        self.backend = Backend(
+        self.backend = ServerPool(
             deployments=[Deployment(url) for url in urls],
             transport=transport if transport is not None else AiohttpTransport(stall_timeout),
             headers={"authorization": f"Bearer {api_key}", "x-api-key": api_key} if api_key else {},
@@ -165,13 +165,15 @@ class DeploymentSampler:
         progress: bool = False,
         deadline: float | None = None,
         **options: Unpack[SampleOptions],
-    ) -> Batch:
+    ) -> SampleBatch:
         """n samples of each of many prompts: `await` it for all, in order, or `async for` as they finish.
 
         `journal`: a JSONL file; a run that was killed goes on from it and asks for nothing twice.
         `progress`: a bar on stderr. `deadline`: seconds for the whole batch.
         """
-        return Batch(self, prompts, dict(options), journal=journal, progress=progress, deadline=deadline)
+        return SampleBatch(
+            self, prompts, dict(options), journal=journal, progress=progress, deadline=deadline
+        )
 
     async def update_weights(
         self,
@@ -235,7 +237,7 @@ class DeploymentSampler:
             return self.tokenize(prompt)  # type: ignore[arg-type]  # a sequence whose first is a mapping: messages
         return as_token_ids(prompt)
 
-    def plan(self, prompt_token_ids: Sequence[int], options: Mapping[str, Any]) -> Plan:
+    def plan(self, prompt_token_ids: Sequence[int], options: Mapping[str, Any]) -> CallPlan:
         """Understands a call, and gives it its seed."""
         seed = options.get("seed")
         if seed is None:
@@ -251,7 +253,7 @@ class DeploymentSampler:
 
     async def draw(
         self,
-        call: Plan,
+        call: CallPlan,
         *,
         known: Mapping[int, SampledCompletion] | None = None,
         on_delta: Callable[[SampleDelta], None] | None = None,
@@ -299,7 +301,7 @@ class DeploymentSampler:
         await self.aclose()
 
 
-def _fits(call: Plan, sample: SampledCompletion) -> bool:
+def _fits(call: CallPlan, sample: SampledCompletion) -> bool:
     return call.max_seq_len is None or len(sample.full_tokens) <= call.max_seq_len
 
 

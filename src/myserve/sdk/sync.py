@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack
 
-from myserve.sdk.batch import Batch
+from myserve.sdk.batch import SampleBatch
 from myserve.sdk.options import Messages, Prompt, SampleOptions
 from myserve.sdk.types import Completions, SampledCompletion
 
@@ -56,7 +56,7 @@ class AsyncCalls(Protocol):
     ) -> AsyncGenerator[SampledCompletion]: ...
     async def aclose(self) -> None: ...
     @property
-    def sample_batch(self) -> Callable[..., Batch]: ...
+    def sample_batch(self) -> Callable[..., SampleBatch]: ...
     @property
     def update_weights(self) -> Callable[..., Awaitable[list[WeightsReport]]]: ...
     @property

@@ -57,7 +57,7 @@ class ToyTokenizer:
         return self.encode(text) if tokenize else text
 
 
-class Drawn(NamedTuple):
+class FakeToken(NamedTuple):
     """One token of a fake: its id, and its log-probability."""
 
     token_id: int
@@ -65,21 +65,21 @@ class Drawn(NamedTuple):
 
 
 # (prompt ids, completion ids so far, seed, sample index) -> the next token, or None where the answer ends
-NextToken = Callable[[Sequence[int], Sequence[int], int, int], Drawn | None]
+NextToken = Callable[[Sequence[int], Sequence[int], int, int], FakeToken | None]
 
 
 def scripted(answers: Sequence[str] | Callable[[Sequence[int], int], str]) -> NextToken:
     """Answers given in advance: sample i gets `answers[i]` (around again), or `answers(prompt_ids, i)`.
 
     >>> scripted(["hi"])([1], [104], 0, 0)
-    Drawn(token_id=105, logprob=0.0)
+    FakeToken(token_id=105, logprob=0.0)
     """
     encode = ToyTokenizer().encode
 
-    def next_token(prompt: Sequence[int], so_far: Sequence[int], seed: int, index: int) -> Drawn | None:
+    def next_token(prompt: Sequence[int], so_far: Sequence[int], seed: int, index: int) -> FakeToken | None:
         text = answers(prompt, index) if callable(answers) else answers[index % len(answers)]
         ids = encode(text)
-        return Drawn(ids[len(so_far)], 0.0) if len(so_far) < len(ids) else None
+        return FakeToken(ids[len(so_far)], 0.0) if len(so_far) < len(ids) else None
 
     return next_token
 
@@ -95,7 +95,7 @@ def tiny_model(vocabulary: str = "abcdefgh ", mean_length: float = 24.0) -> Next
     """
     letters = list(vocabulary.encode())
 
-    def next_token(prompt: Sequence[int], so_far: Sequence[int], seed: int, index: int) -> Drawn | None:
+    def next_token(prompt: Sequence[int], so_far: Sequence[int], seed: int, index: int) -> FakeToken | None:
         last = so_far[-1] if so_far else sum(prompt) % 256
         weights = [_uniform("weight", last, letter) for letter in letters]
         total = sum(weights)
@@ -103,7 +103,7 @@ def tiny_model(vocabulary: str = "abcdefgh ", mean_length: float = 24.0) -> Next
         best = max(range(len(letters)), key=lambda i: math.log(weights[i]) - math.log(-math.log(noise[i])))
         if so_far and _uniform("end", seed, index, len(so_far)) < 1 / mean_length:
             return None
-        return Drawn(letters[best], math.log(weights[best] / total))
+        return FakeToken(letters[best], math.log(weights[best] / total))
 
     return next_token
 
@@ -145,7 +145,7 @@ def _routing(position: int) -> str:
     return base64.b64encode(bytes([first, (first + 1) % 8, second, (second + 3) % 8])).decode()
 
 
-def _choice(index: int, drawn: Drawn | None, seed: int) -> dict[str, Any]:
+def _choice(index: int, drawn: FakeToken | None, seed: int) -> dict[str, Any]:
     if drawn is None:
         return {"index": index, "text": "", "seed": seed}
     token = ToyTokenizer().decode([drawn.token_id])
@@ -180,21 +180,21 @@ class ScriptedTransport:
     @asynccontextmanager
     async def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
-    ) -> AsyncIterator[_Answer]:
+    ) -> AsyncIterator[_ScriptedAnswer]:
         if body is None:
             version = {"name": "myserve", "extensions": ["sample_index", "num_prior_tokens"]}
-            yield _Answer([json.dumps(version).encode()])
+            yield _ScriptedAnswer([json.dumps(version).encode()])
             return
         asked = json.loads(body)
         self.requests.append(asked)
         next_token = self.model if self.model is not None else scripted(self.answers or [""])
-        yield _Answer(fake_events(asked, next_token))
+        yield _ScriptedAnswer(fake_events(asked, next_token))
 
     async def aclose(self) -> None:
         """Nothing to close."""
 
 
-class _Answer:
+class _ScriptedAnswer:
     status = 200
     headers: Mapping[str, str] = {"content-type": "text/event-stream"}  # never changed
 

@@ -14,7 +14,7 @@ from myserve.sdk.transport.pool import root_of
 from myserve.sdk.transport.replies import failure_of, read_all
 
 if TYPE_CHECKING:
-    from myserve.sdk.transport.pool import Backend
+    from myserve.sdk.transport.pool import ServerPool
     from myserve.wire.weights import Replica, WeightsReport
 
 HOT_LOAD = "/hot_load/v1/models/hot_load"
@@ -33,7 +33,7 @@ class WeightUpdateError(MyserveError, RuntimeError):
         self.server_message = failure.message
 
 
-async def update_weights(backend: Backend, body: Mapping[str, Any]) -> list[WeightsReport]:
+async def update_weights(backend: ServerPool, body: Mapping[str, Any]) -> list[WeightsReport]:
     """`POST /v1/weights` at every deployment; a report each. Never asked twice: it is the caller's to decide."""
 
     async def at(url: str) -> Any:
@@ -43,7 +43,7 @@ async def update_weights(backend: Backend, body: Mapping[str, Any]) -> list[Weig
 
 
 async def hot_load(
-    backend: Backend, headers: Mapping[str, str], body: Mapping[str, Any], timeout: float
+    backend: ServerPool, headers: Mapping[str, str], body: Mapping[str, Any], timeout: float
 ) -> list[Replica]:
     """Fireworks' hot load at every deployment, until the snapshot is the current one there."""
     identity = body["identity"]
@@ -67,7 +67,7 @@ async def hot_load(
     return await _at_each(backend, at)
 
 
-async def _at_each(backend: Backend, at: Any) -> list[Any]:
+async def _at_each(backend: ServerPool, at: Any) -> list[Any]:
     """All to their end, so that none is left half way unseen; then the first failure, if there is one."""
     urls = [root_of(deployment.url) for deployment in backend.deployments]
     ended = await asyncio.gather(*(at(url) for url in urls), return_exceptions=True)
@@ -78,7 +78,7 @@ async def _at_each(backend: Backend, at: Any) -> list[Any]:
 
 
 async def _ask(
-    backend: Backend,
+    backend: ServerPool,
     method: Literal["GET", "POST"],
     url: str,
     path: str,

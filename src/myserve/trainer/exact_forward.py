@@ -41,7 +41,7 @@ def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise ValueError("exact_forward computes by kernels that run on a CPU alone; move the model there")
-    vml_warmup.settle()
+    vml_warmup.initialize()
     if max_model_len is not None:
         look_up_angles(model, max_model_len)
     register_exact_attention()
@@ -76,11 +76,11 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     >>> w.grad.shape
     torch.Size([2, 3])
     """
-    out: Tensor = _ExactLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    out: Tensor = _LinearWithGradients.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 
-class _ExactLinear(torch.autograd.Function):
+class _LinearWithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)

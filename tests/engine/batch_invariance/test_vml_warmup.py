@@ -69,7 +69,7 @@ def test_the_first_call_is_one_numbers(
 
 
 def test_the_control(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
-    monkeypatch.setattr(vml_warmup, "settle", lambda: None)
+    monkeypatch.setattr(vml_warmup, "initialize", lambda: None)
     with Calls() as calls:
         served(tiny_model("qwen3"))
     assert calls.sizes[0] > 1

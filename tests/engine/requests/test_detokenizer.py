@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from conftest import trained_tokenizer
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import TokenOutput
-from myserve.engine.requests.detokenizer import Detokenizer, Released
+from myserve.engine.requests.detokenizer import Detokenizer, ReleasedText
 from myserve.engine.token_bytes import TokenBytes
 
 TABLE = TokenBytes(trained_tokenizer(), 400)
@@ -23,7 +23,7 @@ def token(token_id: int) -> TokenOutput:
     return TokenOutput(token_id, logprob=-1.0, sampling_logprob=-1.0)
 
 
-def detokenize(token_ids: list[int], **params: object) -> list[Released]:
+def detokenize(token_ids: list[int], **params: object) -> list[ReleasedText]:
     """Everything that is released, up to a match or the end."""
     detokenizer = Detokenizer(TABLE, SamplingParams(**params))
     released = []
@@ -34,15 +34,15 @@ def detokenize(token_ids: list[int], **params: object) -> list[Released]:
     return [*released, detokenizer.end()]
 
 
-def text_of(released: list[Released]) -> str:
+def text_of(released: list[ReleasedText]) -> str:
     return "".join(r.text for r in released)
 
 
-def shown(released: list[Released]) -> list[int]:
+def shown(released: list[ReleasedText]) -> list[int]:
     return [t.token_id for r in released for t in r.tokens]
 
 
-def hidden(released: list[Released]) -> list[int]:
+def hidden(released: list[ReleasedText]) -> list[int]:
     return [t.token_id for r in released for t in r.stop_tokens]
 
 

@@ -30,9 +30,9 @@ from myserve.engine.mixers.attention import dense_attention
 from myserve.engine.mixers.device_pages import FLASH_BLOCK, Heads, find_flash
 from myserve.engine.runner import device_backend as backends
 from myserve.engine.runner import self_test
-from myserve.engine.runner.device_backend import Backend, device_backend, heads_of
+from myserve.engine.runner.device_backend import DeviceBackend, device_backend, heads_of
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Piece
+from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.steps import fixed_rows
 from myserve.engine.steps.cuda_graphs import WARM_UPS, Graphs
 from myserve.engine.steps.fixed_rows import FIXED_ROWS, fixed_experts_forward, groups
@@ -109,7 +109,7 @@ def open_engine(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Eng
     """An engine on a backend that is made for its model."""
     engines: dict[tuple[object, ...], Engine] = {}
 
-    def open_(arch: str, make: Callable[[Any], Backend], **config: object) -> Engine:
+    def open_(arch: str, make: Callable[[Any], DeviceBackend], **config: object) -> Engine:
         key = (arch, make, *sorted(config.items()))
         if key not in engines:
             settled = EngineConfig(**({"num_blocks": 128} | config))  # type: ignore[arg-type]
@@ -123,13 +123,13 @@ def open_engine(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Eng
         engine.shutdown()
 
 
-def on_pages(model: Any) -> Backend:
+def on_pages(model: Any) -> DeviceBackend:
     """All of a GPU's way."""
     made = device_backend(heads_of(model), CPU, flash_on_a_cpu)
     return replace(made, recorder=Reruns, settings=(FIXED_ROWS,))
 
 
-def on_libraries(model: Any) -> Backend:
+def on_libraries(model: Any) -> DeviceBackend:
     """PyTorch's products in fixed rows, and our attention: in float32, where PyTorch's own depends on its rows."""
     return replace(backends.CPU, packs=False, recorder=None, settings=(FIXED_ROWS,))
 
@@ -154,13 +154,13 @@ PROOFS = [
 @each_way
 @pytest.mark.parametrize("proof", PROOFS)
 def test_what_is_proved_of_a_cpu(
-    proof: Any, way: Callable[[Any], Backend], arch: str, dtype: str, open_engine: Callable[..., Engine]
+    proof: Any, way: Callable[[Any], DeviceBackend], arch: str, dtype: str, open_engine: Callable[..., Engine]
 ) -> None:
     proof(arch, dtype, lambda arch, **config: open_engine(arch, way, **config))
 
 
 def test_control_without_fixed_rows_the_batch_shows(open_engine: Callable[..., Engine]) -> None:
-    def in_any_rows(model: Any) -> Backend:
+    def in_any_rows(model: Any) -> DeviceBackend:
         return replace(on_libraries(model), settings=(0,))
 
     engine = open_engine("llama", in_any_rows, dtype="float32", prefix_caching=False)
@@ -204,7 +204,7 @@ def test_steps_are_replayed_and_prompts_are_among_them(open_engine: Callable[...
 def test_decodes_are_recorded_by_their_number_where_rows_are_not_fixed(
     open_engine: Callable[..., Engine],
 ) -> None:
-    def in_any_rows(model: Any) -> Backend:
+    def in_any_rows(model: Any) -> DeviceBackend:
         return replace(on_pages(model), settings=(0,))
 
     engine = open_engine("qwen3", in_any_rows, dtype="bfloat16")
@@ -253,15 +253,15 @@ def test_new_weights_are_those_that_compute(arch: str, open_engine: Callable[...
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=8), st.integers(1, 70), st.data())
 def test_groups_are_the_step_in_its_order(counts: list[int], size: int, data: st.DataObject) -> None:
     request = Request(id="0", prompt_token_ids=[1] * 300, max_tokens=1)
-    pieces = [Piece(request, 7 * i, count) for i, count in enumerate(counts)]
+    scheduled = [ScheduledTokens(request, 7 * i, count) for i, count in enumerate(counts)]
     total = sum(counts)
     wanted = sorted(data.draw(st.sets(st.integers(0, total - 1), max_size=9)))
-    made = list(groups(pieces, wanted, size))
-    sizes = [sum(piece.count for piece in group) for group, _ in made]
+    made = list(groups(scheduled, wanted, size))
+    sizes = [sum(part.count for part in group) for group, _ in made]
     assert sizes[:-1] == [size] * (len(sizes) - 1) and 0 < sizes[-1] <= size and sum(sizes) == total
     assert [g * size + row for g, (_, rows) in enumerate(made) for row in rows] == wanted
     positions = [p.start + i for group, _ in made for p in group for i in range(p.count)]
-    assert positions == [piece.start + i for piece in pieces for i in range(piece.count)]
+    assert positions == [part.start + i for part in scheduled for i in range(part.count)]
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "mixtral", "gpt_oss"])
@@ -292,7 +292,7 @@ def test_the_first_setting_that_is_found_exact_is_taken(
             return tried[-1] in good
 
         tried.clear()
-        monkeypatch.setattr(self_test, "check_packing", check)
+        monkeypatch.setattr(self_test, "is_batch_invariant", check)
         return self_test.settle(runner, 384), runner.exact_report.fixed_rows
 
     assert (found((0, 64)), tried) == ((True, 0), [0])
@@ -314,11 +314,11 @@ def test_the_probe_finds_rows_that_only_a_crowd_changes(
 
     monkeypatch.setattr(runner.recorded_steps, "usable", False)
     monkeypatch.setattr(runner, "_run_model", shaken)
-    assert self_test.check_packing(runner, 384), "products of our own are not asked"
+    assert self_test.is_batch_invariant(runner, 384), "products of our own are not asked"
     monkeypatch.setattr(runner, "backend", replace(backends.CPU, packs=False))
-    assert not self_test.check_packing(runner, 384)
+    assert not self_test.is_batch_invariant(runner, 384)
     monkeypatch.setattr(self_test, "CROWD", (1, 14, 57, 121))
-    assert self_test.check_packing(runner, 384), "only the large crowd showed it"
+    assert self_test.is_batch_invariant(runner, 384), "only the large crowd showed it"
 
 
 def test_sums_are_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,9 +482,11 @@ def test_a_forward_that_cannot_be_captured_runs_as_it_is() -> None:
     cuda = FakeCuda()
     with pytest.raises(NotRecordableError, match=r"not permitted when stream is capturing$"):
         Graphs(CPU, 8, cuda)(lambda: asks(inputs_of_one()))
-    steps = RecordedSteps(asks, inputs_of_one(), Graphs(CPU, 8, cuda), lambda pieces, wanted: Shape(1, 1, 1))
+    steps = RecordedSteps(
+        asks, inputs_of_one(), Graphs(CPU, 8, cuda), lambda scheduled, wanted: Shape(1, 1, 1)
+    )
     request = Request(id="0", prompt_token_ids=[7], max_tokens=1, block_table=[0])
-    logits = steps.logits([Piece(request, 0, 1)], [0])
+    logits = steps.logits([ScheduledTokens(request, 0, 1)], [0])
     assert logits is not None and logits.tolist() == [[7.0]] and not steps.usable
 
 
@@ -509,7 +511,7 @@ def test_a_step_is_written_once_the_last_is_sent_and_sent_in_one_copy(
     monkeypatch.setattr(StepInputs, "_write", lambda self, *args: (done.append("write"), write(self, *args)))
     inputs = StepInputs.of(Shape(6, 3, 2), OneCache(), 5)
     request = Request(id="0", prompt_token_ids=list(range(50, 63)), max_tokens=1, block_table=[9, 4, 7, 2])
-    inputs.cut(Shape(4, 2, 1)).fill([Piece(request, 10, 3)], [2])
+    inputs.cut(Shape(4, 2, 1)).fill([ScheduledTokens(request, 10, 3)], [2])
     assert done == ["wait", "write", "send"]
     part, context = inputs.cut(Shape(4, 2, 1)), inputs.cut(Shape(4, 2, 1)).context
     assert part.ids.tolist() == [[60, 61, 62, 0]] and part.positions.tolist() == [[10, 11, 12, 0]]

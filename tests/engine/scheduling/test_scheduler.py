@@ -31,7 +31,7 @@ def request(prompt_len: int = 6, max_tokens: int = 8, arrival: int = 0, **fields
 
 
 def plan(batch: Batch) -> list[tuple[str, int, int]]:
-    return [(p.request.id, p.start, p.count) for p in batch.pieces]
+    return [(p.request.id, p.start, p.count) for p in batch.scheduled]
 
 
 def run(scheduler: Scheduler, token: int | None = 5) -> Batch:
@@ -153,7 +153,7 @@ def test_n_choices_cost_one_prefill_and_share_its_blocks() -> None:
     assert batch.draws == [(leader, 0), (followers[0], 0), (followers[1], 0)]
     assert all(f.block_table[0] == leader.block_table[0] for f in followers)
     assert batch.copies == [(leader.block_table[1], f.block_table[1]) for f in followers]
-    assert len(run(scheduler).pieces) == 3
+    assert len(run(scheduler).scheduled) == 3
 
 
 def test_siblings_that_do_not_fit_queue_like_anyone() -> None:
@@ -252,7 +252,7 @@ class RandomLives(RuleBasedStateMachine):
     def step(self, drawn: list[int | None]) -> None:
         had_work = self.scheduler.has_work
         batch = self.scheduler.schedule(0.0)
-        assert bool(batch.pieces) == had_work, "there is work, and nothing is planned"
+        assert bool(batch.scheduled) == had_work, "there is work, and nothing is planned"
         assert batch.num_tokens <= 12
         assert all(request.state is State.RUNNING for request, _ in batch.draws)
         self.scheduler.update(batch, drawn[: len(batch.draws)], 0.0)

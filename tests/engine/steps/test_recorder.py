@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.config import EngineConfig
 from myserve.engine.runner.model_runner import ModelRunner
-from myserve.engine.runner.self_test import check_packing
+from myserve.engine.runner.self_test import is_batch_invariant
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, Piece
+from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
 from myserve.engine.steps.inputs import Shape
 from myserve.engine.steps.launches import Launches, Operation
 from myserve.engine.steps.recorder import NotRecordableError, Pool, Recording
@@ -164,7 +164,7 @@ def step(runner: ModelRunner, counts: list[int], seed: int) -> Tensor:
         prompt = [rng.randrange(384) for _ in range(count + rng.randint(0, 89))]
         request = Request(id=str(number), prompt_token_ids=prompt, max_tokens=1)
         request.block_table = [pages.pop() for _ in range(0, len(prompt), runner.kv_cache.block_size)]
-        batch.add(Piece(request, len(prompt) - count, count))
+        batch.add(ScheduledTokens(request, len(prompt) - count, count))
     with torch.inference_mode():
         return runner.forward(batch, [end - 1 for end in accumulate(counts)]).clone()
 
@@ -225,8 +225,11 @@ def test_a_recording_has_room_for_its_step() -> None:
     request = Request(id="0", prompt_token_ids=[1] * 600, max_tokens=1)
     for requests in (1, 2, 17, 64):
         for rows in range(requests, MOST_ROWS + 1):
-            pieces = [Piece(request, 0, rows - requests + 1), *[Piece(request, 0, 1)] * (requests - 1)]
-            shape = shape_for(pieces, requests)
+            scheduled = [
+                ScheduledTokens(request, 0, rows - requests + 1),
+                *[ScheduledTokens(request, 0, 1)] * (requests - 1),
+            ]
+            shape = shape_for(scheduled, requests)
             assert shape is not None and shape.rows >= rows and shape.requests >= requests <= shape.wanted
             assert (shape.rows == shape.requests) == (rows == requests), (
                 "only decodes are known by their number"
@@ -253,7 +256,7 @@ def test_both_kinds_of_recording_are_proved_before_anybody_asks(
 ) -> None:
     """A proof computes a step twice: not one of a user's."""
     runner = make_runner(tiny_model("qwen3"), "float32")
-    assert check_packing(runner, 384)
+    assert is_batch_invariant(runner, 384)
     computed = []
     monkeypatch.setattr(runner.recorded_steps, "_forward", lambda inputs: computed.append(inputs))
     for counts in ([2, 1], [1]):  # shapes that the check has recorded

@@ -60,11 +60,11 @@ def test_who_leaves_does_not_cancel_the_load_for_the_others() -> None:
     models = Models(ECHO, loader)
 
     async def scene() -> ServedModel:
-        impatient = asyncio.create_task(models.get("a"))
+        timeout_protocol = asyncio.create_task(models.get("a"))
         patient = asyncio.create_task(models.get("a"))
         await asyncio.sleep(0.01)
-        impatient.cancel()
-        await asyncio.gather(impatient, return_exceptions=True)
+        timeout_protocol.cancel()
+        await asyncio.gather(timeout_protocol, return_exceptions=True)
         loader.release.set()
         return await patient
 

@@ -21,7 +21,7 @@ from myserve.core.stages import (
 from myserve.core.transfer import send, upload
 
 
-class Scratch:
+class ScoreScratch:
     """Memory for one batch of scores, kept: a fresh 40 MB a step costs more in page faults than the copy itself."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Scratch:
         return memory[:size].view(scores.shape).copy_(scores)
 
 
-def edit(raw: Tensor, rows: Sequence[RowState], scratch: Scratch) -> Tensor:
+def edit(raw: Tensor, rows: Sequence[RowState], scratch: ScoreScratch) -> Tensor:
     """The scores [B, V] after stages 1 to 4: `raw` itself where no row asks for any, else a copy in `scratch`."""
     if not any(row.edits_scores for row in rows):
         return raw

@@ -22,7 +22,7 @@ SMALLEST_NORMAL = 2.0**-126
 SCORES_A_THREAD = 1 << 18  # scores that are worth waking another thread for
 
 
-class Drawn(NamedTuple):
+class CompiledDraw(NamedTuple):
     """What the compiled draw gives, a row each: Python lists."""
 
     tokens: list[int]  # -1: nothing to draw; the maxima say why
@@ -101,7 +101,7 @@ def best_tokens(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
     return ids, values
 
 
-def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
+def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> CompiledDraw:
     """Draw every row of CPU float32 `edited` [B, V], the raw scores after stages 1 to 4."""
     # compiled, or loaded: on first use, not at import
     from myserve.core.compiled import draw_kernel, entry_points
@@ -115,7 +115,7 @@ def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> Drawn:
     masses = torch.full((B, 2), int(MASS_ONE))  # a row without a draw leaves its own as it is
     arrays = (raw, edited, numbers, top_k, keys, tokens, floats, masses)
     _over_threads(entry_points.draw_rows(), *arrays, work_rows=draw_kernel.WORK_ROWS)
-    return Drawn(tokens.tolist(), *floats.T.tolist(), *masses.T.tolist())
+    return CompiledDraw(tokens.tolist(), *floats.T.tolist(), *masses.T.tolist())
 
 
 def _numbers(row: RowState) -> tuple[float, float, float, float]:

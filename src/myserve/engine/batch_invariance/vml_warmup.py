@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def settle() -> None:
+def initialize() -> None:
     """Has the library find out what CPU this is, which it does at its first call and without a lock.
 
     Until then threads that share a large cosine may each take a part of it to another precision. One number is

@@ -288,7 +288,7 @@ def _attend_tile(
 
 
 @njit(error_model="numpy")
-def _clear_rows_of_nobody(a: Record, first: int, size: int) -> None:
+def _zero_padding_rows(a: Record, first: int, size: int) -> None:
     row = a.kv_heads * a.group * a.head_dim * size
     carray(view(a.out + first * row, np.uint8(0)), (a.tokens - first) * row)[:] = np.uint8(0)
 
@@ -319,7 +319,7 @@ def _attend(a: Record, kind: Kind) -> None:
         get_tiles(found)
         set_tiles(a.tiles)
     if thread == 0:
-        _clear_rows_of_nobody(a, query_start[a.requests], size_of(kind))
+        _zero_padding_rows(a, query_start[a.requests], size_of(kind))
     item = next_item(a)
     request, before, tiles = _find(a, item, 0, 0, step)
     while request < a.requests:

@@ -86,7 +86,7 @@ def _compiled(record: np.dtype[np.void], function: Callable[[Any], None]) -> Any
         return cfunc(signature)(function)
 
 
-class Scratch:
+class KernelScratch:
     """Memory that grows. What was outgrown stays, for a recorded launch may know its address."""
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Workspace(threading.local):
         self.record = ctypes.create_string_buffer(_RECORD_BYTES)
         self.record_address = ctypes.addressof(self.record)
         self.launches: list[Any] | None = None
-        self.memory = Scratch()
+        self.memory = KernelScratch()
 
     def scratch(self, size: int) -> int:
         """The address of at least `size` bytes, at a cache line."""
@@ -129,7 +129,7 @@ def this_thread() -> Workspace:
 
 
 @contextmanager
-def recording(scratch: Scratch) -> Iterator[list[Any]]:
+def recording(scratch: KernelScratch) -> Iterator[list[Any]]:
     """Every kernel call that this thread makes meanwhile, also appended to the list, in its order.
 
     They use a scratch of their own: who replays them may be another thread, and this one may compute meanwhile, or end.

@@ -19,7 +19,7 @@ UNKNOWN = -1  # where a token ends whose last character is not complete yet
 
 
 @dataclass(frozen=True, slots=True)
-class Released:
+class ReleasedText:
     """What became final: text with its tokens, and at the end the tokens that have no text in the output."""
 
     text: str = ""
@@ -45,7 +45,7 @@ class Detokenizer:
         self._given = 0  # characters released
         self._text = ""  # the characters from _given to _safe
 
-    def feed(self, token: TokenOutput) -> Released:
+    def feed(self, token: TokenOutput) -> ReleasedText:
         """Take the next token; give what is final by now."""
         self._num_tokens += 1
         data = b"" if token.token_id in self._hidden else self._table[token.token_id]
@@ -61,7 +61,7 @@ class Detokenizer:
             self._pass(text)
         return self._release_all(matched) if matched is not None else self._release_whole_tokens()
 
-    def end(self, stop_token: TokenOutput | None = None) -> Released:
+    def end(self, stop_token: TokenOutput | None = None) -> ReleasedText:
         """The completion is over: give what was held back. `stop_token` is an EOS or stop id, which has no text."""
         tail = self._decoder.decode(b"", final=True)  # half a character becomes U+FFFD
         self._decoded += len(tail)
@@ -71,7 +71,7 @@ class Detokenizer:
             self._pass(self._matcher.flush())
         released = self._release_all(matched)
         stop_tokens = released.stop_tokens + ((stop_token,) if stop_token else ())
-        return Released(released.text, released.tokens, stop_tokens, matched)
+        return ReleasedText(released.text, released.tokens, stop_tokens, matched)
 
     def _scan(self, text: str) -> str | None:
         """Let the text through up to what may be the beginning of a stop string; the one that ends it, if one does."""
@@ -92,15 +92,15 @@ class Detokenizer:
                 break
             self._held[i] = (token, self._decoded)
 
-    def _release_whole_tokens(self) -> Released:
+    def _release_whole_tokens(self) -> ReleasedText:
         tokens: list[TokenOutput] = []
         upto = self._given
         while self._held and UNKNOWN != self._held[0][1] <= self._safe:
             token, upto = self._held.popleft()
             tokens.append(token)
-        return Released(self._take(upto), tuple(tokens))
+        return ReleasedText(self._take(upto), tuple(tokens))
 
-    def _release_all(self, matched: str | None) -> Released:
+    def _release_all(self, matched: str | None) -> ReleasedText:
         """Everything safe goes out; a token that begins behind it has no text in the output."""
         tokens: list[TokenOutput] = []
         stop_tokens: list[TokenOutput] = []
@@ -110,7 +110,7 @@ class Detokenizer:
             (stop_tokens if ended_before else tokens).append(token)
             start = self._decoded if end == UNKNOWN else end
         self._held.clear()
-        return Released(self._take(self._safe), tuple(tokens), tuple(stop_tokens), matched)
+        return ReleasedText(self._take(self._safe), tuple(tokens), tuple(stop_tokens), matched)
 
     def _take(self, upto: int) -> str:
         n = upto - self._given

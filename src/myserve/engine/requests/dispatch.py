@@ -7,18 +7,18 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from myserve.engine.requests.admission import Submission
-from myserve.engine.requests.stream import Outcome, RequestStream
+from myserve.engine.requests.stream import RequestStream, StepOutcome
 
-Letters = list[tuple[RequestStream, Outcome]]
+Letters = list[tuple[RequestStream, StepOutcome]]
 
 
-class Mail:
+class Dispatcher:
     """Outcomes for the requests of several callers. A loop wakes once for all of its own, not once a token."""
 
     def __init__(self) -> None:
         self._letters: defaultdict[asyncio.AbstractEventLoop, Letters] = defaultdict(list)
 
-    def add(self, owner: Submission, outcome: Outcome) -> None:
+    def add(self, owner: Submission, outcome: StepOutcome) -> None:
         self._letters[owner.loop].append((owner.stream, outcome))
 
     def send(self, nobody_left: Callable[[asyncio.AbstractEventLoop], None]) -> None:

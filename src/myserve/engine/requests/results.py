@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import cast
 
-from myserve.core.sampling import Outcome as Draw
-from myserve.core.sampling import Sampled
+from myserve.core.sampling import Outcome, Sampled
 from myserve.engine.outputs import FinishReason, KeptSet, RequestMetrics, TokenOutput
 from myserve.engine.requests.admission import Submission
-from myserve.engine.requests.stream import Outcome
+from myserve.engine.requests.stream import StepOutcome
 from myserve.engine.scheduling.request import Request
 
 
 def outcome_of(
     request: Request,
-    draw: Draw,
+    draw: Outcome,
     routed_experts: bytes | None,
     ended: str | None,
     owner: Submission,
@@ -22,16 +21,16 @@ def outcome_of(
     now: float,
     *,
     closed_early: bool,
-) -> Outcome:
+) -> StepOutcome:
     """What one draw means to the choice that it was made for. `now` in unix seconds; `closed_early`: its grammar was
     brought to an end for `max_tokens`."""
     if not isinstance(draw, Sampled):
-        return Outcome(request.index, finish_reason="error", error=draw)
+        return StepOutcome(request.index, finish_reason="error", error=draw)
     stopped = ended == "stop"
     reason: int | str | None = owner.ends.reason(draw.token_id) if stopped else None
     if stopped and reason is None and closed_early:
         reason = "max_tokens"
-    return Outcome(
+    return StepOutcome(
         request.index,
         token=token_output(
             draw,

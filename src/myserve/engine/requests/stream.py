@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
-from myserve.engine.requests.detokenizer import Detokenizer, Released
+from myserve.engine.requests.detokenizer import Detokenizer, ReleasedText
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StepOutcome:
     """What one step brought one choice: a token, an end, or both."""
 
     index: int
@@ -76,13 +76,13 @@ class RequestStream(AsyncIterator[Delta]):
     async def aclose(self) -> None:
         self.abort()
 
-    def receive(self, outcome: Outcome) -> None:
+    def receive(self, outcome: StepOutcome) -> None:
         """Turn a raw token into text: on the event loop, so that no step of the engine waits for it."""
         index = outcome.index
         if index not in self._open:
             return  # a stop string ended this choice while the engine was a token ahead
         detokenizer = self._detokenizers[index]
-        released = Released()
+        released = ReleasedText()
         if outcome.token is not None and not outcome.hides_token:
             released = detokenizer.feed(outcome.token)
         if released.matched is not None:
@@ -98,10 +98,10 @@ class RequestStream(AsyncIterator[Delta]):
     def _finish(
         self,
         index: int,
-        released: Released,
+        released: ReleasedText,
         reason: FinishReason,
         stop_reason: int | str | None = None,
-        outcome: Outcome | None = None,
+        outcome: StepOutcome | None = None,
     ) -> None:
         self._open.discard(index)
         self._push(
@@ -123,8 +123,8 @@ class RequestStream(AsyncIterator[Delta]):
         self._wake.set()
 
 
-def _joined(first: Released, then: Released) -> Released:
-    return Released(
+def _joined(first: ReleasedText, then: ReleasedText) -> ReleasedText:
+    return ReleasedText(
         first.text + then.text,
         first.tokens + then.tokens,
         first.stop_tokens + then.stop_tokens,

@@ -28,7 +28,7 @@ from myserve.engine.steps.recordings import MOST_REQUESTS, Record
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
+class DeviceBackend:
     """How the engine computes on one device."""
 
     device: torch.device
@@ -56,7 +56,7 @@ class Backend:
         return 2 * self.block_size * num_kv_heads * head_dim * dtype.itemsize
 
 
-CPU = Backend(
+CPU = DeviceBackend(
     device=torch.device("cpu"),
     attention="kernels",
     block_size=BLOCK_SIZE,
@@ -67,7 +67,7 @@ CPU = Backend(
 )
 
 
-def backend_for(model: Any, device: torch.device, *, exact: bool) -> Backend:
+def backend_for(model: Any, device: torch.device, *, exact: bool) -> DeviceBackend:
     """Of a loaded model. `exact`: also sets, for the process, what sums on a GPU need."""
     if device.type == "cpu":
         return CPU
@@ -77,10 +77,10 @@ def backend_for(model: Any, device: torch.device, *, exact: bool) -> Backend:
     return device_backend(heads_of(model), device, varlen)
 
 
-def device_backend(heads: Heads, device: torch.device, varlen: VarlenAttention | None) -> Backend:
+def device_backend(heads: Heads, device: torch.device, varlen: VarlenAttention | None) -> DeviceBackend:
     """Of a device that our kernels do not run on. Where nothing is gathered, steps can be recorded."""
     flash, found = find_flash(heads, device, varlen)
-    return Backend(
+    return DeviceBackend(
         device=device,
         attention=found,
         block_size=PLAIN_BLOCK if flash is None else FLASH_BLOCK,

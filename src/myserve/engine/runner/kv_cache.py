@@ -13,7 +13,7 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.memory import huge_pages
 from myserve.engine.memory.device import free_memory
 from myserve.engine.memory.prefault import HUGE_PAGE
-from myserve.engine.runner.device_backend import Backend, head_size, kv_heads
+from myserve.engine.runner.device_backend import DeviceBackend, head_size, kv_heads
 
 FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
 
@@ -28,7 +28,9 @@ class KVCache:
     prompt that is the first to write there waits for it, a tenth of its time: `make_ready` does so before.
     """
 
-    def __init__(self, hf_config: Any, dtype: torch.dtype, backend: Backend, config: EngineConfig) -> None:
+    def __init__(
+        self, hf_config: Any, dtype: torch.dtype, backend: DeviceBackend, config: EngineConfig
+    ) -> None:
         self.device, self.block_size, self.pages = backend.device, backend.block_size, backend.pages
         heads, head_dim = kv_heads(hf_config), head_size(hf_config)
         num_layers = hf_config.num_hidden_layers
@@ -68,7 +70,7 @@ class KVCache:
             values[targets] = values[sources]
 
 
-def _affordable_blocks(size: int, hf_config: Any, backend: Backend, config: EngineConfig) -> int:
+def _affordable_blocks(size: int, hf_config: Any, backend: DeviceBackend, config: EngineConfig) -> int:
     """As many blocks as the budget pays for; never more than `max_num_seqs` full contexts could use."""
     budget = config.kv_cache_bytes or int(FREE_SHARE * free_memory(backend.device))
     longest = (

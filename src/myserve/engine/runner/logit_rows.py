@@ -45,7 +45,7 @@ class LogitRows:
     def _logits(self, hidden: Tensor) -> Tensor:  # [1, T, D] -> [T, V]
         name = self._model.base_model_prefix
         body = getattr(self._model, name)
-        setattr(self._model, name, _Repeats(type(self._said[0])(last_hidden_state=hidden)))
+        setattr(self._model, name, _CachedBody(type(self._said[0])(last_hidden_state=hidden)))
         try:
             nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
             logits: Tensor = self._model(input_ids=nothing, use_cache=False).logits[0]
@@ -54,7 +54,7 @@ class LogitRows:
         return logits
 
 
-class _Repeats(nn.Module):
+class _CachedBody(nn.Module):
     """A body that says what was said before."""
 
     def __init__(self, output: Any) -> None:

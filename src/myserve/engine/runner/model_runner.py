@@ -22,12 +22,12 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.constraints.factory import MaskAhead
 from myserve.engine.memory import prefault
 from myserve.engine.outputs import PromptLogprob
-from myserve.engine.runner.device_backend import Backend, backend_for
+from myserve.engine.runner.device_backend import DeviceBackend, backend_for
 from myserve.engine.runner.kv_cache import KVCache
 from myserve.engine.runner.logit_rows import LogitRows, keep_rows
-from myserve.engine.runner.routed_experts import Heard, RoutedExperts
+from myserve.engine.runner.routed_experts import RoutedExperts, RoutingCapture
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, Piece
+from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
 from myserve.engine.steps.fixed_rows import (
     FIXED_EXPERTS,
     experts_implementation,
@@ -67,7 +67,9 @@ class StepResult:
 class ModelRunner:
     """Runs one model. Keeps, for each live request, its sampling state, and the prompt logprobs gathered so far."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, backend: Backend | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, backend: DeviceBackend | None = None
+    ) -> None:
         """`backend`: how to compute; None: as the model's device asks for."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -163,27 +165,27 @@ class ModelRunner:
         return StepResult(draws, routed, scored, failed, sampling)
 
     def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
-        """Run the pieces, packed; the logits [len(wanted), V] of the packed rows that are wanted.
+        """Run the scheduled, packed; the logits [len(wanted), V] of the packed rows that are wanted.
 
         They may lie in memory that the next call writes again.
         """
-        replay = not any(self._is_listened_to(piece.request) for piece in batch.pieces)
+        replay = not any(self._is_listened_to(part.request) for part in batch.scheduled)
         if self._fixed_rows:
-            parts = list(groups(batch.pieces, wanted, self._fixed_rows))
+            parts = list(groups(batch.scheduled, wanted, self._fixed_rows))
             if len(parts) > 1:  # a copy of each, for they lie in the same memory
                 return torch.cat([self._logits(*part, replay=replay).clone() for part in parts])
-        return self._logits(batch.pieces, wanted, replay=replay)
+        return self._logits(batch.scheduled, wanted, replay=replay)
 
-    def _logits(self, pieces: Sequence[Piece], wanted: Sequence[int], *, replay: bool) -> Tensor:
+    def _logits(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int], *, replay: bool) -> Tensor:
         """Of one forward pass, recorded or not."""
-        recorded = self.recorded_steps.logits(pieces, wanted) if replay else None
+        recorded = self.recorded_steps.logits(scheduled, wanted) if replay else None
         if recorded is not None:
             return recorded
         if not self._fixed_rows:
-            return self._run_model(StepInputs.exactly(pieces, wanted, self.kv_cache, self._max_blocks))
+            return self._run_model(StepInputs.unpadded(scheduled, wanted, self.kv_cache, self._max_blocks))
         shape = fixed_shape(self._fixed_rows, len(wanted))
         inputs = StepInputs.of(shape, self.kv_cache, self._max_blocks)
-        inputs.fill(pieces, wanted)
+        inputs.fill(scheduled, wanted)
         return self._run_model(inputs)[: len(wanted)]
 
     def _is_listened_to(self, request: Request) -> bool:
@@ -205,12 +207,14 @@ class ModelRunner:
         return logits
 
     def _wanted_positions(self, batch: Batch) -> list[int]:
-        """Packed rows that are drawn from: the last of each piece that draws."""
+        """Packed rows that are drawn from: the last of each part that draws."""
         drawing = sorted(set(_drawing_positions(batch)))
         return drawing or [batch.num_tokens - 1]  # a model cannot be asked for no logits
 
-    def _listening_for(self, batch: Batch) -> AbstractContextManager[Heard]:
-        return self.routed_experts.listening(any(self._asks_routing(piece.request) for piece in batch.pieces))
+    def _listening_for(self, batch: Batch) -> AbstractContextManager[RoutingCapture]:
+        return self.routed_experts.listening(
+            any(self._asks_routing(part.request) for part in batch.scheduled)
+        )
 
     def _asks_routing(self, request: Request) -> bool:
         row = self._rows.get(request)  # none: the load-time checks', which ask for nothing
@@ -223,33 +227,36 @@ class ModelRunner:
         ]
 
     def _score_prompts(
-        self, batch: Batch, rows: LogitRows, heard: Heard
+        self, batch: Batch, rows: LogitRows, heard: RoutingCapture
     ) -> tuple[dict[Request, tuple[PromptLogprob, ...]], dict[Request, NonFiniteLogitsError]]:
         complete: dict[Request, tuple[PromptLogprob, ...]] = {}
         failed: dict[Request, NonFiniteLogitsError] = {}
         start = 0
-        for piece in batch.pieces:
-            if piece.request in self._scored and piece.start < piece.request.num_prompt_tokens:
+        for part in batch.scheduled:
+            if part.request in self._scored and part.start < part.request.num_prompt_tokens:
                 try:
-                    self._score_piece(piece, rows.from_row(start), heard.from_row(start))
+                    self._score_prompt(part, rows.from_row(start), heard.from_row(start))
                 except NonFiniteLogitsError as error:
-                    failed[piece.request] = error
-                if len(self._scored[piece.request]) == piece.request.num_prompt_tokens:
-                    complete[piece.request] = tuple(self._scored.pop(piece.request))
-            start += piece.count
+                    failed[part.request] = error
+                if len(self._scored[part.request]) == part.request.num_prompt_tokens:
+                    complete[part.request] = tuple(self._scored.pop(part.request))
+            start += part.count
         return complete, failed
 
-    def _score_piece(self, piece: Piece, logits: LogitRows, heard: Heard) -> None:  # logits [count, V]
-        """Row i gives the logprob of token i + 1; the rows behind the prompt's end score nothing."""
-        request, gathered = piece.request, self._scored[piece.request]
-        first = max(piece.start, len(gathered) - 1)  # a preempted prompt is not scored twice
-        targets = request.prompt_token_ids[first + 1 : piece.start + piece.count + 1]
+    def _score_prompt(self, part: ScheduledTokens, logits: LogitRows, heard: RoutingCapture) -> None:
+        """Score the prompt's tokens by `logits` [count, V]: row i gives the logprob of token i + 1.
+
+        The rows behind the prompt's end score nothing.
+        """
+        request, gathered = part.request, self._scored[part.request]
+        first = max(part.start, len(gathered) - 1)  # a preempted prompt is not scored twice
+        targets = request.prompt_token_ids[first + 1 : part.start + part.count + 1]
         if targets:
-            rows = logits.from_row(first - piece.start)
+            rows = logits.from_row(first - part.start)
             scores = prompt_logprobs(rows, targets, self._alternatives[request])
             routed: Sequence[bytes | None] = [None] * len(targets)
             if self._asks_routing(request):
-                routed = heard.from_row(first - piece.start).rows(range(len(targets)))
+                routed = heard.from_row(first - part.start).rows(range(len(targets)))
             gathered.extend(
                 PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs, experts)
                 for scored, experts in zip(scores, routed, strict=True)
@@ -271,6 +278,6 @@ class ModelRunner:
 
 
 def _drawing_positions(batch: Batch) -> list[int]:
-    """For each draw, the packed row that it is drawn from: the last of its piece."""
-    last_rows = [end - 1 for end in accumulate(piece.count for piece in batch.pieces)]
-    return [last_rows[piece] for _, piece in batch.draws]
+    """For each draw, the packed row that it is drawn from: the last of its part."""
+    last_rows = [end - 1 for end in accumulate(part.count for part in batch.scheduled)]
+    return [last_rows[part] for _, part in batch.draws]

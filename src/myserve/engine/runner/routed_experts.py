@@ -43,9 +43,9 @@ class RoutedExperts:
         self._experts = [experts for _, experts in moe_layers(model)]
 
     @contextmanager
-    def listening(self, wanted: bool) -> Iterator[Heard]:
+    def listening(self, wanted: bool) -> Iterator[RoutingCapture]:
         """What the forward passes inside this block use. Where it is not wanted, the model is not touched at all."""
-        heard = Heard(self.shape if wanted else None)
+        heard = RoutingCapture(self.shape if wanted else None)
         hooks = [m.register_forward_pre_hook(heard.take) for m in self._experts] if wanted else []
         try:
             yield heard
@@ -54,7 +54,7 @@ class RoutedExperts:
                 hook.remove()
 
 
-class Heard:
+class RoutingCapture:
     """The expert ids of a step's forward passes, in their order: a tensor [T, k] a layer and pass."""
 
     def __init__(self, shape: RoutingShape | None, first_row: int = 0) -> None:
@@ -66,9 +66,9 @@ class Heard:
         """A layer's experts are called with hidden states [T, D], expert ids [T, k] and their weights."""
         self._layers.append(args[1])
 
-    def from_row(self, first: int) -> Heard:
+    def from_row(self, first: int) -> RoutingCapture:
         """The rows from `first` on."""
-        rest = Heard(self._shape, self._first + first)
+        rest = RoutingCapture(self._shape, self._first + first)
         rest._layers = self._layers
         return rest
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from myserve.engine.mixers.attention import ATTENTION_NAME
 from myserve.engine.runner.model_runner import ModelRunner
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, Piece
+from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
 from myserve.errors import UnsupportedModelError
 
 # Of requests that share a step, a short one behind a long one, whose keys would show in it. Together, and the first
@@ -26,21 +26,21 @@ CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: librarie
 AGREEMENT = 0.9
 
 
-def settle(runner: ModelRunner, vocab_size: int) -> bool:
-    """Makes the runner compute in the first way under which rows are found independent; whether there is one.
+def choose_batch_invariant_mode(runner: ModelRunner, vocab_size: int) -> bool:
+    """Set the runner to the first mode whose rows are found batch-invariant; return whether there is one.
 
-    Where there is none, the first is taken, which costs the least. Raises UnsupportedModelError as `check_packing`.
+    Where there is none, the first mode stays, which costs the least. Raises `UnsupportedModelError`.
     """
     for rows in runner.settings:
         runner.use_rows(rows)
-        if check_packing(runner, vocab_size):
+        if is_batch_invariant(runner, vocab_size):
             return True
     runner.use_rows(runner.settings[0])
     return False
 
 
 @torch.inference_mode()
-def check_packing(runner: ModelRunner, vocab_size: int) -> bool:
+def is_batch_invariant(runner: ModelRunner, vocab_size: int) -> bool:
     """Whether every row has the same bits in company and alone, prefilled whole and token by token.
 
     Raises UnsupportedModelError unless packed logits are those of the model's own forward, but for rounding.
@@ -69,7 +69,7 @@ def _compare(runner: ModelRunner, packed: list[Tensor], own: list[Tensor]) -> No
     if not agreement > AGREEMENT:
         raise UnsupportedModelError(
             f"{type(runner.model).__name__} gives other logits packed than alone (correlation {agreement:.3f}): it "
-            "keeps state, masks or positions of its own, so its requests cannot be batched exactly"
+            "keeps state, masks or positions of its own, so its requests cannot be batched unpadded"
         )
 
 
@@ -85,7 +85,7 @@ def _decoded_logits(runner: ModelRunner, prompt: list[int]) -> Tensor:
     rows = []
     for position in range(len(prompt)):
         batch = Batch()
-        batch.add(Piece(request, position, 1))
+        batch.add(ScheduledTokens(request, position, 1))
         rows.append(runner.forward(batch, [0]).clone())
     return torch.cat(rows)
 
@@ -96,7 +96,7 @@ def _packed_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor
     for number, prompt in enumerate(prompts):
         request = Request(id=f"check-{number}", prompt_token_ids=prompt, max_tokens=1)
         request.block_table = [next(blocks) for _ in range(0, len(prompt), runner.kv_cache.block_size)]
-        batch.add(Piece(request, 0, len(prompt)))
+        batch.add(ScheduledTokens(request, 0, len(prompt)))
     logits = runner.forward(batch, list(range(batch.num_tokens))).clone()  # [T, V]
     return list(torch.split(logits, [len(prompt) for prompt in prompts]))
 

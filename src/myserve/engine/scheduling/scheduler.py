@@ -1,4 +1,4 @@
-"""Who runs this step, and on which blocks. Decides and returns the deed; touches no tensor, no clock, no thread."""
+"""Plans one step and returns it as a `Batch`: who runs, on which blocks. Pure: no tensors, no clocks, no threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from myserve.engine.scheduling.waiting import WaitingRequests
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ScheduledTokens:
     """Tokens [start, start + count) of one request, to be run in this step."""
 
     request: Request
@@ -22,21 +22,21 @@ class Piece:
 
 @dataclass(slots=True)
 class Batch:
-    """What one step does: run the pieces, copy blocks that forked, then draw a token for each of `draws`.
+    """One step: run the scheduled tokens, copy blocks that forked, then draw a token for each of `draws`.
 
-    `draws` pairs a request with the piece whose last position gives its logits: its own, or its leader's.
+    `draws` pairs a request with the scheduled tokens whose last position gives its logits: its own, or its leader's.
     """
 
-    pieces: list[Piece] = field(default_factory=list)
+    scheduled: list[ScheduledTokens] = field(default_factory=list)
     draws: list[tuple[Request, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block), after the forward
     num_tokens: int = 0
-    num_prefill_tokens: int = 0  # of num_tokens, those in pieces of more than one
+    num_prefill_tokens: int = 0  # of num_tokens, those of requests that run more than one
 
-    def add(self, piece: Piece) -> None:
-        self.pieces.append(piece)
-        self.num_tokens += piece.count
-        self.num_prefill_tokens += piece.count if piece.count > 1 else 0
+    def add(self, part: ScheduledTokens) -> None:
+        self.scheduled.append(part)
+        self.num_tokens += part.count
+        self.num_prefill_tokens += part.count if part.count > 1 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,6 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
-
-    @property
-    def num_requests(self) -> int:
-        return len(self.running) + len(self.waiting) + len(self.held)
 
     # ---- coming in and going out
 
@@ -125,13 +121,13 @@ class Scheduler:
     # ---- new weights
 
     @property
-    def begun(self) -> list[Request]:
-        """Who has tokens, or is being computed: in flight."""
+    def in_flight(self) -> list[Request]:
+        """The requests that have tokens, or are being computed."""
         return self.running + [r for r in self.waiting if r.num_output_tokens]
 
     def drain(self) -> None:
         """From now on only who is in flight goes on, with the siblings that belong to it; all others wait."""
-        self._draining = {r.arrival for r in self.begun}
+        self._draining = {r.arrival for r in self.in_flight}
 
     @property
     def is_drained(self) -> bool:
@@ -257,14 +253,14 @@ class Scheduler:
 
     def _plan(self, request: Request, count: int, batch: Batch) -> None:
         """Run `count` tokens of `request`; where they are its last known ones, draw its next, and its followers'."""
-        batch.add(Piece(request, request.num_computed_tokens, count))
+        batch.add(ScheduledTokens(request, request.num_computed_tokens, count))
         if count < request.num_pending_tokens:
             return
-        piece = len(batch.pieces) - 1
-        batch.draws.append((request, piece))
+        part = len(batch.scheduled) - 1
+        batch.draws.append((request, part))
         for sibling in request.siblings:
             if sibling.state is State.HELD and self._fork(request, sibling, batch):
-                batch.draws.append((sibling, piece))
+                batch.draws.append((sibling, part))
         self._release_siblings(request)
 
     def _fork(self, leader: Request, sibling: Request, batch: Batch) -> bool:
@@ -308,10 +304,10 @@ class Scheduler:
 
         Returns who ended, and why: "stop", "length", or "error" for a row that failed.
         """
-        for piece in batch.pieces:
-            if not piece.request.is_finished:
-                piece.request.num_computed_tokens += piece.count
-                self._publish_full_blocks(piece.request)
+        for part in batch.scheduled:
+            if not part.request.is_finished:
+                part.request.num_computed_tokens += part.count
+                self._publish_full_blocks(part.request)
         ended: list[tuple[Request, str]] = []
         for (request, _), token_id in zip(batch.draws, drawn, strict=True):
             if request.is_finished:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from myserve.engine.batch_invariance.patch import has_experts
-from myserve.engine.scheduling.scheduler import Piece
+from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.steps.inputs import Shape
 
 log = logging.getLogger(__name__)
@@ -30,19 +30,19 @@ FIXED_EXPERTS = "myserve_fixed_rows"  # what a model's `_experts_implementation`
 
 
 def groups(
-    pieces: Sequence[Piece], wanted: Sequence[int], size: int
-) -> Iterator[tuple[list[Piece], list[int]]]:
+    scheduled: Sequence[ScheduledTokens], wanted: Sequence[int], size: int
+) -> Iterator[tuple[list[ScheduledTokens], list[int]]]:
     """The packed rows in groups of `size`, the last of what is left; and of each, which of its rows are wanted.
 
-    Row i of the step is row i % size of group i // size. A piece may be cut; its second part finds the first's keys.
+    Row i of the step is row i % size of group i // size. A part may be cut; its second part finds the first's keys.
     """
-    group: list[Piece] = []
+    group: list[ScheduledTokens] = []
     room, first = size, 0
-    for piece in pieces:
-        start, end = piece.start, piece.start + piece.count
+    for part in scheduled:
+        start, end = part.start, part.start + part.count
         while start < end:
             count = min(room, end - start)
-            group.append(Piece(piece.request, start, count))
+            group.append(ScheduledTokens(part.request, start, count))
             start, room = start + count, room - count
             if room == 0:
                 yield group, _inside(wanted, first, size)

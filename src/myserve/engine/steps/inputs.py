@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from myserve.engine.mixers.attention import PagedContext, Pages
-from myserve.engine.scheduling.scheduler import Piece
+from myserve.engine.scheduling.scheduler import ScheduledTokens
 
 Take = Callable[[int, torch.dtype], Tensor]  # so many numbers of a type, zeroed
 Layers = Sequence[tuple[Tensor, Tensor]]  # (K, V) of each
@@ -95,14 +95,14 @@ class StepInputs:
         return cls(ids[None], positions[None], wanted, context, cache.block_size)
 
     @classmethod
-    def exactly(
-        cls, pieces: Sequence[Piece], wanted: Sequence[int], cache: Cache, max_blocks: int
+    def unpadded(
+        cls, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int], cache: Cache, max_blocks: int
     ) -> StepInputs:
         """With no room left; on a device tables are as wide as ever, for their width is told to its kernels."""
-        shape = Shape(sum(piece.count for piece in pieces), len(pieces), len(wanted))
-        used = max(len(piece.request.block_table) for piece in pieces)
+        shape = Shape(sum(part.count for part in scheduled), len(scheduled), len(wanted))
+        used = max(len(part.request.block_table) for part in scheduled)
         inputs = cls.of(shape, cache, used if cache.pages is None else max_blocks)
-        inputs.fill(pieces, wanted)
+        inputs.fill(scheduled, wanted)
         return inputs
 
     def cut(self, shape: Shape) -> StepInputs:
@@ -125,37 +125,41 @@ class StepInputs:
             self.staging,
         )
 
-    def fill(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> None:
-        """A step's pieces, packed; what room they leave becomes rows of nobody and requests without rows."""
+    def fill(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int]) -> None:
+        """A step's scheduled, packed; what room they leave becomes rows of nobody and requests without rows."""
         if self.host is None or self.staging is None:
-            self._write(pieces, wanted)
+            self._write(scheduled, wanted)
             return
         self.staging.wait()
-        self.host._write(pieces, wanted)
+        self.host._write(scheduled, wanted)
         self.staging.send()
 
-    def _write(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> None:
+    def _write(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int]) -> None:
         """By NumPy's views of the same memory, which are cheaper to assign to."""
         context = self.context
         tables = context.block_tables.numpy()  # [requests, max_blocks]
         starts = context.query_start.numpy()
         lens = context.context_lens.numpy()
-        for number, piece in enumerate(pieces):
-            table = piece.request.block_table
+        for number, part in enumerate(scheduled):
+            table = part.request.block_table
             tables[number, : len(table)] = table
-        counts = np.array([piece.count for piece in pieces])
+        counts = np.array([part.count for part in scheduled])
         ends = counts.cumsum()
-        starts[1 : len(pieces) + 1] = ends
-        starts[len(pieces) + 1 :] = ends[-1]
-        first = np.array([piece.start for piece in pieces])
-        lens[: len(pieces)] = first + counts
-        lens[len(pieces) :] = 0
+        starts[1 : len(scheduled) + 1] = ends
+        starts[len(scheduled) + 1 :] = ends[-1]
+        first = np.array([part.start for part in scheduled])
+        lens[: len(scheduled)] = first + counts
+        lens[len(scheduled) :] = 0
         size = self.block_size
-        owner = np.repeat(np.arange(len(pieces)), counts)  # [T]
+        owner = np.repeat(np.arange(len(scheduled)), counts)  # [T]
         position = np.arange(ends[-1]) + (first - ends + counts)[owner]
         rows = int(ends[-1])
         for tensor, values, nobody in (
-            (self.ids[0], [t for p in pieces for t in p.request.token_ids[p.start : p.start + p.count]], 0),
+            (
+                self.ids[0],
+                [t for p in scheduled for t in p.request.token_ids[p.start : p.start + p.count]],
+                0,
+            ),
             (self.positions[0], position, 0),
             (
                 context.slot_mapping,

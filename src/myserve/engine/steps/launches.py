@@ -88,7 +88,7 @@ def storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def those_that_matter(calls: list[Launch | Operation], out: Tensor) -> list[Launch | Operation]:
+def without_dead_calls(calls: list[Launch | Operation], out: Tensor) -> list[Launch | Operation]:
     """Without the operations whose results nobody reads: neither `out`, nor a later call that matters.
 
     A launch reads what lies at the numbers of its record; one that happens to look like an address keeps a call too

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from myserve.engine.batch_invariance import pointwise
-from myserve.engine.kernels.launch import Scratch, recording
-from myserve.engine.steps.launches import Operation, parts, those_that_matter
+from myserve.engine.kernels.launch import KernelScratch, recording
+from myserve.engine.steps.launches import Operation, parts, without_dead_calls
 
 _aten = torch.ops.aten
 # What a recording cannot hold: a result that Python has looked at, or whose shape the data decides.
@@ -41,7 +41,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.scratch = Scratch()
+        self.scratch = KernelScratch()
         self._blocks: list[Tensor] = []
         self._free: dict[int, list[int]] = defaultdict(list)  # size, a power of two -> addresses
         self._recording = 0
@@ -144,7 +144,7 @@ class Recording:
         with recording(pool.scratch) as calls, _Recorder(calls, pool):
             self.out = forward()
         self._pool = pool
-        self._parts = parts(those_that_matter(calls, self.out))
+        self._parts = parts(without_dead_calls(calls, self.out))
 
     def replay(self) -> Tensor:
         """The result, in the same memory every time."""

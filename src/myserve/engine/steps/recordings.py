@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from myserve.engine.scheduling.scheduler import Piece
+from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.steps.inputs import Shape, StepInputs
 from myserve.engine.steps.recorder import NotRecordableError
 
@@ -25,7 +25,9 @@ LARGEST = Shape(MOST_ROWS, _ROOM, MOST_REQUESTS)
 LARGEST_DECODE = Shape(MOST_REQUESTS, MOST_REQUESTS, MOST_REQUESTS)
 
 Forward = Callable[[StepInputs], Tensor]  # logits [wanted, V]
-Shapes = Callable[[Sequence[Piece], int], Shape | None]  # of pieces and the number of rows wanted
+Shapes = Callable[
+    [Sequence[ScheduledTokens], int], Shape | None
+]  # of scheduled and the number of rows wanted
 
 
 class Recorded(Protocol):
@@ -39,13 +41,13 @@ class Recorded(Protocol):
 Record = Callable[[Callable[[], Tensor]], Recorded]  # raises NotRecordableError
 
 
-def shape_for(pieces: Sequence[Piece], wanted: int) -> Shape | None:
+def shape_for(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape | None:
     """The recording that has room for a step; None where the step is too large for any.
 
     A decode has its very number of requests: there, a row more costs. Where prompts come in, a multiple of 32 rows
     does, which is what a full chunk has anyway.
     """
-    requests, rows = len(pieces), sum(piece.count for piece in pieces)
+    requests, rows = len(scheduled), sum(part.count for part in scheduled)
     if rows == requests == wanted and requests <= MOST_REQUESTS:
         return Shape(requests, requests, requests)
     grain = 16 if rows <= 64 else 32
@@ -55,9 +57,9 @@ def shape_for(pieces: Sequence[Piece], wanted: int) -> Shape | None:
     return Shape(padded, _ROOM, next(room for room in _WANTED if wanted <= room))
 
 
-def shape_of_decode(pieces: Sequence[Piece], wanted: int) -> Shape | None:
+def shape_of_decode(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape | None:
     """The same for decodes alone: on a GPU what Python adds to a prompt's step does not show."""
-    shape = shape_for(pieces, wanted)
+    shape = shape_for(scheduled, wanted)
     return shape if shape is not None and shape.rows == shape.requests else None
 
 
@@ -77,13 +79,13 @@ class RecordedSteps:
         self._proved: set[bool] = set()  # of steps with room to spare; of those without
         self.usable = record is not None
 
-    def logits(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> Tensor | None:
+    def logits(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int]) -> Tensor | None:
         """[wanted, V], in memory that the next step writes again; None where the step is not one to record."""
-        shape = self._shapes(pieces, len(wanted)) if self.usable else None
+        shape = self._shapes(scheduled, len(wanted)) if self.usable else None
         if shape is None:
             return None
         inputs, recording = self._steps.get(shape) or (self._inputs.cut(shape), None)
-        inputs.fill(pieces, wanted)
+        inputs.fill(scheduled, wanted)
         logits = self._record(shape, inputs) if recording is None else self._replay(shape, inputs, recording)
         return logits[: len(wanted)]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.patch import ExactLinear, ExactWeight, packed_experts
 
-Deed = Callable[[], None]  # cannot fail: it puts in place what is there already
+Install = Callable[[], None]  # cannot fail: it puts in place what is there already
 Values = Mapping[str, Tensor]  # by the names of `WeightNames`
 
 
@@ -26,7 +26,7 @@ class Holder:
     """Weights that are derived from together. `prepare` takes new values of some of them."""
 
     names: tuple[str, ...]
-    prepare: Callable[[Values], list[Deed]]
+    prepare: Callable[[Values], list[Install]]
 
 
 def holders(model: nn.Module) -> Iterator[Holder]:
@@ -54,7 +54,7 @@ def _derived(prefix: str, module: Any) -> Iterator[Holder]:
 
 
 def _linear(module: ExactLinear, weight: str, bias: str) -> Holder:
-    def prepare(values: Values) -> list[Deed]:
+    def prepare(values: Values) -> list[Install]:
         packed = module.packed
         if weight in values:
             new = values[weight].T if module.is_transposed else values[weight]
@@ -68,13 +68,13 @@ def _linear(module: ExactLinear, weight: str, bias: str) -> Holder:
 
 
 def _router(module: Any, weight: str, bias: str) -> Holder:
-    def prepare(values: Values) -> list[Deed]:
+    def prepare(values: Values) -> list[Install]:
         old: ExactWeight = module.weight
         new_bias = values.get(bias, module._parameters.get("bias"))
         plain = values.get(weight, old.as_subclass(Tensor))
         exact = ExactWeight.of(_own(plain, like=old), new_bias)
-        deeds: list[Deed] = [lambda: setattr(module, "weight", exact)]
-        return deeds + _plain_deeds(module, "bias", values.get(bias))
+        installs: list[Install] = [lambda: setattr(module, "weight", exact)]
+        return installs + _plain_deeds(module, "bias", values.get(bias))
 
     return Holder((weight, bias), prepare)
 
@@ -82,7 +82,7 @@ def _router(module: Any, weight: str, bias: str) -> Holder:
 def _experts(module: Any, attribute: str, prefix: str, name: str) -> Holder:
     weight, bias = prefix + name, f"{prefix}{name}_bias"
 
-    def prepare(values: Values) -> list[Deed]:
+    def prepare(values: Values) -> list[Install]:
         old: list[PackedWeight] = getattr(module, attribute)
         biases = values.get(bias, module._parameters.get(f"{name}_bias"))
         if weight in values:
@@ -91,8 +91,8 @@ def _experts(module: Any, attribute: str, prefix: str, name: str) -> Holder:
         else:
             assert biases is not None
             packed = [p.with_bias(b) for p, b in zip(old, biases, strict=True)]
-        deeds: list[Deed] = [lambda: setattr(module, attribute, packed)]
-        return deeds + _plain_deeds(module, f"{name}_bias", values.get(bias))
+        installs: list[Install] = [lambda: setattr(module, attribute, packed)]
+        return installs + _plain_deeds(module, f"{name}_bias", values.get(bias))
 
     return Holder((weight, bias), prepare)
 
@@ -101,7 +101,7 @@ def _plain(module: nn.Module, name: str, full_name: str) -> Holder:
     return Holder((full_name,), lambda values: _plain_deeds(module, name, values[full_name]))
 
 
-def _plain_deeds(module: nn.Module, name: str, value: Tensor | None) -> list[Deed]:
+def _plain_deeds(module: nn.Module, name: str, value: Tensor | None) -> list[Install]:
     """The parameter or buffer stays the object that it is, for tied ones are one object; its memory is exchanged."""
     if value is None:
         return []

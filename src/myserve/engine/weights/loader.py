@@ -34,7 +34,7 @@ class LoadedModel:
 
 def load(model: str, config: EngineConfig) -> LoadedModel:
     """Load `model` with our attention in place of its own."""
-    vml_warmup.settle()
+    vml_warmup.initialize()
     attention.register_attention()
     device = torch.device(resolve_device(config.device))
     hf_config = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)

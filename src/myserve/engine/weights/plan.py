@@ -43,7 +43,7 @@ class WeightNames:
 
 
 @dataclass(slots=True)
-class Group:
+class WeightGroup:
     """Tensors of a snapshot that together make one or several weights: mostly one that makes one, as it is.
 
     A checkpoint's experts are a tensor each, and stacked in the model; transformers' own converters say how.
@@ -66,11 +66,11 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LoadPlan:
     """The groups, and of each weight that they make the group that makes it."""
 
-    groups: list[Group]
-    group_of: dict[str, Group]
+    groups: list[WeightGroup]
+    group_of: dict[str, WeightGroup]
     names: WeightNames
 
     @property
@@ -78,7 +78,7 @@ class Plan:
         """Of all weights that are to change. Tied ones count under each name: an embedding stays beside its product."""
         return sum(self.names.infos[name].num_bytes for name in self.needed_by(self.names.infos))
 
-    def needed_by(self, names: Iterable[str]) -> dict[str, dict[str, Group]]:
+    def needed_by(self, names: Iterable[str]) -> dict[str, dict[str, WeightGroup]]:
         """Of these weights those that are to change, with the groups that make them: tied ones under any name."""
         needed = {
             n: {t: self.group_of[t] for t in sorted(self.names.twins(n) & self.group_of.keys())}
@@ -89,7 +89,7 @@ class Plan:
 
 def make_plan(
     tensors: Mapping[str, TensorInfo], model: Any, names: WeightNames, *, partial: bool, may_cast: bool
-) -> Plan:
+) -> LoadPlan:
     """Raises BadSnapshotError for a name, shape or dtype that is not the model's, and for what is missing.
 
     `partial`: only some of the weights are there. `may_cast`: another floating dtype is rounded to the model's.
@@ -97,7 +97,7 @@ def make_plan(
     if not tensors:
         raise BadSnapshotError("the snapshot has no tensors")
     groups = _groups(tensors, model, names)
-    made_by: dict[str, Group] = {}
+    made_by: dict[str, WeightGroup] = {}
     for group in groups:
         for name, info in _made_infos(group, tensors, model).items():
             if name in made_by:
@@ -110,15 +110,15 @@ def make_plan(
         raise BadSnapshotError(
             f"the snapshot lacks {_listed(missing)}; to change only some of the weights, say partial"
         )
-    return Plan(groups, made_by, names)
+    return LoadPlan(groups, made_by, names)
 
 
-def _groups(tensors: Iterable[str], model: Any, names: WeightNames) -> list[Group]:
+def _groups(tensors: Iterable[str], model: Any, names: WeightNames) -> list[WeightGroup]:
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
-    groups: dict[str, Group] = {}
+    groups: dict[str, WeightGroup] = {}
     unknown: list[str] = []
     for name in sorted(tensors, key=_natural):
         if name in names.infos:
@@ -130,7 +130,7 @@ def _groups(tensors: Iterable[str], model: Any, names: WeightNames) -> list[Grou
         if target not in names.infos:
             unknown.append(name)
             continue
-        group = groups.setdefault(target, Group(target))
+        group = groups.setdefault(target, WeightGroup(target))
         if group.sources and (pattern is None or group.converter is None):
             raise BadSnapshotError(f"the snapshot has {target} twice: as {group.sources[0]} and as {name}")
         group.converter = converter_of[pattern] if pattern is not None else None
@@ -141,7 +141,7 @@ def _groups(tensors: Iterable[str], model: Any, names: WeightNames) -> list[Grou
     return list(groups.values())
 
 
-def _made_infos(group: Group, tensors: Mapping[str, TensorInfo], model: Any) -> dict[str, TensorInfo]:
+def _made_infos(group: WeightGroup, tensors: Mapping[str, TensorInfo], model: Any) -> dict[str, TensorInfo]:
     """What the group makes, found by making it of tensors without memory."""
 
     def empty(name: str) -> Tensor:
@@ -156,7 +156,7 @@ def _made_infos(group: Group, tensors: Mapping[str, TensorInfo], model: Any) -> 
     return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()}
 
 
-def _check(name: str, info: TensorInfo, names: WeightNames, group: Group) -> None:
+def _check(name: str, info: TensorInfo, names: WeightNames, group: WeightGroup) -> None:
     wanted = names.infos.get(name)
     if wanted is None:
         raise BadSnapshotError(f"the model has no {name}")

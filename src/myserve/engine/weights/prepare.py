@@ -1,4 +1,4 @@
-"""From a snapshot to deeds that put it in place: everything is read, checked and packed before the first is done."""
+"""From a snapshot to installs that put it in place: everything is read, checked and packed before the first is done."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from myserve.engine.memory.device import free_memory
-from myserve.engine.weights.holders import Deed, holders
-from myserve.engine.weights.plan import Plan, WeightNames, make_plan
+from myserve.engine.weights.holders import Install, holders
+from myserve.engine.weights.plan import LoadPlan, WeightNames, make_plan
 from myserve.engine.weights.snapshot import Checksum, Snapshot, open_snapshot
 from myserve.errors import BadSnapshotError, NotEnoughMemoryError, RequestError
 
@@ -63,7 +63,7 @@ class WeightReport:
 class Prepared:
     """New weights beside the old ones. `install` cannot fail."""
 
-    deeds: list[Deed]
+    installs: list[Install]
     checksum: str
     num_tensors: int
     num_bytes: int
@@ -71,8 +71,8 @@ class Prepared:
 
     def install(self) -> None:
         """Put them in place. Pointers change, and joined products are copied into the memory that they share."""
-        for deed in self.deeds:
-            deed()
+        for install in self.installs:
+            install()
 
 
 def prepare(
@@ -91,11 +91,11 @@ def prepare(
             plan.num_bytes + max(info.num_bytes for info in snapshot.tensors.values()), model.device
         )
         reader = _CheckingReader(snapshot)
-        deeds = _deeds(plan, reader.read, model)
+        installs = _installs(plan, reader.read, model)
         value = reader.checksum.value()
         if checksum is not None and checksum != value:
             raise BadSnapshotError(f"the checksum is {value}, not {checksum}", param="checksum")
-        return Prepared(deeds, value, len(snapshot.tensors), num_bytes, time.monotonic() - began)
+        return Prepared(installs, value, len(snapshot.tensors), num_bytes, time.monotonic() - began)
     finally:
         snapshot.close()
 
@@ -126,7 +126,7 @@ class _CheckingReader:
         return tensor
 
 
-def _deeds(plan: Plan, read: Callable[[str], Tensor], model: Any) -> list[Deed]:
+def _installs(plan: LoadPlan, read: Callable[[str], Tensor], model: Any) -> list[Install]:
     """Holder by holder; a tensor of the snapshot is read when first needed and dropped when last."""
     needed = [(holder, plan.needed_by(holder.names)) for holder in holders(model)]
     uses = Counter(
@@ -134,7 +134,7 @@ def _deeds(plan: Plan, read: Callable[[str], Tensor], model: Any) -> list[Deed]:
     )
     assert len(uses) == len(plan.groups), "a weight that no holder has"
     made: dict[str, dict[str, Tensor]] = {}  # by the group's target
-    deeds: list[Deed] = []
+    installs: list[Install] = []
     for holder, needs in needed:
         values: dict[str, Tensor] = {}
         for name, groups in needs.items():
@@ -143,12 +143,12 @@ def _deeds(plan: Plan, read: Callable[[str], Tensor], model: Any) -> list[Deed]:
                     made[group.target] = group.make(read, model)
             values[name] = _the_one({twin: made[group.target][twin] for twin, group in groups.items()})
         if values:
-            deeds += holder.prepare(values)
+            installs += holder.prepare(values)
         for group in (group for groups in needs.values() for group in groups.values()):
             uses[group.target] -= 1
             if not uses[group.target]:
                 del made[group.target]
-    return deeds
+    return installs
 
 
 def _the_one(twins: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from myserve.sdk.request import SampleRequest
 from myserve.sdk.retry import retrying
 from myserve.sdk.sampling.track import Decode, Track
 from myserve.sdk.transport.chunks import chunks_of
-from myserve.sdk.transport.pool import Backend, new_request_id
+from myserve.sdk.transport.pool import ServerPool, new_request_id
 from myserve.sdk.types import SampledCompletion, SampleDelta
 from myserve.wire.perf_metrics import PerfMetrics
 
@@ -35,7 +35,7 @@ class Group:
         self,
         request: SampleRequest,
         indices: Sequence[int],
-        backend: Backend,
+        backend: ServerPool,
         *,
         on_error: OnError = "raise",
         decode: Decode | None = None,

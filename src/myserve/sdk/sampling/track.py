@@ -9,7 +9,7 @@ from typing import TypeVar
 from myserve.sdk.errors import AttemptFailed, Failure, SamplingError
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.sampling.versions import VersionLog
-from myserve.sdk.transport.chunks import Choice, RawOutput, TokenEntry
+from myserve.sdk.transport.chunks import ChoiceChunk, RawOutputChunk, TokenEntry
 from myserve.sdk.types import Alternative, SampledCompletion, SampleDelta
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Track:
         self._versions.begin(self._num_prior)
         return self.ids
 
-    def feed(self, choice: Choice, now: float) -> None:
+    def feed(self, choice: ChoiceChunk, now: float) -> None:
         """Takes in one chunk's choice. `now`: seconds since the sample was asked for."""
         if choice.text:
             self._texts.append(choice.text)
@@ -97,7 +97,7 @@ class Track:
             self._stop_reason = choice.stop_reason
             self._weight_version = choice.weight_version
 
-    def delta(self, choice: Choice) -> SampleDelta:
+    def delta(self, choice: ChoiceChunk) -> SampleDelta:
         """What `choice` brings, as the caller sees it."""
         entries = choice.logprobs.entries() if choice.logprobs is not None else ()
         return SampleDelta(
@@ -108,7 +108,7 @@ class Track:
             self.finish_reason,
         )
 
-    def _feed_raw(self, raw: RawOutput) -> None:
+    def _feed_raw(self, raw: RawOutputChunk) -> None:
         if raw.completion_token_ids is not None:
             self._raw_ids = raw.completion_token_ids
         if raw.prompt_token_ids and not self._num_prior:

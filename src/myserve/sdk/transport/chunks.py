@@ -67,14 +67,14 @@ class WeightSpan(TypedDict):
     recomputed: NotRequired[bool]
 
 
-class RawOutput(msgspec.Struct, gc=False):
+class RawOutputChunk(msgspec.Struct, gc=False):
     """Ids of the prompt and of the completion, as Fireworks has them."""
 
     prompt_token_ids: list[int] | None = None
     completion_token_ids: list[int] | None = None
 
 
-class Choice(msgspec.Struct, gc=False, kw_only=True):
+class ChoiceChunk(msgspec.Struct, gc=False, kw_only=True):
     """What a chunk brings for one sample."""
 
     index: Annotated[int, msgspec.Meta(ge=0)]
@@ -86,7 +86,7 @@ class Choice(msgspec.Struct, gc=False, kw_only=True):
     seed: int | None = None
     weight_version: int | None = None
     weight_version_spans: list[WeightSpan] | None = None
-    raw_output: RawOutput | None = None
+    raw_output: RawOutputChunk | None = None
     routing_matrix_shape: list[int] | None = None
 
     def ids(self) -> list[int]:
@@ -100,7 +100,7 @@ class Choice(msgspec.Struct, gc=False, kw_only=True):
 class Chunk(msgspec.Struct, gc=False):
     """One event of a completions stream."""
 
-    choices: list[Choice] | None = None
+    choices: list[ChoiceChunk] | None = None
     perf_metrics: dict[str, Any] | None = None
     error: Any = None
 

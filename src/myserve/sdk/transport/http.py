@@ -39,7 +39,7 @@ class Transport(Protocol):
     async def aclose(self) -> None: ...
 
 
-class _Session(NamedTuple):
+class _HttpSession(NamedTuple):
     holder: AsyncGenerator[aiohttp.ClientSession]
     session: aiohttp.ClientSession
 
@@ -53,7 +53,7 @@ class AiohttpTransport:
     def __init__(self, stall_timeout: float = 300.0, connect_timeout: float = 10.0) -> None:
         self._stall_timeout = stall_timeout
         self._connect_timeout = connect_timeout
-        self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
+        self._sessions: dict[asyncio.AbstractEventLoop, _HttpSession] = {}
         # For a transport that is dropped while its loop lives on, and for loops that outlive the program.
         weakref.finalize(self, _close_all, self._sessions)
 
@@ -88,14 +88,14 @@ class AiohttpTransport:
             connector = aiohttp.TCPConnector(limit=0)
             session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**18)
             holder = _hold(session, self._sessions, loop)
-            self._sessions[loop] = _Session(holder, session)
+            self._sessions[loop] = _HttpSession(holder, session)
             await anext(holder)
         return self._sessions[loop].session
 
 
 async def _hold(
     session: aiohttp.ClientSession,
-    sessions: dict[asyncio.AbstractEventLoop, _Session],
+    sessions: dict[asyncio.AbstractEventLoop, _HttpSession],
     loop: asyncio.AbstractEventLoop,
 ) -> AsyncGenerator[aiohttp.ClientSession]:
     """Closes a session with its loop: `asyncio.run` ends the async generators before it closes the loop.
@@ -109,7 +109,7 @@ async def _hold(
         await session.close()
 
 
-def _close_all(sessions: dict[asyncio.AbstractEventLoop, _Session]) -> None:
+def _close_all(sessions: dict[asyncio.AbstractEventLoop, _HttpSession]) -> None:
     for loop, held in list(sessions.items()):
         if loop.is_running():
             closing = asyncio.run_coroutine_threadsafe(held.holder.aclose(), loop)

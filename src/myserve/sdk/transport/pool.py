@@ -25,7 +25,7 @@ from myserve.wire.perf_metrics import PerfMetrics
 
 
 @dataclass(slots=True)
-class Backend:
+class ServerPool:
     """The deployments, how to reach them, and what limits and counts the traffic to them."""
 
     deployments: list[Deployment]

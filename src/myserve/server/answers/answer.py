@@ -23,7 +23,7 @@ from myserve.wire.responses import ChoiceExtras, FinishReason, Usage
 
 
 @dataclass(slots=True)
-class Answer:
+class ActiveAnswer:
     """One request being answered: who asked for what, and the facts that every chunk repeats."""
 
     request: GenerationRequest
@@ -35,7 +35,7 @@ class Answer:
     began: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def begin(cls, request: GenerationRequest, model: ServedModel, prefix: str) -> Answer:
+    def begin(cls, request: GenerationRequest, model: ServedModel, prefix: str) -> ActiveAnswer:
         writer = TokenWriter(
             model.codec.token_bytes,
             skip_special_tokens=request.skip_special_tokens is not False,

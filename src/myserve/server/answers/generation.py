@@ -14,7 +14,7 @@ from myserve.server import caller
 from myserve.server.answers.pacing import Pace
 from myserve.server.choice import Choice
 from myserve.server.models.models import ServedModel
-from myserve.server.models.served_engine import Stream
+from myserve.server.models.served_engine import ServedStream
 from myserve.server.observe import traces
 from myserve.server.observe.logs import note
 from myserve.server.prompts.sampling import prompt_seed
@@ -43,7 +43,7 @@ class Generation:
         self._n = n
         self._request, self._request_id = request, request_id
         self._scores_only = request.max_tokens == 0  # validated: then only the prompt's scores are wanted
-        self._streams: list[Stream] = []
+        self._streams: list[ServedStream] = []
         try:
             for position, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
                 stream = model.engine.submit(
@@ -141,7 +141,7 @@ def _without_sample(delta: Delta) -> Delta:
     )
 
 
-async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta], None]:
+async def _merged(streams: Sequence[ServedStream]) -> AsyncGenerator[tuple[int, Delta], None]:
     """The deltas of all streams in the order of their coming."""
     if len(streams) == 1:
         async for delta in streams[0]:
@@ -149,7 +149,7 @@ async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta]
         return
     arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
 
-    async def pump(position: int, stream: Stream) -> None:
+    async def pump(position: int, stream: ServedStream) -> None:
         async for delta in stream:
             arrived.put_nowait((position, delta))
         arrived.put_nowait((position, None))

@@ -8,10 +8,10 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-A_LITTLE = 64 << 10  # bytes
+MIN_PROGRESS_BYTES = 64 << 10  # bytes
 
 
-def impatient(seconds: float) -> type[H11Protocol]:
+def timeout_protocol(seconds: float) -> type[H11Protocol]:
     """uvicorn's protocol, which closes a connection that has begun no request for so long, and cuts one that took less
     than 64 KiB of the answer waiting for it.
 
@@ -48,7 +48,7 @@ def impatient(seconds: float) -> type[H11Protocol]:
             self._stall = self.loop.call_later(seconds, self._cut_if_stalled, left)
 
         def _cut_if_stalled(self, left_then: int) -> None:
-            if left_then - self.transport.get_write_buffer_size() < A_LITTLE:
+            if left_then - self.transport.get_write_buffer_size() < MIN_PROGRESS_BYTES:
                 self.transport.abort()  # `close` would wait for the rest to be taken
             else:
                 self._watch_it_take()

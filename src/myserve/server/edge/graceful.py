@@ -10,11 +10,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from myserve.errors import RequestError
-from myserve.server.edge.client_timeouts import impatient
+from myserve.server.edge.client_timeouts import timeout_protocol
 from myserve.server.models.models import Models
 from myserve.server.settings import Settings
 
-TO_SAY_SO = 5  # seconds in which those who were cut hear of it
+NOTICE_SECONDS = 5  # seconds in which those who were cut hear of it
 
 
 class GracefulServer(uvicorn.Server):
@@ -28,11 +28,11 @@ class GracefulServer(uvicorn.Server):
         settings: Settings = app.state.settings
         config = uvicorn.Config(
             app,
-            http=impatient(settings.client_timeout),
+            http=timeout_protocol(settings.client_timeout),
             ws="none",
             log_config=None,
             access_log=False,  # ours has the request's id and its cost
-            timeout_graceful_shutdown=round(settings.shutdown_timeout + TO_SAY_SO),
+            timeout_graceful_shutdown=round(settings.shutdown_timeout + NOTICE_SECONDS),
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
             ssl_keyfile_password=settings.ssl_keyfile_password,

@@ -24,12 +24,12 @@ from myserve.server.models.in_flight import InFlight
 from myserve.server.models.restart import (
     Files,
     LostWeightsError,
-    Remains,
+    RestartRecord,
     Restarts,
     files_of,
     give_memory_back,
 )
-from myserve.server.models.served_engine import Backend
+from myserve.server.models.served_engine import ServedEngine
 from myserve.server.models.snapshots import Snapshots
 from myserve.server.prompts.chat_style import ChatStyle
 from myserve.server.prompts.codec import Codec
@@ -42,7 +42,7 @@ log = logging.getLogger("myserve.server")
 class ServedModel:
     """A loaded model, as the routes need it."""
 
-    engine: Backend
+    engine: ServedEngine
     codec: Codec
     digest: str
     snapshots: Snapshots = field(default_factory=Snapshots)
@@ -79,7 +79,7 @@ class Models:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="myserve-load")  # one load at a time
         self._closing = False
         self._restarts: defaultdict[str, Restarts] = defaultdict(Restarts)  # by path, as the next
-        self._remains: dict[str, Remains] = {}  # of those whose engine has stopped once
+        self._restart_records: dict[str, RestartRecord] = {}  # of those whose engine has stopped once
         self.created = int(time.time())
 
     @property
@@ -100,7 +100,7 @@ class Models:
             )
         path = self._settings.models[name]
         future = self._start_loading(path)
-        if path in self._remains and not future.done():
+        if path in self._restart_records and not future.done():
             raise EngineRestartingError  # and not a wait, as at start: other servers may have room
         try:
             # Shielded: a client that leaves must not cancel the load for those who wait with it.
@@ -165,17 +165,17 @@ class Models:
         """Whether its engine, which once ran, has stopped, and is not being loaded again."""
         if not future.done():
             return False
-        return not future.result().engine.is_alive if _succeeded(future) else path in self._remains
+        return not future.result().engine.is_alive if _succeeded(future) else path in self._restart_records
 
     def _restart(self, path: str, stopped: list[ServedModel]) -> Future[ServedModel]:
         log.error("%s: its engine has stopped, and is loaded again", path)
         if stopped:
-            self._remains[path] = Remains.of(stopped[0])
+            self._restart_records[path] = RestartRecord.of(stopped[0])
         return self._submit(path, partial(self._load_again, path, stopped))
 
     def _load_again(self, path: str, stopped: list[ServedModel]) -> ServedModel:
         """In the loader's thread. `stopped` is emptied: two models at once may be more than the memory holds."""
-        remains = self._remains[path]
+        remains = self._restart_records[path]
         while stopped:
             _end(stopped.pop())
         give_memory_back()
@@ -200,7 +200,7 @@ class Models:
             future = self._loads.get(path)
             failed = future is not None and future.done() and not _succeeded(future)
             # A failed load may be tried again; a failed restart may not, for it knows which weights were served.
-            if future is None or (failed and path not in self._remains):
+            if future is None or (failed and path not in self._restart_records):
                 future = self._loads[path] = self._submit(path, partial(self._load, path, self._settings))
             return future
 
@@ -216,7 +216,7 @@ class Models:
             return "unloaded"
         if _succeeded(future) and future.result().engine.is_alive:
             return "ready"
-        if not _succeeded(future) and path not in self._remains:
+        if not _succeeded(future) and path not in self._restart_records:
             return "failed" if future.done() else "loading"
         comes_back = self._settings.restart_engine and not self._restarts[path].given_up
         return "restarting" if comes_back else "dead"

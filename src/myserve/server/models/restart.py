@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from myserve.server.models.snapshots import Snapshots
 
 MOST_RESTARTS = 5
-WITHIN = 600.0  # seconds
+RESTART_WINDOW_SECONDS = 600.0  # seconds
 
 Files = Mapping[str, tuple[int, int]]  # of a model: name to size and modification time
 OF_A_MODEL = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"})
@@ -42,7 +42,7 @@ class Restarts:
     def is_due(self, now: float) -> bool:
         """To be asked again and again while it is down; true once for each restart."""
         if self._due is None and not self.given_up:
-            while self._begun and now - self._begun[0] > WITHIN:
+            while self._begun and now - self._begun[0] > RESTART_WINDOW_SECONDS:
                 self._begun.popleft()
             if len(self._begun) >= MOST_RESTARTS:
                 self.given_up = True
@@ -69,7 +69,7 @@ class Restartable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Remains:
+class RestartRecord:
     """What is kept of a model whose engine stopped: by what its weights are known again, and none of its memory."""
 
     files: Files
@@ -78,7 +78,7 @@ class Remains:
     num_restarts: int
 
     @classmethod
-    def of(cls, model: Restartable) -> Remains:
+    def of(cls, model: Restartable) -> RestartRecord:
         return cls(model.files, tuple(model.snapshots.lineage), model.num_restarts)
 
     def check_files(self, now: Files) -> None:

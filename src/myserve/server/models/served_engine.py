@@ -11,7 +11,7 @@ from myserve.engine.outputs import Delta, RequestMetrics, RoutingShape
 from myserve.engine.token_bytes import TokenBytes
 
 
-class Stream(Protocol):
+class ServedStream(Protocol):
     """What the routes use of a `RequestStream`."""
 
     seed: int
@@ -21,7 +21,7 @@ class Stream(Protocol):
     def abort(self) -> None: ...
 
 
-class Backend(Protocol):
+class ServedEngine(Protocol):
     """What the routes use of an `Engine`."""
 
     @property
@@ -57,6 +57,6 @@ class Backend(Protocol):
         cache_salt: str = "",
         sample_index: int = 0,
         num_prior_tokens: int = 0,
-    ) -> Stream: ...
+    ) -> ServedStream: ...
     def update_weights(self, source: Any, **options: Any) -> Any: ...
     def shutdown(self) -> None: ...

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 
 from myserve.server.parsing.thinking import ThinkingReader
-from myserve.server.parsing.tool_calls import Arguments, CallReader, CallStart, Piece, Text
+from myserve.server.parsing.tool_calls import Arguments, CallReader, CallStart, ScheduledTokens, Text
 from myserve.wire.responses import ChatDelta, Message, ToolCall, ToolCallDelta
 
 
@@ -27,7 +27,7 @@ class AnswerReader:
         if self._thinking is None and self._calls is None:
             return {"content": text}
         thought, said = self._split(text, last)
-        pieces: list[Piece] = [Text(said)] if said else []
+        pieces: list[ScheduledTokens] = [Text(said)] if said else []
         if self._calls is not None:
             pieces = [*self._calls.feed(said), *(self._calls.end() if last else ())]
         change: ChatDelta = {}
@@ -65,7 +65,7 @@ class AnswerReader:
             thought, said = thought + rest[0], said + rest[1]
         return thought, said
 
-    def _call_deltas(self, pieces: Sequence[Piece]) -> list[ToolCallDelta]:
+    def _call_deltas(self, pieces: Sequence[ScheduledTokens]) -> list[ToolCallDelta]:
         deltas: list[ToolCallDelta] = []
         for piece in pieces:
             if isinstance(piece, CallStart):

@@ -29,7 +29,7 @@ class Arguments:
     text: str
 
 
-Piece = Text | CallStart | Arguments
+ScheduledTokens = Text | CallStart | Arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ _HEADER = re.compile(
 _BEGINNINGS = ('{"name":', '{"type":"function","name":', '{"arguments":', '{"parameters":')
 
 
-class _State(Enum):
+class _ReaderState(Enum):
     OUTSIDE = "outside"
     HEADER = "header"  # behind `begin`, before the arguments
     ARGUMENTS = "arguments"
@@ -87,27 +87,27 @@ class CallReader:
         self._names = names
         self._buffer = ""
         self._space = ""  # before a `begin`: the call's, if it is one
-        self._state = _State.OUTSIDE
+        self._state = _ReaderState.OUTSIDE
         self._may_call = True  # without a `begin`: only text of calls has come
         self._after_call = False
         self._json = _Braces()
-        self._pieces: list[Piece] = []
+        self._pieces: list[ScheduledTokens] = []
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[ScheduledTokens]:
         """What is known now that this has come."""
         self._buffer += text
         return self._read(final=False)
 
-    def end(self) -> list[Piece]:
+    def end(self) -> list[ScheduledTokens]:
         """What was held back."""
         return self._read(final=True)
 
-    def _read(self, *, final: bool) -> list[Piece]:
+    def _read(self, *, final: bool) -> list[ScheduledTokens]:
         steps = {
-            _State.OUTSIDE: self._outside,
-            _State.HEADER: self._header,
-            _State.ARGUMENTS: self._arguments,
-            _State.FOOTER: self._footer,
+            _ReaderState.OUTSIDE: self._outside,
+            _ReaderState.HEADER: self._header,
+            _ReaderState.ARGUMENTS: self._arguments,
+            _ReaderState.FOOTER: self._footer,
         }
         while steps[self._state](final):
             pass
@@ -123,7 +123,7 @@ class CallReader:
         if mark:
             self._text(before.rstrip())
             self._space = before[len(before.rstrip()) :]
-            self._buffer, self._state = rest, _State.HEADER
+            self._buffer, self._state = rest, _ReaderState.HEADER
             return True
         held = _held(before, self._begin)
         if final:
@@ -135,7 +135,7 @@ class CallReader:
     def _outside_unmarked(self, final: bool) -> bool:
         start = self._buffer.lstrip("; \n\t\r" if self._after_call else None)
         if self._may_call and start.startswith("{"):
-            self._state = _State.HEADER
+            self._state = _ReaderState.HEADER
             return True
         if self._may_call and not start and (not final or self._after_call):
             return False
@@ -150,7 +150,7 @@ class CallReader:
         match = _HEADER.match(body)
         if match and json.loads(match[1], strict=False) in self._names:
             self._pieces.append(CallStart(json.loads(match[1], strict=False)))
-            self._buffer, self._json, self._state = body[match.end() :], _Braces(), _State.ARGUMENTS
+            self._buffer, self._json, self._state = body[match.end() :], _Braces(), _ReaderState.ARGUMENTS
             return True
         before, mark, rest = self._buffer.partition(self._end) if self._end else (self._buffer, "", "")
         if mark or final or not self._may_become_call(body):
@@ -163,7 +163,7 @@ class CallReader:
             else:
                 self._may_call = False
                 self._text(self._buffer)
-            self._buffer, self._state = rest, _State.OUTSIDE
+            self._buffer, self._state = rest, _ReaderState.OUTSIDE
             return True
         return False
 
@@ -173,7 +173,7 @@ class CallReader:
         compact = re.sub(r"\s", "", body)
         return any(b.startswith(compact) or compact.startswith(b) for b in _BEGINNINGS)
 
-    def _whole_call(self, body: str) -> list[Piece] | None:
+    def _whole_call(self, body: str) -> list[ScheduledTokens] | None:
         """A call whose parts stand in another order than models write them."""
         try:
             call: Any = json.loads(body)
@@ -190,7 +190,7 @@ class CallReader:
             self._pieces.append(Arguments(self._buffer[:length]))
             self._buffer = self._buffer[length:]
         if self._json.is_closed:
-            self._state = _State.FOOTER
+            self._state = _ReaderState.FOOTER
             return True
         return False
 
@@ -205,7 +205,7 @@ class CallReader:
             else:
                 break  # without its end the call is a call all the same
         self._buffer = left
-        self._after_call, self._state = True, _State.OUTSIDE
+        self._after_call, self._state = True, _ReaderState.OUTSIDE
         return True
 
     def _text(self, text: str) -> None:

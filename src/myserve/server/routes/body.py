@@ -16,8 +16,10 @@ from myserve.wire.parse import parse_request
 
 R = TypeVar("R", bound=BaseModel)
 
-PARSED = 32  # bytes that a byte of JSON may take while it is parsed: measured 24, for a list of one-digit ids
-LARGE = 1 << 20  # from here on, what memory there is is looked at
+PARSE_BYTES_PER_BODY_BYTE = (
+    32  # bytes that a byte of JSON may take while it is parsed: measured 24, for a list of one-digit ids
+)
+MEMORY_CHECKED_FROM_BYTES = 1 << 20  # from here on, what memory there is is looked at
 
 SCHEMAS = "#/components/schemas/"
 
@@ -54,7 +56,7 @@ async def _body(request: Request, limit: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         parts.append(part)
-        if size > limit or size - checked >= LARGE:
+        if size > limit or size - checked >= MEMORY_CHECKED_FROM_BYTES:
             _check_size(size, limit)
             checked = size
     return b"".join(parts)
@@ -64,9 +66,10 @@ def _check_size(size: int, limit: int) -> None:
     """Several large bodies at once must not end the server, so each may take what the others leave."""
     if size > limit:
         raise BodyTooLargeError(f"the body is larger than {limit} bytes", code="body_too_large")
-    if size >= LARGE and size * PARSED > (free := free_host_memory()):
+    if size >= MEMORY_CHECKED_FROM_BYTES and size * PARSE_BYTES_PER_BODY_BYTE > (free := free_host_memory()):
         raise BodyTooLargeError(
-            f"the body has {size} bytes or more, and the server's memory now has room for {free // PARSED}",
+            f"the body has {size} bytes or more, and the server's memory now has room for "
+            f"{free // PARSE_BYTES_PER_BODY_BYTE}",
             code="body_too_large",
         )
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from myserve.core.grammar import Reasoning
 from myserve.engine.outputs import Delta, TokenOutput
-from myserve.server.answers.answer import Answer, finish_reason_of, usage_of
+from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
 from myserve.server.answers.generation import Generation
 from myserve.server.answers.streaming import EventStream, json_response, unless_gone
 from myserve.server.choice import Choice
@@ -34,7 +34,7 @@ from myserve.wire.structured import Tool
 
 router = APIRouter()
 
-TOOL = 256  # characters that a tool is worth to who decides where to tokenize
+CHARS_PER_TOOL = 256  # characters that a tool is worth to who decides where to tokenize
 
 
 DOCUMENTED = documented(ChatCompletionRequest, ChatCompletion, ChatChunk)
@@ -46,12 +46,12 @@ async def create_chat_completion(http: Request) -> Response:
     """One conversation, `n` answers; whole, or as server-sent events with `stream`."""
     request = await read_request(http, ChatCompletionRequest)
     model = await models_of(http).get(request.model)
-    answer = Answer.begin(request, model, "chatcmpl")
+    answer = ActiveAnswer.begin(request, model, "chatcmpl")
     offered = checked_tools(request, model.style.tools)
     tools = callable_tools(request, offered)
     params = chat_params(request, model.codec)
     prompt = await answer.tokenizing.run(
-        sum(len(message.text) for message in request.messages) + TOOL * len(offered),
+        sum(len(message.text) for message in request.messages) + CHARS_PER_TOOL * len(offered),
         lambda: model.codec.encode_chat(request.messages, request.chat_template_kwargs or {}, offered),
     )
     reasoning = model.style.reasoning(model.codec, prompt, request.thinking_token_budget)
@@ -84,7 +84,7 @@ def _reader(model: ServedModel, tools: Sequence[Tool], reasoning: Reasoning | No
 
 
 def _completion(
-    answer: Answer,
+    answer: ActiveAnswer,
     choices: Sequence[Choice],
     read: Callable[[], AnswerReader],
     reasoning: Reasoning | None,
@@ -106,7 +106,7 @@ def _completion(
     return body
 
 
-def _choice(answer: Answer, choice: Choice, reader: AnswerReader, wants_logprobs: bool) -> ChatChoice:
+def _choice(answer: ActiveAnswer, choice: Choice, reader: AnswerReader, wants_logprobs: bool) -> ChatChoice:
     message = reader.whole("".join(choice.texts))
     return {
         "index": choice.index,
@@ -118,7 +118,7 @@ def _choice(answer: Answer, choice: Choice, reader: AnswerReader, wants_logprobs
 
 
 async def _chunks(
-    answer: Answer,
+    answer: ActiveAnswer,
     generation: Generation,
     read: Callable[[], AnswerReader],
     reasoning: Reasoning | None,
@@ -143,7 +143,7 @@ async def _chunks(
         yield {**_chunk(answer, []), "usage": _usage(answer, generation.choices, reasoning)}
 
 
-def _chunk(answer: Answer, choices: list[ChatChunkChoice]) -> ChatChunk:
+def _chunk(answer: ActiveAnswer, choices: list[ChatChunkChoice]) -> ChatChunk:
     chunk: ChatChunk = {
         "id": answer.id,
         "object": "chat.completion.chunk",
@@ -158,7 +158,12 @@ def _chunk(answer: Answer, choices: list[ChatChunkChoice]) -> ChatChunk:
 
 
 def _chunk_choice(
-    answer: Answer, choice: Choice, delta: Delta, reader: AnswerReader, first: bool, wants_logprobs: bool
+    answer: ActiveAnswer,
+    choice: Choice,
+    delta: Delta,
+    reader: AnswerReader,
+    first: bool,
+    wants_logprobs: bool,
 ) -> ChatChunkChoice:
     last = delta.finish_reason is not None
     change = reader.feed(delta.text, last=last)
@@ -176,7 +181,7 @@ def _chunk_choice(
     }
 
 
-def _usage(answer: Answer, choices: Sequence[Choice], reasoning: Reasoning | None) -> Usage:
+def _usage(answer: ActiveAnswer, choices: Sequence[Choice], reasoning: Reasoning | None) -> Usage:
     usage = usage_of(choices)
     if answer.model.style.thinks:
         thoughts = (
@@ -186,13 +191,13 @@ def _usage(answer: Answer, choices: Sequence[Choice], reasoning: Reasoning | Non
     return usage
 
 
-def _thinking_tokens(answer: Answer, choice: Choice, reasoning: Reasoning) -> int:
+def _thinking_tokens(answer: ActiveAnswer, choice: Choice, reasoning: Reasoning) -> int:
     table = answer.model.codec.token_bytes
     return thinking_tokens([table[token.token_id] for token in choice.sampled], begun=reasoning.begun)
 
 
 def _logprobs(
-    answer: Answer, tokens: Sequence[TokenOutput], stop_tokens: Sequence[TokenOutput]
+    answer: ActiveAnswer, tokens: Sequence[TokenOutput], stop_tokens: Sequence[TokenOutput]
 ) -> ChatLogprobs:
     """An entry for every token of the text; with ids asked for, for every sampled token."""
     entries = [answer.writer.entry(token) for token in tokens]

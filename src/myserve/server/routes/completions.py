@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, TokenOutput
-from myserve.server.answers.answer import Answer, finish_reason_of, usage_of
+from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
 from myserve.server.answers.generation import Generation, params_of_prompts
 from myserve.server.answers.logprobs import legacy, with_offsets
 from myserve.server.answers.streaming import EventStream, json_response, unless_gone
@@ -28,7 +28,7 @@ from myserve.wire.responses import (
 
 router = APIRouter()
 
-CALL = 64  # characters that are tokenized in the time that it takes to begin
+CHARS_PER_PROMPT = 64  # characters that are tokenized in the time that it takes to begin
 
 
 DOCUMENTED = documented(CompletionRequest, Completion, Completion)
@@ -40,7 +40,7 @@ async def create_completion(http: Request) -> Response:
     """One or many prompts, `n` completions of each; whole, or as server-sent events with `stream`."""
     request = await read_request(http, CompletionRequest)
     model = await models_of(http).get(request.model)
-    answer = Answer.begin(request, model, "cmpl")
+    answer = ActiveAnswer.begin(request, model, "cmpl")
     prompts = await _token_ids(answer, model, request.prompts)
     room = model.engine.max_model_len - max(map(len, prompts))
     params = params_of_prompts(completion_params(request, model.codec, room=room), len(prompts))
@@ -63,17 +63,17 @@ async def create_completion(http: Request) -> Response:
 
 
 async def _token_ids(
-    answer: Answer, model: ServedModel, prompts: Sequence[str | tuple[int, ...]]
+    answer: ActiveAnswer, model: ServedModel, prompts: Sequence[str | tuple[int, ...]]
 ) -> list[Sequence[int]]:
     """All prompts in one go: a thousand short ones would hold up the event loop as one long one does."""
-    size = sum(CALL + len(prompt) for prompt in prompts if isinstance(prompt, str))
+    size = sum(CHARS_PER_PROMPT + len(prompt) for prompt in prompts if isinstance(prompt, str))
     return await answer.tokenizing.run(
         size, lambda: [model.codec.encode(text) if isinstance(text, str) else text for text in prompts]
     )
 
 
 async def _chunks(
-    answer: Answer, generation: Generation, writer: CompletionWriter
+    answer: ActiveAnswer, generation: Generation, writer: CompletionWriter
 ) -> AsyncGenerator[Completion, None]:
     running = len(generation.choices)
     async with aclosing(generation.events()) as events:
@@ -89,7 +89,7 @@ async def _chunks(
         yield {**_envelope(answer, []), "usage": usage_of(generation.choices)}
 
 
-def _envelope(answer: Answer, choices: list[CompletionChoice]) -> Completion:
+def _envelope(answer: ActiveAnswer, choices: list[CompletionChoice]) -> Completion:
     return {
         "id": answer.id,
         "object": "text_completion",
@@ -104,7 +104,7 @@ def _envelope(answer: Answer, choices: list[CompletionChoice]) -> Completion:
 class CompletionWriter:
     """Writes choices, whole or delta by delta; remembers how far each choice's text has come."""
 
-    answer: Answer
+    answer: ActiveAnswer
     request: CompletionRequest
     _offsets: dict[int, int] = field(default_factory=dict)  # choice -> characters written; absent: not begun
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, TokenOutput
-from myserve.server.answers.answer import Answer, finish_reason_of, usage_of
+from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
 from myserve.server.answers.generation import Generation
 from myserve.server.answers.streaming import EventStream, json_response, unless_gone
 from myserve.server.choice import Choice
@@ -27,7 +27,7 @@ async def generate(http: Request) -> Response:
     models = models_of(http)
     model = await models.get(request.model)
     completion = request.as_completion(request.model or models.names[0])
-    answer = Answer.begin(completion, model, "gen")
+    answer = ActiveAnswer.begin(completion, model, "gen")
     answer.id = request.request_id or answer.id
     params = generate_params(completion, model.codec)
     await model.engine.prepare(params)
@@ -46,7 +46,7 @@ async def generate(http: Request) -> Response:
     return json_response(body)
 
 
-async def _chunks(answer: Answer, generation: Generation) -> AsyncGenerator[Generated, None]:
+async def _chunks(answer: ActiveAnswer, generation: Generation) -> AsyncGenerator[Generated, None]:
     """A chunk for each step that brought a choice tokens or its end; the prompt's scores come with the first."""
     async with aclosing(generation.events()) as events:
         async for choice, delta in events:
@@ -58,7 +58,7 @@ async def _chunks(answer: Answer, generation: Generation) -> AsyncGenerator[Gene
         yield {**_envelope(answer, []), "usage": usage_of(generation.choices)}
 
 
-def _envelope(answer: Answer, choices: list[GenerateChoice]) -> Generated:
+def _envelope(answer: ActiveAnswer, choices: list[GenerateChoice]) -> Generated:
     return {
         "request_id": answer.id,
         "model": answer.request.model,
@@ -67,12 +67,14 @@ def _envelope(answer: Answer, choices: list[GenerateChoice]) -> Generated:
     }
 
 
-def _gained(answer: Answer, choice: Choice, delta: Delta) -> GenerateChoice:
+def _gained(answer: ActiveAnswer, choice: Choice, delta: Delta) -> GenerateChoice:
     last = delta.finish_reason is not None
     return _choice(answer, choice, [*delta.tokens, *delta.stop_tokens], last=last)
 
 
-def _choice(answer: Answer, choice: Choice, tokens: Sequence[TokenOutput], *, last: bool) -> GenerateChoice:
+def _choice(
+    answer: ActiveAnswer, choice: Choice, tokens: Sequence[TokenOutput], *, last: bool
+) -> GenerateChoice:
     entries = [answer.writer.entry(token) for token in tokens] if lists_tokens(answer.request) else None
     supports = [list(token.kept.token_ids) for token in tokens if token.kept is not None]
     masks: GenerateChoice = {"sampling_mask": supports} if supports else {}
@@ -87,7 +89,7 @@ def _choice(answer: Answer, choice: Choice, tokens: Sequence[TokenOutput], *, la
     }
 
 
-def _prompt_logprobs(answer: Answer, choice: Choice) -> list[dict[str, object] | None] | None:
+def _prompt_logprobs(answer: ActiveAnswer, choice: Choice) -> list[dict[str, object] | None] | None:
     asked = answer.request.prompt_logprobs
     if asked is None or choice.prompt_logprobs is None:
         return None
