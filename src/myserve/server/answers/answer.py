@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import socket
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 from myserve.engine.outputs import TokenOutput
 from myserve.errors import EngineError
@@ -21,29 +21,31 @@ from myserve.wire.fields import GenerationRequest
 from myserve.wire.perf_metrics import PerfMetrics
 from myserve.wire.responses import ChoiceExtras, FinishReason, Usage
 
+R = TypeVar("R", bound=GenerationRequest)
+
 
 @dataclass(slots=True)
-class ActiveAnswer:
-    """One request being answered: who asked for what, and the facts that every chunk repeats."""
+class ActiveAnswer(Generic[R]):
+    """One request while it is answered: what it asked for, of which model, and the facts that every chunk repeats."""
 
-    request: GenerationRequest
+    request: R
     model: ServedModel
     id: str
     tokenizing: Tokenizing
-    writer: TokenWriter
+    tokens: TokenWriter
     created: int = field(default_factory=lambda: int(time.time()))
     began: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def begin(cls, request: GenerationRequest, model: ServedModel, prefix: str) -> ActiveAnswer:
-        writer = TokenWriter(
+    def begin(cls, request: R, model: ServedModel, answer_id: str) -> ActiveAnswer[R]:
+        """Start the clock; nothing is asked of the engine yet."""
+        tokens = TokenWriter(
             model.codec.token_bytes,
             skip_special_tokens=request.skip_special_tokens is not False,
             as_ids=bool(request.return_tokens_as_token_ids),
             routing_shape=model.engine.routing_shape,
         )
-        tokenizing = Tokenizing(model.tokenizer_thread)
-        return cls(request, model, f"{prefix}-{uuid.uuid4().hex}", tokenizing, writer)
+        return cls(request, model, answer_id, Tokenizing(model.tokenizer_thread), tokens)
 
     @property
     def returns_ids(self) -> bool:
@@ -98,7 +100,7 @@ class ActiveAnswer:
         asked = self.request.prompt_logprobs
         if asked is not None and choice.prompt_logprobs is not None:
             extras["prompt_logprobs"] = [
-                self.writer.prompt_ranks(token, asked) for token in choice.prompt_logprobs
+                self.tokens.prompt_ranks(token, asked) for token in choice.prompt_logprobs
             ]
         shape = self.model.engine.routing_shape
         if self.request.include_routing_matrix and shape is not None:

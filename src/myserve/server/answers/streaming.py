@@ -58,10 +58,16 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[Mapping[str, Any], None], abort: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[Mapping[str, Any], None],
+        abort: Callable[[], None],
+        encode: Callable[[bytes], bytes] = encode_event,
+        done: bytes = DONE,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]  # the empty body's
-        self._chunks = chunks
+        self._events = _encoded(chunks, encode, done)
         self._abort = abort  # for the chunks that were never begun: nothing in them can clean up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,13 +85,13 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(_bursts(self._chunks)) as bursts:
+        async with aclosing(_bursts(self._events)) as bursts:
             async for burst in bursts:
                 await send({"type": "http.response.body", "body": burst, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _bursts(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenerator[bytes, None]:
+async def _bursts(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """The events, those that come at the same time as one: a step of n choices is one write, not n."""
     ready: list[bytes] = []
     unsent = 0
@@ -93,7 +99,7 @@ async def _bursts(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGener
 
     async def collect() -> None:
         nonlocal unsent
-        async with aclosing(_events(chunks)) as events:
+        async with aclosing(source) as events:
             async for event in events:
                 unsent += len(event)
                 ready.append(event if unsent <= MOST_UNSENT else _error_event(_too_slow()))
@@ -119,17 +125,19 @@ async def _bursts(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGener
         await asyncio.gather(collecting, return_exceptions=True)
 
 
-async def _events(chunks: AsyncGenerator[Mapping[str, Any], None]) -> AsyncGenerator[bytes, None]:
+async def _encoded(
+    chunks: AsyncGenerator[Mapping[str, Any], None], encode: Callable[[bytes], bytes], done: bytes
+) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                yield encode_event(to_json(chunk))
+                yield encode(to_json(chunk))
     except Exception as error:
         if status_of(error) >= 500:
             log.error("a stream failed", exc_info=error)
         yield _error_event(error)
     else:
-        yield DONE
+        yield done
 
 
 def _error_event(error: Exception) -> bytes:

@@ -1,26 +1,24 @@
-"""Chat completions: messages to one prompt, n choices to OpenAI's shape, and the seed's beside it."""
+"""Chat completions: messages become one prompt, and `n` choices OpenAI's messages with thoughts and tool calls."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from functools import partial
+import uuid
+from collections.abc import Iterator, Sequence
 
 from fastapi import APIRouter, Request, Response
 
 from myserve.core.grammar import Reasoning
 from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
-from myserve.server.answers.generation import Generation
-from myserve.server.answers.streaming import EventStream, json_response, unless_gone
+from myserve.server.answers.respond import answer_request
+from myserve.server.answers.writer import AnswerWriter, Plan
 from myserve.server.choice import Choice
-from myserve.server.models.models import ServedModel
 from myserve.server.parsing.message_reader import AnswerReader
 from myserve.server.parsing.thinking import ThinkingReader, thinking_tokens
 from myserve.server.parsing.tool_calls import CallReader
 from myserve.server.prompts.sampling import chat_params, lists_tokens
 from myserve.server.prompts.tools import callable_tools, checked_tools, constrained
-from myserve.server.routes.body import documented, models_of, read_request
+from myserve.server.routes.body import documented, read_request
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.responses import (
     ChatChoice,
@@ -32,10 +30,11 @@ from myserve.wire.responses import (
 )
 from myserve.wire.structured import Tool
 
+__all__ = ["router"]
+
 router = APIRouter()
 
-CHARS_PER_TOOL = 256  # characters that a tool is worth to who decides where to tokenize
-
+CHARS_PER_TOOL = 256  # characters that a tool is worth when it is decided where to tokenize
 
 DOCUMENTED = documented(ChatCompletionRequest, ChatCompletion, ChatChunk)
 
@@ -43,164 +42,147 @@ DOCUMENTED = documented(ChatCompletionRequest, ChatCompletion, ChatChunk)
 @router.post("/v1/chat/completions", openapi_extra=DOCUMENTED)
 @router.post("/inference/v1/chat/completions", openapi_extra=DOCUMENTED)
 async def create_chat_completion(http: Request) -> Response:
-    """One conversation, `n` answers; whole, or as server-sent events with `stream`."""
+    """Draw `n` answers to one conversation; whole, or as server-sent events with `stream`."""
     request = await read_request(http, ChatCompletionRequest)
-    model = await models_of(http).get(request.model)
-    answer = ActiveAnswer.begin(request, model, "chatcmpl")
-    offered = checked_tools(request, model.style.tools)
+    return await answer_request(http, request, _plan, answer_id=f"chatcmpl-{uuid.uuid4().hex}")
+
+
+async def _plan(answer: ActiveAnswer[ChatCompletionRequest]) -> Plan:
+    request, model = answer.request, answer.model
+    style = model.style
+    offered = checked_tools(request, style.tools)
     tools = callable_tools(request, offered)
     params = chat_params(request, model.codec)
     prompt = await answer.tokenizing.run(
         sum(len(message.text) for message in request.messages) + CHARS_PER_TOOL * len(offered),
         lambda: model.codec.encode_chat(request.messages, request.chat_template_kwargs or {}, offered),
     )
-    reasoning = model.style.reasoning(model.codec, prompt, request.thinking_token_budget)
-    params = constrained(params, request, tools, model.style.tools, reasoning)
-    await model.engine.prepare(params)
-    generation = Generation(model, [prompt], [params], request, answer.id)
-    read = partial(_reader, model, tools, reasoning)
-    wants_logprobs = lists_tokens(request)
-    if request.stream:
-        return EventStream(_chunks(answer, generation, read, reasoning, wants_logprobs), generation.abort)
-    try:
-        choices = await unless_gone(http, generation.finish())
-    finally:
-        generation.abort()
-    body = _completion(answer, choices, read, reasoning, wants_logprobs)
-    if not request.perf_metrics_in_response:
-        return json_response(body)
-    metrics = answer.perf_metrics(choices)
-    body["perf_metrics"] = metrics.to_dict()
-    return json_response(body, metrics.to_headers())
+    reasoning = style.reasoning(model.codec, prompt, request.thinking_token_budget)
+    params = constrained(params, request, tools, style.tools, reasoning)
+    return Plan([prompt], [params], ChatWriter(answer, tools, reasoning))
 
 
-def _reader(model: ServedModel, tools: Sequence[Tool], reasoning: Reasoning | None) -> AnswerReader:
-    calls, thinking = None, None
-    if tools and model.style.tools is not None:
-        calls = CallReader(model.style.tools, {tool.function.name for tool in tools})
-    if reasoning is not None:
-        thinking = ThinkingReader(begun=reasoning.begun)
-    return AnswerReader(thinking, calls)
+class ChatWriter(AnswerWriter[ChatCompletionRequest]):
+    """Write OpenAI's messages. `tools` are those that may be called, `reasoning` how the answer's thought begins."""
 
+    def __init__(
+        self,
+        answer: ActiveAnswer[ChatCompletionRequest],
+        tools: Sequence[Tool],
+        reasoning: Reasoning | None,
+    ) -> None:
+        super().__init__(answer)
+        self._tools = tools
+        self._reasoning = reasoning
+        self._lists_tokens = lists_tokens(answer.request)
+        self._readers: dict[int, AnswerReader] = {}  # of the choices that have begun
 
-def _completion(
-    answer: ActiveAnswer,
-    choices: Sequence[Choice],
-    read: Callable[[], AnswerReader],
-    reasoning: Reasoning | None,
-    wants_logprobs: bool,
-) -> ChatCompletion:
-    body: ChatCompletion = {
-        "id": answer.id,
-        "object": "chat.completion",
-        "created": answer.created,
-        "model": answer.request.model,
-        "system_fingerprint": answer.model.fingerprint,
-        "choices": [_choice(answer, choice, read(), wants_logprobs) for choice in choices],
-        "usage": _usage(answer, choices, reasoning),
-    }
-    if (logprobs := body["choices"][0]["logprobs"]) is not None:
-        body["logprobs"] = logprobs
-    if answer.request.return_token_ids:
-        body["prompt_token_ids"] = list(choices[0].prompt_token_ids)
-    return body
+    def whole(self, choices: Sequence[Choice]) -> ChatCompletion:
+        """Return all choices, with usage, and the first one's logprobs as the original specification has them."""
+        body: ChatCompletion = {
+            "id": self.answer.id,
+            "object": "chat.completion",
+            "created": self.answer.created,
+            "model": self.request.model,
+            "system_fingerprint": self.answer.model.fingerprint,
+            "choices": [self._choice(choice) for choice in choices],
+            "usage": self._usage(choices),
+        }
+        if (logprobs := body["choices"][0]["logprobs"]) is not None:
+            body["logprobs"] = logprobs
+        if self.request.return_token_ids:
+            body["prompt_token_ids"] = list(choices[0].prompt_token_ids)
+        return body
 
+    def gained(self, choice: Choice, delta: Delta) -> Iterator[ChatChunk]:
+        """Return one chunk with what the choice gained."""
+        is_first = not self._readers
+        chunk = self._envelope([self._gained_by(choice, delta)])
+        if is_first and self.request.return_token_ids:
+            chunk["prompt_token_ids"] = list(choice.prompt_token_ids)
+        yield chunk
 
-def _choice(answer: ActiveAnswer, choice: Choice, reader: AnswerReader, wants_logprobs: bool) -> ChatChoice:
-    message = reader.whole("".join(choice.texts))
-    return {
-        "index": choice.index,
-        "message": message,
-        "logprobs": _logprobs(answer, choice.tokens, choice.stop_tokens) if wants_logprobs else None,
-        "finish_reason": finish_reason_of(choice, has_called=reader.has_called),
-        **answer.extras(choice, choice.sampled, first=True, last=True),
-    }
+    def ended(self, choices: Sequence[Choice]) -> Iterator[ChatChunk]:
+        """Return usage as the last chunk, where it was asked for."""
+        if self.request.include_usage:
+            yield {**self._envelope([]), "usage": self._usage(choices)}
 
+    def _envelope(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        chunk: ChatChunk = {
+            "id": self.answer.id,
+            "object": "chat.completion.chunk",
+            "created": self.answer.created,
+            "model": self.request.model,
+            "system_fingerprint": self.answer.model.fingerprint,
+            "choices": choices,
+        }
+        if self.request.include_usage:
+            chunk["usage"] = None
+        return chunk
 
-async def _chunks(
-    answer: ActiveAnswer,
-    generation: Generation,
-    read: Callable[[], AnswerReader],
-    reasoning: Reasoning | None,
-    wants_logprobs: bool,
-) -> AsyncGenerator[ChatChunk, None]:
-    request = answer.request
-    begun: set[int] = set()
-    readers = [read() for _ in generation.choices]
-    running = len(generation.choices)
-    async with aclosing(generation.events()) as events:
-        async for choice, delta in events:
-            first, reader = choice.index not in begun, readers[choice.index]
-            chunk = _chunk(answer, [_chunk_choice(answer, choice, delta, reader, first, wants_logprobs)])
-            if not begun and request.return_token_ids:
-                chunk["prompt_token_ids"] = list(choice.prompt_token_ids)
-            begun.add(choice.index)
-            running -= delta.finish_reason is not None
-            if not running and request.perf_metrics_in_response:
-                chunk["perf_metrics"] = answer.perf_metrics(generation.choices).to_dict()
-            yield chunk
-    if request.include_usage:
-        yield {**_chunk(answer, []), "usage": _usage(answer, generation.choices, reasoning)}
+    def _choice(self, choice: Choice) -> ChatChoice:
+        reader = self._reader()
+        message = reader.whole("".join(choice.texts))
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._logprobs(choice.tokens, choice.stop_tokens),
+            "finish_reason": finish_reason_of(choice, has_called=reader.has_called),
+            **self.answer.extras(choice, choice.sampled, first=True, last=True),
+        }
 
+    def _gained_by(self, choice: Choice, delta: Delta) -> ChatChunkChoice:
+        first, last = choice.index not in self._readers, delta.finish_reason is not None
+        if first:
+            self._readers[choice.index] = self._reader()
+        reader = self._readers[choice.index]
+        change = reader.feed(delta.text, last=last)
+        if first:
+            change = {"role": "assistant", **change}
+        logprobs = self._logprobs(delta.tokens, delta.stop_tokens)
+        if logprobs is not None:
+            change["logprobs"] = logprobs
+        return {
+            "index": choice.index,
+            "delta": change,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason_of(choice, has_called=reader.has_called) if last else None,
+            **self.answer.extras(choice, [*delta.tokens, *delta.stop_tokens], first=first, last=last),
+        }
 
-def _chunk(answer: ActiveAnswer, choices: list[ChatChunkChoice]) -> ChatChunk:
-    chunk: ChatChunk = {
-        "id": answer.id,
-        "object": "chat.completion.chunk",
-        "created": answer.created,
-        "model": answer.request.model,
-        "system_fingerprint": answer.model.fingerprint,
-        "choices": choices,
-    }
-    if answer.request.include_usage:
-        chunk["usage"] = None
-    return chunk
+    def _reader(self) -> AnswerReader:
+        """Return what finds thoughts and calls in one choice's text."""
+        calls, thinking, style = None, None, self.answer.model.style.tools
+        if self._tools and style is not None:
+            calls = CallReader(style, {tool.function.name for tool in self._tools})
+        if self._reasoning is not None:
+            thinking = ThinkingReader(begun=self._reasoning.begun)
+        return AnswerReader(thinking, calls)
 
+    def _logprobs(
+        self, tokens: Sequence[TokenOutput], stop_tokens: Sequence[TokenOutput]
+    ) -> ChatLogprobs | None:
+        """Return an entry for every token of the text; with ids asked for, for every sampled token."""
+        if not self._lists_tokens:
+            return None
+        writer = self.answer.tokens
+        entries = [writer.entry(token) for token in tokens]
+        if self.answer.returns_ids:
+            entries += [writer.entry(token, in_text=False) for token in stop_tokens]
+        return {"content": entries}
 
-def _chunk_choice(
-    answer: ActiveAnswer,
-    choice: Choice,
-    delta: Delta,
-    reader: AnswerReader,
-    first: bool,
-    wants_logprobs: bool,
-) -> ChatChunkChoice:
-    last = delta.finish_reason is not None
-    change = reader.feed(delta.text, last=last)
-    if first:
-        change = {"role": "assistant", **change}
-    logprobs = _logprobs(answer, delta.tokens, delta.stop_tokens) if wants_logprobs else None
-    if logprobs is not None:
-        change["logprobs"] = logprobs
-    return {
-        "index": choice.index,
-        "delta": change,
-        "logprobs": logprobs,
-        "finish_reason": finish_reason_of(choice, has_called=reader.has_called) if last else None,
-        **answer.extras(choice, [*delta.tokens, *delta.stop_tokens], first=first, last=last),
-    }
+    def _usage(self, choices: Sequence[Choice]) -> Usage:
+        usage = usage_of(choices)
+        if self.answer.model.style.thinks:
+            usage["completion_tokens_details"] = {
+                "reasoning_tokens": sum(self._thinking_tokens(choice) for choice in choices)
+            }
+        return usage
 
-
-def _usage(answer: ActiveAnswer, choices: Sequence[Choice], reasoning: Reasoning | None) -> Usage:
-    usage = usage_of(choices)
-    if answer.model.style.thinks:
-        thoughts = (
-            0 if reasoning is None else sum(_thinking_tokens(answer, one, reasoning) for one in choices)
+    def _thinking_tokens(self, choice: Choice) -> int:
+        if self._reasoning is None:
+            return 0
+        table = self.answer.model.codec.token_bytes
+        return thinking_tokens(
+            [table[token.token_id] for token in choice.sampled], begun=self._reasoning.begun
         )
-        usage["completion_tokens_details"] = {"reasoning_tokens": thoughts}
-    return usage
-
-
-def _thinking_tokens(answer: ActiveAnswer, choice: Choice, reasoning: Reasoning) -> int:
-    table = answer.model.codec.token_bytes
-    return thinking_tokens([table[token.token_id] for token in choice.sampled], begun=reasoning.begun)
-
-
-def _logprobs(
-    answer: ActiveAnswer, tokens: Sequence[TokenOutput], stop_tokens: Sequence[TokenOutput]
-) -> ChatLogprobs:
-    """An entry for every token of the text; with ids asked for, for every sampled token."""
-    entries = [answer.writer.entry(token) for token in tokens]
-    if answer.returns_ids:
-        entries += [answer.writer.entry(token, in_text=False) for token in stop_tokens]
-    return {"content": entries}

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Iterator, Sequence
 
 from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
-from myserve.server.answers.generation import Generation, params_of_prompts
+from myserve.server.answers.generation import params_of_prompts
 from myserve.server.answers.logprobs import legacy, with_offsets
-from myserve.server.answers.streaming import EventStream, json_response, unless_gone
+from myserve.server.answers.respond import answer_request
+from myserve.server.answers.writer import AnswerWriter, Plan
 from myserve.server.choice import Choice
-from myserve.server.models.models import ServedModel
 from myserve.server.prompts.sampling import completion_params, lists_tokens, top_logprobs_of, wants_logprobs
-from myserve.server.routes.body import documented, models_of, read_request
+from myserve.server.routes.body import documented, read_request
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.responses import (
     ChatLogprobs,
@@ -26,10 +25,11 @@ from myserve.wire.responses import (
     TokenLogprob,
 )
 
+__all__ = ["router"]
+
 router = APIRouter()
 
 CHARS_PER_PROMPT = 64  # characters that are tokenized in the time that it takes to begin
-
 
 DOCUMENTED = documented(CompletionRequest, Completion, Completion)
 
@@ -37,85 +37,66 @@ DOCUMENTED = documented(CompletionRequest, Completion, Completion)
 @router.post("/v1/completions", openapi_extra=DOCUMENTED)
 @router.post("/inference/v1/completions", openapi_extra=DOCUMENTED)
 async def create_completion(http: Request) -> Response:
-    """One or many prompts, `n` completions of each; whole, or as server-sent events with `stream`."""
+    """Draw `n` completions of one or many prompts; whole, or as server-sent events with `stream`."""
     request = await read_request(http, CompletionRequest)
-    model = await models_of(http).get(request.model)
-    answer = ActiveAnswer.begin(request, model, "cmpl")
-    prompts = await _token_ids(answer, model, request.prompts)
+    return await answer_request(http, request, _plan, answer_id=f"cmpl-{uuid.uuid4().hex}")
+
+
+async def _plan(answer: ActiveAnswer[CompletionRequest]) -> Plan:
+    """Tokenize all prompts in one go: a thousand short ones would hold up the event loop as one long one does."""
+    request, model = answer.request, answer.model
+    size = sum(CHARS_PER_PROMPT + len(prompt) for prompt in request.prompts if isinstance(prompt, str))
+    prompts: list[Sequence[int]] = await answer.tokenizing.run(
+        size,
+        lambda: [
+            model.codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts
+        ],
+    )
     room = model.engine.max_model_len - max(map(len, prompts))
     params = params_of_prompts(completion_params(request, model.codec, room=room), len(prompts))
-    await model.engine.prepare(params[0])
-    generation = Generation(model, prompts, params, request, answer.id)
-    writer = CompletionWriter(answer, request)
-    if request.stream:
-        return EventStream(_chunks(answer, generation, writer), generation.abort)
-    try:
-        choices = await unless_gone(http, generation.finish())
-    finally:
-        generation.abort()
-    body = _envelope(answer, [writer.whole(choice) for choice in choices])
-    body["usage"] = usage_of(choices)
-    if not request.perf_metrics_in_response:
-        return json_response(body)
-    metrics = answer.perf_metrics(choices)
-    body["perf_metrics"] = metrics.to_dict()
-    return json_response(body, metrics.to_headers())
+    return Plan(prompts, params, CompletionWriter(answer))
 
 
-async def _token_ids(
-    answer: ActiveAnswer, model: ServedModel, prompts: Sequence[str | tuple[int, ...]]
-) -> list[Sequence[int]]:
-    """All prompts in one go: a thousand short ones would hold up the event loop as one long one does."""
-    size = sum(CHARS_PER_PROMPT + len(prompt) for prompt in prompts if isinstance(prompt, str))
-    return await answer.tokenizing.run(
-        size, lambda: [model.codec.encode(text) if isinstance(text, str) else text for text in prompts]
-    )
+class CompletionWriter(AnswerWriter[CompletionRequest]):
+    """Write OpenAI's older shape; remember how far each choice's text has come."""
 
+    def __init__(self, answer: ActiveAnswer[CompletionRequest]) -> None:
+        super().__init__(answer)
+        self._offsets: dict[int, int] = {}  # choice -> characters written; absent: not begun
 
-async def _chunks(
-    answer: ActiveAnswer, generation: Generation, writer: CompletionWriter
-) -> AsyncGenerator[Completion, None]:
-    running = len(generation.choices)
-    async with aclosing(generation.events()) as events:
-        async for choice, delta in events:
-            chunk = _envelope(answer, [writer.chunk(choice, delta)])
-            if answer.request.include_usage:
-                chunk["usage"] = None
-            running -= delta.finish_reason is not None
-            if not running and answer.request.perf_metrics_in_response:
-                chunk["perf_metrics"] = answer.perf_metrics(generation.choices).to_dict()
-            yield chunk
-    if answer.request.include_usage:
-        yield {**_envelope(answer, []), "usage": usage_of(generation.choices)}
+    def whole(self, choices: Sequence[Choice]) -> Completion:
+        """Return all choices, with usage."""
+        body = self._envelope(
+            [
+                self._write(choice, "".join(choice.texts), choice.tokens, choice.stop_tokens, last=True)
+                for choice in choices
+            ]
+        )
+        body["usage"] = usage_of(choices)
+        return body
 
-
-def _envelope(answer: ActiveAnswer, choices: list[CompletionChoice]) -> Completion:
-    return {
-        "id": answer.id,
-        "object": "text_completion",
-        "created": answer.created,
-        "model": answer.request.model,
-        "system_fingerprint": answer.model.fingerprint,
-        "choices": choices,
-    }
-
-
-@dataclass(slots=True)
-class CompletionWriter:
-    """Writes choices, whole or delta by delta; remembers how far each choice's text has come."""
-
-    answer: ActiveAnswer
-    request: CompletionRequest
-    _offsets: dict[int, int] = field(default_factory=dict)  # choice -> characters written; absent: not begun
-
-    def whole(self, choice: Choice) -> CompletionChoice:
-        """A choice that has ended."""
-        return self._write(choice, "".join(choice.texts), choice.tokens, choice.stop_tokens, last=True)
-
-    def chunk(self, choice: Choice, delta: Delta) -> CompletionChoice:
-        """What a choice gained with `delta`."""
+    def gained(self, choice: Choice, delta: Delta) -> Iterator[Completion]:
+        """Return one chunk with what the choice gained."""
         last = delta.finish_reason is not None
-        return self._write(choice, delta.text, delta.tokens, delta.stop_tokens, last=last)
+        chunk = self._envelope([self._write(choice, delta.text, delta.tokens, delta.stop_tokens, last=last)])
+        if self.request.include_usage:
+            chunk["usage"] = None
+        yield chunk
+
+    def ended(self, choices: Sequence[Choice]) -> Iterator[Completion]:
+        """Return usage as the last chunk, where it was asked for."""
+        if self.request.include_usage:
+            yield {**self._envelope([]), "usage": usage_of(choices)}
+
+    def _envelope(self, choices: list[CompletionChoice]) -> Completion:
+        return {
+            "id": self.answer.id,
+            "object": "text_completion",
+            "created": self.answer.created,
+            "model": self.request.model,
+            "system_fingerprint": self.answer.model.fingerprint,
+            "choices": choices,
+        }
 
     def _write(
         self,
@@ -163,7 +144,7 @@ class CompletionWriter:
         tokens: Sequence[TokenOutput],
         stop_tokens: Sequence[TokenOutput],
     ) -> list[TokenLogprob]:
-        writer = self.answer.writer
+        writer = self.answer.tokens
         top = top_logprobs_of(self.request)
         scored = (choice.prompt_logprobs or ())[-len(echoed) :] if echoed else ()
         entries = [writer.prompt_entry(token, top) for token in scored]
@@ -171,7 +152,7 @@ class CompletionWriter:
             # Fireworks' client wants a number in every row, or it drops all; then it drops this one.
             entries[0]["logprob"] = 0.0
         entries += [writer.entry(token) for token in tokens]
-        # Who scores or trains counts tokens: the one that ended the completion must not be missing then.
+        # Scoring and training count tokens: the one that ended the completion must not be missing then.
         if self.answer.returns_ids or self.request.echo or self.request.echo_last:
             entries += [writer.entry(token, in_text=False) for token in stop_tokens]
         return entries
