@@ -1,6 +1,6 @@
 """The proofs of exactness on a GPU: `python -m pytest tests/engine/test_cuda.py` is the one command to run on it.
 
-Everything up to the last call is tested without one, in `test_device.py`; here nothing stands in for anything.
+Everything up to the last call is tested without one, in `runner/test_device_backend.py`; here nothing is replaced.
 """
 
 from __future__ import annotations
