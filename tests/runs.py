@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from myserve.core.params import SamplingParams
 from myserve.engine.engine import Engine
 from myserve.engine.outputs import Delta, RequestMetrics, TokenOutput
+from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.requests.stream import RequestStream
 
 
@@ -62,7 +63,7 @@ class Asked:
 
 def run(engine: Engine, asked: list[Asked]) -> list[list[Completion]]:
     async def all_at_once() -> list[list[Completion]]:
-        streams = [engine.submit(a.prompt, a.params, n=a.n) for a in asked]
+        streams = [engine.submit(a.prompt, a.params, SubmitOptions(n=a.n)) for a in asked]
         return list(await asyncio.gather(*(collect(stream) for stream in streams)))
 
     return asyncio.run(all_at_once())

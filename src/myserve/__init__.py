@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from myserve.core.params import SamplingParams
     from myserve.engine.config import EngineConfig
     from myserve.engine.engine import Engine
+    from myserve.engine.requests.options import SubmitOptions
     from myserve.trainer.completion_logits import completion_logits
     from myserve.trainer.exact_forward import exact_forward
     from myserve.trainer.exact_logprobs import exact_logprobs
@@ -20,6 +21,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "SamplingParams",
+    "SubmitOptions",
     "__version__",
     "completion_logits",
     "exact_forward",
@@ -33,6 +35,7 @@ _HOMES = {
     "Engine": "myserve.engine.engine",
     "EngineConfig": "myserve.engine.config",
     "SamplingParams": "myserve.core.params",
+    "SubmitOptions": "myserve.engine.requests.options",
     "completion_logits": "myserve.trainer.completion_logits",
     "exact_forward": "myserve.trainer.exact_forward",
     "exact_logprobs": "myserve.trainer.exact_logprobs",

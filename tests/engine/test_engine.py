@@ -16,6 +16,7 @@ from myserve.core.logprobs import PROMPT_CHUNK
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
+from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -122,7 +123,7 @@ def test_n_choices_differ_and_each_is_what_its_sample_index_says(make_engine: Ma
     assert len({tuple(c.ids) for c in choices}) == 4
 
     async def alone(index: int) -> Any:
-        return (await collect(engine.submit(PROMPT, params, sample_index=index)))[0]
+        return (await collect(engine.submit(PROMPT, params, SubmitOptions(sample_index=index))))[0]
 
     assert [asyncio.run(alone(i)).numbers for i in range(4)] == [c.numbers for c in choices]
 
@@ -143,7 +144,7 @@ def test_prior_tokens_go_on_as_if_never_cut(make_engine: MakeEngine) -> None:
         async def rest(params: dict[str, Any] = params, whole: Any = whole) -> Any:
             begun = PROMPT + whole.ids[:7]
             sampling = SamplingParams(max_tokens=13, ignore_eos=True, **params)
-            return (await collect(engine.submit(begun, sampling, num_prior_tokens=7)))[0]
+            return (await collect(engine.submit(begun, sampling, SubmitOptions(num_prior_tokens=7))))[0]
 
         assert asyncio.run(rest()).numbers == whole.numbers[7:]
 
@@ -198,7 +199,7 @@ def test_an_abort_ends_a_request_and_gives_its_blocks_back(make_engine: MakeEngi
     engine = make_engine(num_blocks=64)
 
     async def abort_midway() -> Any:
-        stream = engine.submit(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True), n=2)
+        stream = engine.submit(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True), SubmitOptions(n=2))
         deltas = []
         async for delta in stream:
             deltas.append(delta)
@@ -245,7 +246,7 @@ def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -
         of_submit = {
             name: asked.pop(name) for name in ("n", "sample_index", "num_prior_tokens") if name in asked
         }
-        engine.submit(prompt, SamplingParams(**asked), **of_submit)
+        engine.submit(prompt, SamplingParams(**asked), SubmitOptions(**of_submit))
 
     for prompt, params, error, words in [
         ([], {}, RequestError, "the prompt has no tokens"),
@@ -254,7 +255,7 @@ def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -
         ([5] * 600, {}, ContextLengthError, "the context is 512 long"),
         ([5] * 500, {"max_tokens": 13}, ContextLengthError, "ask for at most 12"),
         ([5], {"logit_bias": {999: 1.0}}, RequestError, "logit_bias"),
-        ([5], {"n": 0}, RequestError, "n must be at least 1"),
+        ([5], {"n": 0}, RequestError, "n must be in"),
         ([5], {"sample_index": 2**32}, RequestError, "sample_index must be in"),
         ([5], {"num_prior_tokens": 1}, RequestError, "num_prior_tokens must be in"),
     ]:

@@ -16,6 +16,7 @@ import pytest
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
+from myserve.engine.requests.options import SubmitOptions
 from runs import Asked, Completion, collect, run
 
 MakeEngine = Callable[..., Engine]
@@ -127,7 +128,7 @@ def test_one_is_the_first_of_sixteen(arch: str, dtype: str, make_engine: MakeEng
     [sixteen] = run(engine, [Asked(prompt, params, n=16)])
 
     async def just(index: int) -> Completion:
-        return (await collect(engine.submit(prompt, params, sample_index=index)))[0]
+        return (await collect(engine.submit(prompt, params, SubmitOptions(sample_index=index))))[0]
 
     for index in (0, 7, 15):
         assert everything(asyncio.run(just(index))) == everything(sixteen[index])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from myserve.core.grammar import Grammar, Reasoning
+from myserve.core.ranges import MAX_ID, MAX_TOKENS, Range, check_ranges, ranged, shown
 from myserve.errors import RequestError
 
 NoiseKind = Literal["counter", "torch"]
@@ -16,6 +17,10 @@ LogprobsMode = Literal["raw", "processed"]
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 1024  # the server's routes have OpenAI's own, smaller limits
 MAX_LOGIT_BIAS = 100.0
+
+_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "kept", "routed_experts")
+_TOKEN_ID = Range(0, MAX_ID)
+_FINITE = Range(-sys.float_info.max, sys.float_info.max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +39,9 @@ class SamplingParams:
     """
 
     # -- length and stopping --
-    max_tokens: int | None = None
+    max_tokens: int | None = ranged(None, 1, MAX_TOKENS)
     """How many tokens may be drawn, >= 1; None: up to the end of the model's context."""
-    min_tokens: int = 0
+    min_tokens: int = ranged(0, 0, MAX_TOKENS)
     """Until so many tokens are out, EOS and stop ids cannot be drawn; 0 <= min_tokens <= max_tokens."""
     stop: tuple[str, ...] = ()
     """At most 16 non-empty strings; the first to appear in the text ends it."""
@@ -60,32 +65,33 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits by id; values beyond [-100, 100] count as the nearer end, as OpenAI documents."""
     # -- penalties --
-    repetition_penalty: float = 1.0
-    """In (0, 100]; over the ids of prompt and completion: z > 0 becomes z / r, else z * r. 1: off."""
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = ranged(1.0, 1e-6, 100.0)
+    """In [1e-6, 100]; over the ids of prompt and completion: z > 0 becomes z / r, else z * r. 1: off."""
+    frequency_penalty: float = ranged(0.0, -2.0, 2.0)
     """In [-2, 2]; f times a token's count in the completion is subtracted from its logit."""
-    presence_penalty: float = 0.0
+    presence_penalty: float = ranged(0.0, -2.0, 2.0)
     """In [-2, 2]; subtracted once from every token that the completion has."""
     # -- the shape of the distribution --
-    temperature: float = 1.0
+    temperature: float = ranged(1.0, 0.0, 100.0)
     """In [0, 100]; 0: the most likely token, the lowest id among equals, no randomness."""
-    top_k: int | None = None
-    """Keep the tokens that are no less likely than the k-th; None, 0, -1: off."""
-    top_p: float = 1.0
+    top_k: int | None = ranged(None, -1, 2**31 - 1)
+    """Keep the tokens that are no less likely than the k-th; None, 0, -1: off. In [-1, 2**31)."""
+    top_p: float = ranged(1.0, 0.0, 1.0)
     """In [0, 1]; keep the smallest set of likeliest tokens with at least this mass. 1: off; 0: one token."""
-    min_p: float = 0.0
+    min_p: float = ranged(0.0, 0.0, 1.0)
     """In [0, 1]; keep tokens at least min_p times as likely as the likeliest. 0: off."""
-    typical_p: float = 1.0
+    typical_p: float = ranged(1.0, 0.0, 1.0, open_low=True)
     """In (0, 1]; keep the tokens whose surprise is nearest the entropy, up to this mass. 1: off."""
-    top_n_sigma: float | None = None
-    """> 0; keep tokens whose logit is within so many standard deviations of the largest. None: off."""
+    top_n_sigma: float | None = ranged(None, 0.0, 1e6, open_low=True)
+    """In (0, 1e6]; keep tokens whose logit is within so many standard deviations of the largest that the stages
+    before have left. None: off."""
     # -- the draw --
-    seed: int | None = None
+    seed: int | None = ranged(None, -(2**63), 2**64 - 1)
     """In [-2**63, 2**64), taken modulo 2**64; None: the engine draws one and reports it."""
     noise: NoiseKind = "counter"
     """"counter": a pure function of seed, sample index, position and id. "torch": transformers' stream."""
     # -- what is reported --
-    top_logprobs: int = 0
+    top_logprobs: int = ranged(0, 0, MAX_TOP_LOGPROBS)
     """How many alternatives to report with every token, 0 to 1024."""
     logprobs_mode: LogprobsMode = "raw"
     """Alternatives from the model's own distribution ("raw") or from the one drawn from ("processed")."""
@@ -95,13 +101,16 @@ class SamplingParams:
     """Report the support of every draw, with its mass and the entropy."""
     routed_experts: bool = False
     """Report which experts of a mixture each token's forward pass used; with `prompt_logprobs`, the prompt's too."""
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = ranged(None, 0, MAX_TOP_LOGPROBS)
     """Report the prompt's logprobs with so many alternatives, 0 to 1024; None: do not."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, None)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_ranges(self)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens must be in [0, {self.max_tokens}], which is max_tokens, got {self.min_tokens}",
+                param="min_tokens",
+            )
         _check_stop(self.stop)
         _ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
@@ -110,6 +119,9 @@ class SamplingParams:
                 raise RequestError(
                     "allowed_token_ids must name at least one id, got none", param="allowed_token_ids"
                 )
+        for name in _SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {value!r:.80}", param=name)
         for word in self.bad_words_ids:
             _ids("bad_words_ids", word)
             if not word:
@@ -122,25 +134,9 @@ class SamplingParams:
                 param="ignore_eos",
             )
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        if self.top_k is not None:
-            _integer("top_k", self.top_k, -1, None)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
-        if self.top_n_sigma is not None:
-            _number("top_n_sigma", self.top_n_sigma, 0.0, 1e6, open_low=True)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), 2**64 - 1)
         _one_of("noise", self.noise, ("counter", "torch"))
-        _integer("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         _one_of("logprobs_mode", self.logprobs_mode, ("raw", "processed"))
         _ids("logprob_token_ids", self.logprob_token_ids)
-        if self.prompt_logprobs is not None:
-            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise `RequestError` for an id that a model of `vocab_size` tokens does not have.
@@ -165,32 +161,6 @@ class SamplingParams:
                 )
 
 
-def _range(low: float, high: float | None, open_low: bool) -> str:
-    if high is None:
-        return f"at least {low}"
-    return (
-        f"in {'(' if open_low else '['}{low:g}, {high:g}]"
-        if isinstance(low, float)
-        else f"in [{low}, {high}]"
-    )
-
-
-def _integer(name: str, value: int, low: int, high: int | None) -> None:
-    # bool is an int to Python; `"n": true` is a mistake to everybody else
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} must be an integer, got {value!r}", param=name)
-    if value < low or (high is not None and value > high):
-        raise RequestError(f"{name} must be {_range(low, high, False)}, got {value}", param=name)
-
-
-def _number(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestError(f"{name} must be a number, got {value!r}", param=name)
-    # written so that NaN fails: every comparison with it is false
-    if not (low <= value <= high) or (open_low and value == low):
-        raise RequestError(f"{name} must be {_range(low, high, open_low)}, got {value}", param=name)
-
-
 def _instance(name: str, value: object, kind: type) -> None:
     if value is not None and not isinstance(value, kind):
         raise RequestError(f"{name} must be a {kind.__name__}, got {value!r:.80}", param=name)
@@ -206,7 +176,7 @@ def _ids(name: str, ids: tuple[int, ...]) -> None:
     if not isinstance(ids, tuple):
         raise RequestError(f"{name} must be a tuple of token ids, got {ids!r}", param=name)
     for token_id in ids:
-        _integer(name, token_id, 0, 2**31 - 1)
+        _TOKEN_ID.check(name, token_id)
 
 
 def _check_stop(stop: tuple[str, ...]) -> None:
@@ -223,10 +193,11 @@ def _check_stop(stop: tuple[str, ...]) -> None:
 def _checked_bias(bias: Mapping[int, float]) -> dict[int, float]:
     checked = {}
     for token_id, value in bias.items():
-        _integer("logit_bias", token_id, 0, 2**31 - 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        _TOKEN_ID.check("logit_bias", token_id)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value not in _FINITE:
             raise RequestError(
-                f"logit_bias must map ids to finite numbers, got {value!r} for {token_id}", param="logit_bias"
+                f"logit_bias must map ids to finite numbers, got {shown(value)} for {token_id}",
+                param="logit_bias",
             )
         checked[token_id] = min(max(float(value), -MAX_LOGIT_BIAS), MAX_LOGIT_BIAS)
     return checked

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from myserve.engine.config import EngineConfig
 from myserve.engine.outputs import Delta, KeptSet, PromptLogprob, RequestMetrics, TokenOutput
+from myserve.engine.requests.options import SubmitOptions
 
 if TYPE_CHECKING:
     from myserve.engine.engine import Engine
@@ -18,6 +19,7 @@ __all__ = [
     "KeptSet",
     "PromptLogprob",
     "RequestMetrics",
+    "SubmitOptions",
     "TokenOutput",
 ]
 

@@ -35,6 +35,9 @@ class EngineConfig:
     num_blocks: int | None = None  # of the KV cache; None: from kv_cache_bytes
     kv_cache_bytes: int | None = None  # None: a quarter of what is free, at most what max_num_seqs can use
     prefix_caching: bool = True
+    share_prefix_cache: bool = (
+        False  # between clients (key owners): one could then time what another has asked
+    )
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

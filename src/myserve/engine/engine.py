@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
@@ -22,6 +22,7 @@ from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
 from myserve.engine.requests.admission import ModelFacts, Submission, admit
 from myserve.engine.requests.detokenizer import Detokenizer
 from myserve.engine.requests.dispatch import Dispatcher
+from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.requests.results import outcome_of, request_metrics
 from myserve.engine.requests.stream import RequestStream, StepOutcome
 from myserve.engine.runner.device_backend import DeviceBackend
@@ -141,40 +142,27 @@ class Engine:
         self,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        n: int = 1,
-        request_id: str | None = None,
-        priority: int = 0,
-        client: str = "",
-        cache_salt: str = "",
-        sample_index: int = 0,
-        num_prior_tokens: int = 0,
+        options: SubmitOptions | None = None,
     ) -> RequestStream:
-        """Ask for `n` completions of one prompt; call it inside a running event loop.
+        """Queue one prompt and return the stream of its completions; call it inside a running event loop.
 
-        Choice i draws with sample index `sample_index + i`. The last `num_prior_tokens` ids of the prompt count as a
-        completion already begun: its draws go on where it was cut off, as if it had never been.
-        Raises RequestError for what cannot be asked, OverloadedError when the queue is full, EngineDeadError.
+        `prompt_token_ids`: at least one id, fewer than the context has; `options`: how many completions, whose, and
+        what else is not about sampling. Raises `RequestError` for what cannot be asked, `ContextLengthError` for what
+        does not fit the context, `OverloadedError` when the queue is full, `EngineDeadError`.
         """
-        arrival = next(self._arrivals)
+        options = options or SubmitOptions()
         submission = admit(
             prompt_token_ids,
             params,
+            options,
             self.facts,
-            n=n,
-            request_id=request_id or f"req-{arrival}",
-            priority=priority,
-            client=client,
-            arrival=arrival,
-            # no two requests agree on a fresh object, so without prefix caching nothing is ever found
-            cache_root=cache_salt if self.config.prefix_caching else object(),
-            sample_index=sample_index,
-            num_prior_tokens=num_prior_tokens,
+            arrival=next(self._arrivals),
+            cache_root=self._cache_root(options),
             constraints=self.constraints,
             now=time.monotonic(),
         )
-        self._reserve(n)
-        submission.stream = self._stream_of(submission, request_id or f"req-{arrival}")
+        self._reserve(options.n)
+        submission.stream = self._stream_of(submission)
         self._post(lambda: self._add(submission))
         self.start()
         return submission.stream
@@ -381,7 +369,13 @@ class Engine:
                 raise WeightsLoadingError("new weights are about to be swapped in; try again in a moment")
             self._queue.enter(n)
 
-    def _stream_of(self, submission: Submission, request_id: str) -> RequestStream:
+    def _cache_root(self, options: SubmitOptions) -> Hashable:
+        """What requests must agree on to find each other's prefixes."""
+        if not self.config.prefix_caching:
+            return object()  # no two requests agree on a fresh object
+        return ("" if self.config.share_prefix_cache else options.client, options.cache_salt)
+
+    def _stream_of(self, submission: Submission) -> RequestStream:
         requests = submission.requests
 
         def abort(indices: list[int], reason: FinishReason) -> None:
@@ -392,7 +386,9 @@ class Engine:
             return request_metrics(requests[index], now, time.time(), self._queue.num_open, usage)
 
         detokenizers = [Detokenizer(self.token_bytes, submission.params) for _ in requests]
-        return RequestStream(request_id, submission.seed, detokenizers, abort=abort, metrics=metrics)
+        return RequestStream(
+            submission.request_id, submission.seed, detokenizers, abort=abort, metrics=metrics
+        )
 
 
 def _shut_down(engine: weakref.ref[Engine]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.params import SamplingParams
 from myserve.engine.engine import Engine
+from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import ConstraintError, RequestError
 from runs import Asked, Completion, collect, run, run_one
 
@@ -173,7 +174,7 @@ def test_one_is_its_place_among_n(make_engine: MakeEngine) -> None:
     assert len({c.text for c in many}) > 1
 
     async def just(index: int) -> Completion:
-        return (await collect(engine.submit(PROMPT, params, sample_index=index)))[0]
+        return (await collect(engine.submit(PROMPT, params, SubmitOptions(sample_index=index))))[0]
 
     for index in (0, 3, 5):
         assert asyncio.run(just(index)).numbers == many[index].numbers
@@ -192,7 +193,9 @@ def test_a_cut_completion_goes_on_as_if_it_had_never_been_cut(
     assert whole.stop_reason == "max_tokens", "the forced ending is a part of what must be repeated"
 
     async def rest(cut: int) -> Completion:
-        stream = engine.submit(PROMPT + whole.ids[:cut], params(70 - cut), num_prior_tokens=cut)
+        stream = engine.submit(
+            PROMPT + whole.ids[:cut], params(70 - cut), SubmitOptions(num_prior_tokens=cut)
+        )
         return (await collect(stream))[0]
 
     for cut in (1, 9, 30, len(whole.ids) - 2):
@@ -259,7 +262,7 @@ def test_a_grammar_that_grows_too_costly_fails_alone(make_engine: MakeEngine) ->
 def test_tokens_before_that_do_not_fit_are_refused(make_engine: MakeEngine) -> None:
     async def submit() -> None:
         params = SamplingParams(grammar=Grammar.json_object(), max_tokens=5)
-        make_engine().submit(PROMPT, params, num_prior_tokens=3)
+        make_engine().submit(PROMPT, params, SubmitOptions(num_prior_tokens=3))
 
     with pytest.raises(RequestError, match="do not fit the grammar"):
         asyncio.run(submit())

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from myserve.core.params import SamplingParams
 from myserve.engine.engine import Engine
+from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.runner.routed_experts import routing_shape
 from myserve.errors import RequestError
 from runs import Asked, Completion, collect, run
@@ -109,7 +110,9 @@ def test_a_resumed_completion_goes_on_with_the_same_rows(make_engine: MakeEngine
 
     async def resumed() -> Completion:
         prompt = PROMPT + whole.ids[:5]
-        return (await collect(engine.submit(prompt, asking(max_tokens=7), num_prior_tokens=5)))[0]
+        return (
+            await collect(engine.submit(prompt, asking(max_tokens=7), SubmitOptions(num_prior_tokens=5)))
+        )[0]
 
     rest = asyncio.run(resumed())
     assert rest.ids == whole.ids[5:]

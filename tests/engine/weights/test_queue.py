@@ -19,6 +19,7 @@ from conftest import make_tiny_model
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
+from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.scheduling.scheduler import Scheduler
 from myserve.engine.weights.loader import load
 from myserve.engine.weights.prepare import Prepared, prepare
@@ -66,7 +67,9 @@ class Stepped:
 
     def submit(self, prompt: list[int], seed: int, max_tokens: int = 12, n: int = 1, **params: Any) -> None:
         asked = SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True, **params)
-        self.running.append(asyncio.ensure_future(collect(self.engine.submit(prompt, asked, n=n))))
+        self.running.append(
+            asyncio.ensure_future(collect(self.engine.submit(prompt, asked, SubmitOptions(n=n))))
+        )
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):

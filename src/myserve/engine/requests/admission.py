@@ -14,11 +14,10 @@ from myserve.core.rows import RowState
 from myserve.core.stopping import StopIds
 from myserve.engine.constraints.factory import Constraints, ForkableConstraint
 from myserve.engine.outputs import RoutingShape
+from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.requests.stream import RequestStream
 from myserve.engine.scheduling.request import Request
 from myserve.errors import ContextLengthError, RequestError
-
-MAX_SAMPLES = 2**32  # sample indices of one seed: a word of the counter noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,10 @@ class Submission:
 
     prompt_token_ids: list[int]
     params: SamplingParams
+    options: SubmitOptions
     facts: ModelFacts
+    request_id: str
     seed: int
-    sample_index: int
-    num_prior_tokens: int
     ends: StopIds
     loop: asyncio.AbstractEventLoop
     constraint: ForkableConstraint | None  # behind the prior tokens, and copied for each choice
@@ -49,11 +48,11 @@ class Submission:
 
     def row_state(self, index: int, device: torch.device) -> RowState:
         """The sampling state of choice `index`. Prior tokens count as its completion, not as its prompt."""
-        begun = len(self.prompt_token_ids) - self.num_prior_tokens
+        begun = len(self.prompt_token_ids) - self.options.num_prior_tokens
         return RowState(
             self.params,
             seed=self.seed,
-            sample_index=self.sample_index + index,
+            sample_index=self.options.sample_index + index,
             prompt_token_ids=self.prompt_token_ids[:begun],
             completion_token_ids=self.prompt_token_ids[begun:],
             vocab_size=self.facts.vocab_size,
@@ -66,29 +65,22 @@ class Submission:
 def admit(
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
+    options: SubmitOptions,
     facts: ModelFacts,
     *,
-    n: int,
-    request_id: str,
-    priority: int,
-    client: str,
     arrival: int,
     cache_root: Hashable,
-    sample_index: int,
-    num_prior_tokens: int,
     constraints: Constraints,
     now: float,
 ) -> Submission:
-    """Check everything, draw a seed if none is given, and make the n requests. Raises RequestError."""
-    if n < 1:
-        raise RequestError(f"n must be at least 1, got {n}", param="n")
-    if not 0 <= sample_index <= MAX_SAMPLES - n:
-        raise RequestError(
-            f"sample_index must be in [0, {MAX_SAMPLES} - n], got {sample_index} with n = {n}",
-            param="sample_index",
-        )
+    """Check a request against its model, draw a seed if none is given, and make its n `Request`s.
+
+    `arrival` is its place in the order of submission, `cache_root` what a cached prefix must agree on, `now` the
+    scheduler's clock. Raises `RequestError`, `ContextLengthError`.
+    """
     prompt = checked_prompt(prompt_token_ids, facts.vocab_size)
-    if not 0 <= num_prior_tokens < len(prompt):
+    num_prior_tokens = options.num_prior_tokens
+    if num_prior_tokens >= len(prompt):
         raise RequestError(
             f"num_prior_tokens must be in [0, {len(prompt) - 1}], for the prompt has {len(prompt)} tokens; "
             f"got {num_prior_tokens}",
@@ -107,23 +99,23 @@ def admit(
     submission = Submission(
         prompt,
         params,
+        options,
         facts,
+        request_id=options.request_id or f"req-{arrival}",
         seed=secrets.randbits(64) if params.seed is None else params.seed,
-        sample_index=sample_index,
-        num_prior_tokens=num_prior_tokens,
         ends=ends,
         loop=asyncio.get_running_loop(),
         constraint=constraints.begin(params, max_tokens, prompt[len(prompt) - num_prior_tokens :]),
     )
-    for index in range(n):
+    for index in range(options.n):
         request = Request(
-            id=f"{request_id}/{index}",
+            id=f"{submission.request_id}/{index}",
             prompt_token_ids=prompt,
             max_tokens=max_tokens,
             index=index,
             stop_ids=ends,
-            priority=priority,
-            client=client,
+            priority=options.priority,
+            client=options.client,
             arrival=arrival,
             cache_root=cache_root,
             needs_prompt_logits=params.prompt_logprobs is not None and index == 0,

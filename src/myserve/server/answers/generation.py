@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, FinishReason, RequestMetrics
+from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import EngineError, MyserveError
 from myserve.server import caller
 from myserve.server.answers.pacing import Pace
@@ -36,7 +37,15 @@ class Generation:
         request_id: str,
     ) -> None:
         n = request.n or 1
-        client = caller.current(0.0).name
+        options = SubmitOptions(
+            n=n,
+            request_id=request_id,
+            priority=request.priority or 0,
+            client=caller.current(0.0).name,
+            cache_salt=request.cache_salt or "",
+            sample_index=request.sample_index or 0,
+            num_prior_tokens=request.num_prior_tokens or 0,
+        )
         self._in_flight = model.in_flight
         self._in_flight.add(self, request.request_timeout)
         self._cut_by: MyserveError | None = None
@@ -46,18 +55,9 @@ class Generation:
         self._streams: list[ServedStream] = []
         try:
             for position, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-                stream = model.engine.submit(
-                    prompt,
-                    wanted,
-                    n=n,
-                    request_id=request_id if len(prompts) == 1 else f"{request_id}-{position}",
-                    priority=request.priority or 0,
-                    client=client,
-                    cache_salt=request.cache_salt or "",
-                    sample_index=request.sample_index or 0,
-                    num_prior_tokens=request.num_prior_tokens or 0,
-                )
-                self._streams.append(stream)
+                if len(prompts) > 1:
+                    options = replace(options, request_id=f"{request_id}-{position}")
+                self._streams.append(model.engine.submit(prompt, wanted, options))
         except BaseException:
             self.abort()
             raise

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from myserve.core.params import SamplingParams
 from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.outputs import Delta, RequestMetrics, TokenOutput
+from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import ContextLengthError, RequestError
 from myserve.server.errors import EchoHasNoModelError
 
@@ -70,12 +71,10 @@ class EchoEngine:
         self,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        n: int = 1,
-        request_id: str | None = None,
-        **_: Any,
+        options: SubmitOptions | None = None,
     ) -> EchoStream:
-        """The prompt's first `max_tokens` tokens, `n` times."""
+        """Return the prompt's first `max_tokens` tokens, `n` times."""
+        options = options or SubmitOptions()
         for name in _NEEDS_A_MODEL:
             if getattr(params, name) not in (None, 0, False, ()):
                 raise EchoHasNoModelError(f"{name} needs a model, and this server echoes", param=name)
@@ -85,7 +84,8 @@ class EchoEngine:
             )
         if len(prompt_token_ids) > self.max_model_len:
             raise ContextLengthError(f"the prompt has {len(prompt_token_ids)} tokens", param="prompt")
-        return EchoStream(list(prompt_token_ids), params, n, request_id or uuid.uuid4().hex)
+        request_id = options.request_id or uuid.uuid4().hex
+        return EchoStream(list(prompt_token_ids), params, options.n, request_id)
 
     def update_weights(self, source: object, **_: object) -> None:
         """An echo has no weights."""

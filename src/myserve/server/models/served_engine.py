@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from myserve.core.params import SamplingParams
 from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.outputs import Delta, RequestMetrics, RoutingShape
+from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.token_bytes import TokenBytes
 
 
@@ -49,14 +50,7 @@ class ServedEngine(Protocol):
         self,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        n: int = 1,
-        request_id: str | None = None,
-        priority: int = 0,
-        client: str = "",
-        cache_salt: str = "",
-        sample_index: int = 0,
-        num_prior_tokens: int = 0,
+        options: SubmitOptions | None = None,
     ) -> ServedStream: ...
     def update_weights(self, source: Any, **options: Any) -> Any: ...
     def shutdown(self) -> None: ...
