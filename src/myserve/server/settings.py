@@ -1,25 +1,75 @@
-"""What the operator decides, read once, from `Settings(...)` or the environment. No request changes it."""
+"""Each option of the server is declared here, once; no request changes it.
+
+`Settings.read` takes values from the command line, the environment and a YAML file, in this order of precedence.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from myserve.embedded import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.errors import RequestError
+from myserve.options import Option, Source, check_options, option, options_of, read_options
 from myserve.server.parsing.tool_calls import TOOL_STYLES
 
-EMBEDDED_MODEL = "myserve-demo"
-DEFAULT_ON_DEMAND = "sshleifer/tiny-gpt2"  # what the seed document's tests ask a bare server for
+__all__ = ["DEFAULT_ON_DEMAND", "EMBEDDED_MODEL", "OPTIONS", "ServedNames", "Settings"]
 
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+EMBEDDED_MODEL = "myserve-demo"
+# docs/specification.md asks a server without settings for this model
+DEFAULT_ON_DEMAND = "sshleifer/tiny-gpt2"
+
+_MODELS, _ADDRESS, _ACCESS, _TLS = "Models served", "Address", "Access", "TLS"
+_API, _LIMITS, _LIFE, _LOGS = "API", "Limits", "Start and end", "Logs and traces"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedNames:
+    """The options that say which models are served, and under which names."""
+
+    model: tuple[str, ...] = option(
+        (),
+        "A folder or hub id, or name=folder; several, with commas. On the command line and in a file a single folder "
+        "goes by its last part; in the variable, by what stands there.",
+        group=_MODELS,
+        unset="the embedded model",
+    )
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "What clients call the model; several names are possible.",
+        group=_MODELS,
+        unset="the model's own name",
+    )
+    allow_models: tuple[str, ...] = option(
+        (DEFAULT_ON_DEMAND,),
+        "Hub ids that are loaded when a request first names them, where no model is given.",
+        group=_MODELS,
+    )
+
+    def models(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Return paths by served name, and the names that are loaded at start."""
+        named = dict(_name_and_path(text) for text in self.model)
+        preloaded = named or {EMBEDDED_MODEL: str(embedded_model_path())}
+        if self.served_model_name:
+            if len(preloaded) > 1:
+                raise RequestError(
+                    f"served_model_name names one model, and {len(preloaded)} are served; write name=folder for each",
+                    param="served_model_name",
+                )
+            (path,) = preloaded.values()
+            preloaded = dict.fromkeys(self.served_model_name, path)
+            return preloaded, tuple(preloaded)
+        on_demand = {} if named else {name: name for name in self.allow_models}
+        return preloaded | on_demand, tuple(preloaded)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Which models are served, how they are loaded, and the server's limits.
+    """Which models are served, how they are loaded, and the server's limits. Raises RequestError.
 
     `models` maps served names to folders or hub ids; it is the only place where a name becomes a path. Models
     in `preload` are loaded at start, the others when a request first names them.
@@ -31,48 +81,119 @@ class Settings:
     models: Mapping[str, str]
     preload: tuple[str, ...] | None = None  # None: all
     engine: EngineConfig = field(default_factory=EngineConfig)
-    force_echo: bool = False  # no model: answer with the prompt itself
-    strict: bool = False  # refuse fields that no API knows
-    weights_dir: str | None = None  # where snapshots for new weights lie; None: the weights stay as loaded
-    tool_style: str = "auto"  # how the models write tool calls; auto: as their chat templates say
-    max_body_bytes: int = 64 << 20
-    request_timeout: float | None = None  # seconds for an answer; None: as long as it takes
-    client_timeout: float = 60.0  # seconds in which a client must have sent a head, and a body
-    shutdown_timeout: float = 30.0  # seconds that streams have to finish when the server ends
-    restart_engine: bool = False  # load an engine that stopped again, with the weights that it had
-    # so that a supervisor starts it anew; else /health is 503 from then on
-    exit_on_engine_death: bool = False
-    api_keys_file: str | None = None  # None: whoever reaches the port may ask
-    admin_keys_file: str | None = None  # of those who may change weights
-    ssl_certfile: str | None = None  # a certificate chain, as PEM: HTTPS, and nothing else on the port
-    ssl_keyfile: str | None = None  # its private key; None: in the same file
-    ssl_keyfile_password: str | None = field(default=None, repr=False)
-    ssl_ca_certs: str | None = None  # clients must show a certificate that one of these signed
-    otlp_traces_endpoint: str | None = None  # where OpenTelemetry spans go; None: there are none
-    cors_origins: tuple[str, ...] = ()  # pages that may ask, as "https://host"; "*": every page
+
+    force_echo: bool = option(
+        False, "Load no model and answer with the prompt; for trying out clients.", group=_MODELS
+    )
+    weights_dir: str | None = option(
+        None,
+        "Take new weights from folders in here: /v1/weights, hot load.",
+        group=_MODELS,
+        unset="the weights stay as loaded",
+    )
+    strict: bool = option(False, "Refuse request fields that no API knows.", group=_API)
+    tool_style: str = option(
+        "auto",
+        "How the model writes tool calls; auto is as its chat template shows.",
+        group=_API,
+        choices=TOOL_STYLES,
+    )
+
+    host: str = option(
+        "127.0.0.1", "The address to listen on; 0.0.0.0 or :: to be reached from elsewhere.", group=_ADDRESS
+    )
+    port: int = option(
+        8000, "The port to listen on; 0: any free one.", group=_ADDRESS, at_least=0, at_most=65535
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "Names in the Host header that are this server's, beside localhost, addresses, the machine's name and --host; "
+        ".example.com: all below it; *: every name.",
+        group=_ADDRESS,
+        unset="none beside those",
+    )
+    cors_origins: tuple[str, ...] = option(
+        (),
+        "Pages that may use this server, as https://host; *: every page.",
+        group=_ADDRESS,
+        unset="none",
+        other_flag="--cors-origin",
+    )
+
+    api_keys_file: str | None = option(
+        None,
+        "A key a line, read again when it changes; every route but health needs one.",
+        group=_ACCESS,
+        unset="no keys are needed",
+    )
+    admin_keys_file: str | None = option(
+        None,
+        "Keys that may change weights; where there are API keys, no others may.",
+        group=_ACCESS,
+        unset="with API keys, the weights cannot be changed",
+    )
+
+    ssl_certfile: str | None = option(
+        None, "A certificate chain, PEM: serve HTTPS, and nothing else on the port.", group=_TLS, unset="HTTP"
+    )
+    ssl_keyfile: str | None = option(None, "Its private key.", group=_TLS, unset="in the certificate's file")
+    ssl_keyfile_password: str | None = option(
+        None, "The password of an encrypted key.", group=_TLS, unset="none", is_secret=True
+    )
+    ssl_ca_certs: str | None = option(
+        None, "Clients must show a certificate that one of these signed.", group=_TLS, unset="they need none"
+    )
+
+    max_body_bytes: int = option(
+        64 << 20, "The largest request; more is a 413.", group=_LIMITS, at_least=1, is_bytes=True
+    )
+    request_timeout: float | None = option(
+        None,
+        "Seconds for an answer; then a 504, or an error event in a stream.",
+        group=_LIMITS,
+        unset="as long as it takes",
+        above=0,
+    )
+    client_timeout: float = option(
+        60.0,
+        "Seconds in which a client must have sent a request's head, and its body.",
+        group=_LIMITS,
+        above=0,
+    )
+
+    shutdown_timeout: float = option(
+        30.0, "Seconds that running requests have to finish after SIGTERM.", group=_LIFE, above=0
+    )
+    restart_engine: bool = option(
+        False, "Load an engine that stopped again, with the weights that it had.", group=_LIFE
+    )
+    exit_on_engine_death: bool = option(
+        False, "End with status 1 when an engine has stopped, for a supervisor to start it anew.", group=_LIFE
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "warning", "info has a line for each request, without its text.", group=_LOGS
+    )
+    log_format: Literal["text", "json"] = option("text", "json: an object a line.", group=_LOGS)
+    otlp_traces_endpoint: str | None = option(
+        None, "Send OpenTelemetry spans there, as http://host:4318/v1/traces.", group=_LOGS, unset="no spans"
+    )
 
     def __post_init__(self) -> None:
         if not self.models:
             raise RequestError("no model to serve: name at least one", param="models")
-        for name in ("max_body_bytes", "request_timeout", "client_timeout", "shutdown_timeout"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise RequestError(f"{name} must be greater than 0, got {value}", param=name)
+        check_options(self)
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
             raise RequestError(
                 "TLS needs a certificate: give ssl_certfile beside ssl_keyfile and ssl_ca_certs",
                 param="ssl_certfile",
-            )
-        if self.tool_style not in TOOL_STYLES:
-            raise RequestError(
-                f"tool_style must be one of {', '.join(TOOL_STYLES)}, got {self.tool_style!r}",
-                param="tool_style",
             )
         if self.preload is None:
             object.__setattr__(self, "preload", tuple(self.models))
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
-        """What the environment asks for; if nothing, the embedded model, and the seed's on demand.
+        """Return the settings of the environment; without any, the embedded model is served.
 
         `MYSERVE_MODEL` names what is served, comma separated: a folder or hub id, or `name=folder`. Unset,
         the embedded model is served and, on demand, the ids in `MYSERVE_ALLOW_MODELS`.
@@ -83,42 +204,75 @@ class Settings:
         >>> list(Settings.from_env({}).models)
         ['myserve-demo', 'sshleifer/tiny-gpt2']
         """
+        return cls.read({}, env)
+
+    @classmethod
+    def read(
+        cls,
+        command_line: Mapping[str, object],
+        env: Mapping[str, str] | None = None,
+        file: str | Path | None = None,
+    ) -> Settings:
+        """Return the settings that the command line, the environment and a YAML file give, in this order.
+
+        `command_line` has values by the options' field names; None is what was not given. `file`, or else
+        `MYSERVE_CONFIG`, names the YAML file. Raises RequestError, which names the option as its source does.
+        """
         env = os.environ if env is None else env
-        named = _models(env.get("MYSERVE_MODEL", ""))
-        on_demand = {name: name for name in _words(env.get("MYSERVE_ALLOW_MODELS", DEFAULT_ON_DEMAND))}
-        bare = {EMBEDDED_MODEL: str(embedded_model_path())}
-        return cls(
-            models=named or bare | on_demand,
-            preload=tuple(named or bare),
-            engine=EngineConfig(
-                dtype=env.get("MYSERVE_DTYPE", "auto"),
-                device=env.get("MYSERVE_DEVICE", "auto"),
-                trust_remote_code=_flag(env, "TRUST_REMOTE_CODE"),
-            ),
-            force_echo=_flag(env, "MYSERVE_FORCE_ECHO"),
-            strict=_flag(env, "MYSERVE_STRICT"),
-            weights_dir=env.get("MYSERVE_WEIGHTS_DIR") or None,
-            tool_style=env.get("MYSERVE_TOOL_STYLE", "auto"),
-            api_keys_file=env.get("MYSERVE_API_KEYS_FILE") or None,
-            admin_keys_file=env.get("MYSERVE_ADMIN_KEYS_FILE") or None,
-            otlp_traces_endpoint=env.get("MYSERVE_OTLP_TRACES_ENDPOINT") or None,
-            cors_origins=tuple(_words(env.get("MYSERVE_CORS_ORIGINS", ""))),
-        )
+        given = Source.command_line(command_line, OPTIONS)
+        variables = Source.environment(env, OPTIONS)
+        path = file or env.get("MYSERVE_CONFIG")
+        written = Source.file(str(path), _yaml(path), OPTIONS) if path else Source({}, {})
+        found = read_options(OPTIONS, (given, variables, written))
+
+        def of(kind: type) -> dict[str, Any]:
+            return {name: value for name, value in found.items() if name in options_of(kind)}
+
+        names = of(ServedNames)
+        as_written = "model" in variables.values and "model" not in given.values
+        if (
+            len(paths := names.get("model", ())) == 1
+            and not names.get("served_model_name")
+            and not as_written
+        ):
+            names["served_model_name"] = (_name_of(paths[0]),)
+        models, preload = ServedNames(**names).models()
+        engine = EngineConfig(**of(EngineConfig))
+        return cls(models=models, preload=preload, engine=engine, **of(Settings))
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+OPTIONS: Mapping[str, Option] = {
+    **options_of(ServedNames),
+    **options_of(EngineConfig),
+    **options_of(Settings),
+}
 
 
-def _models(text: str) -> dict[str, str]:
-    pairs = (word.partition("=") for word in _words(text))
-    return {name: path or name for name, _, path in pairs}
+def _yaml(path: str | Path) -> object:
+    try:
+        # in the extra [server], as all that serves; the commands that do not serve go without
+        import yaml
+
+        values: object = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the configuration file {path} cannot be read: {error}", param="config") from None
+    except yaml.YAMLError as error:
+        raise RequestError(f"the configuration file {path} is not YAML: {error}", param="config") from None
+    return {} if values is None else values
 
 
-def _flag(env: Mapping[str, str], name: str) -> bool:
-    value = env.get(name, "").strip().lower()
-    if value not in _TRUE + _FALSE:
-        raise RequestError(
-            f"{name} must be one of {', '.join(_TRUE + _FALSE[1:])}, got {value!r}", param=name
-        )
-    return value in _TRUE
+def _name_and_path(text: str) -> tuple[str, str]:
+    """Split name=path; a path that is a folder may hold the sign itself."""
+    name, _, path = text.partition("=")
+    return (name, path) if path and not Path(text).is_dir() else (text, text)
+
+
+def _name_of(model: str) -> str:
+    """Return a model's served name: a hub id is its own, a folder goes by its last part.
+
+    >>> _name_of("Qwen/Qwen3-0.6B")
+    'Qwen/Qwen3-0.6B'
+    """
+    name, path = _name_and_path(model)
+    folder = Path(path)
+    return folder.resolve().name if name == path and folder.is_dir() else name

@@ -15,9 +15,6 @@ from myserve.engine.memory.device import free_memory
 from myserve.engine.memory.prefault import HUGE_PAGE
 from myserve.engine.runner.device_backend import DeviceBackend, head_size, kv_heads
 
-FREE_SHARE = 0.25  # of the free memory, for a cache whose size nobody gave
-
-
 AHEAD = 2048  # tokens, for whose blocks memory lies ready
 
 
@@ -72,7 +69,7 @@ class KVCache:
 
 def _affordable_blocks(size: int, hf_config: Any, backend: DeviceBackend, config: EngineConfig) -> int:
     """As many blocks as the budget pays for; never more than `max_num_seqs` full contexts could use."""
-    budget = config.kv_cache_bytes or int(FREE_SHARE * free_memory(backend.device))
+    budget = config.kv_cache_bytes or int(config.kv_cache_share * free_memory(backend.device))
     longest = (
         config.max_model_len or getattr(hf_config, "max_position_embeddings", 0) or hf_config.n_positions
     )

@@ -1,0 +1,110 @@
+"""`myserve serve` takes every declared option, from wherever it comes, and starts on addresses of both families."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from myserve.cli import app
+from myserve.server.settings import OPTIONS
+
+has_ipv6 = socket.has_ipv6
+try:
+    socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+except OSError:
+    has_ipv6 = False
+
+
+def myserve(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "myserve", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", **env},
+    )
+
+
+@contextmanager
+def serving(*args: str, **env: str) -> Iterator[str]:
+    """An echo on a free port; the URL that its first line names."""
+    command = [sys.executable, "-m", "myserve", "serve", "--port", "0", "--force-echo", *args]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    assert server.stderr is not None
+    try:
+        first = server.stderr.readline()
+        assert "http" in first, first + server.stderr.read()
+        yield first.split()[-1]
+    finally:
+        server.terminate()
+        server.stderr.close()
+        server.wait(timeout=30)
+
+
+def names(url: str) -> list[str]:
+    with urllib.request.urlopen(url + "/v1/models") as answer:
+        return [model["id"] for model in json.load(answer)["data"]]
+
+
+def test_the_command_has_every_declared_option() -> None:
+    command: Any = typer.main.get_command(app)
+    flags = {flag for param in command.commands["serve"].params for flag in param.opts}
+    assert {declared.flag for declared in OPTIONS.values() if declared.name != "model"} <= flags
+    assert {"--config", "--cors-origin", "--no-prefix-caching"} <= flags | {
+        flag for param in command.commands["serve"].params for flag in param.secondary_opts
+    }
+
+
+def test_the_help_is_grouped_and_says_the_truth_about_exact() -> None:
+    text = myserve("serve", "--help").stdout
+    assert all(declared.group in text for declared in OPTIONS.values())
+    assert "slower" in re.split(r"--exact", text)[1][:400] and "last per cent" not in text
+
+
+def test_the_version_is_the_packages() -> None:
+    from importlib.metadata import version
+
+    done = myserve("--version")
+    assert (done.returncode, done.stdout) == (0, f"myserve {version('myserve')}\n")
+
+
+def test_file_environment_and_command_line_together(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: no/such/one\nserved-model-name: [file]\nstrict: true\n")
+    with serving("--config", str(file)) as url:
+        assert names(url) == ["file"]
+    with serving("--config", str(file), MYSERVE_SERVED_MODEL_NAME="env") as url:
+        assert names(url) == ["env"]
+    with serving("--config", str(file), "--served-model-name", "a", "--served-model-name", "b") as url:
+        assert names(url) == ["a", "b"]
+
+
+@pytest.mark.skipif(not has_ipv6, reason="this machine has no IPv6")
+@pytest.mark.parametrize(
+    ("host", "asked"), [("::1", ["[::1]"]), ("::", ["[::1]", "127.0.0.1"]), ("localhost", [])]
+)
+def test_addresses_of_both_families(host: str, asked: list[str]) -> None:
+    with serving("m", "--host", host) as url:
+        port = url.rpartition(":")[2]
+        assert names(url) == ["m"]
+        for address in asked:
+            assert names(f"http://{address}:{port}") == ["m"]
+
+
+def test_an_address_that_is_none_is_said_in_a_line() -> None:
+    done = myserve("serve", "--host", "no.such.host.invalid", "--port", "0")
+    assert done.returncode == 1 and "cannot listen on no.such.host.invalid:0" in done.stderr
+    assert "Traceback" not in done.stderr
