@@ -30,7 +30,7 @@ from torch import Tensor
 
 from myserve.embedded import embedded_model_path
 from myserve.sdk import AdaptiveConcurrencyController, Completions, DeploymentSampler, SampledCompletion
-from myserve.sdk.mismatch import measure
+from myserve.sdk.mismatch.measure import measure
 from tools.embedded_model.evaluate import accuracy
 
 Correction = Literal["kept", "mass", "none"]

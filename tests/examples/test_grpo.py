@@ -97,7 +97,7 @@ def test_a_trainer_that_is_not_exact_shows_it(embedded_url):
     from sums import HELD_OUT, question
 
     from myserve.embedded import embedded_model_path
-    from myserve.sdk.mismatch import measure
+    from myserve.sdk.mismatch.measure import measure
 
     async def draw() -> list[Any]:
         async with sampler_for(embedded_url) as sampler:

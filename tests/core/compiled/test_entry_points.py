@@ -12,25 +12,38 @@ import pytest
 from myserve.core.compiled import draw_kernel, entry_points
 from myserve.core.compiled.fingerprint import fingerprint
 
-CORE = Path(draw_kernel.__file__).parent
+COMPILED = Path(draw_kernel.__file__).parent
+CORE = COMPILED.parent
 
 
-def imported(file: Path) -> set[str]:
-    """The modules of `core` that this one imports."""
+def imported(file: Path) -> set[Path]:
+    """The files of `core` that this one imports."""
     nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-    names = {
-        node.module.rpartition(".")[2] for node in nodes if (node.module or "").startswith("myserve.core.")
+    named = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+    named |= {str(node.module) for node in nodes}
+    files = {
+        CORE.joinpath(*name.split(".")[2:]).with_suffix(".py")
+        for name in named
+        if name.startswith("myserve.core.")
     }
-    names |= {alias.name for node in nodes if node.module == "myserve.core" for alias in node.names}
-    return {f"{name}.py" for name in names}
+    return {file for file in files if file.is_file()}
+
+
+def sources() -> set[Path]:
+    return {
+        file for each in entry_points.SOURCES for file in ([each] if each.is_file() else each.glob("*.py"))
+    }
 
 
 def test_the_sources_are_all_that_the_kernels_import() -> None:
-    reached, new = set[str](), {"kernels.py"}
+    reached, new = set[Path](), {Path(draw_kernel.__file__)}
     while new:
         reached |= new
-        new = set().union(*(imported(CORE / name) for name in new)) - reached
-    assert reached == set(entry_points.SOURCES)
+        new = set[Path]().union(*map(imported, new)) - reached
+    assert reached <= sources()
+    assert {file for file in sources() if file.parent == CORE} <= reached, (
+        "of the others, only what is compiled"
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,14 +52,15 @@ def test_the_sources_are_all_that_the_kernels_import() -> None:
 )
 def test_an_entry_points_key_holds_its_sources(entry: Callable[[], Any]) -> None:
     cells = [cell.cell_contents for cell in entry().py_func.__closure__ or ()]
-    assert fingerprint(CORE, *entry_points.SOURCES) in cells
+    assert fingerprint(*entry_points.SOURCES) in cells
 
 
 def test_any_change_changes_the_fingerprint(tmp_path: Path) -> None:
-    for name in entry_points.SOURCES:
-        changed = tmp_path / name
-        changed.mkdir()
-        for source in entry_points.SOURCES:
-            text = (CORE / source).read_text()
-            (changed / source).write_text(text + "# changed\n" if source == name else text)
-        assert fingerprint(changed, *entry_points.SOURCES) != fingerprint(CORE, *entry_points.SOURCES)
+    files = sorted(sources())
+    for number, changed in enumerate(files):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for file in files:
+            (folder / file.name).write_text(file.read_text() + ("# changed\n" if file == changed else ""))
+        assert fingerprint(folder) != fingerprint(*files)
+    assert fingerprint(*files) == fingerprint(*files), "the control: the same files"

@@ -15,7 +15,7 @@ import jsonschema_rs
 import pytest
 from fastapi.routing import APIRoute, APIRouter
 
-import myserve.server
+from myserve.server import routes as routes_package
 from myserve.wire.sse import SSEDecoder
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "seed": 1}
@@ -53,7 +53,8 @@ def routes_of(module: Any) -> list[APIRoute]:
 
 def test_every_route_is_in_it(document: dict[str, Any]) -> None:
     modules = [
-        import_module(f"myserve.server.{found.name}") for found in iter_modules(myserve.server.__path__)
+        import_module(f"myserve.server.routes.{found.name}")
+        for found in iter_modules(routes_package.__path__)
     ]
     routes = {route.path.replace(":path", "") for module in modules for route in routes_of(module)}
     assert set(document["paths"]) == routes - {"/"}  # the playground is a page
