@@ -65,6 +65,10 @@ class NonFiniteLogitsError(EngineError):
     """The model gave NaN or +inf logits for one row. That row fails; its batch goes on."""
 
 
+class RequestFailedError(EngineError):
+    """Something of ours failed for one request. It fails; its batch goes on."""
+
+
 class OverloadedError(EngineError):
     """The queue is full. `retry_after` is in seconds."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +137,13 @@ def test_one_step_beyond_either_end_of_every_range_is_refused(cls: type) -> None
                 cls(**{name: value})
             assert caught.value.param == name
             assert f"must be in {allowed}, got {shown(value)}" in caught.value.message
+
+
+def test_the_documented_ranges_are_the_fields() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    for cls in (SamplingParams, SubmitOptions):
+        for name, allowed in ranges_of(cls).items():
+            assert f"\n| `{name}` | {allowed}" in page
 
 
 def test_logit_bias_beyond_the_range_counts_as_its_end() -> None:

@@ -107,6 +107,13 @@ class RowState:
         """The counter noise of the next draw."""
         return self._counter_noise.at(self.position)
 
+    def restore_noise(self) -> None:
+        """Put torch noise back to where the next draw takes it from, after a draw that came to nothing."""
+        if self.torch_noise is not None:
+            noise = self._counter_noise
+            self.torch_noise = TorchNoise(noise.seed, noise.sample_index, self.torch_noise.device)
+            self.torch_noise.skip(self.num_completion_tokens, self.vocab_size)
+
     def append(self, token_id: int) -> None:
         """Take in the token that was drawn."""
         self.position += 1

@@ -18,13 +18,14 @@ from myserve.core.batched.behaviour import scale, truncate
 from myserve.core.batched.edits import ScoreScratch, edit
 from myserve.core.batched.reports import Reports
 from myserve.core.compiled import fast_path
+from myserve.core.isolation import failure_of, raise_if_of_the_device
 from myserve.core.logprobs import Kept, Normaliser, TopLogprobs, masses, normalisers_of
 from myserve.core.noise import draw_counter, draw_torch, openings
 from myserve.core.numerics import log_mass, weights_of
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.transfer import download, upload
-from myserve.errors import ConstraintError, NonFiniteLogitsError
+from myserve.errors import ConstraintError, NonFiniteLogitsError, RequestFailedError
 
 __all__ = [
     "RowState",
@@ -51,8 +52,8 @@ class Sampled:
     kept: Kept | None = None
 
 
-RowError = NonFiniteLogitsError | ConstraintError
-Outcome = Sampled | RowError
+Outcome = Sampled | Exception
+"""What a row gets: a token, or the error that ended it."""
 
 
 class Sampler:
@@ -76,9 +77,28 @@ class Sampler:
         """Draw from `logits` [B, V] (raw, any float dtype), row b under `rows[b]`; append nothing to them.
 
         A row whose logits hold NaN or +inf, or whose constraints forbid every token, gets an error in its
-        place.
+        place, and so does one for which any part of the sampler raises: the others keep their bits.
         """
         raw = logits.detach().to(torch.float32).contiguous()
+        try:
+            return self._sample(raw, rows)
+        except Exception as error:
+            raise_if_of_the_device(error)
+            return self._sample_apart(raw, rows)
+
+    def _sample_apart(self, raw: Tensor, rows: Sequence[RowState]) -> list[Outcome]:
+        """Draw for each row as if it were alone, which changes no bit of it, to learn whose the error is."""
+        outcomes: list[Outcome] = []
+        for b, row in enumerate(rows):
+            row.restore_noise()
+            try:
+                outcomes += self._sample(raw[b : b + 1], [row])
+            except Exception as error:
+                raise_if_of_the_device(error)
+                outcomes.append(failure_of(error, "drawing its next token"))
+        return outcomes
+
+    def _sample(self, raw: Tensor, rows: Sequence[RowState]) -> list[Outcome]:
         edited = edit(raw, rows, self._scratch)
         outcomes: dict[int, Outcome] = {}
         for draw, places in self._divide(rows, raw.device):
@@ -108,7 +128,7 @@ def _draw_compiled(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Ou
     asked = Reports(raw, raw, raw, [row.params for row in rows])
     reports = asked.written(asked.tensors, raw_norms, raw_norms)
     return [
-        _row_error(raw_norm.largest, largest, row)
+        _row_error(raw_norm.largest, largest, token_id >= 0, row)
         or Sampled(
             token_id,
             raw_norm.logprob(raw_score),
@@ -143,6 +163,8 @@ def _draw_tensors(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Out
     race, unsure = _Race(behaviour, rows), list(range(len(rows)))
     for opened in openings(raw.device):
         tokens, sure = race.tokens(unsure, opened)
+        # V where nobody won: the score there is then -inf, and no device looks behind the end
+        tokens = tokens.clamp(max=raw.shape[1] - 1)
         scores = [x.gather(1, tokens.unsqueeze(1))[:, 0] for x in (raw, behaviour)]
         got = download([tops, tokens, sure, *scores, *raw_mass, *mass, *asked.tensors])
         unsure = [b for b, known in enumerate(got[2].tolist()) if not known]
@@ -152,7 +174,7 @@ def _draw_tensors(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Out
     reports = asked.written(got[9:], raw_norms, norms)
     columns = zip(*got[0].tolist(), rows, *(x.tolist() for x in (got[1], *got[3:5])), strict=True)
     return [
-        _row_error(raw_top, top, row)
+        _row_error(raw_top, top, math.isfinite(score), row)
         or Sampled(token_id, raw_norm.logprob(raw_score), norm.logprob(score), *report)
         for (raw_top, top, row, token_id, raw_score, score), raw_norm, norm, report in zip(
             columns, raw_norms, norms, reports, strict=True
@@ -167,7 +189,10 @@ def _with_something_to_draw(raw: Tensor, edited: Tensor, sound: Tensor) -> tuple
     return zeroed, zeroed if edited is raw else edited.where(column, 0.0)
 
 
-def _row_error(raw_largest: float, edited_largest: float, row: RowState) -> RowError | None:
+def _row_error(
+    raw_largest: float, edited_largest: float, has_token: bool, row: RowState
+) -> NonFiniteLogitsError | ConstraintError | RequestFailedError | None:
+    """Return why a row can draw nothing: by the maxima before and after stages 1 to 4, and whether the race was won."""
     position = row.position
     if not math.isfinite(raw_largest):
         return NonFiniteLogitsError(
@@ -176,10 +201,19 @@ def _row_error(raw_largest: float, edited_largest: float, row: RowState) -> RowE
         )
     if row.constraint is not None and row.constraint.error is not None:
         return ConstraintError(f"the grammar cannot go on: {row.constraint.error}", param="grammar")
+    if math.isnan(edited_largest) or edited_largest == math.inf:
+        return ConstraintError(
+            f"the penalties and logit_bias give no finite score for position {position}; bring them nearer to 0 "
+            "(repetition_penalty: to 1)"
+        )
     if not math.isfinite(edited_largest):
         return ConstraintError(
             f"no token is left to draw for position {position}: the grammar, allowed_token_ids, bad_words_ids and "
             "min_tokens together forbid every one; loosen one of them"
+        )
+    if not has_token:
+        return RequestFailedError(
+            f"the stages of truncation left no token to draw for position {position}: an error of this server"
         )
     return None
 

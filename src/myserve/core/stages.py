@@ -2,7 +2,8 @@
 
 Every function takes float32 scores [R, V], in which a removed token is -inf, and a parameter for each row.
 None looks across rows, and masses are summed as integers, so that a row's result is its own. Tokens are
-ordered by score, equal scores by id, the lower first.
+ordered by score, equal scores by id, the lower first. Each stage of truncation keeps at least one of the tokens that it
+is given, whatever the stages before have removed: its edge is measured from what is left.
 """
 
 from __future__ import annotations
@@ -179,18 +180,20 @@ def keep_typical(scores: Tensor, mass: Tensor) -> Tensor:
 
 
 def keep_top_n_sigma(scores: Tensor, untruncated: Tensor, n: Tensor) -> Tensor:
-    """Tokens within n standard deviations of the largest score (Tang et al. 2024); n float64 [R, 1] > 0.
+    """Keep tokens within n standard deviations of the largest score left (Tang et al. 2024); n float64 [R, 1] > 0.
 
-    The deviation is the population's, over every token that no constraint forbids (`untruncated`): it
-    describes the model's noise floor, which no other filter should move.
+    The deviation is the population's, over every token that no constraint forbids (`untruncated` [R, V]): it
+    describes the model's noise floor, which no other filter should move. The distance is from the largest score that
+    the stages before have left, so that it stays: `keep_typical` may have removed the likeliest token, and measured
+    from that one nothing might be left.
     """
-    largest = untruncated.amax(-1, keepdim=True).double()
-    below = largest - untruncated.double()
-    finite = below.isfinite()
+    depth = untruncated.amax(-1, keepdim=True).double() - untruncated.double()
+    finite = depth.isfinite()
     count = finite.sum(-1, keepdim=True)
     # a running sum goes in order of id whatever the batch; `sum` and `std` do not
-    mean = below.where(finite, 0.0).cumsum(-1)[:, -1:] / count
-    square = (below - mean).where(finite, 0.0).square().cumsum(-1)[:, -1:] / count
+    mean = depth.where(finite, 0.0).cumsum(-1)[:, -1:] / count
+    square = (depth - mean).where(finite, 0.0).square().cumsum(-1)[:, -1:] / count
+    below = scores.amax(-1, keepdim=True).double() - scores.double()
     return scores.masked_fill(below > n * square.sqrt(), -torch.inf)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
+from myserve.core.isolation import failure_of, raise_if_of_the_device
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints.factory import Constraints
@@ -264,10 +265,16 @@ class Engine:
 
     def _add(self, submission: Submission) -> None:
         for request in submission.requests:
-            row = submission.row_state(request.index, self.runner.device)
-            self.runner.add(request, row, submission.params)
             self._owner[request] = submission
-        self.scheduler.add(submission.requests[0])
+        try:
+            for request in submission.requests:
+                row = submission.row_state(request.index, self.runner.device)
+                self.runner.add(request, row, submission.params)
+        except Exception as error:
+            raise_if_of_the_device(error)
+            self._fail(submission.requests, failure_of(error, "preparing its sampling"))
+        else:
+            self.scheduler.add(submission.requests[0])
 
     def _abort(self, requests: Sequence[Request], reason: str = "abort") -> None:
         for request in requests:
@@ -294,16 +301,22 @@ class Engine:
             self.scheduler.abort(request)
         for (request, _), draw, routed in zip(batch.draws, result.draws, result.routed_experts, strict=True):
             owner = self._owner[request]
-            outcome = outcome_of(
-                request,
-                draw,
-                routed,
-                ended.get(request),
-                owner,
-                self.weight_version,
-                now,
-                closed_early=self.runner.closes_early(request),
-            )
+            try:
+                outcome = outcome_of(
+                    request,
+                    draw,
+                    routed,
+                    ended.get(request),
+                    owner,
+                    self.weight_version,
+                    now,
+                    closed_early=self.runner.closes_early(request),
+                )
+            except Exception as error:
+                failure = failure_of(error, "reporting its token")
+                outcome = StepOutcome(request.index, finish_reason="error", error=failure)
+                ended[request] = "error"
+                self.scheduler.abort(request)
             mail.add(owner, outcome)
         for request, reason in ended.items():
             self._forget(request, reason)
@@ -316,9 +329,13 @@ class Engine:
     def _fail_everyone(self, error: Exception) -> None:
         self._updates.close(error)
         self._take_inbox()
+        self._fail(list(self._owner), error)
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """End requests that the scheduler does not have, or will not run again, with an error."""
         mail = Dispatcher()
-        for request, owner in list(self._owner.items()):
-            mail.add(owner, StepOutcome(request.index, finish_reason="error", error=error))
+        for request in requests:
+            mail.add(self._owner[request], StepOutcome(request.index, finish_reason="error", error=error))
             self._forget(request, "error")
         mail.send(self._abort_all_of)
 

@@ -165,6 +165,9 @@ def draw_rows(
             if top_k[b] > 0 or top_p < 1.0 or min_p > 0.0:
                 total = truncate(scores, weights, largest, total, top_k[b], top_p, min_p, spare)
             token = race(weights, keys[b])
+            if token >= len(scores):  # nobody arrived: there was no token to draw
+                tokens[b] = -1
+                continue
             floats[b, 1], floats[b, 3], masses[b, 1] = largest, scores[token], total
         tokens[b] = token
         floats[b, 2] = raw[b, token]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -136,4 +137,6 @@ class MaskAhead:
 
 def _prepare_all(constraints: list[Constraint]) -> None:
     for constraint in constraints:
-        constraint.prepare()
+        # it fails again when its row is drawn for: there it is that row's error, here it would be everyone's
+        with suppress(Exception):
+            constraint.prepare()

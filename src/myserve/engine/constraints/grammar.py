@@ -72,14 +72,14 @@ class GrammarConstraint:
         """Compute the next mask, unless it is there. In any thread, but in one at a time."""
         if self._is_current or self._is_over:
             return
-        self._is_current = True
         if not self.closes_early and self._remaining <= self._look_at:
             self._look_for_an_ending()
         if self.closes_early:
             set_only(self._mask, [self._closing[0]] if self._closing else self._eos_ids)
-            return
-        self._matcher.unsafe_compute_mask_ptr(self._mask.data_ptr(), 4 * len(self._mask))
-        self._note_error()
+        else:
+            self._matcher.unsafe_compute_mask_ptr(self._mask.data_ptr(), 4 * len(self._mask))
+            self._note_error()
+        self._is_current = True  # not before: after an exception there is no mask yet
 
     def append(self, token_id: int) -> None:
         self.elapse()

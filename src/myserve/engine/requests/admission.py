@@ -87,6 +87,12 @@ def admit(
             param="num_prior_tokens",
         )
     max_tokens = checked_max_tokens(len(prompt), params.max_tokens, facts.max_model_len)
+    if params.min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens must be in [0, {max_tokens}], which the context leaves behind a prompt of {len(prompt)} "
+            f"tokens, got {params.min_tokens}",
+            param="min_tokens",
+        )
     params.check_vocabulary(facts.vocab_size)
     if params.routed_experts and facts.routing_shape is None:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loops of its callers: one message a loop, whatever a step has to tell."""
+"""From the engine's thread to the event loops of its callers: one wake-up of a loop for all that a step brought it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from collections.abc import Callable
 from myserve.engine.requests.admission import Submission
 from myserve.engine.requests.stream import RequestStream, StepOutcome
 
-Letters = list[tuple[RequestStream, StepOutcome]]
+__all__ = ["Dispatcher"]
+
+_Outcomes = list[tuple[RequestStream, StepOutcome]]
 
 
 class Dispatcher:
-    """Outcomes for the requests of several callers. A loop wakes once for all of its own, not once a token."""
+    """Collect the outcomes of one step and hand each to its caller's event loop, in the order of adding."""
 
     def __init__(self) -> None:
-        self._letters: defaultdict[asyncio.AbstractEventLoop, Letters] = defaultdict(list)
+        self._outcomes: defaultdict[asyncio.AbstractEventLoop, _Outcomes] = defaultdict(list)
 
     def add(self, owner: Submission, outcome: StepOutcome) -> None:
-        self._letters[owner.loop].append((owner.stream, outcome))
+        """Keep an outcome for the stream of `owner`."""
+        self._outcomes[owner.loop].append((owner.stream, outcome))
 
-    def send(self, nobody_left: Callable[[asyncio.AbstractEventLoop], None]) -> None:
-        """Tells every loop, in the order of adding; `nobody_left` hears of one that is closed."""
-        for loop, letters in self._letters.items():
+    def send(self, on_closed_loop: Callable[[asyncio.AbstractEventLoop], None]) -> None:
+        """Wake every loop once; `on_closed_loop` is called for one that has been closed."""
+        for loop, outcomes in self._outcomes.items():
             try:
-                loop.call_soon_threadsafe(_deliver, letters)
+                loop.call_soon_threadsafe(_deliver, outcomes)
             except RuntimeError:
-                nobody_left(loop)
+                on_closed_loop(loop)
 
 
-def _deliver(letters: Letters) -> None:
-    for stream, outcome in letters:
-        stream.receive(outcome)
+def _deliver(outcomes: _Outcomes) -> None:
+    for stream, outcome in outcomes:
+        try:
+            stream.receive(outcome)
+        except Exception as error:  # that choice's own: the others have still to be delivered
+            stream.fail(outcome.index, error)

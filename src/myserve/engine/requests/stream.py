@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from myserve.core.isolation import failure_of
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 from myserve.engine.requests.detokenizer import Detokenizer, ReleasedText
 
@@ -66,10 +67,13 @@ class RequestStream(AsyncIterator[Delta]):
         return self._metrics(index)
 
     def abort(self) -> None:
-        """End what is still open. Idempotent."""
+        """End what is still open, with finish_reason "abort" and the text that was held back. Idempotent."""
         aborted = sorted(self._open)
         for index in aborted:
-            self._finish(index, self._detokenizers[index].end(), "abort")
+            try:
+                self._finish(index, self._detokenizers[index].end(), "abort")
+            except Exception as error:
+                self.fail(index, error)
         if aborted:
             self._abort_in_engine(aborted, "abort")
 
@@ -94,6 +98,15 @@ class RequestStream(AsyncIterator[Delta]):
             self._finish(index, _joined(released, rest), outcome.finish_reason, stopped_by, outcome)
         elif released.tokens or released.text or outcome.prompt_logprobs is not None:
             self._push(Delta(index, released.text, released.tokens, prompt_logprobs=outcome.prompt_logprobs))
+
+    def fail(self, index: int, error: Exception) -> None:
+        """End a choice whose text could not be made, with an error; what was held back of it is lost."""
+        if index not in self._open:
+            return
+        self._open.discard(index)
+        failure = failure_of(error, "turning its tokens into text")
+        self._push(Delta(index, finish_reason="error", error=failure, metrics=self._metrics(index)))
+        self._abort_in_engine([index], "error")
 
     def _finish(
         self,

@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from myserve.core.isolation import failure_of, raise_if_of_the_device
 from myserve.core.logprobs import prompt_logprobs
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
@@ -45,7 +46,6 @@ from myserve.engine.steps.recordings import (
     shape_of_decode,
 )
 from myserve.engine.weights.loader import LoadedModel
-from myserve.errors import NonFiniteLogitsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class StepResult:
     draws: list[Outcome]
     routed_experts: list[bytes | None]  # of each draw's forward pass, where its request asked
     prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
-    failed_prompts: dict[Request, NonFiniteLogitsError]
+    failed_prompts: dict[Request, Exception]
     sampling_seconds: float
 
     @property
@@ -150,11 +150,39 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
-        """One packed forward, then a draw for each row that is complete."""
+        """Run one packed forward, then draw for each row that is complete.
+
+        Where the forward raises, each request's part is run alone, without replay, to learn whose the error is.
+        """
+        try:
+            forwarded = self._forward(batch, replay=True)
+        except Exception as error:
+            raise_if_of_the_device(error)
+            return merged(batch, [self._run_alone(part) for part in divided(batch)])
+        return self._score_and_draw(batch, *forwarded)
+
+    def _run_alone(self, batch: Batch) -> StepResult:
+        """Run a batch of one request's part: keys and values written twice are the same bits."""
+        try:
+            forwarded = self._forward(batch, replay=False)
+        except Exception as error:
+            raise_if_of_the_device(error)
+            failure = failure_of(error, "computing its tokens")
+            count, request = len(batch.draws), batch.scheduled[0].request
+            return StepResult([failure] * count, [None] * count, {}, {request: failure}, 0.0)
+        return self._score_and_draw(batch, *forwarded)
+
+    def _forward(self, batch: Batch, *, replay: bool) -> tuple[Tensor, LogitRows, RoutingCapture]:
         wanted = self._wanted_positions(batch)
         with keep_rows(self.model, self._fixed_rows) as rows, self._listening_for(batch) as heard:
-            logits = self.forward(batch, wanted)  # [len(wanted), V]
+            logits = self.forward(batch, wanted, replay=replay)  # [len(wanted), V]
         self.kv_cache.copy(batch.copies)
+        return logits, rows, heard
+
+    def _score_and_draw(
+        self, batch: Batch, logits: Tensor, rows: LogitRows, heard: RoutingCapture
+    ) -> StepResult:
+        wanted = self._wanted_positions(batch)
         row_of = {position: row for row, position in enumerate(wanted)}
         scored, failed = self._score_prompts(batch, rows, heard)
         drawing = _drawing_positions(batch)
@@ -164,12 +192,12 @@ class ModelRunner:
         routed = self._routing_of_draws(batch, heard.rows(drawing))
         return StepResult(draws, routed, scored, failed, sampling)
 
-    def forward(self, batch: Batch, wanted: list[int]) -> Tensor:
+    def forward(self, batch: Batch, wanted: list[int], *, replay: bool = True) -> Tensor:
         """Run the scheduled, packed; the logits [len(wanted), V] of the packed rows that are wanted.
 
         They may lie in memory that the next call writes again.
         """
-        replay = not any(self._is_listened_to(part.request) for part in batch.scheduled)
+        replay = replay and not any(self._is_listened_to(part.request) for part in batch.scheduled)
         if self._fixed_rows:
             parts = list(groups(batch.scheduled, wanted, self._fixed_rows))
             if len(parts) > 1:  # a copy of each, for they lie in the same memory
@@ -228,16 +256,17 @@ class ModelRunner:
 
     def _score_prompts(
         self, batch: Batch, rows: LogitRows, heard: RoutingCapture
-    ) -> tuple[dict[Request, tuple[PromptLogprob, ...]], dict[Request, NonFiniteLogitsError]]:
+    ) -> tuple[dict[Request, tuple[PromptLogprob, ...]], dict[Request, Exception]]:
         complete: dict[Request, tuple[PromptLogprob, ...]] = {}
-        failed: dict[Request, NonFiniteLogitsError] = {}
+        failed: dict[Request, Exception] = {}
         start = 0
         for part in batch.scheduled:
             if part.request in self._scored and part.start < part.request.num_prompt_tokens:
                 try:
                     self._score_prompt(part, rows.from_row(start), heard.from_row(start))
-                except NonFiniteLogitsError as error:
-                    failed[part.request] = error
+                except Exception as error:
+                    raise_if_of_the_device(error)
+                    failed[part.request] = failure_of(error, "scoring its prompt")
                 if len(self._scored[part.request]) == part.request.num_prompt_tokens:
                     complete[part.request] = tuple(self._scored.pop(part.request))
             start += part.count
@@ -270,11 +299,42 @@ class ModelRunner:
         rows = [self._rows[request] for request, _ in batch.draws]
         self._masks.wait()
         draws = self.sampler.sample(logits, rows)  # [len(draws), V]
-        for row, draw in zip(rows, draws, strict=True):
+        for index, (row, draw) in enumerate(zip(rows, draws, strict=True)):
             if isinstance(draw, Sampled):
-                row.append(draw.token_id)
+                try:
+                    row.append(draw.token_id)
+                except Exception as error:
+                    draws[index] = failure_of(error, "taking in its token")
         self._masks.start(row.constraint for row in rows)
         return draws
+
+
+def divided(batch: Batch) -> list[Batch]:
+    """Return a batch of each scheduled part, with the draws that are made from it.
+
+    Each makes all copies of blocks: made again, they are right once the part that filled the block has run.
+    """
+    parts = [Batch(copies=batch.copies) for _ in batch.scheduled]
+    for alone, part in zip(parts, batch.scheduled, strict=True):
+        alone.add(part)
+    for request, index in batch.draws:
+        parts[index].draws.append((request, 0))
+    return parts
+
+
+def merged(batch: Batch, results: Sequence[StepResult]) -> StepResult:
+    """Return the results of `divided(batch)` as one, in the order of the batch's draws."""
+    draws = [iter(zip(result.draws, result.routed_experts, strict=True)) for result in results]
+    drawn = [next(draws[index]) for _, index in batch.draws]
+    scored = {request: scores for result in results for request, scores in result.prompt_logprobs.items()}
+    failed = {request: error for result in results for request, error in result.failed_prompts.items()}
+    return StepResult(
+        [draw for draw, _ in drawn],
+        [routed for _, routed in drawn],
+        scored,
+        failed,
+        sum(result.sampling_seconds for result in results),
+    )
 
 
 def _drawing_positions(batch: Batch) -> list[int]:
