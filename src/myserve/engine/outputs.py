@@ -41,6 +41,8 @@ class TokenOutput:
     recomputed: bool = False  # everything before it was run again by this version: it had been preempted
     # unix seconds at which the step that made it ended
     time: float = 0.0
+    # what it adds to this text, where that depends on its place; None: its bytes of the vocabulary
+    text_bytes: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,12 @@ class Constraints:
                 f"grammars need {error.name}, which this server was installed without: pip install 'myserve[grammar]'",
                 param="grammar",
             ) from error
+        if not self._table.is_bytewise:
+            raise RequestError(
+                "this model's tokenizer puts text between tokens (as WordPiece does), so that no token has bytes of its "
+                "own: a grammar cannot be kept to",
+                param="grammar",
+            )
         return Library(
             Vocabulary(list(self._table), self._table.special_ids, self._eos_ids),
             _text_encoder(self._tokenizer),

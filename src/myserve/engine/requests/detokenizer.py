@@ -6,21 +6,22 @@ are the text of the released tokens joined, and a stream reads as the same call 
 
 from __future__ import annotations
 
-import codecs
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from myserve.core.params import SamplingParams
 from myserve.core.stopping import StopMatcher
 from myserve.engine.outputs import TokenOutput
 from myserve.engine.token_bytes import TokenBytes
 
+__all__ = ["Detokenizer", "ReleasedText"]
+
 UNKNOWN = -1  # where a token ends whose last character is not complete yet
 
 
 @dataclass(frozen=True, slots=True)
 class ReleasedText:
-    """What became final: text with its tokens, and at the end the tokens that have no text in the output."""
+    """Text that became final, with its tokens; at the end also the tokens that have no text in the output."""
 
     text: str = ""
     tokens: tuple[TokenOutput, ...] = ()
@@ -29,12 +30,14 @@ class ReleasedText:
 
 
 class Detokenizer:
-    """One completion's text. `feed` every token, `end` once; after a match nothing more is to be fed."""
+    """Turns one completion's ids into text. `feed` every token, `end` once; after a match feed nothing more.
+
+    Where a token's bytes depend on its place (`TokenBytes.is_bytewise` is False), it gets those that it has here.
+    """
 
     def __init__(self, table: TokenBytes, params: SamplingParams) -> None:
-        self._table = table
-        self._hidden = table.special_ids if params.skip_special_tokens else frozenset[int]()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._reader = table.reader(skip_special_tokens=params.skip_special_tokens)
+        self._sets_bytes = not table.is_bytewise
         self._matcher = StopMatcher(params.stop)
         self._shows_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
@@ -46,13 +49,12 @@ class Detokenizer:
         self._text = ""  # the characters from _given to _safe
 
     def feed(self, token: TokenOutput) -> ReleasedText:
-        """Take the next token; give what is final by now."""
+        """Take the next token; return what is final by now."""
         self._num_tokens += 1
-        data = b"" if token.token_id in self._hidden else self._table[token.token_id]
-        text = self._decoder.decode(data)
+        text = self._reader.feed(token.token_id)
         self._decoded += len(text)
         self._held.append((token, UNKNOWN))
-        if not self._decoder.getstate()[0]:
+        if not self._reader.pending:
             self._settle_ends()
         matched = None
         if self._num_tokens > self._min_tokens:
@@ -62,8 +64,8 @@ class Detokenizer:
         return self._release_all(matched) if matched is not None else self._release_whole_tokens()
 
     def end(self, stop_token: TokenOutput | None = None) -> ReleasedText:
-        """The completion is over: give what was held back. `stop_token` is an EOS or stop id, which has no text."""
-        tail = self._decoder.decode(b"", final=True)  # half a character becomes U+FFFD
+        """Return what was held back: the completion is over. `stop_token` is an EOS or stop id, which has no text."""
+        tail = self._reader.end()  # half a character becomes U+FFFD
         self._decoded += len(tail)
         self._settle_ends()
         matched = self._scan(tail)
@@ -74,18 +76,18 @@ class Detokenizer:
         return ReleasedText(released.text, released.tokens, stop_tokens, matched)
 
     def _scan(self, text: str) -> str | None:
-        """Let the text through up to what may be the beginning of a stop string; the one that ends it, if one does."""
+        """Pass the text up to what may begin a stop string; return the stop string that ends it, if one does."""
         safe, matched = self._matcher.feed(text)
         self._pass(safe + matched if matched is not None and self._shows_stop else safe)
         return matched
 
     def _pass(self, text: str) -> None:
-        """This much can no longer change."""
+        """Add text that can no longer change."""
         self._text += text
         self._safe += len(text)
 
     def _settle_ends(self) -> None:
-        """No character is pending, so every held token whose end was open ends here."""
+        """End every held token whose end was open here: no character is pending."""
         for i in range(len(self._held) - 1, -1, -1):
             token, end = self._held[i]
             if end != UNKNOWN:
@@ -96,21 +98,30 @@ class Detokenizer:
         tokens: list[TokenOutput] = []
         upto = self._given
         while self._held and UNKNOWN != self._held[0][1] <= self._safe:
+            start = upto
             token, upto = self._held.popleft()
-            tokens.append(token)
+            tokens.append(self._with_bytes(token, start, upto) if self._sets_bytes else token)
         return ReleasedText(self._take(upto), tuple(tokens))
 
     def _release_all(self, matched: str | None) -> ReleasedText:
-        """Everything safe goes out; a token that begins behind it has no text in the output."""
+        """Release all that is safe; a token that begins behind it has no text in the output."""
         tokens: list[TokenOutput] = []
         stop_tokens: list[TokenOutput] = []
         start = self._given
         for token, end in self._held:
+            end = self._decoded if end == UNKNOWN else end
+            if self._sets_bytes:
+                token = self._with_bytes(token, start, end)
             ended_before = matched is not None and start >= self._safe
             (stop_tokens if ended_before else tokens).append(token)
-            start = self._decoded if end == UNKNOWN else end
+            start = end
         self._held.clear()
         return ReleasedText(self._take(self._safe), tuple(tokens), tuple(stop_tokens), matched)
+
+    def _with_bytes(self, token: TokenOutput, start: int, end: int) -> TokenOutput:
+        """Return the token with the bytes of its text, which is not released yet."""
+        text = self._text[start - self._given : end - self._given]
+        return replace(token, text_bytes=text.encode())
 
     def _take(self, upto: int) -> str:
         n = upto - self._given

@@ -40,6 +40,12 @@ class TokenWriter:
         """What the token adds to the text, or None for one that the text leaves out."""
         return None if token_id in self._hidden else self._show(token_id)[1]
 
+    def _show_here(self, token_id: int, text_bytes: bytes | None) -> tuple[str, list[int] | None]:
+        """Return a token's text and what it adds to the answer's, by its place where that decides (`text_bytes`)."""
+        if text_bytes is None or token_id in self._hidden:
+            return self.text(token_id), self.bytes_in_text(token_id)
+        return self.text(token_id) if self._as_ids else text_bytes.decode("utf-8", "replace"), list(text_bytes)
+
     def _show(self, token_id: int) -> tuple[str, list[int]]:
         shown = self._shown.get(token_id)
         if shown is None:
@@ -50,9 +56,10 @@ class TokenWriter:
 
     def entry(self, token: TokenOutput, *, in_text: bool = True) -> TokenLogprob:
         """One sampled token. `in_text` is False for what ended the completion and was cut off with it."""
+        text, raw = self._show_here(token.token_id, token.text_bytes if in_text else None)
         entry: TokenLogprob = {
-            "token": self.text(token.token_id),
-            "bytes": self.bytes_in_text(token.token_id) if in_text else None,
+            "token": text,
+            "bytes": raw if in_text else None,
             "logprob": token.logprob,
             "top_logprobs": self._alternatives(token.top_logprobs),
             "token_id": token.token_id,
@@ -72,11 +79,14 @@ class TokenWriter:
         self._add_routing(entry, token.routed_experts)
         return entry
 
-    def prompt_entry(self, token: PromptLogprob, top: int) -> TokenLogprob:
+    def prompt_entry(
+        self, token: PromptLogprob, top: int, text_bytes: bytes | None = None
+    ) -> TokenLogprob:
         """One echoed prompt token: scored, not sampled. The first has no logprob, with nothing before it."""
+        text, raw = self._show_here(token.token_id, text_bytes)
         entry: TokenLogprob = {
-            "token": self.text(token.token_id),
-            "bytes": self.bytes_in_text(token.token_id),
+            "token": text,
+            "bytes": raw,
             "logprob": token.logprob,
             "top_logprobs": self._alternatives(token.top_logprobs[:top]),
             "token_id": token.token_id,
@@ -110,21 +120,27 @@ class TokenWriter:
         return written
 
 
-def with_offsets(entries: Sequence[TokenLogprob], start: int) -> int:
-    """Write each entry's `text_offset`, in characters from `start`; returns where the text goes on.
+class TextOffsets:
+    """Writes each entry's `text_offset`, in characters, along one text whose entries come in pieces.
 
-    A token that begins inside a character has that character's offset.
+    A token that begins inside a character has that character's offset; one without text, where the text goes on.
 
-    >>> halves = [{"bytes": [0xC3]}, {"bytes": [0x9F]}, {"bytes": None}, {"bytes": [0x61]}]
-    >>> with_offsets(halves, 5), [entry["text_offset"] for entry in halves]
-    (7, [5, 5, 6, 6])
+    >>> from myserve.server.models.echo import CharacterBytes
+    >>> entries = [{"token_id": 223, "bytes": [0xC3, 0x9F]}, {"token_id": 1, "bytes": None}, {"token_id": 97, "bytes": [97]}]
+    >>> TextOffsets(CharacterBytes(), start=5).write(entries)
+    >>> [entry["text_offset"] for entry in entries]
+    [5, 6, 6]
     """
-    for entry in entries:
-        raw: Sequence[int] = entry["bytes"] or ()
-        continues = bool(raw) and _inside_character(raw[0])
-        entry["text_offset"] = max(0, start - 1) if continues else start
-        start += sum(not _inside_character(byte) for byte in raw)
-    return start
+
+    def __init__(self, table: TokenBytes, start: int = 0) -> None:
+        self._start = start
+        self._reader = table.bytes_reader()
+
+    def write(self, entries: Sequence[TokenLogprob]) -> None:
+        for entry in entries:
+            token_id, raw = entry["token_id"], entry["bytes"]
+            entry["text_offset"] = self._start + self._reader.position(token_id, bytes(raw or ()))
+            self._reader.take(token_id, bytes(raw or ()))
 
 
 def legacy(entries: Sequence[TokenLogprob]) -> LegacyLogprobs:
@@ -152,10 +168,6 @@ def _by_text(entry: TokenLogprob) -> dict[str, float] | None:
         return None
     likeliest_last = reversed(entry["top_logprobs"])
     return {alternative["token"]: alternative["logprob"] for alternative in likeliest_last}
-
-
-def _inside_character(byte: int) -> bool:
-    return byte & 0xC0 == 0x80
 
 
 def _finite(value: float) -> float | None:

@@ -10,6 +10,7 @@ from myserve.core.params import SamplingParams
 from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.outputs import Delta, RequestMetrics, TokenOutput
 from myserve.engine.requests.options import SubmitOptions
+from myserve.engine.token_bytes import Utf8Reader
 from myserve.errors import ContextLengthError, RequestError
 from myserve.server.errors import EchoHasNoModelError
 
@@ -31,15 +32,27 @@ class CharacterTokenizer:
 
 
 class CharacterBytes:
-    """The table that `TokenBytes` is for a real vocabulary."""
+    """Stands for `TokenBytes`: every id is a code point."""
 
     special_ids: frozenset[int] = frozenset()
+    is_bytewise = True
 
     def __getitem__(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
     def text(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
+
+    decode = text
+
+    def positions(
+        self, token_ids: Sequence[int], shown: str, *, skip_special_tokens: bool = True
+    ) -> list[int]:
+        return list(range(len(token_ids)))
+
+    def bytes_reader(self) -> Utf8Reader:
+        """Return a reader of the characters' bytes."""
+        return Utf8Reader(self, frozenset(), "replace")
 
 
 class EchoEngine:

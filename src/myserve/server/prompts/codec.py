@@ -1,4 +1,4 @@
-"""Between text and token ids, for one model: prompts in, the bytes of every token out."""
+"""Text and messages to token ids and back, for one model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from myserve.errors import EngineError, RequestError
 from myserve.server.prompts.control_tokens import ControlTokens
 from myserve.wire.chat import ChatMessage
 from myserve.wire.structured import Tool
+
+__all__ = ["INLINE_CHARACTERS", "Codec", "Tokenizing"]
 
 T = TypeVar("T")
 
@@ -36,16 +38,21 @@ _RESERVED = frozenset(
 
 
 class Codec:
-    """One model's tokenizer as the server uses it. Its methods may be called from any thread."""
+    """Encodes and decodes with one model's tokenizer. Its methods may be called from any thread."""
 
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
+        _end_truncation(tokenizer)
         self._tokenizer = tokenizer
         self._template = None if tokenizer.chat_template else PLAIN_TEMPLATE
         self._control = ControlTokens(tokenizer)
         self.token_bytes = token_bytes
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids that the model's own tokenizer gives, its BOS included unless told otherwise."""
+        """Return the ids that the model's own tokenizer gives.
+
+        `add_special_tokens` adds the BOS (or EOS) that the tokenizer puts around a text, whether or not the text has
+        one already: say False for a text that has.
+        """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
@@ -55,10 +62,13 @@ class Codec:
         template_kwargs: dict[str, Any],
         tools: Sequence[Tool] = (),
     ) -> list[int]:
-        """The ids of `tokenizer.apply_chat_template`, whose control tokens messages and tools cannot forge."""
+        """Return the ids of `tokenizer.apply_chat_template`, whose control tokens messages and tools cannot forge.
+
+        Raises RequestError for messages that the template refuses.
+        """
         _refuse_reserved(template_kwargs)
         turns = [_as_template_sees(message) for message in messages]
-        if tools:  # strangers' text like a message's, so they go the same way
+        if tools:  # the caller's text like a message's, so they go the same way
             offered = [tool.model_dump(by_alias=True, exclude_unset=True) for tool in tools]
             turns.append({"role": "system", "tools": offered})
 
@@ -72,7 +82,8 @@ class Codec:
         return self.encode(render(turns), add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return self.token_bytes.text(token_ids, skip_special_tokens=skip_special_tokens)
+        """Return the text of ids that are a whole text, as the tokenizer's own `decode` gives it."""
+        return self.token_bytes.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def _render(self, turns: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
         try:
@@ -92,7 +103,7 @@ class Codec:
 
 
 class Tokenizing:
-    """Runs a codec's work on the loop while it is short, in a thread of its own when not; keeps the time."""
+    """Runs a codec's work on the loop while it is short, in a thread of its own when not; measures the time."""
 
     def __init__(self, worker: ThreadPoolExecutor) -> None:
         self._worker = worker
@@ -100,7 +111,7 @@ class Tokenizing:
         self.spent = 0.0
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
-        """`work()`, which is about `size` characters of it."""
+        """Return `work()`, which is to tokenize about `size` characters."""
         if size <= INLINE_CHARACTERS:
             return self._timed(work, time.perf_counter())
         loop = asyncio.get_running_loop()
@@ -120,6 +131,14 @@ class Tokenizing:
             self.spent += time.perf_counter() - began
 
 
+def _end_truncation(tokenizer: Any) -> None:
+    """Take out what a tokenizer.json saved with truncation or padding would do to prompts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+
+
 def _refuse_reserved(template_kwargs: dict[str, Any]) -> None:
     for name in sorted(_RESERVED & template_kwargs.keys()):
         raise RequestError(
@@ -129,7 +148,7 @@ def _refuse_reserved(template_kwargs: dict[str, Any]) -> None:
 
 
 def _as_template_sees(message: ChatMessage) -> dict[str, Any]:
-    """OpenAI's message in the terms of templates: no "developer", a tool call's arguments as an object."""
+    """Return OpenAI's message in the terms of templates: no "developer", a tool call's arguments as an object."""
     turn: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
         "content": message.text,

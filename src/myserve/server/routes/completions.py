@@ -10,10 +10,11 @@ from fastapi import APIRouter, Request, Response
 from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
 from myserve.server.answers.generation import params_of_prompts
-from myserve.server.answers.logprobs import legacy, with_offsets
+from myserve.server.answers.logprobs import TextOffsets, legacy
 from myserve.server.answers.respond import answer_request
 from myserve.server.answers.writer import AnswerWriter, Plan
 from myserve.server.choice import Choice
+from myserve.server.prompts.codec import Codec
 from myserve.server.prompts.sampling import completion_params, lists_tokens, top_logprobs_of, wants_logprobs
 from myserve.server.routes.body import documented, read_request
 from myserve.wire.completions import CompletionRequest
@@ -62,7 +63,7 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
 
     def __init__(self, answer: ActiveAnswer[CompletionRequest]) -> None:
         super().__init__(answer)
-        self._offsets: dict[int, int] = {}  # choice -> characters written; absent: not begun
+        self._offsets: dict[int, TextOffsets] = {}  # of each choice that has begun
 
     def whole(self, choices: Sequence[Choice]) -> Completion:
         """Return all choices, with usage."""
@@ -109,19 +110,31 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
     ) -> CompletionChoice:
         first = choice.index not in self._offsets
         echoed = self._echoed(choice) if first else ()
+        echoed_text = self._echoed_text(choice, echoed)
+        if first:
+            self._offsets[choice.index] = TextOffsets(self._codec.token_bytes, start=len(echoed_text))
         entries: list[TokenLogprob] = []
         if lists_tokens(self.request):
-            entries = self._entries(choice, echoed, tokens, stop_tokens)
-        self._offsets[choice.index] = with_offsets(entries, self._offsets.get(choice.index, 0))
+            entries = self._entries(tokens, stop_tokens)
+            self._offsets[choice.index].write(entries)
+            entries = self._echoed_entries(choice, echoed, echoed_text) + entries
         return {
             "index": choice.index,
-            "text": self._echoed_text(choice, echoed) + text,
+            "text": echoed_text + text,
             "logprobs": self._logprobs(entries),
             "finish_reason": finish_reason_of(choice) if last else None,
             **self.answer.extras(
                 choice, [*tokens, *stop_tokens], first=first, last=last, echoed=self._echoed(choice)
             ),
         }
+
+    @property
+    def _codec(self) -> Codec:
+        return self.answer.model.codec
+
+    @property
+    def _skips_special(self) -> bool:
+        return self.request.skip_special_tokens is not False
 
     def _echoed(self, choice: Choice) -> Sequence[int]:
         """The prompt's ids that the answer begins with."""
@@ -131,27 +144,38 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         return ids if self.request.echo else ()
 
     def _echoed_text(self, choice: Choice, echoed: Sequence[int]) -> str:
+        """Return a prompt as it was sent; of ids, their text, and of a prompt's end what it adds to the rest."""
         prompt = self.request.prompts[choice.prompt]
         if echoed and isinstance(prompt, str) and self.request.echo_last is None:
-            return prompt  # as it was sent: a tokenizer may have added a space or a BOS
-        skip = self.request.skip_special_tokens is not False
-        return self.answer.model.codec.decode(echoed, skip_special_tokens=skip)
+            return prompt  # a tokenizer may have added a space or a BOS
+        if len(echoed) < len(choice.prompt_token_ids):
+            return self._codec.token_bytes.text(echoed, skip_special_tokens=self._skips_special)
+        return self._codec.decode(echoed, skip_special_tokens=self._skips_special)
 
-    def _entries(
-        self,
-        choice: Choice,
-        echoed: Sequence[int],
-        tokens: Sequence[TokenOutput],
-        stop_tokens: Sequence[TokenOutput],
+    def _echoed_entries(
+        self, choice: Choice, echoed: Sequence[int], echoed_text: str
     ) -> list[TokenLogprob]:
-        writer = self.answer.tokens
-        top = top_logprobs_of(self.request)
-        scored = (choice.prompt_logprobs or ())[-len(echoed) :] if echoed else ()
-        entries = [writer.prompt_entry(token, top) for token in scored]
+        if not echoed or not choice.prompt_logprobs:
+            return []
+        table, top = self._codec.token_bytes, top_logprobs_of(self.request)
+        begins = table.positions(echoed, echoed_text, skip_special_tokens=self._skips_special)
+        ends = [*begins[1:], len(echoed_text)]
+        entries = []
+        for token, begin, end in zip(choice.prompt_logprobs[-len(echoed) :], begins, ends, strict=True):
+            text_bytes = None if table.is_bytewise else echoed_text[begin:end].encode()
+            entry = self.answer.tokens.prompt_entry(token, top, text_bytes)
+            entry["text_offset"] = begin
+            entries.append(entry)
         if self.request.raw_output and len(entries) == len(choice.prompt_token_ids):
             # Fireworks' client wants a number in every row, or it drops all; then it drops this one.
             entries[0]["logprob"] = 0.0
-        entries += [writer.entry(token) for token in tokens]
+        return entries
+
+    def _entries(
+        self, tokens: Sequence[TokenOutput], stop_tokens: Sequence[TokenOutput]
+    ) -> list[TokenLogprob]:
+        writer = self.answer.tokens
+        entries = [writer.entry(token) for token in tokens]
         # Scoring and training count tokens: the one that ended the completion must not be missing then.
         if self.answer.returns_ids or self.request.echo or self.request.echo_last:
             entries += [writer.entry(token, in_text=False) for token in stop_tokens]
