@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from myserve.engine.outputs import PromptLogprob, TokenOutput
 from myserve.engine.token_bytes import TokenBytes
-from myserve.server.answers.logprobs import TokenWriter, legacy, with_offsets
+from myserve.server.answers.logprobs import TextOffsets, TokenWriter, legacy
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_joined_bytes_are_the_texts_and_offsets_its_characters(
 ) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     entries = [writer(table).entry(token(i)) for i in ids]
-    assert with_offsets(entries, 0) == len(text)
+    TextOffsets(table).write(entries)
     joined = b"".join(bytes(entry["bytes"] or ()) for entry in entries)
     assert joined.decode() == text
     done = b""
@@ -89,7 +89,7 @@ def test_the_older_form(table: TokenBytes) -> None:
         write.prompt_entry(PromptLogprob(66, -2.0, ((67, -0.1), (66, -2.0))), top=1),
         write.entry(token(68, top_logprobs=((68, -0.3), (69, -1.3)))),
     ]
-    with_offsets(entries, 0)
+    TextOffsets(table).write(entries)
     text = [write.text(i) for i in (65, 66, 67, 68, 69)]
     assert legacy(entries) == {
         "tokens": [text[0], text[1], text[3]],

@@ -89,8 +89,8 @@ class Constraints:
             ) from error
         if not self._table.is_bytewise:
             raise RequestError(
-                "this model's tokenizer puts text between tokens (as WordPiece does), so that no token has bytes of its "
-                "own: a grammar cannot be kept to",
+                "this model's tokenizer puts text between tokens (as WordPiece does), so that no token has bytes of "
+                "its own: a grammar cannot be kept to",
                 param="grammar",
             )
         return Library(

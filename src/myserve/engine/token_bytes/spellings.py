@@ -1,4 +1,4 @@
-"""How vocabularies write bytes: each function turns a token as its vocabulary has it into the bytes that it stands for."""
+"""How vocabularies write bytes: each function turns a token of a vocabulary into the bytes that it stands for."""
 
 from __future__ import annotations
 

@@ -30,19 +30,19 @@ __all__ = ["TokenBytes"]
 
 logger = logging.getLogger("myserve.engine")
 
-# The proof reads all ids in order, and MIXED_IDS of them mixed, in lists of LIST_TOKENS: longer than a reader's window.
+# The proof reads all ids in order and MIXED_IDS of them mixed, in lists of LIST_TOKENS, longer than a reader's window.
 LIST_TOKENS, MIXED_IDS = 192, 30_000
 # An own decoding costs a call a token, so it is tried on this many.
 OWN_IDS = 4_000
 # A tokenizer written in Python decodes some 100,000 tokens a second: of a large vocabulary it is asked this many.
 MAX_PYTHON_IDS = 20_000
-# Ids whose bytes may be taken from the decoding instead of the spelling, as a part of all: more, and the spelling is
-# another.
+# Ids whose bytes may be taken from their decoding, as a part of all: where more are wrong, the spelling is another.
 MAX_REPAIRED = 0.02
 # What a tokenizer is asked to encode, so that the proof has lists as they really come.
 SAMPLES = (
     "The quick brown fox doesn't jump over the lazy dog; it's 3.14 o'clock , isn't it ?",
-    "naïve Übergröße señor čaj đem — данные, 日本語テキスト 你好，世界 한국어 العربية עברית हिन्दी ไทย Ελληνικά 🦄👩‍👩‍👧",
+    "naïve Übergröße señor čaj đem — данные, Ελληνικά العربية עברית हिन्दी ไทย 🦄👩‍👩‍👧",
+    "日本語テキスト 你好，世界 한국어",
     'def f(x):\n    return {"a": [1, 2]}\t# done\n\n',
 )
 
@@ -76,7 +76,9 @@ class TokenBytes(Sequence[bytes]):
 
     def __repr__(self) -> str:
         if self._stable is not None:
-            return f"TokenBytes({len(self)} ids, text by the tokenizer's own decoding, {self._stable.__name__})"
+            return (
+                f"TokenBytes({len(self)} ids, text by the tokenizer's own decoding, {self._stable.__name__})"
+            )
         return f"TokenBytes({len(self)} ids, {len(self._byte_ids)} of byte runs, errors {self._errors})"
 
     def __len__(self) -> int:
@@ -163,7 +165,7 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self.is_python = self._backend is None
         self._decodes_in_rust = not self.is_python and _has_plain_decoding(tokenizer)
         self.tokens = [self._token(i) for i in range(vocab_size)]
@@ -174,7 +176,7 @@ class _Vocabulary:
             i for i, token in added.items() if token.special
         )
         # tokenizers' byte-level decoder reads an added token's é as a byte (huggingface/tokenizers#1392)
-        is_byte_level = not self.is_python and "ByteLevel(" in repr(self._backend.decoder)
+        is_byte_level = self._backend is not None and "ByteLevel(" in repr(self._backend.decoder)
         self.misread = frozenset(
             i for i, text in self.added.items() if is_byte_level and spell_byte_level(text) != text.encode()
         )
@@ -226,7 +228,9 @@ def _prove(vocabulary: _Vocabulary) -> _Reading:
     for stable in (hold_halves, hold_cleaned):
         if _agrees(vocabulary, partial(_own_reader, vocabulary, stable), [], OWN_IDS):
             return _Reading(table, stable=stable)
-    logger.warning("the tokenizer's decoding follows no rule that is known: text comes when a completion ends")
+    logger.warning(
+        "the tokenizer's decoding follows no rule that is known: text comes when a completion ends"
+    )
     return _Reading(table, stable=hold_everything)
 
 
@@ -235,7 +239,9 @@ def _bytewise_readings(vocabulary: _Vocabulary) -> Iterator[_Reading]:
     yield _Reading(_spelled(vocabulary, spell_byte_level))
     pieces = _spelled(vocabulary, spell_sentencepiece)
     byte_ids = frozenset(
-        i for i, token in enumerate(vocabulary.tokens) if isinstance(token, str) and BYTE_FALLBACK.fullmatch(token)
+        i
+        for i, token in enumerate(vocabulary.tokens)
+        if isinstance(token, str) and BYTE_FALLBACK.fullmatch(token)
     )
     yield _Reading(pieces, byte_ids=byte_ids)
     yield _Reading(pieces)
@@ -310,18 +316,22 @@ def _behind(vocabulary: _Vocabulary, context: list[int], ids: Sequence[int]) -> 
     before = vocabulary.decode([context])[0] if context else ""
     added = dict.fromkeys(ids, "")
     for token_id, whole in zip(known, vocabulary.decode([[*context, i] for i in known]), strict=True):
-        added[token_id] = whole[len(before) :] if whole.startswith(before) else whole
+        added[token_id] = whole.removeprefix(before)
     for token_id in vocabulary.misread & added.keys():
         added[token_id] = vocabulary.added[token_id]
     return [added[i] for i in ids]
 
 
 def _context(vocabulary: _Vocabulary) -> list[int]:
-    """Return an id of a plain letter: behind it, what a decoder does to the first token does not show."""
+    """Return an id of letters: behind it, what a decoder does to the first token does not show.
+
+    No byte token: the one behind it may be of its run.
+    """
     for token_id, token in enumerate(vocabulary.tokens):
-        if token and token_id not in vocabulary.added:
+        is_byte = isinstance(token, str) and BYTE_FALLBACK.fullmatch(token)
+        if token and not is_byte and token_id not in vocabulary.added:
             text = vocabulary.decode([[token_id]])[0]
-            if len(text) == 1 and text.isascii() and text.isalpha():
+            if text.isascii() and text.isalpha():
                 return [token_id]
     return []
 
@@ -345,6 +355,7 @@ def _fast_base(kind: type) -> type | None:
 
 def _is_bpe(tokenizer: Any) -> bool:
     """transformers cleans up no BPE, unless the tokenizer insists."""
-    insists = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    insists = getattr(
+        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False
+    )
     return type(tokenizer.backend_tokenizer.model).__name__ == "BPE" and not insists
-

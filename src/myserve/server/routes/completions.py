@@ -152,9 +152,7 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
             return self._codec.token_bytes.text(echoed, skip_special_tokens=self._skips_special)
         return self._codec.decode(echoed, skip_special_tokens=self._skips_special)
 
-    def _echoed_entries(
-        self, choice: Choice, echoed: Sequence[int], echoed_text: str
-    ) -> list[TokenLogprob]:
+    def _echoed_entries(self, choice: Choice, echoed: Sequence[int], echoed_text: str) -> list[TokenLogprob]:
         if not echoed or not choice.prompt_logprobs:
             return []
         table, top = self._codec.token_bytes, top_logprobs_of(self.request)
