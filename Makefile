@@ -13,7 +13,7 @@ install: .venv/installed ## make .venv with everything, exact versions
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "myserve needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,grammar,dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,dev]'
 	$(BIN)/python -m compileall -q src # where Python may write no bytecode, every start would compile: 1.6 s
 	$(BIN)/python -m myserve.engine.kernels.warm
 	@touch $@

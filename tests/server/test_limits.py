@@ -101,7 +101,7 @@ def test_who_expires_in_the_queue_is_never_begun(
 def test_the_time_that_a_body_takes_counts(open_server: Open, settings: Callable[..., Settings]) -> None:
     with open_server(settings()) as server:
         body = json.dumps(SHORT | {"request_timeout": 0.3}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as slow:
             slow.sendall(head + body[:20])
             time.sleep(0.5)
@@ -119,7 +119,7 @@ def test_a_body_that_does_not_come_is_a_408_and_a_silent_connection_is_closed(
 ) -> None:
     with open_server(settings(client_timeout=0.5)) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n"
         silent, half_a_head, no_body = (socket.create_connection(address, timeout=20) for _ in range(3))
         half_a_head.sendall(head)
         no_body.sendall(head + b'\r\n{"mod')
@@ -205,7 +205,7 @@ def test_a_body_that_says_it_is_too_large_is_not_read(
             b"transfer-encoding: chunked\r\n\r\n3e9\r\n" + b" " * 1001,
         ):
             with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), 20) as large:
-                large.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + head)
+                large.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + head)
                 # before a byte of the one, or the end of the other
                 assert large.recv(100).startswith(b"HTTP/1.1 413")
 

@@ -1,4 +1,4 @@
-"""The application: routes, and every error as OpenAI shapes it. Making one starts nothing."""
+"""The application: its routes, its middleware, and every error in OpenAI's shape. Making one starts nothing."""
 
 from __future__ import annotations
 
@@ -19,21 +19,36 @@ from myserve.server.edge.access import Access, AccessControl
 from myserve.server.edge.edge import Edge
 from myserve.server.errors import error_response, http_error_response, status_of
 from myserve.server.models.models import Models
-from myserve.server.observe.http_meters import HttpMeters
+from myserve.server.observe.http_meters import HttpMeters, LoopWatchdog
 from myserve.server.observe.traces import Traces
 from myserve.server.routes import chat, completions, generate, health, metrics, tokenize, weights
 from myserve.server.routes.openapi import openapi
 from myserve.server.settings import Settings
 
+__all__ = ["create_app"]
+
 log = logging.getLogger("myserve.server")
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's number for it; nobody reads the answer, the access log does
+# nginx's number for it: the client is gone, and the number is for the access log
+CLIENT_CLOSED_REQUEST = 499
+
+# other APIs that clients of ours try first, by how their paths end, and what serves the same purpose here
+SERVED_INSTEAD = {
+    "/responses": "POST /v1/chat/completions: the Responses API is not served",
+    "/messages": "POST /v1/chat/completions: Anthropic's Messages API is not served",
+    "/api/chat": "POST /v1/chat/completions: Ollama's API is not served",
+    "/api/generate": "POST /v1/completions: Ollama's API is not served",
+    "/embeddings": "nothing: this server has no embeddings",
+    "/chat/completions": "POST /v1/chat/completions: a client's base URL ends with /v1",
+    "/completions": "POST /v1/completions: a client's base URL ends with /v1",
+}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """An ASGI application that serves what `settings` say, by default what the environment says.
+    """Return an ASGI application that serves what `settings` say, by default what the environment says.
 
-    Models load with the lifespan or, where nobody runs one, when a request first names them.
+    Models load with the lifespan or, where none is run, when a request first names them. Raises RequestError for files
+    of keys that hold none.
 
     >>> app = create_app(Settings(models={"mine": "models/mine"}))
     >>> app.state.models.names
@@ -44,13 +59,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         title="myserve",
         lifespan=_lifespan,
         redirect_slashes=False,
-        # FastAPI's own would tell the words of exceptions, which may quote a prompt; ours are in `otel`
+        # FastAPI's own traces hold the texts of exceptions, which may quote a prompt; ours are in `otel`
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
     app.state.models = Models(settings)
-    app.state.on_load_failure = None  # who starts a server may want to end it then
+    # set by a command that ends when a model does not load
+    app.state.on_load_failure = None
     for family in (chat, completions, generate, tokenize, weights, health, metrics, pages):
         app.include_router(family.router)
     app.add_exception_handler(MyserveError, _on_error)
@@ -58,9 +74,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(ClientGoneError, _on_client_gone)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
     app.state.http_meters = HttpMeters()
+    app.state.watchdog = LoopWatchdog()
+    app.state.metrics = metrics.registry_of(app.state.models, app.state.http_meters, app.state.watchdog)
     access = Access.of(settings)
     app.add_middleware(AccessControl, access=access)
-    if access.origins:  # around it: a browser asks for leave without a key
+    # around it, for a browser sends its preflight without a key
+    if access.origins:
         headers = ["authorization", "content-type", "x-api-key", "x-request-id"]
         app.add_middleware(
             CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=headers
@@ -83,7 +102,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start loading at once, without waiting: /health answers while the weights are read."""
     models: Models = app.state.models
     models.preload(app.state.on_load_failure)
+    app.state.watchdog.start()
     yield
+    app.state.watchdog.stop()
     await asyncio.to_thread(models.close)
     if app.state.traces is not None:
         await asyncio.to_thread(app.state.traces.close)
@@ -98,7 +119,9 @@ async def _on_error(http: Request, error: Exception) -> Response:
 async def _on_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        detail = f"there is no {http.method} {http.url.path} here"
+        detail = f"there is no {http.method} {http.url.path[:200]} here"
+        ends = [end for end in SERVED_INSTEAD if http.url.path.rstrip("/").endswith(end)]
+        detail += f"; served instead: {SERVED_INSTEAD[max(ends, key=len)]}" if ends else ""
     elif error.status_code == 405:
         detail = f"{http.url.path} does not take {http.method}"
     else:

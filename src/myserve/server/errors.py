@@ -141,9 +141,18 @@ def error_response(error: Exception) -> Response:
 
 
 def http_error_response(status: int, detail: str, headers: dict[str, str]) -> Response:
-    """For what never reached a route: an unknown path, a wrong method."""
+    """Return the answer to what never reached a route: an unknown path, a wrong method."""
+    return _json(http_error_body(status, detail), status, headers)
+
+
+def http_error_body(status: int, detail: str) -> ErrorResponse:
+    """Return OpenAI's shape for an error of HTTP itself; its code is the status' phrase.
+
+    >>> http_error_body(404, "there is no GET /x here")["error"]["code"]
+    'not_found'
+    """
     code = HTTPStatus(status).phrase.lower().replace(" ", "_")
-    return _json(_shape(detail, "invalid_request_error", None, code), status, headers)
+    return _shape(detail, "invalid_request_error", None, code)
 
 
 def _shape(message: str, kind: str, param: str | None, code: str | None) -> ErrorResponse:

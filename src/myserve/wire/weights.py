@@ -13,6 +13,8 @@ WEIGHTS = "/v1/weights"
 HOT_LOAD = "/hot_load/v1/models/hot_load"
 
 Mode = Literal["drain", "keep", "abort"]
+# JSON's readers are sure of 63 bits, and the version after this one must fit too
+Version = Annotated[int, Field(ge=0, lt=2**63)]
 Stage = Literal["idle", "loading", "draining", "done", "error"]
 
 
@@ -27,7 +29,7 @@ class WeightsRequest(WireModel):
     model: str | None = None  # None: the first served one
     mode: Mode = "drain"
     partial: bool = False
-    version: int | None = None
+    version: Version | None = None
     checksum: str | None = None
     new_requests: Literal["wait", "refuse"] = "wait"
     reset_prompt_cache: bool = False
@@ -63,7 +65,7 @@ class HotLoadRequest(WireModel):
     reset_prompt_cache: bool = False
     incremental_snapshot_metadata: IncrementalSnapshot | None = None
     mode: Mode = "drain"
-    version: int | None = None
+    version: Version | None = None
     checksum: str | None = None
 
 

@@ -36,7 +36,7 @@ def ask(url: str, buffer: int = 4096, **fields: Any) -> socket.socket:
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     slow.connect(("127.0.0.1", int(url.rpartition(":")[2])))
     body = json.dumps(LARGE | fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
     slow.sendall(head.encode() + body)
     return slow
 

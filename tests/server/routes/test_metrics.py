@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from myserve.server.settings import Settings
@@ -124,3 +126,35 @@ def test_histograms_are_cumulative(own: Any) -> None:
     ]
     counts = [count for _, count in sorted(buckets)]
     assert counts == sorted(counts) and counts[-1] == 8
+
+
+def test_a_number_that_is_none_is_a_sample_and_not_a_500(own: Any) -> None:
+    meters = own.model("tiny").engine.meters
+    meters.step_seconds, meters.sampling_seconds = float("nan"), float("inf")
+    samples = scrape(own.url)
+    assert math.isnan(value(samples, "myserve:step_seconds_total"))
+    assert value(samples, "myserve:sampling_seconds_total") == math.inf
+
+
+def test_invented_methods_make_no_series(own: Any, wait_until: Callable[[Callable[[], bool]], None]) -> None:
+    for number in range(5):
+        assert httpx.request(f"BREW{number}", own.url + "/v1/models").status_code == 405
+    wait_until(lambda: own.app.state.http_meters.in_progress == 0)
+    assert value(scrape(own.url), "http_requests_total", method="_OTHER", status="405") == 5
+    methods = {dict(labels).get("method") for _, labels in scrape(own.url)} - {None}
+    assert methods <= {"GET", "POST", "_OTHER"}
+
+
+def test_a_scraper_that_asks_for_openmetrics_gets_it(own: Any) -> None:
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    answer = httpx.get(own.url + "/metrics", headers={"accept": accept})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert answer.headers["vary"] == "accept"
+    parsed = {family.name for family in openmetrics_families(answer.text)}
+    assert {"vllm:generation_tokens", "myserve:event_loop_lag_seconds", "process_cpu_seconds"} <= parsed
+
+
+def test_two_applications_in_a_process_share_no_metric(own: Any, open_server: Any) -> None:
+    with open_server(Settings(models={"other": "x"}, force_echo=True)) as other:
+        assert not any(dict(labels).get("model_name") == "tiny" for _, labels in scrape(other.url))
+        assert value(scrape(other.url), "myserve:engine_up", model_name="other") == 1

@@ -268,3 +268,21 @@ def test_requests_in_flight_keep_their_marks_or_get_what_they_have(
             assert 0 < len(cut.ids) < 480
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("version", [2**64, 2**63, -1, 1.5, "7"])
+def test_a_version_out_of_range_changes_nothing(url: str, version: object) -> None:
+    """A number that no answer could carry would make every later answer an error."""
+    for path, body in [("/v1/weights", {"path": "1"}), (HOT_LOAD, {"identity": "1"})]:
+        answer = httpx.post(url + path, json=body | {"version": version})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "version")
+    assert complete(url)
+    assert httpx.get(url + "/version").json()["weights"]["tiny"]["weight_version"] == 0
+
+
+def test_the_largest_version_can_be_answered_and_followed(url: str) -> None:
+    for body, expected in [({"path": "1", "version": 2**63 - 1}, 2**63 - 1), ({"path": "2"}, 2**63)]:
+        answer = httpx.post(url + "/v1/weights", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["weight_version"]) == (200, expected)
+        assert complete(url)
+        assert httpx.get(url + "/metrics").status_code == 200

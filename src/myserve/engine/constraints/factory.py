@@ -84,7 +84,7 @@ class Constraints:
             from myserve.grammar.library import Library
         except ModuleNotFoundError as error:
             raise RequestError(
-                f"grammars need {error.name}, which this server was installed without: pip install 'myserve[grammar]'",
+                f"grammars need {error.name}, which this server was installed without: pip install 'myserve[server]'",
                 param="grammar",
             ) from error
         if not self._table.is_bytewise:

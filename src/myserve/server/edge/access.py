@@ -1,43 +1,56 @@
-"""Who may ask for what: decided before a route is looked up or a byte of the body is read."""
+"""Whether a request is let in: decided by its head, before a route is looked up or a byte of the body is read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from myserve.server import caller
+from myserve.server.edge.hosts import AllowedHosts
 from myserve.server.edge.keys import KeyFile
 from myserve.server.errors import ForbiddenError, UnauthorizedError, error_response
 from myserve.server.observe import logs
 from myserve.server.settings import Settings
 from myserve.wire.weights import HOT_LOAD, WEIGHTS
 
-OPEN = frozenset({"/health", "/healthz", "/ready"})  # probes have no keys, and learn nothing else
-ADMIN = frozenset({("POST", WEIGHTS), ("POST", HOT_LOAD)})  # what changes the server for everyone
+__all__ = ["Access", "AccessControl"]
+
+# probes have no keys, and learn nothing else
+OPEN = frozenset({"/health", "/healthz", "/ready"})
+# what changes the server for everyone
+ADMIN = frozenset({("POST", WEIGHTS), ("POST", HOT_LOAD)})
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The rules. Without key files everyone may do everything; with keys and no admin's, nobody may change weights.
+    """The rules of access: the Host and Origin headers, then keys.
 
-    An admin key is good for everything, so that a trainer needs one key.
+    Without key files everyone may do everything; with keys and no admin keys the weights cannot be changed. An admin
+    key is good for everything, so that a trainer needs one key.
     """
 
     keys: KeyFile | None = None
     admin_keys: KeyFile | None = None
     origins: tuple[str, ...] = ()
+    hosts: AllowedHosts = field(default_factory=AllowedHosts)
 
     @classmethod
     def of(cls, settings: Settings) -> Access:
-        """Raises RequestError for a file without keys."""
+        """Return the settings' rules. Raises RequestError for a file without keys."""
         keys, admin = settings.api_keys_file, settings.admin_keys_file
-        return cls(KeyFile(keys) if keys else None, KeyFile(admin) if admin else None, settings.cors_origins)
+        hosts = AllowedHosts(settings.allowed_hosts, listening_on=settings.host)
+        return cls(
+            KeyFile(keys) if keys else None, KeyFile(admin) if admin else None, settings.cors_origins, hosts
+        )
 
-    def check(self, method: str, path: str, headers: Headers) -> None:
-        """Raises UnauthorizedError (who are you?) or ForbiddenError (not you)."""
+    def check(self, method: str, path: str, headers: Headers, reached: str = "") -> None:
+        """Raise UnauthorizedError for a key that is missing or wrong, ForbiddenError for what may not be done.
+
+        `reached` is the address or name that the connection came to.
+        """
+        self._check_host(headers, reached)
         self._check_origin(headers)
         if path in OPEN:
             return
@@ -56,12 +69,22 @@ class Access:
                 raise UnauthorizedError("an admin key is needed: send it as 'Authorization: Bearer KEY'")
             raise ForbiddenError("this key may not change weights; send one of --admin-keys-file")
 
+    def _check_host(self, headers: Headers, reached: str) -> None:
+        """Refuse a name that is not ours: a page may rebind its own name to our address, and is same-origin then."""
+        host = headers.get("host")
+        # HTTP/1.0 has none, and no browser speaks it
+        if host is not None and not self.hosts.allows(host, reached):
+            raise ForbiddenError(
+                f"this server does not answer to the name {host[:100]!r}; the operator's --allowed-hosts lets it"
+            )
+
     def _check_origin(self, headers: Headers) -> None:
-        """Browsers say which page asks. CORS alone hides an answer from a page; the deed would have been done."""
+        """Refuse a page that was not named: CORS alone hides the answer, and the request would have had its effect."""
         origin = headers.get("origin")
         if origin is None or "*" in self.origins or origin in self.origins:
             return
-        if urlsplit(origin).netloc != headers.get("host"):
+        # split by hand: a header that is no URL must be refused, not raise
+        if origin.partition("://")[2].lower() != headers.get("host", "").lower():
             raise ForbiddenError(
                 "pages of this origin may not use this server; the operator's --cors-origin lets them"
             )
@@ -74,7 +97,7 @@ class Access:
 
 
 class AccessControl:
-    """The layer that asks `Access`."""
+    """The middleware that asks `Access`."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
@@ -83,7 +106,8 @@ class AccessControl:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._access.check(scope["method"], scope["path"], Headers(scope=scope))
+                reached = (scope.get("server") or ("",))[0]
+                self._access.check(scope["method"], scope["path"], Headers(scope=scope), reached)
             except (UnauthorizedError, ForbiddenError) as error:
                 await error_response(error)(scope, receive, send)
                 return

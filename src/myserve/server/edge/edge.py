@@ -1,4 +1,4 @@
-"""What every answer has, whatever made it: a request id, safe headers, a count, a line in the log, no bare crash."""
+"""Every answer gets a request id, safe headers, a count, a trace and a line in the log; an exception becomes a 500."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 import uuid
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,8 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from myserve.server import caller
 from myserve.server.errors import error_response
 from myserve.server.observe import logs
-from myserve.server.observe.http_meters import HttpMeters
+from myserve.server.observe.http_meters import HttpMeters, method_label
 from myserve.server.observe.traces import Traces, follow
+
+__all__ = ["Edge", "request_id_of"]
 
 log = logging.getLogger("myserve.access")
 
@@ -29,7 +30,10 @@ SAFE_HEADERS = {
 
 
 class Edge:
-    """The outermost layer. It looks at an answer's head and at its end; what lies between passes untouched."""
+    """The outermost middleware. It changes an answer's head and notes its end; the body passes untouched.
+
+    A HEAD is answered as the GET would be, without its body.
+    """
 
     def __init__(self, app: ASGIApp, meters: HttpMeters, traces: Traces | None) -> None:
         self._app = app
@@ -37,64 +41,90 @@ class Edge:
         self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        notes = logs.begin(request_id_of(scope))
-        caller.begin(asyncio.get_running_loop().time())
-        trace = None if self._traces is None else self._traces.begin(scope, notes["request_id"])
-        follow(trace)
-        if trace is not None:
-            notes["trace_id"] = trace.trace_id
-        began = time.perf_counter()
-        status, ended = 0, False
-
-        async def send_noted(message: Message) -> None:
-            nonlocal status, ended
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = notes["request_id"]
-                for name, value in SAFE_HEADERS.items():
-                    headers.setdefault(name, value)
-            else:
-                ended = not message.get("more_body", False)
-            await send(message)
-
-        self._meters.in_progress += 1
+        exchange = _Exchange(scope, send, self._meters, self._traces)
         try:
-            await self._app(scope, receive, send_noted)
+            await self._app(exchange.scope, receive, exchange.send)
         except Exception as error:
-            log.exception("%s %s failed", scope["method"], scope["path"])
-            if trace is not None:
-                trace.fail(error)
-            if status == 0:
-                await error_response(error)(scope, receive, send_noted)
+            exchange.fail(error)
+            if not exchange.has_begun:
+                await error_response(error)(exchange.scope, receive, exchange.send)
         finally:
-            self._end(scope, notes, status, time.perf_counter() - began, cut=not ended)
-            if trace is not None:
-                trace.end(handler_of(scope), status, cut=not ended)
-            self._meters.in_progress -= 1
-
-    def _end(self, scope: Scope, notes: dict[str, Any], status: int, seconds: float, *, cut: bool) -> None:
-        handler = handler_of(scope)
-        self._meters.add(scope["method"], handler, status, seconds)
-        if cut:
-            notes["cut"] = True  # the client left, or we had to end a stream
-        notes |= {"status": status, "seconds": round(seconds, 4)}
-        log.info("%s %s", scope["method"], handler, extra={"fields": notes})
+            exchange.end()
 
 
-def handler_of(scope: Scope) -> str:
-    """The route's path as it is declared, once it is known."""
+class _Exchange:
+    """One request and its answer, as far as it has gone out."""
+
+    def __init__(self, scope: Scope, send: Send, meters: HttpMeters, traces: Traces | None) -> None:
+        self._method: str = scope["method"]
+        # a copy, for the server below still has to know that it was a HEAD
+        self.scope: Scope = {**scope, "method": "GET" if self._method == "HEAD" else self._method}
+        self._send = send
+        self._meters = meters
+        self._status = 0
+        self._is_whole = False
+        self._began = time.perf_counter()
+        self._notes = logs.begin(request_id_of(scope))
+        caller.begin(asyncio.get_running_loop().time())
+        self._trace = None if traces is None else traces.begin(scope, self._notes["request_id"])
+        follow(self._trace)
+        if self._trace is not None:
+            self._notes["trace_id"] = self._trace.trace_id
+        meters.in_progress += 1
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the answer's head is out."""
+        return self._status != 0
+
+    async def send(self, message: Message) -> None:
+        """Pass a part of the answer on; its head gets our headers."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._notes["request_id"]
+            for name, value in SAFE_HEADERS.items():
+                headers.setdefault(name, value)
+        else:
+            self._is_whole = not message.get("more_body", False)
+            if self._method == "HEAD":
+                message = {**message, "body": b""}
+        await self._send(message)
+
+    def fail(self, error: Exception) -> None:
+        """Note an exception that no handler took."""
+        log.error("%s %s failed", self._method, self.scope["path"], exc_info=error)
+        if self._trace is not None:
+            self._trace.fail(error)
+
+    def end(self) -> None:
+        """Count the answer, end its trace and write its line. `cut` notes that its last byte is not out."""
+        handler = _handler_of(self.scope)
+        seconds = time.perf_counter() - self._began
+        self._meters.add(self._method, handler, self._status, seconds)
+        if not self._is_whole:
+            self._notes["cut"] = True
+        self._notes |= {"status": self._status, "seconds": round(seconds, 4)}
+        log.info("%s %s", method_label(self._method), handler, extra={"fields": self._notes})
+        if self._trace is not None:
+            self._trace.end(handler, self._status, cut=not self._is_whole)
+        self._meters.in_progress -= 1
+
+
+def _handler_of(scope: Scope) -> str:
+    """Return the route's path as it is declared; "none" where no route was found."""
     path: str = getattr(scope.get("route"), "path", "none")
     return path
 
 
 def request_id_of(scope: Scope) -> str:
-    """The client's, which both sides' logs then share, or a new one.
+    """Return the client's request id, which both sides' logs then share, or a new one.
 
-    Bounded and printable: what comes back must not be a way to write headers or fill logs.
+    The client's is taken only where it is short and printable: it must not be a way to write headers or fill logs.
     """
     sent = Headers(scope=scope).get("x-request-id", "")
     return sent if 0 < len(sent) <= 128 and sent.isprintable() and sent.isascii() else uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""Logs that a machine can read: a line a request, with its id, its cost and no word of its prompt or answer."""
+"""One log line a request, with its id and its cost; no prompt or answer is ever logged, and no line can be forged."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import time
 from contextvars import ContextVar
 from typing import Any, Literal
 
+__all__ = ["Format", "JsonLines", "RequestFields", "TextLines", "begin", "configure", "note"]
+
 Format = Literal["text", "json"]
 
 _noted: ContextVar[dict[str, Any] | None] = ContextVar("myserve_noted", default=None)
 
 
 def begin(request_id: str) -> dict[str, Any]:
-    """Open the notes of the request that the current task answers; what is logged from it carries them."""
+    """Return new notes for the request that the current task answers; what is logged from it carries them."""
     notes: dict[str, Any] = {"request_id": request_id}
     _noted.set(notes)
     return notes
 
 
 def note(**fields: Any) -> None:
-    """Put numbers and names into the current request's line; without a request, nothing happens.
+    """Add fields to the current request's line; without a request, do nothing.
 
     >>> notes = begin("r-1"); note(prompt_tokens=3); notes
     {'request_id': 'r-1', 'prompt_tokens': 3}
@@ -32,9 +34,10 @@ def note(**fields: Any) -> None:
 
 
 class RequestFields(logging.Filter):
-    """Gives a record the notes of the request that it was logged for."""
+    """Gives a record the fields of the request that it was logged for."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Set the record's fields; let every record pass."""
         notes = _noted.get() or {}
         own = getattr(record, "fields", None)
         record.fields = {"request_id": notes["request_id"]} if own is None and notes else own or {}
@@ -42,7 +45,7 @@ class RequestFields(logging.Filter):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line.
+    """Formats a record as one JSON object on one line.
 
     >>> record = logging.LogRecord("myserve.server", logging.INFO, "", 0, "said %d", (2,), None)
     >>> record.fields = {"request_id": "r-1"}; record.created = 0.0
@@ -67,20 +70,46 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """The same for people: the message, then `name=value`."""
+    """Formats a record for people: the message, then `name=value`, on one line; a traceback's lines are indented.
+
+    What a client sent may stand in any of them, and cannot make another line or another field.
+
+    >>> record = logging.LogRecord("myserve.access", logging.INFO, "", 0, "GET %s", ("/a\\nERROR",), None)
+    >>> record.fields = {"request_id": "1 status=200", "model": "tiny"}
+    >>> TextLines().format(record).partition("access: ")[2]
+    'GET /a\\\\nERROR request_id="1 status=200" model=tiny'
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
+        """Return the record's first line."""
         fields = getattr(record, "fields", {})
-        return " ".join(
-            [super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())]
-        )
+        line = _escaped(super().formatMessage(record))
+        return " ".join([line, *(f"{name}={_quoted(value)}" for name, value in fields.items())])
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  # logging's own name
+        """Return the traceback, indented: the words of an exception may be a client's."""
+        return "\n".join(f"    {_escaped(line)}" for line in super().formatException(ei).split("\n"))
+
+
+def _escaped(text: str) -> str:
+    """Return the text without control characters and line breaks, each as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _quoted(value: object) -> str:
+    """Return a field's value, quoted as JSON where it could be read as more than one field."""
+    text = str(value)
+    plain = text and text.isprintable() and not any(c in text for c in ' "=\\')
+    return text if plain else json.dumps(text)
 
 
 def configure(level: str, form: Format) -> None:
-    """Everything to stderr, uvicorn's too. Other libraries below warnings are nobody's business."""
+    """Send everything to stderr, uvicorn's lines too; other libraries' from warnings on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     handler.addFilter(RequestFields())

@@ -19,12 +19,12 @@ from starlette.types import Scope
 from myserve.engine.outputs import RequestMetrics
 from myserve.errors import RequestError
 from myserve.server.choice import Choice
+from myserve.server.observe.http_meters import method_label
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.fields import GenerationRequest
 
 # asked for every few seconds, and say nothing
 PROBES = frozenset({"/health", "/healthz", "/ready", "/metrics"})
-METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 # Of a request, under the names of OpenTelemetry's GenAI conventions; `stop` is text, and stays where it is.
 ASKED = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "max_tokens", "stream")
 MAX_INT = 2**63 - 1  # OTLP's integers are signed, and seeds are not
@@ -58,7 +58,7 @@ class OtlpTraces:
         """Open a request's span, as a child of the client's where it sent a `traceparent`."""
         if scope["path"] in PROBES:
             return None
-        method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+        method = method_label(scope["method"])
         span = self._tracer.start_span(
             method,
             context=TraceContextTextMapPropagator().extract(Headers(scope=scope)),

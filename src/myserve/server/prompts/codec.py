@@ -94,7 +94,14 @@ class Codec:
                 tokenize=False,
                 **template_kwargs,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             # A template is the model's program over the caller's data, and refuses what it does not know.
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
@@ -170,6 +177,8 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         arguments = json.loads(function["arguments"])
+    except RecursionError:
+        raise RequestError("the arguments of a tool call are nested too deeply", param="messages") from None
     except ValueError:
         return call  # what the model once wrote need not be JSON; the template gets the string
     return {**call, "function": {**function, "arguments": arguments}}
