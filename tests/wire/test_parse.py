@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from myserve.errors import RequestError
+from myserve.wire import parse
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.fields import HINTS, GenerationRequest
@@ -56,7 +58,8 @@ def test_null_means_not_sent() -> None:
     [
         ({"temperature": "1"}, "temperature", 'should be a valid number; got "1"'),
         ({"temperature": True}, "temperature", "valid number; got true"),
-        ({"n": 1.0}, "n", "valid integer; got 1.0"),
+        ({"n": 1.5}, "n", "valid integer; got 1.5"),
+        ({"seed": 1e300}, "seed", "valid integer"),
         ({"n": 0}, "n", "greater than or equal to 1; got 0"),
         ({"n": 129}, "n", "less than or equal to 128; got 129"),
         ({"stop": ["a", 1]}, "stop[1]", "valid string; got 1"),
@@ -73,7 +76,14 @@ def test_null_means_not_sent() -> None:
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "pattern"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs the field 'json_schema'"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
-        ({"logit_bias": {"5": "x"}}, "logit_bias.5", "valid number"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias", "to numbers, got 'x' for '5'"),
+        ({"logit_bias": {"5": True}}, "logit_bias", "to numbers, got True for '5'"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
+        ({"bad_words": ["a"] * 1025}, "bad_words", "at most 1024 items"),
+        ({"choice": ["a"] * 20_001}, "choice", "at most 20000 items"),
+        ({"logprob_token_ids": [1] * 1025}, "logprob_token_ids", "at most 1024 items"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools", "at most 128 items"),
+        ({"messages": [{"role": "user", "content": ""}] * 16_385}, "messages", "at most 16384 items"),
         ({"noise": "white"}, "noise", "'counter' or 'torch'"),
     ],
 )
@@ -84,7 +94,7 @@ def test_a_refusal_names_the_field_and_what_it_found(fields: dict[str, Any], par
     assert words in caught.value.message
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"model": "\\ud800"}', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"model": "\\ud800"}', b"[" * 10_000])
 def test_what_is_no_json_is_said_to_be_none(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse_request(ChatCompletionRequest, body)
@@ -154,3 +164,66 @@ def test_strict_takes_back_an_answer_as_openais_client_dumps_it() -> None:
     nulls = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "anything"))
     turn = {"role": "assistant", "content": "hi"} | nulls
     parse_request(ChatCompletionRequest, json.dumps(CHAT | {"messages": [turn]}).encode(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["n", "max_tokens", "min_tokens", "top_k", "seed", "top_logprobs", "priority"]
+)
+def test_an_integer_may_be_written_with_a_zero_behind_its_point(name: str) -> None:
+    """As JSON Schema has it, and R, Lua and PHP write it."""
+    assert getattr(chat(**{name: 2.0}), name) == 2
+    assert type(getattr(chat(**{name: 2.0}), name)) is int
+    assert completion([1, 2]).prompts == [(1, 2)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bad_words": [1] * 400_000},
+        {"stop": [1] * 400_000},
+        {"messages": [1] * 400_000},
+        {"tools": [1] * 400_000},
+        {"tools": [{"type": "function", "function": {}}] * 30_000},
+        {"messages": [{"role": "user", "content": [{"type": "image"}] * 30_000}]},
+        {"messages": [{"role": "assistant", "tool_calls": [1] * 400_000}]},
+        {"logit_bias": {str(i): "x" for i in range(60_000)}},
+        {"choice": [1] * 400_000},
+        {"allowed_token_ids": ["x"] * 100_000},
+        {"temperature": [{"a": [1] * 10}] * 30_000},
+    ],
+)
+def test_one_complaint_is_enough(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a body in which everything is wrong: to collect a million complaints takes seconds."""
+    complaints: list[int] = []
+
+    def count(error: ValidationError, body: bytes) -> RequestError:
+        complaints.append(error.error_count())
+        return as_request_error(error, body)
+
+    as_request_error = parse._as_request_error
+    monkeypatch.setattr(parse, "_as_request_error", count)
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert complaints[0] <= 3  # where a field may have several forms, one of each
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "what"),
+    [
+        ([7] * 500_002, "500000 values"),
+        (["a"] * 131_073, "131072 strings"),
+        ([[7]] * 65_537, "65536 lists and objects"),
+    ],
+)
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(prompt: Any, what: str) -> None:
+    with pytest.raises(RequestError, match=f"more than {what}") as caught:
+        completion(prompt)
+    assert caught.value.code == "body_too_large"
+
+
+@pytest.mark.parametrize("text", [",[{" * 300_000, '\\"' * 300_000, "\\" * 300_001, "é🦄,\n" * 200_000])
+def test_what_stands_inside_a_text_is_no_value(text: str) -> None:
+    for ascii_only in (True, False):
+        body = json.dumps({"model": "m", "prompt": text}, ensure_ascii=ascii_only).encode()
+        assert parse_request(CompletionRequest, body).prompt == text

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from myserve.wire.base import WireModel
-from myserve.wire.fields import UNSUPPORTED, GenerationRequest
+from myserve.wire.base import Integer, WireModel
+from myserve.wire.fields import MAX_MESSAGES, MAX_TOOLS, UNSUPPORTED, GenerationRequest
 from myserve.wire.structured import Tool, ToolChoice
 
 Role = Literal["developer", "system", "user", "assistant", "tool"]
@@ -51,9 +51,9 @@ class ChatMessage(WireModel):
     HINTS: ClassVar[frozenset[str]] = frozenset({"refusal", "annotations", "audio", "function_call"})
 
     role: Role
-    content: str | tuple[ContentPart, ...] | None = None
+    content: str | Annotated[tuple[ContentPart, ...], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] | None = None
+    tool_calls: Annotated[tuple[dict[str, Any], ...], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -99,11 +99,11 @@ class ChatCompletionRequest(GenerationRequest):
         "suffix": ("",),
     }
 
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    messages: Annotated[tuple[ChatMessage, ...], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: tuple[Tool, ...] | None = None
+    tools: Annotated[tuple[Tool, ...], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    thinking_token_budget: int | None = None
+    thinking_token_budget: Integer | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Discriminator, Field, Tag
 
+from myserve.wire.base import Integer
 from myserve.wire.fields import UNSUPPORTED, GenerationRequest, TokenIds
 
 
@@ -47,10 +48,10 @@ class CompletionRequest(GenerationRequest):
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {**UNSUPPORTED, "suffix": ("",)}
 
     prompt: Prompt
-    best_of: int | None = None
+    best_of: Integer | None = None
     echo: bool | None = None
-    echo_last: Annotated[int, Field(ge=0)] | None = None
-    logprobs: bool | int | None = None
+    echo_last: Annotated[Integer, Field(ge=0)] | None = None
+    logprobs: bool | Integer | None = None
 
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:

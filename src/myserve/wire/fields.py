@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from myserve.wire.base import WireModel
+from myserve.wire.base import Integer, WireModel
 from myserve.wire.structured import Choices, ResponseFormat, Schema, StructuredOutputs
 
+# How many of a thing one request may have. Validation stops at the first that is wrong or one too many, so what a
+# body costs is bounded by its size; `docs/operations.md` has the table.
+MAX_STOP_STRINGS = 16
+MAX_BAD_WORDS = 1024
+MAX_TOOLS = 128  # OpenAI's own limit
+MAX_MESSAGES = 16_384
+MAX_LOGPROB_TOKEN_IDS = 1024
+
 TokenIds = Annotated[tuple[int, ...], Field(fail_fast=True)]
+
+
+def _checked_bias(value: Any) -> Any:
+    """Stop at the first value that is no number: pydantic would complain about each of a million."""
+    if isinstance(value, dict):
+        for key, bias in value.items():
+            if isinstance(bias, bool) or not isinstance(bias, int | float):
+                raise ValueError(f"must map token ids to numbers, got {bias!r:.80} for {key[:40]!r}")
+    return value
+
+
+LogitBias = Annotated[dict[str, float], BeforeValidator(_checked_bias)]
 
 # Accepted everywhere and without effect on the answer: they steer billing, abuse tracking or cache placement
 # at a provider, and clients send them by habit.
@@ -50,18 +70,18 @@ class StreamOptions(WireModel):
 class SamplingFields(WireModel):
     """What one may say about the draw, on any route. Ranges are `SamplingParams`' to check."""
 
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=128)] | None = None
     # length and stopping
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: str | tuple[str, ...] | None = None
+    max_tokens: Integer | None = None
+    min_tokens: Integer | None = None
+    stop: str | Annotated[tuple[str, ...], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     # constraints
     allowed_token_ids: TokenIds | None = None
-    bad_words: tuple[str, ...] | None = None
+    bad_words: Annotated[tuple[str, ...], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = None
     # the form of the text: one of these
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -73,29 +93,31 @@ class SamplingFields(WireModel):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias | None = None
     # penalties
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     # the shape of the distribution
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
     top_n_sigma: float | None = None
     # the draw
-    seed: int | None = None
+    seed: Integer | None = None
     noise: Literal["counter", "torch"] | None = None
-    sample_index: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # of the first choice
-    num_prior_tokens: Annotated[int, Field(ge=0)] | None = None  # the prompt's last ids: sampled before
+    sample_index: Annotated[Integer, Field(ge=0, lt=2**31)] | None = None  # of the first choice
+    num_prior_tokens: Annotated[Integer, Field(ge=0)] | None = None  # the prompt's last ids: sampled before
     # what is reported
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     logprobs_mode: Literal["raw", "processed"] | None = None
-    logprob_token_ids: TokenIds | None = None
+    logprob_token_ids: (
+        Annotated[tuple[int, ...], Field(fail_fast=True, max_length=MAX_LOGPROB_TOKEN_IDS)] | None
+    ) = None
     kept: bool | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Integer | None = None
     include_routing_matrix: bool | None = None
 
 
@@ -107,12 +129,12 @@ class GenerationRequest(SamplingFields):
     model: Annotated[str, Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int | None = None
+    priority: Integer | None = None
     cache_salt: str | None = None
     # seconds for the answer
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
-    stream_interval: Annotated[int, Field(ge=1)] | None = None  # tokens a chunk
+    stream_interval: Annotated[Integer, Field(ge=1)] | None = None  # tokens a chunk
     token_arrays: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from myserve.wire.base import WireModel
+from myserve.wire.base import Integer, WireModel
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.fields import UNSUPPORTED, SamplingFields, StreamOptions, TokenIds
 
@@ -29,7 +29,7 @@ class GenerateSampling(SamplingFields):
         | {"routed_experts_prompt_start"}
     )
 
-    logprobs: int | None = None
+    logprobs: Integer | None = None
 
 
 class GenerateRequest(WireModel):
@@ -57,9 +57,9 @@ class GenerateRequest(WireModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
-    priority: int | None = None
+    priority: Integer | None = None
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    stream_interval: Annotated[int, Field(ge=1)] | None = None  # tokens a chunk
+    stream_interval: Annotated[Integer, Field(ge=1)] | None = None  # tokens a chunk
     token_arrays: bool | None = None
     return_token_ids: bool | None = None
 

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from myserve.wire.base import WireModel
 
 Schema = dict[str, Any] | bool
-Choices = Annotated[tuple[str, ...], Field(min_length=1)]
+MAX_CHOICES = 20_000
+Choices = Annotated[tuple[str, ...], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
 
 
 class JsonSchema(WireModel):
