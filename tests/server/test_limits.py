@@ -213,7 +213,13 @@ def test_a_body_that_says_it_is_too_large_is_not_read(
 def test_large_bodies_take_no_more_memory_than_there_is(
     open_server: Open, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = {"content": b'{"model": "tiny", "prompt": [' + b"7," * (1 << 20) + b"7]}"}
+    large = {
+        "content": b'{"model": "tiny", "prompt": ['
+        + b"7," * 400_000
+        + b'7], "user": "'
+        + b"x" * (1 << 20)
+        + b'"}'
+    }
     with open_server(settings()) as server:
         url = server.url + "/v1/completions"
         assert httpx.post(url, **large, timeout=60).json()["error"]["code"] == "context_length_exceeded"

@@ -219,7 +219,7 @@ def test_one_complaint_is_enough(fields: dict[str, Any], monkeypatch: pytest.Mon
 def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(prompt: Any, what: str) -> None:
     with pytest.raises(RequestError, match=f"more than {what}") as caught:
         completion(prompt)
-    assert caught.value.code == "body_too_large"
+    assert caught.value.code == "too_many_values"
 
 
 @pytest.mark.parametrize("text", [",[{" * 300_000, '\\"' * 300_000, "\\" * 300_001, "é🦄,\n" * 200_000])

@@ -21,8 +21,9 @@ class Grammar:
     `source` is a JSON schema as JSON, a regular expression without look-around (Rust's `regex` syntax), or a
     grammar in Lark's notation (GBNF is taken too). Whether it means anything is found out by compiling it.
 
-    >>> Grammar.choice(["yes", "no"]).source
-    'start: "yes" | "no"'
+    >>> print(Grammar.choice(["yes", "no"]).source)
+    start: CHOICE
+    CHOICE: "yes" | "no"
     >>> Grammar("regex", "")
     Traceback (most recent call last):
     ...
@@ -54,8 +55,16 @@ class Grammar:
         """One of these strings."""
         if not choices:
             raise RequestError("choice must have at least one string, got none", param="choice")
-        # Lark's strings are JSON's
-        return cls("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices))
+        # Lark's strings are JSON's. As one terminal: of alternatives of a rule a parser takes 2,000 at most.
+        source = "start: CHOICE\nCHOICE: " + " | ".join(
+            json.dumps(text, ensure_ascii=False) for text in choices
+        )
+        if len(source) > MAX_SOURCE:
+            raise RequestError(
+                f"{len(choices)} choices have {len(source)} characters together, and {MAX_SOURCE} are the limit",
+                param="choice",
+            )
+        return cls("lark", source)
 
 
 @dataclass(frozen=True, slots=True)

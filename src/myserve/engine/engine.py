@@ -139,6 +139,12 @@ class Engine:
         """Compile the grammar, off the event loop, so that `submit` need not wait for it. Raises RequestError."""
         await self.constraints.prepare(params)
 
+    def check_room(self, n: int) -> None:
+        """Raise what `submit` would for `n` completions that do not fit the queue: before a prompt is tokenized."""
+        with self._wake:
+            self._check_open()
+            self._queue.check(n)
+
     def submit(
         self,
         prompt_token_ids: Sequence[int],
@@ -380,10 +386,7 @@ class Engine:
     def _reserve(self, n: int) -> None:
         """Count `n` choices in, or say that there is no room."""
         with self._wake:
-            if not self.is_alive:
-                raise EngineDeadError(f"the engine has stopped ({self._fatal or 'shut down'})")
-            if self._updates.refuses_requests:
-                raise WeightsLoadingError("new weights are about to be swapped in; try again in a moment")
+            self._check_open()
             self._queue.enter(n)
 
     def _cache_root(self, options: SubmitOptions) -> Hashable:
@@ -391,6 +394,12 @@ class Engine:
         if not self.config.prefix_caching:
             return object()  # no two requests agree on a fresh object
         return ("" if self.config.share_prefix_cache else options.client, options.cache_salt)
+
+    def _check_open(self) -> None:
+        if not self.is_alive:
+            raise EngineDeadError(f"the engine has stopped ({self._fatal or 'shut down'})")
+        if self._updates.refuses_requests:
+            raise WeightsLoadingError("new weights are about to be swapped in; try again in a moment")
 
     def _stream_of(self, submission: Submission) -> RequestStream:
         requests = submission.requests

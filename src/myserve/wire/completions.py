@@ -54,6 +54,11 @@ class CompletionRequest(GenerationRequest):
     logprobs: bool | Integer | None = None
 
     @property
+    def num_choices(self) -> int:
+        """Return how many completions are asked for: `n` of each prompt."""
+        return len(self.prompts) * (self.n or 1)
+
+    @property
     def prompts(self) -> list[str | tuple[int, ...]]:
         """The prompts one by one: token ids stay ids, they are never decoded and encoded again."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):

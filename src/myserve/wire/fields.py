@@ -142,5 +142,10 @@ class GenerationRequest(SamplingFields):
     perf_metrics_in_response: bool | None = None
 
     @property
+    def num_choices(self) -> int:
+        """Return how many completions are asked for."""
+        return self.n or 1
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)

@@ -74,7 +74,7 @@ def _check(what: str, count: int, limit: int) -> None:
     if count > limit:
         raise RequestError(
             f"the body has more than {limit} {what}; send fewer prompts or messages at once",
-            code="body_too_large",
+            code="too_many_values",
         )
 
 

@@ -22,14 +22,18 @@ class QueueBound:
         self._side_by_side = side_by_side
         self._mean_duration = 0.0  # seconds from arrival to end, a moving average
 
-    def enter(self, n: int) -> None:
-        """Count `n` choices in. Raises OverloadedError, with the seconds in which as many as are too many will end."""
+    def check(self, n: int) -> None:
+        """Raise OverloadedError where `n` choices are too many, with the seconds in which enough others will end."""
         surplus = self.num_open + n - self._limit
         if surplus > 0:
             raise OverloadedError(
                 f"{self.num_open} completions wait or run, and no more than {self._limit} may; try again later",
                 retry_after=max(1.0, surplus / self._side_by_side * self._mean_duration),
             )
+
+    def enter(self, n: int) -> None:
+        """Count `n` choices in. Raises OverloadedError."""
+        self.check(n)
         self.num_open += n
 
     def leave(self, seconds: float) -> None:

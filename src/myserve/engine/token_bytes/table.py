@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from myserve.engine.token_bytes.readers import (
@@ -73,6 +73,11 @@ class TokenBytes(Sequence[bytes]):
     def is_bytewise(self) -> bool:
         """Whether a completion's text is its tokens' bytes, joined."""
         return self._stable is None
+
+    @cached_property
+    def longest(self) -> int:
+        """Return the bytes of the longest token; a text of more than so many for each of its tokens has more tokens."""
+        return max(map(len, self._table), default=1) or 1
 
     def __repr__(self) -> str:
         if self._stable is not None:

@@ -13,6 +13,7 @@ from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import EngineError, MyserveError
 from myserve.server import caller
 from myserve.server.answers.pacing import Pace
+from myserve.server.answers.size import check_size, delta_size
 from myserve.server.choice import Choice
 from myserve.server.models.models import ServedModel
 from myserve.server.models.served_engine import ServedStream
@@ -52,6 +53,7 @@ class Generation:
         self._n = n
         self._request, self._request_id = request, request_id
         self._scores_only = request.max_tokens == 0  # validated: then only the prompt's scores are wanted
+        self.size = 0  # of what `finish` has, in bytes
         self._streams: list[ServedStream] = []
         try:
             for position, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
@@ -122,9 +124,13 @@ class Generation:
         return [stream.metrics(index) for stream in self._streams for index in range(self._n)]
 
     async def finish(self) -> list[Choice]:
-        """Every choice, once all have ended."""
-        async for _ in self.events():
-            pass
+        """Return every choice, once all have ended. Raises RequestError when they are too large for one answer."""
+        num_tokens = 0
+        async with aclosing(self.events()) as events:
+            async for _, delta in events:
+                self.size += delta_size(delta)
+                num_tokens += len(delta.tokens)
+                check_size(self.size, num_tokens)
         return self.choices
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request, Response
 
+from myserve.engine.outputs import Delta
 from myserve.server.answers.answer import ActiveAnswer
 from myserve.server.answers.generation import Generation
-from myserve.server.answers.streaming import EventStream, json_response, unless_gone
+from myserve.server.answers.size import check_known_size, delta_size
+from myserve.server.answers.streaming import (
+    WRITTEN_INLINE_BYTES,
+    Chunk,
+    EventStream,
+    json_response,
+    to_json_in_slices,
+    unless_gone,
+)
 from myserve.server.answers.writer import AnswerWriter, Body, Plan
+from myserve.server.choice import Choice
 from myserve.server.models.models import Models
 from myserve.wire.fields import GenerationRequest
 
@@ -29,8 +40,17 @@ async def answer_request(
     """
     models: Models = http.app.state.models
     answer = ActiveAnswer.begin(request, await models.get(request.model), answer_id)
+    engine = answer.model.engine
+    engine.check_room(request.num_choices)
     planned = await plan(answer)
-    engine, writer = answer.model.engine, planned.writer
+    writer = planned.writer
+    check_known_size(
+        planned.prompts,
+        planned.params,
+        n=request.n or 1,
+        vocab_size=engine.vocab_size,
+        max_model_len=engine.max_model_len,
+    )
     await engine.prepare(planned.params[0])
     generation = Generation(answer.model, planned.prompts, planned.params, request, answer.id)
     if request.stream:
@@ -39,27 +59,42 @@ async def answer_request(
         choices = await unless_gone(http, generation.finish())
     finally:
         generation.abort()
-    body, headers = writer.whole(choices), None
-    if request.perf_metrics_in_response:
-        metrics = answer.perf_metrics(choices)
-        body["perf_metrics"], headers = metrics.to_dict(), metrics.to_headers()
-    return json_response(body, headers)
+    metrics = answer.perf_metrics(choices) if request.perf_metrics_in_response else None
+
+    def write() -> Body:
+        body = writer.whole(choices)
+        if metrics is not None:
+            body["perf_metrics"] = metrics.to_dict()
+        return body
+
+    large = generation.size > WRITTEN_INLINE_BYTES
+    body = await asyncio.to_thread(lambda: to_json_in_slices(write())) if large else write()
+    return json_response(body, None if metrics is None else metrics.to_headers())
 
 
 async def _events(
     answer: ActiveAnswer[R], writer: AnswerWriter[R], generation: Generation
-) -> AsyncGenerator[Mapping[str, Any], None]:
+) -> AsyncGenerator[Chunk, None]:
     choices = generation.choices
     for event in writer.began(choices):
         yield event
     running = len(choices)
     async with aclosing(generation.events()) as events:
         async for choice, delta in events:
-            gained: list[Body] = list(writer.gained(choice, delta))
             running -= delta.finish_reason is not None
-            if not running and answer.request.perf_metrics_in_response:
-                gained[-1]["perf_metrics"] = answer.perf_metrics(choices).to_dict()
-            for event in gained:
+            has_metrics = not running and bool(answer.request.perf_metrics_in_response)
+
+            def write(choice: Choice = choice, delta: Delta = delta, ends: bool = has_metrics) -> list[Body]:
+                gained = list(writer.gained(choice, delta))
+                if ends:
+                    gained[-1]["perf_metrics"] = answer.perf_metrics(choices).to_dict()
+                return gained
+
+            for event in write() if delta_size(delta) <= WRITTEN_INLINE_BYTES else await _in_thread(write):
                 yield event
     for event in writer.ended(choices):
         yield event
+
+
+async def _in_thread(write: Callable[[], list[Body]]) -> list[Chunk]:
+    return await asyncio.to_thread(lambda: [to_json_in_slices(event) for event in write()])

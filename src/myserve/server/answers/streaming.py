@@ -19,6 +19,13 @@ log = logging.getLogger("myserve.server")
 
 T = TypeVar("T")
 
+# An event's value, or its JSON where it was large and was written elsewhere.
+Chunk = Mapping[str, Any] | bytes
+
+LOOP_SECONDS = 0.02  # that a stream keeps the event loop at a time
+SLICE = 256  # items of a list that are written as JSON at a time
+WRITTEN_INLINE_BYTES = 1 << 17  # a larger answer, or chunk, is written in a thread
+
 MOST_UNSENT = 64 << 20  # bytes of one stream that wait for its client
 
 
@@ -31,8 +38,28 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return orjson.dumps(value)
 
 
-def json_response(value: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    return Response(to_json(value), headers=headers, media_type="application/json")
+def to_json_in_slices(value: Any, depth: int = 6) -> bytes:
+    """Return what `to_json` does, written piece by piece: other threads run in between, however large it is.
+
+    >>> to_json_in_slices({"a": [{"b": [1, 2.5]}] * 2, "c": None})
+    b'{"a":[{"b":[1,2.5]},{"b":[1,2.5]}],"c":null}'
+    """
+    if depth and isinstance(value, dict):
+        fields = (
+            orjson.dumps(key) + b":" + to_json_in_slices(item, depth - 1) for key, item in value.items()
+        )
+        return b"{" + b",".join(fields) + b"}"
+    if isinstance(value, list) and len(value) > SLICE:
+        slices = (value[at : at + SLICE] for at in range(0, len(value), SLICE))
+        return b"[" + b",".join(orjson.dumps(part)[1:-1] for part in slices) + b"]"
+    if depth and isinstance(value, list) and value and isinstance(value[0], dict):
+        return b"[" + b",".join(to_json_in_slices(item, depth - 1) for item in value) + b"]"
+    return orjson.dumps(value)
+
+
+def json_response(value: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None) -> Response:
+    body = value if isinstance(value, bytes) else to_json(value)
+    return Response(body, headers=headers, media_type="application/json")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -60,7 +87,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        chunks: AsyncGenerator[Mapping[str, Any], None],
+        chunks: AsyncGenerator[Chunk, None],
         abort: Callable[[], None],
         encode: Callable[[bytes], bytes] = encode_event,
         done: bytes = DONE,
@@ -126,12 +153,18 @@ async def _bursts(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, 
 
 
 async def _encoded(
-    chunks: AsyncGenerator[Mapping[str, Any], None], encode: Callable[[bytes], bytes], done: bytes
+    chunks: AsyncGenerator[Chunk, None], encode: Callable[[bytes], bytes], done: bytes
 ) -> AsyncGenerator[bytes, None]:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                yield encode(to_json(chunk))
+                yield encode(chunk if isinstance(chunk, bytes) else to_json(chunk))
+                # All choices of a step may be there at once: then nothing here would wait for anything.
+                if loop.time() - began > LOOP_SECONDS:
+                    await asyncio.sleep(0)
+                    began = loop.time()
     except Exception as error:
         if status_of(error) >= 500:
             log.error("a stream failed", exc_info=error)

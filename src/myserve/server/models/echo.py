@@ -36,6 +36,7 @@ class CharacterBytes:
 
     special_ids: frozenset[int] = frozenset()
     is_bytewise = True
+    longest = 4  # bytes of a token
 
     def __getitem__(self, token_id: int) -> bytes:
         return chr(token_id).encode()
@@ -74,6 +75,9 @@ class EchoEngine:
     @property
     def load(self) -> EngineLoad:
         return EngineLoad()
+
+    def check_room(self, n: int) -> None:
+        """Nothing waits for an echo."""
 
     async def prepare(self, params: SamplingParams) -> None:
         """An echo keeps to no grammar."""

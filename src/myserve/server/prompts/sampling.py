@@ -64,6 +64,14 @@ def generate_params(request: CompletionRequest, codec: Codec) -> SamplingParams:
     return _params(request, codec, max_tokens=request.max_tokens)
 
 
+def work_of_params(request: GenerationRequest) -> int:
+    """Return what checking a request's parameters takes, in characters that are tokenized meanwhile."""
+    words = request.bad_words or ()
+    ids = (request.allowed_token_ids, request.stop_token_ids, request.logit_bias, request.logprob_token_ids)
+    choices = (request.choice or (), request.guided_choice or ())
+    return 2 * sum(32 + len(word) for word in words) + sum(len(each or ()) for each in (*ids, *choices)) // 4
+
+
 def scores_only(request: CompletionRequest) -> bool:
     """`max_tokens` 0 with `echo` or `prompt_logprobs`: the prompt is scored, and that is all."""
     return request.max_tokens == 0 and bool(request.echo or request.prompt_logprobs is not None)

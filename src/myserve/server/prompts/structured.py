@@ -18,8 +18,8 @@ Named = tuple[str, Grammar]
 def grammar_of(request: SamplingFields) -> Grammar | None:
     """What the request wants its text to be; None: anything. Raises RequestError for two wishes, or an empty one.
 
-    >>> grammar_of(SamplingFields(guided_choice=("a", "b"))).source
-    'start: "a" | "b"'
+    >>> grammar_of(SamplingFields(guided_regex="a|b")).source
+    'a|b'
     >>> grammar_of(SamplingFields(regex="a", choice=("b",)))
     Traceback (most recent call last):
     ...

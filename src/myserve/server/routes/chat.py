@@ -16,7 +16,8 @@ from myserve.server.choice import Choice
 from myserve.server.parsing.message_reader import AnswerReader
 from myserve.server.parsing.thinking import ThinkingReader, thinking_tokens
 from myserve.server.parsing.tool_calls import CallReader
-from myserve.server.prompts.sampling import chat_params, lists_tokens
+from myserve.server.prompts.lengths import check_lengths
+from myserve.server.prompts.sampling import chat_params, lists_tokens, work_of_params
 from myserve.server.prompts.tools import callable_tools, checked_tools, constrained
 from myserve.server.routes.body import documented, read_request
 from myserve.wire.chat import ChatCompletionRequest
@@ -34,7 +35,9 @@ __all__ = ["router"]
 
 router = APIRouter()
 
-CHARS_PER_TOOL = 256  # characters that a tool is worth when it is decided where to tokenize
+# Characters that a message or a tool is worth when it is decided where to tokenize.
+CHARS_PER_MESSAGE = 32
+CHARS_PER_TOOL = 256
 
 DOCUMENTED = documented(ChatCompletionRequest, ChatCompletion, ChatChunk)
 
@@ -49,17 +52,21 @@ async def create_chat_completion(http: Request) -> Response:
 
 async def _plan(answer: ActiveAnswer[ChatCompletionRequest]) -> Plan:
     request, model = answer.request, answer.model
-    style = model.style
+    codec, style = model.codec, model.style
     offered = checked_tools(request, style.tools)
     tools = callable_tools(request, offered)
-    params = chat_params(request, model.codec)
-    prompt = await answer.tokenizing.run(
-        sum(len(message.text) for message in request.messages) + CHARS_PER_TOOL * len(offered),
-        lambda: model.codec.encode_chat(request.messages, request.chat_template_kwargs or {}, offered),
-    )
-    reasoning = style.reasoning(model.codec, prompt, request.thinking_token_budget)
-    params = constrained(params, request, tools, style.tools, reasoning)
-    return Plan([prompt], [params], ChatWriter(answer, tools, reasoning))
+    texts = [message.text for message in request.messages]
+
+    def plan() -> Plan:
+        check_lengths(texts, codec, model.engine.max_model_len, param="messages")
+        params = chat_params(request, codec)
+        prompt = codec.encode_chat(request.messages, request.chat_template_kwargs or {}, offered)
+        reasoning = style.reasoning(codec, prompt, request.thinking_token_budget)
+        params = constrained(params, request, tools, style.tools, reasoning)
+        return Plan([prompt], [params], ChatWriter(answer, tools, reasoning))
+
+    size = sum(map(len, texts)) + CHARS_PER_MESSAGE * len(texts) + CHARS_PER_TOOL * len(offered)
+    return await answer.tokenizing.run(size + work_of_params(request), plan)
 
 
 class ChatWriter(AnswerWriter[ChatCompletionRequest]):

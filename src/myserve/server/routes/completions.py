@@ -15,7 +15,14 @@ from myserve.server.answers.respond import answer_request
 from myserve.server.answers.writer import AnswerWriter, Plan
 from myserve.server.choice import Choice
 from myserve.server.prompts.codec import Codec
-from myserve.server.prompts.sampling import completion_params, lists_tokens, top_logprobs_of, wants_logprobs
+from myserve.server.prompts.lengths import check_lengths
+from myserve.server.prompts.sampling import (
+    completion_params,
+    lists_tokens,
+    top_logprobs_of,
+    wants_logprobs,
+    work_of_params,
+)
 from myserve.server.routes.body import documented, read_request
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.responses import (
@@ -45,17 +52,20 @@ async def create_completion(http: Request) -> Response:
 
 async def _plan(answer: ActiveAnswer[CompletionRequest]) -> Plan:
     """Tokenize all prompts in one go: a thousand short ones would hold up the event loop as one long one does."""
-    request, model = answer.request, answer.model
-    size = sum(CHARS_PER_PROMPT + len(prompt) for prompt in request.prompts if isinstance(prompt, str))
-    prompts: list[Sequence[int]] = await answer.tokenizing.run(
-        size,
-        lambda: [
-            model.codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts
-        ],
-    )
-    room = model.engine.max_model_len - max(map(len, prompts))
-    params = params_of_prompts(completion_params(request, model.codec, room=room), len(prompts))
-    return Plan(prompts, params, CompletionWriter(answer))
+    request, codec = answer.request, answer.model.codec
+    max_model_len = answer.model.engine.max_model_len
+    texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
+
+    def plan() -> Plan:
+        check_lengths(texts, codec, max_model_len, param="prompt")
+        prompts: list[Sequence[int]] = [
+            codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts
+        ]
+        params = completion_params(request, codec, room=max_model_len - max(map(len, prompts)))
+        return Plan(prompts, params_of_prompts(params, len(prompts)), CompletionWriter(answer))
+
+    size = sum(map(len, texts)) + CHARS_PER_PROMPT * len(texts)
+    return await answer.tokenizing.run(size + work_of_params(request), plan)
 
 
 class CompletionWriter(AnswerWriter[CompletionRequest]):

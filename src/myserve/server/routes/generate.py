@@ -13,7 +13,7 @@ from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_
 from myserve.server.answers.respond import answer_request
 from myserve.server.answers.writer import AnswerWriter, Plan
 from myserve.server.choice import Choice
-from myserve.server.prompts.sampling import generate_params, lists_tokens
+from myserve.server.prompts.sampling import generate_params, lists_tokens, work_of_params
 from myserve.server.routes.body import documented, models_of, read_request
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.generate import GenerateRequest
@@ -31,7 +31,9 @@ async def generate(http: Request) -> Response:
     completion = request.as_completion(request.model or models_of(http).names[0])
 
     async def plan(answer: ActiveAnswer[CompletionRequest]) -> Plan:
-        params = generate_params(completion, answer.model.codec)
+        params = await answer.tokenizing.run(
+            work_of_params(completion), lambda: generate_params(completion, answer.model.codec)
+        )
         writer = GenerateWriter(answer, repeats_prompt=bool(request.return_token_ids))
         return Plan([request.token_ids], [params], writer)
 
