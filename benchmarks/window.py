@@ -36,8 +36,8 @@ class Watched(AdaptiveConcurrencyController):
         super().__init__(initial_window=16, max_window=256, prefill_queue_target=self.target)
         self.began = 0.0
 
-    def observe(self, metrics: PerfMetrics, *, samples: int, epoch: int) -> None:
-        super().observe(metrics, samples=samples, epoch=epoch)
+    def observe(self, metrics: PerfMetrics, *, samples: int, limit_version: int) -> None:
+        super().observe(metrics, samples=samples, limit_version=limit_version)
         self.points.append((self._now(), self.window, metrics.prefill_queue_duration or 0.0))
 
     def begin_step(self) -> None:

@@ -51,11 +51,34 @@ async def test_wherever_a_stream_is_cut_its_samples_are_the_same(make_sampler, s
 
 
 async def test_a_stream_that_is_cut_again_and_again_goes_on_each_time(make_sampler, stub, fault):
-    stub.next_token = scripted(["0123456789" * 4])
-    stub.faults = [fault(after=3, cut=True)] * 12  # more cuts than attempts without progress would be allowed
+    stub.next_token = scripted(["0123456789" * 30])
+    stub.faults = [
+        fault(after=20, cut=True)
+    ] * 12  # more cuts than attempts without progress would be allowed
     (c,) = await make_sampler().sample_with_tokens(SUM)
-    assert c.text == "0123456789" * 4
+    assert c.text == "0123456789" * 30
     assert c.attempts == 13
+
+
+@pytest.mark.parametrize("version", [None, {"version": "0.32"}, "ours"])
+@pytest.mark.parametrize("after", [1, 2, 5])
+async def test_streams_that_are_all_cut_early_end_at_max_attempts(make_sampler, stub, fault, version, after):
+    stub.version = stub.version if version == "ours" else version
+    stub.next_token = scripted(["0123456789" * 30])
+    stub.faults = [fault(after=after, cut=True)] * 100
+    sampler = make_sampler(retry=RetryPolicy(max_attempts=3, first_pause=0.001))
+    with pytest.raises(SamplingError, match="the connection failed after 3 attempts") as caught:
+        await sampler.sample_with_tokens(SUM)
+    assert (caught.value.attempts, len(stub.bodies)) == (3, 3)
+
+
+async def test_each_sample_of_a_group_has_its_own_count(make_sampler, stub, fault):
+    stub.next_token = scripted(["0123456789" * 30, "x"])
+    stub.faults = [fault(after=40, cut=True), *[fault(after=20, cut=True)] * 5]
+    sampler = make_sampler(retry=RetryPolicy(max_attempts=2, first_pause=0.001))
+    long, short = await sampler.sample_with_tokens(SUM, n=2)
+    assert (long.text, short.text) == ("0123456789" * 30, "x")
+    assert long.attempts == 7 and short.attempts == 1
 
 
 @pytest.mark.parametrize("version", [None, {"version": "0.32"}])

@@ -49,7 +49,7 @@ def test_a_run_that_is_interrupted_takes_no_permit_with_it():
             return  # neither the stream nor the sampler is closed
 
     asyncio.run(leave_early())
-    assert (controller.in_flight, controller.gate.waiting) == (0, 0)
+    assert (controller.in_flight, controller.semaphore.waiting) == (0, 0)
     assert len(asyncio.run(sampler.sample_with_tokens(SUM, n=2))) == 2
 
 
@@ -86,14 +86,13 @@ PROGRAM = """
 """
 
 
-def test_a_sampler_that_nobody_closes_ends_in_silence():
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(PROGRAM)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def run_program(program: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(program)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_sampler_that_is_never_closed_ends_in_silence():
+    done = run_program(PROGRAM)
     assert (done.stdout.split(), done.stderr) == (["4", "4", "4"], "")
 
 

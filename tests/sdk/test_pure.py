@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,8 +130,44 @@ def test_a_retry_after_that_is_no_number_of_seconds_is_left_to_the_backoff(heade
 
 
 def test_token_ids_come_out_of_whatever_a_tokenizer_gives():
+    import numpy as np
+    import torch
+    from transformers import BatchEncoding
+
+    encoding = {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}
+    for prompt in (
+        torch.tensor([[1, 2]]), torch.tensor([1, 2], dtype=torch.int32), [torch.tensor([1, 2])], (1, 2), range(1, 3),
+        np.array([1, 2]), np.array([[1, 2]], np.uint16), [np.int64(1), np.int64(2)], array.array("q", [1, 2]),
+        BatchEncoding(encoding), BatchEncoding(encoding, tensor_type="pt"), BatchEncoding(encoding, tensor_type="np"),
+    ):  # fmt: skip
+        ids = as_token_ids(prompt)
+        assert ids == [1, 2] and {type(token_id) for token_id in ids} == {int}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "words"),
+    [
+        ([1.0, 2.0], TypeError, "integers; this one has 1.0"),
+        (["1", "2"], TypeError, "integers; this one has '1'"),
+        ("1 2", TypeError, "token ids come in .* not in str"),
+        (b"ab", TypeError, "not in bytes"),
+        ({1, 2}, TypeError, "not in set"),
+        (7, TypeError, "not in int"),
+        ([[1, 2], [3]], ValueError, "a batch of 2 prompts .* sample_batch"),
+        ([1, -100], ValueError, "token id -100"),
+        ({"input_ids": [0, 0, 5], "attention_mask": [0, 0, 1]}, ValueError, "padded"),
+        ({"input_ids": [[0, 5]], "attention_mask": [[0, 1]]}, ValueError, "padded"),
+    ],
+)
+def test_what_is_no_prompt_is_named(prompt, error, words):
+    with pytest.raises(error, match=words):
+        as_token_ids(prompt)
+
+
+def test_arrays_of_the_wrong_kind_are_named():
+    import numpy as np
     import torch
 
-    assert as_token_ids(torch.tensor([[1, 2]])) == [1, 2]
-    with pytest.raises(TypeError, match="the tokenizer gave str"):
-        as_token_ids("1 2")
+    for prompt in (np.array([1.5]), torch.tensor([1.0]), np.array(["a"])):
+        with pytest.raises(TypeError, match="token ids are integers"):
+            as_token_ids(prompt)

@@ -133,6 +133,36 @@ async def test_echo_scores_the_prompt_too(server_url):
         assert other.inference_logprobs[one.prompt_len - 1 :] == one.inference_logprobs
 
 
+@pytest.mark.parametrize("logprobs", [False, True])
+async def test_an_echos_text_is_the_same_with_a_tokenizer_and_without(server_url, tiny_model, logprobs):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("qwen3"))
+    # ids of half characters and control tokens, which a tokenizer's decode and a server's text may treat unlike
+    options = {
+        **OPTIONS,
+        "n": 4,
+        "temperature": 1.7,
+        "top_p": 1.0,
+        "logprobs": logprobs,
+        "top_logprobs": None,
+    }
+    plain = await DeploymentSampler(server_url, "tiny").sample_with_prompt_tokens(PROMPTS[0], **options)
+    for mine in (None, tokenizer):
+        sampler = DeploymentSampler(server_url, "tiny", tokenizer=mine)
+        echoed = await sampler.sample_with_prompt_tokens(PROMPTS[0], echo=True, **options)
+        assert [c.text for c in echoed] == [c.text for c in plain]
+
+
+async def test_a_group_beyond_the_servers_limit_is_the_group_of_its_parts(server_url):
+    options = {**OPTIONS, "max_tokens": 3, "top_logprobs": None}
+    async with DeploymentSampler(server_url, "tiny") as sampler:
+        many = await sampler.sample_with_prompt_tokens(PROMPTS[0], **{**options, "n": 200})
+        few = await sampler.sample_with_prompt_tokens(PROMPTS[0], **{**options, "n": 3})
+    assert [c.index for c in many] == list(range(200))
+    assert [c.full_tokens for c in many[:3]] == [c.full_tokens for c in few]
+
+
 async def test_the_controller_hears_the_servers_queue(server_url):
     controller = AdaptiveConcurrencyController(initial_window=4)
     async with DeploymentSampler(server_url, "tiny", concurrency_controller=controller) as sampler:

@@ -1,4 +1,4 @@
-"""The sampler against a real server on a socket: the seed document's surface, and what lies past it."""
+"""The sampler against a real server on a socket: the original specification's surface, and what lies past it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def without_times(completion: Any) -> dict[str, Any]:
     return {name: value for name, value in completion.to_json().items() if name not in drop}
 
 
-async def test_the_seeds_fields(make_sampler, stub):
+async def test_the_original_specifications_fields(make_sampler, stub):
     sampler = make_sampler(concurrency_controller=AdaptiveConcurrencyController(initial_window=16))
     completions = await sampler.sample_with_tokens(messages=SUM, n=4, max_tokens=64, temperature=0.7, seed=7)
     prompt = ToyTokenizer().apply_chat_template(SUM, add_generation_prompt=True)
@@ -43,6 +43,46 @@ async def test_the_seeds_fields(make_sampler, stub):
 async def test_n_samples_are_one_request_and_so_one_prefill(make_sampler, stub):
     await make_sampler().sample_with_tokens(SUM, n=8, max_tokens=8)
     assert [body["n"] for body in stub.bodies] == [8]
+
+
+async def test_more_samples_than_a_request_may_have_are_asked_for_in_parts(make_sampler, stub):
+    whole = await make_sampler().sample_with_tokens(SUM, n=300, max_tokens=4, seed=7)
+    parts = [(body.get("sample_index", 0), body["n"]) for body in stub.bodies]
+    assert sorted(parts) == [(0, 128), (128, 128), (256, 44)]
+    assert [c.index for c in whole] == list(range(300))
+    stub.bodies.clear()
+    narrow = make_sampler(concurrency_controller=FixedConcurrencyController(100))
+    again = await narrow.sample_with_tokens(SUM, n=300, max_tokens=4, seed=7)
+    assert list(map(without_times, again)) == list(map(without_times, whole))
+    assert max(body["n"] for body in stub.bodies) <= 100
+
+
+async def test_prompts_come_as_arrays_tensors_and_encodings(make_sampler, stub):
+    import numpy as np
+    import torch
+    from transformers import BatchEncoding
+
+    sampler = make_sampler()
+    rows = [[1, 2], [3, 4]]
+    options = {"max_tokens": 4, "seed": 7}
+    plain = [[c.text for c in group] for group in await sampler.sample_batch(rows, **options)]
+    encoding = {"input_ids": rows, "attention_mask": [[1, 1], [1, 1]]}
+    together = [
+        np.array(rows),
+        torch.tensor(rows),
+        BatchEncoding(encoding),
+        BatchEncoding(encoding, tensor_type="pt"),
+    ]
+    apart = [list(map(np.array, rows)), [BatchEncoding({"input_ids": row}) for row in rows]]
+    for prompts in (*together, *apart):
+        assert [[c.text for c in group] for group in await sampler.sample_batch(prompts, **options)] == plain
+    for prompt in (np.array(rows[0]), torch.tensor(rows[0]), BatchEncoding({"input_ids": rows[0]})):
+        (c,) = await sampler.sample_with_prompt_tokens(prompt, **options)
+        assert c.prompt_tokens == rows[0]
+        assert [c.prompt_tokens async for c in sampler.stream_completions(prompt, **options)] == [rows[0]]
+    for wrong in ("one text", {"text": ["a"]}, 7):
+        with pytest.raises(TypeError, match="prompts"):
+            sampler.sample_batch(wrong)
 
 
 async def test_logprobs_are_aligned_with_the_tokens(make_sampler):
@@ -173,7 +213,8 @@ async def test_vllm_is_asked_in_its_own_words(make_sampler, stub):
     assert body["n"] == 3 and body["return_token_ids"] is True and "raw_output" not in body
 
 
-async def test_what_the_reference_client_sends_is_sent(make_sampler, stub):
+async def test_what_the_original_specifications_client_sends_is_sent(make_sampler, stub):
+    stub.version = None  # a server that does not say what it is
     await make_sampler(api_key="key", model="accounts/a/deployments/d").sample_with_tokens(
         SUM, max_tokens=3, temperature=0.5, min_p=0.1, extra={"prompt_cache_key": "k"}
     )
@@ -185,6 +226,15 @@ async def test_what_the_reference_client_sends_is_sent(make_sampler, stub):
     }
     assert headers["authorization"] == "Bearer key" and headers["x-api-key"] == "key"
     assert headers["x-request-id"]
+
+
+@pytest.mark.parametrize("version", [{"name": "myserve", "extensions": ["sample_index", "num_prior_tokens"]},
+                                     {"version": "0.32"}])  # fmt: skip
+async def test_a_server_that_is_known_gets_the_key_in_one_form(make_sampler, stub, version):
+    stub.version = version
+    await make_sampler(api_key="key").sample_with_tokens(SUM, max_tokens=3)
+    (headers,) = stub.headers
+    assert headers["authorization"] == "Bearer key" and "x-api-key" not in headers
 
 
 async def test_the_deadline_says_which_sample_and_how_far_it_was(make_sampler, stub):
@@ -225,7 +275,7 @@ async def test_ten_thousand_cancelled_calls_leak_nothing():
     for task in tasks[100:]:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert (controller.in_flight, controller.gate.waiting) == (0, 0)
+    assert (controller.in_flight, controller.semaphore.waiting) == (0, 0)
     assert len(await sampler.sample_with_tokens(SUM, n=2, max_tokens=4)) == 2
 
 

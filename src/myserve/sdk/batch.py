@@ -1,17 +1,18 @@
-"""Many prompts: as they finish or in order, with a progress bar, a deadline, and a journal to go on from."""
+"""Samples many prompts: as they finish or in order, with a progress bar, a deadline, and a journal to resume from."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from myserve.sdk.errors import SamplingError
-from myserve.sdk.options import CallPlan, Prompt
-from myserve.sdk.records.journal import Journal
+from myserve.sdk.options import CallPlan, Prompt, TokenIds
+from myserve.sdk.records.journal import Journal, JournalError
 from myserve.sdk.seeds import prompt_seed, random_seed
 from myserve.sdk.transport.pool import ServerPool
 from myserve.sdk.types import Completions, SampledCompletion
@@ -19,18 +20,21 @@ from myserve.sdk.types import Completions, SampledCompletion
 if TYPE_CHECKING:
     from myserve.sdk.progress import SampleProgress
 
+__all__ = ["OPEN_PROMPTS", "BatchGroup", "GroupSampler", "SampleBatch"]
+
+T = TypeVar("T")
 # Prompts in work at a time: more than any window holds, and few enough that a million prompts cost no memory.
 OPEN_PROMPTS = 1024
 
 
 class GroupSampler(Protocol):
-    """What a batch needs of a sampler: one prompt's ids, its plan, and its samples."""
+    """The part of a `DeploymentSampler` that a batch uses: one prompt's ids, its plan, and its samples."""
 
     run_seed: int | None
     backend: ServerPool
 
     def prompt_ids(self, prompt: Prompt) -> list[int]: ...
-    def plan(self, prompt_token_ids: Sequence[int], options: Mapping[str, Any]) -> CallPlan: ...
+    def plan(self, prompt_token_ids: TokenIds, options: Mapping[str, Any]) -> CallPlan: ...
     async def draw(
         self,
         call: CallPlan,
@@ -48,12 +52,12 @@ class BatchGroup(NamedTuple):
 
 
 class SampleBatch:
-    """What `DeploymentSampler.sample_batch` returns. It starts when it is awaited or iterated."""
+    """The result of `DeploymentSampler.sample_batch`. It starts when it is awaited or iterated."""
 
     def __init__(
         self,
         sampler: GroupSampler,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | TokenIds,
         options: dict[str, Any],
         *,
         journal: str | Path | None = None,
@@ -61,7 +65,7 @@ class SampleBatch:
         deadline: float | None = None,
     ) -> None:
         self._sampler = sampler
-        self._prompts = prompts
+        self._prompts = _rows(prompts)
         self._options = options
         self._journal_path = journal
         self._progress = progress
@@ -71,7 +75,7 @@ class SampleBatch:
         self.run_seed: int = run_seed if run_seed is not None else random_seed()
 
     def __await__(self) -> Generator[Any, None, list[Completions]]:
-        """All groups, in the order of the prompts."""
+        """Return all groups, in the order of the prompts."""
         return self._in_order().__await__()
 
     async def _in_order(self) -> list[Completions]:
@@ -80,32 +84,19 @@ class SampleBatch:
         return [done[index] for index in range(len(self._prompts))]
 
     async def __aiter__(self) -> AsyncGenerator[BatchGroup]:
-        """Groups as they finish. Leaving the loop early aborts the rest."""
+        """Yield groups as they finish. Leaving the loop early aborts the rest."""
         with self._journal() as journal, self._bar() as bar:
             if journal is not None:
                 self.run_seed = journal.run_seed
             runner = _Runner(self._sampler, journal, bar)
             until = None if self._deadline is None else asyncio.get_running_loop().time() + self._deadline
-            plans = self._plans()
-            open_tasks: set[asyncio.Task[BatchGroup]] = set()
-            try:
-                while True:
-                    for index, call in plans:
-                        open_tasks.add(asyncio.create_task(runner.draw(index, call, until)))
-                        if len(open_tasks) >= OPEN_PROMPTS:
-                            break
-                    if not open_tasks:
-                        return
-                    done, open_tasks = await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        yield task.result()
-            finally:
-                for task in open_tasks:
-                    task.cancel()
-                await asyncio.gather(*open_tasks, return_exceptions=True)
+            work = (runner.draw(index, call, until) for index, call in self._plans())
+            async with aclosing(_windowed(work, OPEN_PROMPTS)) as groups:
+                async for group in groups:
+                    yield group
 
     def _plans(self) -> Generator[tuple[int, CallPlan]]:
-        """Each prompt's call. The k-th copy of a prompt has samples of its own, wherever it stands."""
+        """Yield each prompt's call. The k-th copy of a prompt has samples of its own, wherever it stands."""
         seen: Counter[int] = Counter()
         for index, prompt in enumerate(self._prompts):
             ids = self._sampler.prompt_ids(prompt)
@@ -126,7 +117,7 @@ class SampleBatch:
 
 
 class _Runner:
-    """Draws the groups of one batch, and tells the journal and the bar."""
+    """Draw the groups of one batch; write each sample to the journal and count it on the bar."""
 
     def __init__(self, sampler: GroupSampler, journal: Journal | None, bar: SampleProgress | None) -> None:
         self._sampler = sampler
@@ -135,7 +126,7 @@ class _Runner:
 
     async def draw(self, index: int, call: CallPlan, until: float | None) -> BatchGroup:
         fingerprint = call.request.fingerprint() if self._journal is not None else ""
-        known = self._known(fingerprint, call.n)
+        known = self._known(fingerprint, call)
 
         def on_end(end: SampledCompletion | SamplingError) -> None:
             if self._journal is not None and isinstance(end, SampledCompletion):
@@ -150,14 +141,65 @@ class _Runner:
         call = _within(call, until)
         return BatchGroup(index, await self._sampler.draw(call, known=known, on_end=on_end))
 
-    def _known(self, fingerprint: str, n: int) -> Mapping[int, SampledCompletion]:
+    def _known(self, fingerprint: str, call: CallPlan) -> Mapping[int, SampledCompletion]:
         if self._journal is None:
             return {}
-        return {index: sample for index, sample in self._journal.known(fingerprint).items() if index < n}
+        known = {i: sample for i, sample in self._journal.known(fingerprint).items() if i < call.n}
+        for index, sample in known.items():
+            if tuple(sample.prompt_tokens) != call.request.prompt_token_ids:
+                raise JournalError(
+                    f"{self._journal.path}: sample {index} of {fingerprint} has another prompt: edited?"
+                )
+        return known
+
+
+async def _windowed(work: Iterator[Coroutine[Any, Any, T]], limit: int) -> AsyncGenerator[T]:
+    """Yield what each piece of work returns, as they finish, with at most `limit` of them running.
+
+    Work is taken from its iterator as there is room. Leaving early cancels what runs.
+    """
+    running: set[asyncio.Task[T]] = set()
+    try:
+        while True:
+            running |= {asyncio.create_task(piece) for piece in islice(work, limit - len(running))}
+            if not running:
+                return
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                yield task.result()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _rows(prompts: Sequence[Prompt] | TokenIds) -> Sequence[Prompt]:
+    """Return the prompts of an array [B, P] or of an encoding of several texts; a sequence as it is."""
+    if isinstance(prompts, str | bytes):
+        raise TypeError("prompts is one text: pass a list of them")
+    if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
+        return _rows_of_encoding(prompts if isinstance(prompts, Mapping) else vars(prompts))
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    if not isinstance(prompts, Sequence):
+        raise TypeError(
+            f"prompts come in a sequence, an array or an encoding, not in {type(prompts).__name__}"
+        )
+    return prompts  # type: ignore[return-value]  # mypy takes a list of ids apart into single ids
+
+
+def _rows_of_encoding(encoding: Mapping[str, Any]) -> Sequence[Prompt]:
+    if "input_ids" not in encoding:
+        raise TypeError("prompts is a mapping without input_ids: pass a list of prompts")
+    columns = {name: encoding[name] for name in ("input_ids", "attention_mask") if name in encoding}
+    lists = {
+        name: column.tolist() if hasattr(column, "tolist") else column for name, column in columns.items()
+    }
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 def _within(call: CallPlan, until: float | None) -> CallPlan:
-    """The call with what is left of the batch's time, if that is less than its own."""
+    """Return the call with what is left of the batch's time, if that is less than its own."""
     if until is None:
         return call
     left = max(0.0, until - asyncio.get_running_loop().time())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from myserve.errors import MyserveError
 
-FailureKind = Literal["refused", "busy", "server", "transport", "protocol", "deadline"]
+__all__ = ["AttemptFailed", "Failure", "FailureKind", "SamplingDeadlineError", "SamplingError"]
+
+FailureKind = Literal["refused", "busy", "server", "transport", "protocol", "mismatch", "deadline"]
 
 _WHOSE = {
     "refused": "the request was refused (the request's fault; asking again would not help)",
@@ -16,9 +18,12 @@ _WHOSE = {
     "server": "the server failed",
     "transport": "the connection failed",
     "protocol": "the server's answer broke the protocol",
+    "mismatch": "the server answered another request than was sent (asking again would not help)",
     "deadline": "the deadline passed",
 }
 
+# Seconds: a longer Retry-After is taken as this one, for a server must not be able to stop a run.
+_LONGEST_RETRY_AFTER = 600.0
 # 425: weights are loading. 409: a deployment that is being updated. Neither is the request's fault.
 _BUSY = frozenset({408, 409, 425, 429, 503})
 
@@ -41,11 +46,11 @@ class Failure:
     @property
     def retryable(self) -> bool:
         """False for what would fail again in the same way, and for a deadline."""
-        return self.kind not in ("refused", "deadline")
+        return self.kind not in ("refused", "mismatch", "deadline")
 
     @classmethod
     def of_status(cls, status: int, message: str, headers: Mapping[str, str] | None = None) -> Failure:
-        """An HTTP error: 408, 409, 425, 429 and 503 are "busy", other 4xx final, other 5xx the server's."""
+        """Classify an HTTP status: 408, 409, 425, 429 and 503 are "busy", other 5xx "server", all others "refused"."""
         kind: FailureKind = "busy" if status in _BUSY else "server" if status >= 500 else "refused"
         return cls(kind, message, status, _seconds((headers or {}).get("retry-after")))
 
@@ -63,8 +68,11 @@ after 1 attempt, HTTP 404: no model 'gpt-9'
         self.index = index
         self.attempts = attempts
         tries = f"after {attempts} attempt{'' if attempts == 1 else 's'}"
-        status = "" if failure.status is None else f", HTTP {failure.status}"
-        super().__init__(f"sample {index}: {_WHOSE[failure.kind]} {tries}{status}: {failure.message}")
+        super().__init__(f"sample {index}: {_WHOSE[failure.kind]} {tries}{_with_status(failure)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from their message; ours has keywords. Samplers run in worker processes.
+        return _rebuilt, (type(self), self.failure, self.index, self.attempts)
 
     @property
     def status(self) -> int | None:
@@ -86,6 +94,15 @@ class SamplingDeadlineError(SamplingError, TimeoutError):
     """The call's overall deadline passed before this sample was whole."""
 
 
+def _with_status(failure: Failure) -> str:
+    status = "" if failure.status is None else f", HTTP {failure.status}"
+    return f"{status}: {failure.message}"
+
+
+def _rebuilt(kind: type[SamplingError], failure: Failure, index: int, attempts: int) -> SamplingError:
+    return kind(failure, index=index, attempts=attempts)
+
+
 class AttemptFailed(Exception):  # noqa: N818  # never leaves the SDK: what one attempt ends with, not an error of a call
     """One attempt ended early; `retry.py` decides what that means."""
 
@@ -95,9 +112,9 @@ class AttemptFailed(Exception):  # noqa: N818  # never leaves the SDK: what one 
 
 
 def _seconds(text: str | None) -> float | None:
-    """Retry-After in seconds. Its other form, an HTTP date, is left to the backoff: clocks differ."""
+    """Return Retry-After in seconds, at most ten minutes. A date is left to the backoff: clocks differ."""
     try:
         seconds = float(text) if text is not None else None
     except ValueError:
         return None
-    return seconds if seconds is not None and 0 <= seconds < 86_400 else None
+    return min(seconds, _LONGEST_RETRY_AFTER) if seconds is not None and 0 <= seconds < 86_400 else None

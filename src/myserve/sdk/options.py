@@ -1,20 +1,33 @@
-"""Every option of a call, in one place: what it means, and how it becomes a request."""
+"""The options of a sampling call, each in one place: its meaning, and how it becomes part of a request."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, get_args
+from typing import Any, Protocol, TypedDict, get_args
 
-from myserve.sdk.request import SampleRequest
+from myserve.sdk.request import SampleRequest, as_token_ids
 from myserve.sdk.sampling.group import OnError
 
+__all__ = ["Array", "CallPlan", "Messages", "Prompt", "SampleOptions", "TokenIds", "plan"]
+
 Messages = Sequence[Mapping[str, Any]]
-Prompt = str | Messages | Sequence[int]
+
+
+class Array(Protocol):
+    """A numpy array, a torch tensor, or anything else that becomes lists."""
+
+    def tolist(self) -> Any: ...
+
+
+TokenIds = (
+    Sequence[int] | Array | Mapping[str, Any]
+)  # a mapping: a tokenizer's encoding, with its `input_ids`
+Prompt = str | Messages | TokenIds  # a text is one user's message
 
 
 class SampleOptions(TypedDict, total=False):
-    """The keyword arguments of every sampling call. What is not named here goes to the server as it is."""
+    """The keyword arguments of every sampling call. Any other goes to the server as it is."""
 
     n: int  # samples of the prompt; 1
     max_tokens: int  # per sample; 1024
@@ -57,7 +70,7 @@ class SampleOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class CallPlan:
-    """One prompt's call, understood: the request, and what the client does with its samples."""
+    """A call for one prompt: the request, and what the client does with its samples."""
 
     request: SampleRequest
     n: int
@@ -74,8 +87,8 @@ class CallPlan:
 _OF_REQUEST = ("max_tokens", "temperature", "top_p", "top_k", "logprobs", "top_logprobs", "echo")
 
 
-def plan(model: str, prompt_token_ids: Sequence[int], seed: int, options: Mapping[str, Any]) -> CallPlan:
-    """Reads the options of a call; errors name the option.
+def plan(model: str, prompt_token_ids: TokenIds, seed: int, options: Mapping[str, Any]) -> CallPlan:
+    """Return the call that these options ask for. Raises ValueError or TypeError, which name the option.
 
     >>> plan("m", [1], 7, {"n": 2, "stop": "END", "min_p": 0.1}).request.stop
     ('END',)
@@ -97,7 +110,7 @@ def plan(model: str, prompt_token_ids: Sequence[int], seed: int, options: Mappin
     stop = rest.pop("stop", None) or ()
     fields = {name: rest.pop(name) for name in _OF_REQUEST if name in rest}
     request = SampleRequest(
-        prompt_token_ids=tuple(prompt_token_ids),
+        prompt_token_ids=tuple(as_token_ids(prompt_token_ids)),
         model=model,
         seed=seed,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),

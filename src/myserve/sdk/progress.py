@@ -34,12 +34,12 @@ class SampleProgress:
         self._progress.update(self._task, advance=samples, detail=self._detail())
 
     def _detail(self) -> str:
-        stats, gate = self._backend.stats, self._backend.gate
+        stats, semaphore = self._backend.stats, self._backend.semaphore
         tokens = stats.completion_tokens - self._tokens_before
         pace = tokens / max(1e-9, time.monotonic() - self._started)
         failed = f" · {stats.failed} failed" if stats.failed else ""
-        window = "" if gate.limit is None else f"/{gate.limit}"
-        return f"{pace:,.0f} tokens/s · {gate.in_flight}{window} in flight{failed}"
+        window = "" if semaphore.limit is None else f"/{semaphore.limit}"
+        return f"{pace:,.0f} tokens/s · {semaphore.in_flight}{window} in flight{failed}"
 
     def __enter__(self) -> SampleProgress:
         self._progress.start()

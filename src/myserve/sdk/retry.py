@@ -1,7 +1,7 @@
-"""The only retry loop of the SDK, and the one place that decides whether to ask again and when.
+"""Decides whether to ask again, and when: the one place of the SDK that does.
 
-A sample that is asked for again keeps its seed, so it is the same sample: drawing a new one would favour
-short completions, which are cut less often.
+A sample that is asked for again keeps its seed, so it is the same sample: drawing a new one would favour short
+completions, which are cut less often.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from myserve.sdk.errors import AttemptFailed, Failure
 
+__all__ = ["TOKENS_OF_PROGRESS", "RetryPolicy", "retrying"]
+
+T = TypeVar("T")
 log = logging.getLogger("myserve.sdk")
+# An attempt that leaves this many tokens more than it began with starts the count anew: a long sample survives any
+# number of cuts. Fewer do not, or a server that cuts each stream after its first chunk would be asked max_tokens times.
+TOKENS_OF_PROGRESS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Exponential backoff with jitter; `Retry-After` is honoured.
+    """Exponential backoff with jitter; `Retry-After` is honoured, up to ten minutes.
 
-    `max_attempts` counts attempts in a row without a new token: a stream that is cut again and again, but
-    resumes each time, goes on. Pauses are in seconds.
+    `max_attempts` counts attempts in a row that left fewer than 16 new tokens: a long stream that is cut again and
+    again, but resumes each time, goes on. Pauses are in seconds.
 
     >>> RetryPolicy(max_attempts=2).pause(1, Failure("refused", "no such model", 404)) is None
     True
@@ -35,36 +42,28 @@ class RetryPolicy:
     longest_pause: float = 30.0
 
     def pause(self, attempt: int, failure: Failure) -> float | None:
-        """Seconds to wait after the failure of attempt number `attempt` (from 1); None: it is final."""
+        """Return the seconds to wait after the failure of attempt number `attempt` (from 1); None: it is final."""
         if not failure.retryable or attempt >= self.max_attempts:
             return None
-        backoff = min(self.longest_pause, self.first_pause * 2.0 ** (attempt - 1))
+        backoff = min(self.longest_pause, self.first_pause * 2.0 ** min(attempt - 1, 60))
         # Half fixed, half random: spreads a crowd that failed together, yet never asks again at once.
         jittered = backoff * random.uniform(0.5, 1.0)
         return jittered if failure.retry_after is None else failure.retry_after + jittered * 0.1
 
 
-async def retrying(
-    policy: RetryPolicy,
-    attempt: Callable[[], Awaitable[None]],
-    progress: Callable[[], int],
-) -> tuple[Failure, int] | None:
-    """Runs `attempt` until it returns, or fails for good: then the last failure and the number of attempts.
+async def retrying(policy: RetryPolicy, attempt: Callable[[], Awaitable[T]]) -> T:
+    """Return what `attempt` returns, tried as often as the policy allows.
 
-    `progress` is any number that grows when something was gained; a gain starts the count anew.
-    The caller holds nothing while this waits: permits are taken and given back inside `attempt`.
+    Raises the last attempt's `AttemptFailed` when that was final.
     """
-    total = in_a_row = 0
+    failures = 0
     while True:
-        before = progress()
         try:
-            await attempt()
-            return None
+            return await attempt()
         except AttemptFailed as ended:
-            total += 1
-            in_a_row = 1 if progress() > before else in_a_row + 1
-            pause = policy.pause(in_a_row, ended.failure)
+            failures += 1
+            pause = policy.pause(failures, ended.failure)
             if pause is None:
-                return ended.failure, total
-            log.info("attempt %d failed, again in %.1f s: %s", total, pause, ended.failure.message)
-            await asyncio.sleep(pause)
+                raise
+            log.info("attempt %d failed, again in %.1f s: %s", failures, pause, ended.failure.message)
+        await asyncio.sleep(pause)

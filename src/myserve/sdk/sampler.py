@@ -1,4 +1,4 @@
-"""`DeploymentSampler`: prompts are tokenized here, sampled there, and come back as checked completions."""
+"""`DeploymentSampler`: tokenizes prompts, has servers sample from them, and returns checked completions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack
+from urllib.parse import urlsplit
 
 from myserve.sdk import weights
 from myserve.sdk.batch import SampleBatch
 from myserve.sdk.concurrency.controllers import FixedConcurrencyController
 from myserve.sdk.errors import SamplingError
-from myserve.sdk.options import CallPlan, Messages, Prompt, SampleOptions, plan
+from myserve.sdk.options import CallPlan, Messages, Prompt, SampleOptions, TokenIds, plan
 from myserve.sdk.request import DEFAULT_MAX_TOKENS, as_token_ids
 from myserve.sdk.retry import RetryPolicy
 from myserve.sdk.sampling.group import Group
@@ -30,18 +31,20 @@ if TYPE_CHECKING:
     # pydantic: not imported for a sample's sake
     from myserve.wire.weights import Mode, Replica, WeightsReport
 
+__all__ = ["DeploymentSampler", "Tokenizer"]
+
 T = TypeVar("T")
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer; any object with these two will do."""
+    """The part of a Hugging Face tokenizer that is used; any object with these two methods will do."""
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
 
 
 class DeploymentSampler:
-    """Samples from one or several deployments of a model.
+    """Sample from one or several deployments of a model.
 
     Every option of a call is in `SampleOptions`. Safe to share between tasks, event loops and threads; needs
     no closing (its connections close with their event loop), though `async with` and `aclose` do so earlier.
@@ -68,37 +71,46 @@ class DeploymentSampler:
         stall_timeout: float = 300.0,
         transport: Transport | None = None,
     ) -> None:
-        """`inference_url`: the server's root (or OpenAI's base URL); several of them share the load.
+        """Name the servers; nothing is connected before the first call.
 
+        `inference_url`: the server's root (or OpenAI's base URL); several of them share the load.
         `concurrency_controller`: None means no limit. `run_seed`: gives every (prompt, sample) its seed; None
-        draws one a call. `dialect`: None asks the server what it is. `stall_timeout`: seconds without a byte
-        after which a connection counts as dead.
+        draws one a call. `dialect`: None asks the server what it is. `stall_timeout`: seconds without a token
+        after which a stream counts as dead (four times that while it waits for its first).
+        Raises ValueError for an `inference_url` that is no address.
         """
         urls = [inference_url] if isinstance(inference_url, str) else list(inference_url)
         if not urls:
             raise ValueError("inference_url is empty: name at least one server")
+        for url in urls:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+                raise ValueError(
+                    f"inference_url {url!r} is no address: write http://HOST:PORT or https://HOST"
+                )
         self.model = model
         self.tokenizer = tokenizer
         self.run_seed = run_seed
         self.concurrency_controller = concurrency_controller
-        self._asked: Counter[int] = Counter()  # how often each prompt was asked, for its next seed
+        # how often each prompt was asked, for its next seed
+        self._asked: Counter[int] = Counter()
         self.backend = ServerPool(
             deployments=[Deployment(url) for url in urls],
             transport=transport if transport is not None else AiohttpTransport(stall_timeout),
-            headers={"authorization": f"Bearer {api_key}", "x-api-key": api_key} if api_key else {},
+            api_key=api_key,
             retry=retry if retry is not None else RetryPolicy(),
+            stall_timeout=stall_timeout,
             controller=concurrency_controller,
             fixed_dialect=DIALECTS[dialect] if dialect is not None else None,
         )
 
     @property
     def stats(self) -> SamplerStats:
-        """Counts since the sampler was made."""
+        """Return the counts since the sampler was made."""
         return self.backend.stats
 
     @property
     def sync(self) -> SyncSampler:
-        """The same calls for code that is not async, in a notebook too."""
+        """Return these calls for code that is not async, in a notebook too."""
         return SyncSampler(self)
 
     async def sample_with_tokens(
@@ -112,25 +124,32 @@ class DeploymentSampler:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Completions:
-        """n completions of a chat, in order of their index; the other options are `SampleOptions`.
+        """Return n completions of a chat, in order of their index; the other options are `SampleOptions`.
 
         `[]` if the prompt alone reaches `max_seq_len`; samples over it are dropped (`Completions.dropped`).
-        Raises `SamplingError` for the first sample that fails for good, unless `on_error` says otherwise.
+        Raises `SamplingError` for the first sample that fails for good, unless `on_error` says otherwise,
+        `SamplingDeadlineError` after `timeout`, ValueError or TypeError for a wrong option.
         """
         prompt = self.tokenize(messages, tools=tools, **(chat_template_kwargs or {}))
         call = {"n": n, "max_tokens": max_tokens, "temperature": temperature, **options}
         return await self.draw(self.plan(prompt, call))
 
     async def sample_with_prompt_tokens(
-        self, prompt_token_ids: Sequence[int], **options: Unpack[SampleOptions]
+        self, prompt_token_ids: TokenIds, **options: Unpack[SampleOptions]
     ) -> Completions:
-        """The same, from token ids: nothing is tokenized, so nothing can drift."""
+        """Return n completions of token ids: a list, a numpy array, a torch tensor or a tokenizer's encoding.
+
+        Nothing is tokenized, so nothing can drift. Raises as `sample_with_tokens` does.
+        """
         return await self.draw(self.plan(prompt_token_ids, options))
 
     async def stream_tokens(
         self, prompt: Prompt, **options: Unpack[SampleOptions]
     ) -> AsyncGenerator[SampleDelta]:
-        """Text and tokens of all n samples as they arrive. Leaving the loop early aborts the samples."""
+        """Yield text and tokens of all n samples as they arrive. Leaving the loop early aborts the samples.
+
+        Raises as `sample_with_tokens` does.
+        """
         call = self.plan(self.prompt_ids(prompt), options)
 
         def start(put: Callable[[SampleDelta], None]) -> Awaitable[object]:
@@ -143,7 +162,10 @@ class DeploymentSampler:
     async def stream_completions(
         self, prompt: Prompt, **options: Unpack[SampleOptions]
     ) -> AsyncGenerator[SampledCompletion]:
-        """Whole samples as they finish, the shortest first. Leaving the loop early aborts the others."""
+        """Yield whole samples as they finish, the shortest first. Leaving the loop early aborts the others.
+
+        Raises as `sample_with_tokens` does.
+        """
         call = self.plan(self.prompt_ids(prompt), options)
 
         def start(put: Callable[[SampledCompletion], None]) -> Awaitable[object]:
@@ -159,17 +181,19 @@ class DeploymentSampler:
 
     def sample_batch(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | TokenIds,
         *,
         journal: str | Path | None = None,
         progress: bool = False,
         deadline: float | None = None,
         **options: Unpack[SampleOptions],
     ) -> SampleBatch:
-        """n samples of each of many prompts: `await` it for all, in order, or `async for` as they finish.
+        """Return n samples of each of many prompts: `await` it for all, in order, or `async for` as they finish.
 
-        `journal`: a JSONL file; a run that was killed goes on from it and asks for nothing twice.
+        `prompts`: a sequence of any kind of prompt; an array or tensor [B, P], or an encoding of several texts without
+        padding. `journal`: a JSONL file; a run that was killed goes on from it and asks for nothing twice.
         `progress`: a bar on stderr. `deadline`: seconds for the whole batch.
+        Raises as `sample_with_tokens` does, and `JournalError` for a file that is not this run's.
         """
         return SampleBatch(
             self, prompts, dict(options), journal=journal, progress=progress, deadline=deadline
@@ -186,7 +210,7 @@ class DeploymentSampler:
         new_requests: Literal["wait", "refuse"] = "wait",
         reset_prompt_cache: bool = False,
     ) -> list[WeightsReport]:
-        """New weights from a folder in each server's weights directory; returns when they are in place everywhere.
+        """Load weights from a folder in each server's weights directory; return when they are in place everywhere.
 
         `mode`: what becomes of samples in flight: "drain" lets them finish first, "keep" lets them go on by the new
         weights, "abort" ends them. Raises WeightUpdateError.
@@ -205,7 +229,7 @@ class DeploymentSampler:
         reset_prompt_cache: bool = False,
         timeout: float = 600.0,
     ) -> list[Replica]:
-        """The same by Fireworks' protocol. With `previous_identity` the snapshot is a part that builds on that one.
+        """Load weights by Fireworks' protocol. With `previous_identity` the snapshot is a part that builds on that one.
 
         `timeout`: seconds until it must be in place. Raises WeightUpdateError.
         """
@@ -220,7 +244,10 @@ class DeploymentSampler:
         return await weights.hot_load(self.backend, headers, body, timeout)
 
     def tokenize(self, messages: Messages, **template: Any) -> list[int]:
-        """The prompt's ids by the tokenizer's chat template, with the generation prompt."""
+        """Return the prompt's ids by the tokenizer's chat template, with the generation prompt.
+
+        Raises ValueError without a tokenizer, and whatever the template raises.
+        """
         if self.tokenizer is None:
             raise ValueError("this sampler has no tokenizer: pass one, or sample_with_prompt_tokens(ids)")
         template = {name: value for name, value in template.items() if value is not None}
@@ -230,19 +257,24 @@ class DeploymentSampler:
         return as_token_ids(rendered)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids of any kind of prompt: messages, ids, or a text, which is what one user says."""
+        """Return the ids of any kind of prompt: messages, ids, or a text, which is one user's message.
+
+        Ids may come as a list, a numpy array, a torch tensor or a tokenizer's encoding. Raises TypeError or ValueError
+        for what is none of these.
+        """
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.tokenize(prompt)  # type: ignore[arg-type]  # a sequence whose first is a mapping: messages
+        if isinstance(prompt, list | tuple) and prompt and _is_message(prompt[0]):
+            return self.tokenize(prompt)
         return as_token_ids(prompt)
 
-    def plan(self, prompt_token_ids: Sequence[int], options: Mapping[str, Any]) -> CallPlan:
-        """Understands a call, and gives it its seed."""
+    def plan(self, prompt_token_ids: TokenIds, options: Mapping[str, Any]) -> CallPlan:
+        """Return a call's request, seed included, without asking. Raises ValueError or TypeError, naming the option."""
+        ids = as_token_ids(prompt_token_ids)
         seed = options.get("seed")
         if seed is None:
-            seed = self._next_seed(prompt_token_ids)
-        return plan(self.model, prompt_token_ids, seed, options)
+            seed = self._next_seed(ids)
+        return plan(self.model, ids, seed, options)
 
     def _next_seed(self, prompt_token_ids: Sequence[int]) -> int:
         if self.run_seed is None:
@@ -259,7 +291,10 @@ class DeploymentSampler:
         on_delta: Callable[[SampleDelta], None] | None = None,
         on_end: Callable[[SampledCompletion | SamplingError], None] | None = None,
     ) -> Completions:
-        """Draws what a plan says. `known` samples (by index: a journal's) are not asked for again."""
+        """Return the samples that a plan asks for. `known` ones (by index: a journal's) are not asked for again.
+
+        Raises `SamplingError` as the plan's `on_error` says.
+        """
         known = known or {}
         self.stats.prompts += 1
         if call.is_too_long:
@@ -277,11 +312,11 @@ class DeploymentSampler:
         )
         if missing:
             await group.run(call.timeout)
-        drawn = {track.index: track.completion for track in group.tracks if track.completion is not None}
+        drawn = {s.index: s.completion for s in group.samples if s.completion is not None}
         whole = [sample for _, sample in sorted({**known, **drawn}.items())]
         fitting = [sample for sample in whole if _fits(call, sample)]
         self.stats.dropped += len(whole) - len(fitting)
-        failures = [track.error for track in group.tracks if track.error is not None]
+        failures = [s.error for s in group.samples if s.error is not None]
         return Completions(fitting, dropped=len(whole) - len(fitting), failures=failures)
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -289,7 +324,7 @@ class DeploymentSampler:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     async def aclose(self) -> None:
-        """Closes the connections of the running event loop. The sampler can be used again afterwards."""
+        """Close the connections of the running event loop. The sampler can be used again afterwards."""
         await self.backend.transport.aclose()
 
     async def __aenter__(self) -> DeploymentSampler:
@@ -301,12 +336,16 @@ class DeploymentSampler:
         await self.aclose()
 
 
+def _is_message(entry: object) -> bool:
+    return isinstance(entry, Mapping) and "input_ids" not in entry
+
+
 def _fits(call: CallPlan, sample: SampledCompletion) -> bool:
     return call.max_seq_len is None or len(sample.full_tokens) <= call.max_seq_len
 
 
 async def _as_they_come(start: Callable[[Callable[[T], None]], Awaitable[object]]) -> AsyncGenerator[T]:
-    """What `start` puts, until it returns; its exception after what was put before it."""
+    """Yield what `start` puts, until it returns; then raise its exception, if it had one."""
     queue: asyncio.Queue[T | None] = asyncio.Queue()
 
     async def run() -> None:

@@ -25,25 +25,25 @@ class SimulatedServer:
     def run(self, controller: FixedConcurrencyController, samples: int) -> Iterator[tuple[float, int]]:
         """The time and the window as each sample ends."""
         started = 0
-        waiting: deque[tuple[float, int]] = deque()  # (arrival, epoch)
-        running: list[tuple[float, float, float, int]] = []  # (end, service, time in queue, epoch)
-        gate = controller.gate
+        waiting: deque[tuple[float, int]] = deque()  # (arrival, limit_version)
+        running: list[tuple[float, float, float, int]] = []  # (end, service, time in queue, limit_version)
+        semaphore = controller.semaphore
         for _ in range(samples):
-            while gate.in_flight < controller.window and started < samples:
-                gate.in_flight += 1
-                gate.peak_in_flight = max(gate.peak_in_flight, gate.in_flight)
-                waiting.append((self.now, gate.epoch))
+            while semaphore.in_flight < controller.window and started < samples:
+                semaphore.in_flight += 1
+                semaphore.peak_in_flight = max(semaphore.peak_in_flight, semaphore.in_flight)
+                waiting.append((self.now, semaphore.limit_version))
                 started += 1
             while waiting and len(running) < self.slots:
-                arrival, epoch = waiting.popleft()
+                arrival, limit_version = waiting.popleft()
                 service = self.seconds * self.rng.uniform(0.5, 1.5)
-                heapq.heappush(running, (self.now + service, service, self.now - arrival, epoch))
-            self.now, service, queued, epoch = heapq.heappop(running)
-            gate.in_flight -= 1
+                heapq.heappush(running, (self.now + service, service, self.now - arrival, limit_version))
+            self.now, service, queued, limit_version = heapq.heappop(running)
+            semaphore.in_flight -= 1
             metrics = PerfMetrics(
                 prefill_queue_duration=queued, generation_duration=service if self.tells_service else None
             )
-            controller.observe(metrics, samples=1, epoch=epoch)
+            controller.observe(metrics, samples=1, limit_version=limit_version)
             yield self.now, controller.window
 
 
@@ -100,30 +100,34 @@ def test_without_the_time_of_service_long_samples_make_it_swing():
 
 def test_one_burst_of_queueing_shrinks_the_window_once():
     controller = AdaptiveConcurrencyController(initial_window=64)
-    epoch = controller.gate.epoch
+    limit_version = controller.semaphore.limit_version
     for _ in range(64 * 5):  # five windows' worth of samples that were all admitted before the first move
-        controller.observe(PerfMetrics(prefill_queue_duration=5.0), samples=1, epoch=epoch)
+        controller.observe(PerfMetrics(prefill_queue_duration=5.0), samples=1, limit_version=limit_version)
     assert controller.window == 44  # 30 per cent less, not 0.7 ** 5
 
 
 def test_it_only_moves_between_steps_if_told_so():
     controller = AdaptiveConcurrencyController(initial_window=4, adapt_within_step=False)
     for _ in range(100):
-        controller.observe(PerfMetrics(prefill_queue_duration=5.0), samples=1, epoch=controller.gate.epoch)
-        controller.refused(epoch=controller.gate.epoch)
+        controller.observe(
+            PerfMetrics(prefill_queue_duration=5.0),
+            samples=1,
+            limit_version=controller.semaphore.limit_version,
+        )
+        controller.refused(limit_version=controller.semaphore.limit_version)
     assert controller.window == 4
     assert controller.step_completed()["window"] == 2
 
 
 def test_the_summary_of_a_step():
     controller = FixedConcurrencyController(8)
-    controller.gate.peak_in_flight = 5
+    controller.semaphore.peak_in_flight = 5
     metrics = PerfMetrics(
         prefill_queue_duration=0.25, prompt_tokens=100, cached_prompt_tokens=90, kv_cache_usage=0.5
     )
-    controller.observe(metrics, samples=3, epoch=0)
-    controller.observe(PerfMetrics(prefill_queue_duration=0.65), samples=1, epoch=0)
-    controller.refused(epoch=0)
+    controller.observe(metrics, samples=3, limit_version=0)
+    controller.observe(PerfMetrics(prefill_queue_duration=0.65), samples=1, limit_version=0)
+    controller.refused(limit_version=0)
     summary = {"window": 8, "previous_window": 8, "avg_pq": 0.35, "cache_hit_rate": 0.9}
     summary |= {"kv_usage": 0.5}
     assert controller.step_completed() == summary | {"samples": 4, "refused": 1, "peak_in_flight": 5}
@@ -142,9 +146,9 @@ def test_a_full_kv_cache_shrinks_the_window_though_nobody_queues():
     windows = {}
     for usage in (0.5, 0.99):
         controller = AdaptiveConcurrencyController(initial_window=16)
-        controller.gate.peak_in_flight = 16
+        controller.semaphore.peak_in_flight = 16
         metrics = PerfMetrics(prefill_queue_duration=0.0, kv_cache_usage=usage)
-        controller.observe(metrics, samples=16, epoch=controller.gate.epoch)
+        controller.observe(metrics, samples=16, limit_version=controller.semaphore.limit_version)
         windows[usage] = controller.window
     assert windows[0.99] < 16 < windows[0.5]
 
@@ -169,7 +173,7 @@ async def test_on_a_saturated_server_the_window_follows_the_queue_down_and_up_an
 
     async def watch() -> None:
         while True:
-            if controller.gate.waiting:  # not before it began, nor while the last ones end
+            if controller.semaphore.waiting:  # not before it began, nor while the last ones end
                 seen.append((controller.window, controller.in_flight))
             await asyncio.sleep(0.001)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -36,7 +37,8 @@ def test_every_cut_of_the_file_leaves_a_journal_with_its_whole_lines(tmp_path):
             journal.add("a", sample(index))
     data = whole.read_bytes()
     cut = tmp_path / "cut.jsonl"
-    for length in range(len(data)):
+    # of a head that is cut so early it might be another file's first bytes: below
+    for length in [0, *range(len('{"journal":'), len(data))]:
         cut.write_bytes(data[:length])
         lines = data[:length].count(b"\n")
         with Journal(cut, run_seed=8) as journal:
@@ -67,12 +69,96 @@ def test_two_runs_do_not_share_a_journal(tmp_path):
         Journal(tmp_path / "run.jsonl", run_seed=7)
 
 
-def test_another_file_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"my": "notes"}\n',
+        '{"my": "notes"}',  # one line without an end: this was emptied once
+        "{",
+        '{"journal":1,"run_seed":7,"mine":true}',
+        '{"journal":"of a ship"}',
+        '{"journal":2,"run_seed":7}\n',
+        "a\nb",
+        "\n",
+        "\x00" * 50,
+        "[" * 100_000,
+    ],
+)
+def test_another_file_is_not_changed(tmp_path, text):
     path = tmp_path / "notes.jsonl"
-    path.write_text('{"my": "notes"}\n')
-    with pytest.raises(ValueError, match="is not a journal"):
+    path.write_text(text)
+    with pytest.raises(JournalError, match=r"notes\.jsonl is not a journal"):
         Journal(path, run_seed=7)
-    assert path.read_text() == '{"my": "notes"}\n'
+    assert path.read_text() == text
+
+
+def edited(path, line, **changes):
+    """Write changed fields into the sample of a line, as a person with an editor does."""
+    lines = path.read_text().splitlines()
+    entry = json.loads(lines[line])
+    entry["sample"] |= changes
+    lines[line] = json.dumps(entry)
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"full_tokens": "1, 2"}, "Expected `array`"),
+        ({"full_tokens": [1, "x"]}, "Expected `int`"),
+        ({"full_tokens": [1, 2, 3]}, "3 tokens, and 1 \\+ 1 lengths"),
+        ({"prompt_len": -1, "completion_len": 3}, "below 0"),
+        ({"inference_logprobs": [0.5]}, "a logprob is above 0"),
+        ({"inference_logprobs": [-0.5, -0.5]}, "2 rows of inference_logprobs for 1 tokens"),
+        ({"top_logprobs": 7}, "top_logprobs is a list of lists"),
+        ({"top_logprobs": [[[3, "x", ""]]]}, "Expected `float"),
+        ({"index": 2}, "index 1 holds sample 2"),
+        ({"text": None}, "Expected `str`"),
+    ],
+)
+def test_an_edited_sample_is_an_error_that_names_its_line(tmp_path, changes, words):
+    path = tmp_path / "run.jsonl"
+    with Journal(path, run_seed=7) as journal:
+        for index in range(3):
+            journal.add("a", sample(index))
+    edited(path, 2, **changes)
+    with (
+        Journal(path, run_seed=7) as journal,
+        pytest.raises(JournalError, match=rf"run\.jsonl, line 3, .*{words}"),
+    ):
+        journal.known("a")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"key": ["a"], "index": 0, "sample": {}}', '{"key": "a", "index": "0", "sample": {}}',
+     '{"key": "a", "index": -1, "sample": {}}', '{"key": "a", "index": true, "sample": {}}', "{}"],
+)  # fmt: skip
+def test_an_edited_entry_is_an_error_that_names_its_line(tmp_path, line):
+    path = tmp_path / "run.jsonl"
+    Journal(path, run_seed=7).close()
+    before = path.read_text() + line + "\n"
+    path.write_text(before)
+    with pytest.raises(JournalError, match="line 2, is not as it was written"):
+        Journal(path, run_seed=7)
+    assert path.read_text() == before
+
+
+def test_a_seed_that_was_edited_is_an_error(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"journal":1,"run_seed":"7"}\n')
+    with pytest.raises(JournalError, match=r"line 1, .*run_seed is '7'"):
+        Journal(path, run_seed=7)
+
+
+@pytest.mark.asyncio
+async def test_a_sample_of_another_prompt_is_not_taken(make_sampler, tmp_path):
+    path = tmp_path / "run.jsonl"
+    await make_sampler().sample_batch([[1, 2]], journal=path, max_tokens=4)
+    tokens = json.loads(path.read_text().splitlines()[1])["sample"]["full_tokens"]
+    edited(path, 1, full_tokens=[1, 3, *tokens[2:]])
+    with pytest.raises(JournalError, match="has another prompt"):
+        await make_sampler().sample_batch([[1, 2]], journal=path, max_tokens=4)
 
 
 @pytest.mark.asyncio

@@ -1,4 +1,4 @@
-"""Controllers: how many samples may be in flight. They listen to the samples, and move the gate's limit."""
+"""Controllers: how many samples may be in flight. They listen to the samples, and move the semaphore's limit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from myserve.sdk.concurrency.aimd import AIMD, Observed
-from myserve.sdk.concurrency.gate import Gate
+from myserve.sdk.concurrency.semaphore import ResizableSemaphore
 from myserve.wire.perf_metrics import PerfMetrics
 
 
@@ -78,26 +78,26 @@ class FixedConcurrencyController:
     def __init__(self, max_concurrency: int) -> None:
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
-        self.gate = Gate(max_concurrency)
+        self.semaphore = ResizableSemaphore(max_concurrency)
         self._step = _Tally()
         self._window_at_start = max_concurrency
 
     @property
     def window(self) -> int:
         """How many samples may be in flight now."""
-        assert self.gate.limit is not None
-        return self.gate.limit
+        assert self.semaphore.limit is not None
+        return self.semaphore.limit
 
     @property
     def in_flight(self) -> int:
         """How many samples are in flight now."""
-        return self.gate.in_flight
+        return self.semaphore.in_flight
 
-    def observe(self, metrics: PerfMetrics, *, samples: int, epoch: int) -> None:
-        """Takes in one answered request: its metrics, its samples, and the epoch that admitted it."""
+    def observe(self, metrics: PerfMetrics, *, samples: int, limit_version: int) -> None:
+        """Takes in one answered request: its metrics, its samples, and the version of the limit that admitted it."""
         self._step.add(metrics, samples)
 
-    def refused(self, *, epoch: int) -> None:
+    def refused(self, *, limit_version: int) -> None:
         """Takes in a 429 or a 503."""
         self._step.refused += 1
 
@@ -112,10 +112,10 @@ class FixedConcurrencyController:
             kv_usage=step.kv_usage,
             samples=step.samples,
             refused=step.refused,
-            peak_in_flight=self.gate.peak_in_flight,
+            peak_in_flight=self.semaphore.peak_in_flight,
         )
         self._step, self._window_at_start = _Tally(), self.window
-        self.gate.restart_peak()
+        self.semaphore.restart_peak()
         return summary
 
 
@@ -128,8 +128,8 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
     moves take away what queues and no more; a step that had any ends with such a one instead of a halving.
 
     >>> controller = AdaptiveConcurrencyController(initial_window=16)
-    >>> epoch = controller.gate.epoch
-    >>> controller.observe(PerfMetrics(prefill_queue_duration=2.0), samples=1, epoch=epoch)
+    >>> limit_version = controller.semaphore.limit_version
+    >>> controller.observe(PerfMetrics(prefill_queue_duration=2.0), samples=1, limit_version=limit_version)
     >>> controller.step_completed()["window"]
     8
     """
@@ -159,17 +159,17 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
         self._was_pressed = False
         self._has_moved = False  # within this step
 
-    def observe(self, metrics: PerfMetrics, *, samples: int, epoch: int) -> None:
-        super().observe(metrics, samples=samples, epoch=epoch)
-        if epoch != self.gate.epoch:
+    def observe(self, metrics: PerfMetrics, *, samples: int, limit_version: int) -> None:
+        super().observe(metrics, samples=samples, limit_version=limit_version)
+        if limit_version != self.semaphore.limit_version:
             return  # it queued under an older window, and says nothing about this one
         self._fresh.add(metrics, samples)
         if self._within_step and self._fresh.samples >= self.window:
             self._move(gentle=True)
 
-    def refused(self, *, epoch: int) -> None:
-        super().refused(epoch=epoch)
-        if epoch != self.gate.epoch:
+    def refused(self, *, limit_version: int) -> None:
+        super().refused(limit_version=limit_version)
+        if limit_version != self.semaphore.limit_version:
             return
         self._fresh.refused += 1
         if self._within_step:
@@ -185,9 +185,13 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
         if not fresh.samples and not fresh.refused:
             return
         seen = Observed(
-            fresh.avg_queue, fresh.avg_service, fresh.refused > 0, self.gate.peak_in_flight, fresh.kv_usage
+            fresh.avg_queue,
+            fresh.avg_service,
+            fresh.refused > 0,
+            self.semaphore.peak_in_flight,
+            fresh.kv_usage,
         )
         self._was_pressed |= self.law.is_pressed(seen)
         law = self._slow_start if gentle and not self._was_pressed else self.law
         self._has_moved = True
-        self.gate.limit = law.next_window(self.window, seen, gentle=gentle)  # also a new epoch
+        self.semaphore.limit = law.next_window(self.window, seen, gentle=gentle)  # also a new limit_version

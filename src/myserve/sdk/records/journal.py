@@ -1,12 +1,14 @@
-"""A run's samples on disk: JSONL, append-only, a whole line a sample; a killed run loses nothing whole.
+"""Keeps a run's samples on disk: JSONL, append-only, a line a sample; a killed run loses no whole sample.
 
-The first line names the run seed. A line that was cut by a crash is dropped when the journal is opened again.
+The first line names the run seed. A line that was cut by a crash is dropped when the journal is opened again. A file
+that is not a journal is never changed, and a line that was edited is an error: neither is taken for a sample.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +20,19 @@ from myserve.sdk.types import SampledCompletion
 if sys.platform != "win32":
     import fcntl
 
+__all__ = ["Journal", "JournalError"]
+
 _VERSION = 1
+# A first line that was cut in writing: enough of it that it is ours.
+_CUT_HEAD = re.compile(rb'\{"journal":(1(,("(r(u(n(_(s(e(e(d("(:(-?\d*\}?)?)?)?)?)?)?)?)?)?)?)?)?)?)?')
 
 
-class JournalError(MyserveError):
-    """A sample could not be written down; going on would lose it."""
+class JournalError(MyserveError, ValueError):
+    """The journal cannot be used: its file is not one, was edited, or a sample could not be written to it."""
 
 
 class Journal:
-    """The samples of one run by (request fingerprint, sample index).
+    """Keep the samples of one run by (request fingerprint, sample index).
 
     Opened, it holds an exclusive lock on its file. Only offsets are kept in memory.
 
@@ -42,10 +48,15 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, run_seed: int) -> None:
-        """Opens `path`, or begins it with `run_seed`; a journal that exists keeps the seed it began with."""
+        """Open `path`, or begin it with `run_seed`; a journal that exists keeps the seed it began with.
+
+        Raises JournalError for a file that is not a journal or was edited, which is left as it is; BlockingIOError for
+        one that another run holds.
+        """
         self.path = Path(path)
         self.run_seed = run_seed
-        self._places: dict[str, dict[int, int]] = {}  # fingerprint -> sample index -> offset
+        # fingerprint -> sample index -> offset
+        self._places: dict[str, dict[int, int]] = {}
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock()
@@ -58,17 +69,17 @@ class Journal:
             self._append({"journal": _VERSION, "run_seed": run_seed})
 
     def known(self, fingerprint: str) -> dict[int, SampledCompletion]:
-        """The samples of a request that are here, by index."""
+        """Return the samples of a request that are here, by index. Raises JournalError for a line that was edited."""
         places = self._places.get(fingerprint, {})
-        return {index: self._read(offset) for index, offset in places.items()}
+        return {index: self._read(index, offset) for index, offset in places.items()}
 
     def add(self, fingerprint: str, sample: SampledCompletion) -> None:
-        """Writes one sample. Once this returns, a kill of the process does not lose it."""
+        """Write one sample. Once this returns, a kill of the process does not lose it. Raises JournalError."""
         offset = self._append({"key": fingerprint, "index": sample.index, "sample": sample.to_json()})
         self._places.setdefault(fingerprint, {})[sample.index] = offset
 
     def close(self) -> None:
-        """Forces all to the disk, so that a power failure loses nothing either, and lets go of the file."""
+        """Force all to the disk, so that a power failure loses nothing either, and release the file."""
         os.fsync(self._file)
         os.close(self._file)
 
@@ -83,30 +94,61 @@ class Journal:
             raise JournalError(f"cannot write {self.path}: {error.strerror or error}") from error
         return offset
 
-    def _read(self, offset: int) -> SampledCompletion:
+    def _read(self, index: int, offset: int) -> SampledCompletion:
         with self.path.open("rb") as lines:
             lines.seek(offset)
-            return SampledCompletion.from_json(json.loads(lines.readline())["sample"])
+            line = lines.readline()
+        try:
+            sample = SampledCompletion.from_json(json.loads(line)["sample"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise self._edited(offset, str(error)) from error
+        if sample.index != index:
+            raise self._edited(offset, f"index {index} holds sample {sample.index}")
+        return sample
 
     def _scan(self) -> int:
-        """Notes where each sample is; returns the length of what is whole."""
+        """Note where each sample is; return the length of what is whole."""
         end = 0
         with self.path.open("rb") as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
+                    if end == 0 and not _CUT_HEAD.fullmatch(line):
+                        raise self._not_a_journal()
                     return end  # cut by a crash
-                entry = _entry(line)
                 if end == 0:
-                    self._take_head(entry)
-                elif entry is not None:  # a damaged line in between: its sample is asked for again
-                    self._places.setdefault(entry["key"], {})[entry["index"]] = end
+                    self._take_head(line)
+                else:
+                    self._take_entry(line, end)
                 end += len(line)
         return end
 
-    def _take_head(self, entry: dict[str, Any] | None) -> None:
-        if entry is None or entry.get("journal") != _VERSION:
-            raise ValueError(f"{self.path} is not a journal of this version; name another file")
-        self.run_seed = entry["run_seed"]
+    def _take_head(self, line: bytes) -> None:
+        head = _object_of(line)
+        if head is None or head.get("journal") != _VERSION:
+            raise self._not_a_journal()
+        run_seed = head.get("run_seed")
+        if type(run_seed) is not int:
+            raise self._edited(0, f"run_seed is {run_seed!r}")
+        self.run_seed = run_seed
+
+    def _take_entry(self, line: bytes, offset: int) -> None:
+        entry = _object_of(line)
+        if entry is None:
+            return  # damaged, by a power failure for one: its sample is asked for again
+        key, index = entry.get("key"), entry.get("index")
+        if not isinstance(key, str) or type(index) is not int or index < 0 or "sample" not in entry:
+            raise self._edited(offset, "an entry has a key (text), an index (0 or more) and a sample")
+        self._places.setdefault(key, {})[index] = offset
+
+    def _not_a_journal(self) -> JournalError:
+        return JournalError(f"{self.path} is not a journal of this version; name another file")
+
+    def _edited(self, offset: int, why: str) -> JournalError:
+        with self.path.open("rb") as file:
+            line = file.read(offset).count(b"\n") + 1
+        return JournalError(
+            f"{self.path}, line {line}, is not as it was written: {why}. Remove the line to draw it again"
+        )
 
     def _lock(self) -> None:
         if sys.platform != "win32":
@@ -124,13 +166,9 @@ class Journal:
         self.close()
 
 
-def _entry(line: bytes) -> dict[str, Any] | None:
+def _object_of(line: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
-    except ValueError:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    return (
-        entry
-        if isinstance(entry, dict) and ("journal" in entry or {"key", "index", "sample"} <= entry.keys())
-        else None
-    )
+    return value if isinstance(value, dict) else None

@@ -1,13 +1,15 @@
-"""Which weights made which tokens of one sample, over as many attempts as it takes."""
+"""Records which weights made which tokens of one sample, over as many attempts as it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+__all__ = ["VersionLog"]
+
 
 class VersionLog:
-    """A sample's weight versions, token by token.
+    """Record a sample's weight versions, token by token.
 
     A sample that is cut and resumed goes on with keys and values that the resuming request computes anew, all by the
     weights of its time: where older ones had made some of them, the span says `recomputed`.
@@ -26,7 +28,7 @@ class VersionLog:
         self._start = 0  # of this attempt
 
     def begin(self, num_prior: int) -> None:
-        """An attempt that goes on from so many tokens."""
+        """Begin an attempt that goes on from `num_prior` tokens."""
         if self._start < num_prior and self._is_resumed_by_others(self._start):
             self._recomputed.add(self._start)
         del self._versions[num_prior:]
@@ -34,19 +36,25 @@ class VersionLog:
         self._start = num_prior
 
     def feed(self, num_tokens: int, version: int | None) -> None:
-        """The sample has so many tokens now; the new ones are of that version."""
+        """Note that the sample has `num_tokens` tokens now, the new ones made by `version`."""
         self._versions += [version] * (num_tokens - len(self._versions))
 
-    def correct(self, spans: Iterable[Mapping[str, Any]]) -> None:
-        """The server's own account of the attempt's tokens, where a chunk had tokens of two versions."""
+    def correct(self, spans: Iterable[Mapping[str, Any]]) -> bool:
+        """Take the server's own account of the attempt's tokens, where a chunk had tokens of two versions.
+
+        Returns False, and takes no more, when a span lies outside of the tokens.
+        """
         for span in spans:
             first, last = self._start + span["start"], self._start + span["end"]
+            if not self._start <= first < last <= len(self._versions):
+                return False
             self._versions[first:last] = [span["weight_version"]] * (last - first)
             if span.get("recomputed"):
                 self._recomputed.add(first)
+        return True
 
     def spans(self) -> list[dict[str, int]] | None:
-        """Half-open intervals; None where one version made all, or the server does not say."""
+        """Return half-open intervals; None where one version made all, or the server does not say."""
         if None in self._versions or not self._versions:
             return None
         spans: list[dict[str, int]] = []

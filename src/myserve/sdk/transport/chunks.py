@@ -1,4 +1,4 @@
-"""What is read of a stream's chunks, as types: JSON is decoded straight into them, and all else is skipped.
+"""The types of a stream's chunks: JSON is decoded straight into them, and all other fields are skipped.
 
 They are out of the garbage collector's sight (`gc=False`), for nothing here can be part of a cycle: a run makes a
 few of them for each token, and looking through those that wait for their sample's end had been half of the time.
@@ -7,7 +7,7 @@ few of them for each token, and looking through those that wait for their sample
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 
@@ -15,9 +15,11 @@ from myserve.sdk.errors import AttemptFailed, Failure
 from myserve.sdk.transport.replies import failure_in_stream
 from myserve.sdk.types import Alternative
 
+__all__ = ["ChoiceChunk", "Chunk", "Logprobs", "RawOutputChunk", "TokenEntry", "WeightSpan", "chunks_of"]
+
 
 class TokenEntry(msgspec.Struct, gc=False, kw_only=True):
-    """What a server says of one token."""
+    """One token's entry in `logprobs`."""
 
     logprob: float | None
     sampling_logprob: float | None = None
@@ -25,7 +27,7 @@ class TokenEntry(msgspec.Struct, gc=False, kw_only=True):
     text_offset: int | None = None
     top_logprobs: tuple[Alternative, ...] | None = None
     routing_matrix: str | None = None
-    routing_matrix_dtype: str = "uint8"
+    routing_matrix_dtype: Literal["uint8", "uint16"] = "uint8"
     kept: dict[str, Any] | None = None
 
 
@@ -36,9 +38,10 @@ class Logprobs(msgspec.Struct, gc=False):
     tokens: list[str] | None = None
     token_logprobs: list[float | None] | None = None
     top_logprobs: list[dict[str, float] | None] | None = None
+    text_offset: list[int] | None = None
 
     def entries(self) -> list[TokenEntry]:
-        """An entry a token, whichever form it came in.
+        """Return an entry for each token, whichever form it came in.
 
         >>> older = Logprobs(tokens=["token_id:7"], token_logprobs=[-0.5], top_logprobs=[{"token_id:9": -0.25}])
         >>> (entry,) = older.entries()
@@ -47,12 +50,13 @@ class Logprobs(msgspec.Struct, gc=False):
         """
         if self.content is not None:
             return self.content
-        tokens, tops = self.tokens or (), self.top_logprobs or ()
+        tokens, tops, offsets = self.tokens or (), self.top_logprobs or (), self.text_offset or ()
         return [
             TokenEntry(
                 logprob=value,
                 token_id=_written_id(tokens[row]) if row < len(tokens) else None,
                 top_logprobs=_older_alternatives(tops[row]) if row < len(tops) else None,
+                text_offset=offsets[row] if row < len(offsets) else None,
             )
             for row, value in enumerate(self.token_logprobs or ())
         ]
@@ -75,7 +79,7 @@ class RawOutputChunk(msgspec.Struct, gc=False):
 
 
 class ChoiceChunk(msgspec.Struct, gc=False, kw_only=True):
-    """What a chunk brings for one sample."""
+    """What a chunk holds for one sample."""
 
     index: Annotated[int, msgspec.Meta(ge=0)]
     text: str | None = None
@@ -90,7 +94,7 @@ class ChoiceChunk(msgspec.Struct, gc=False, kw_only=True):
     routing_matrix_shape: list[int] | None = None
 
     def ids(self) -> list[int]:
-        """The chunk's token ids: as such, or out of its entries."""
+        """Return the chunk's token ids: as such, or out of its entries."""
         if self.token_ids is not None:
             return self.token_ids
         entries = self.logprobs.entries() if self.logprobs is not None else ()
@@ -109,7 +113,7 @@ _decode = msgspec.json.Decoder(Chunk).decode
 
 
 def chunks_of(events: Iterable[bytes]) -> Iterator[Chunk]:
-    """Each event's data, understood; `AttemptFailed` with an error that it holds, or with what is wrong about it.
+    """Decode each event's data; `AttemptFailed` with the error that it holds, or with what is wrong about it.
 
     One at a time: a chunk is freed before the next is made, which takes half of the time of making all first.
 
@@ -120,7 +124,7 @@ def chunks_of(events: Iterable[bytes]) -> Iterator[Chunk]:
     for data in events:
         try:
             chunk = _decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: invalid UTF-8
             what = "a chunk of another shape" if isinstance(error, msgspec.ValidationError) else "not JSON"
             text = data[:200].decode("utf-8", "replace")
             raise AttemptFailed(Failure("protocol", f"{what}: {error}: {text!r}")) from error

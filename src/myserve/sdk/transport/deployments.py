@@ -1,10 +1,12 @@
-"""Several deployments behind one sampler: a pure choice of one, and what is known of each one's health."""
+"""Chooses one of several deployments for a request, by prefix affinity, load and recent failures. Pure."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+__all__ = ["AFFINITY_SLACK", "PREFIX_LENGTH", "Deployment", "choose"]
 
 # A favourite keeps its prompts until it is this many samples busier than the idlest: a prefix found in the
 # cache is worth a short queue, not a long one.
@@ -18,7 +20,7 @@ LONGEST_REST = 60.0
 
 @dataclass(slots=True)
 class Deployment:
-    """One server's address and how it has fared lately."""
+    """One server: its address, its load, its recent failures."""
 
     url: str
     in_flight: int = 0
@@ -26,18 +28,19 @@ class Deployment:
     rests_until: float = 0.0  # on the caller's clock
 
     def succeeded(self) -> None:
+        """Forget its failures."""
         self.failures, self.rests_until = 0, 0.0
 
     def failed(self, now: float) -> None:
-        """Rests it after `FAILURES_TO_REST` failures in a row; its samples are asked for elsewhere."""
+        """Count a failure, and rest it after `FAILURES_TO_REST` in a row: its samples are asked for elsewhere."""
         self.failures += 1
         if self.failures >= FAILURES_TO_REST:
-            rest = FIRST_REST * 2.0 ** (self.failures - FAILURES_TO_REST)
+            rest = FIRST_REST * 2.0 ** min(self.failures - FAILURES_TO_REST, 60)
             self.rests_until = now + min(LONGEST_REST, rest)
 
 
 def choose(deployments: Sequence[Deployment], prompt_token_ids: Sequence[int], now: float) -> Deployment:
-    """The favourite of this prompt's prefix, unless it rests or is too busy; then the idlest.
+    """Return the favourite of this prompt's prefix, unless it rests or is too busy; then the idlest.
 
     >>> one, two = Deployment("http://one"), Deployment("http://two")
     >>> favourite = choose([one, two], [1, 2, 3], now=0.0)

@@ -1,4 +1,4 @@
-"""What a server can do, and the words in which it is asked. Everything that differs between servers is here.
+"""Turns a request into the JSON that one kind of server takes. All that differs between servers is here.
 
 myserve   n samples in one request, a sample's noise keyed by (seed, index), cut streams resumed.
 vllm      n samples in one request; sample i draws with seed + i, so a part of a group starts at seed + first.
@@ -15,22 +15,36 @@ from typing import Any, Literal
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.seeds import MAX_SEED, index_seed
 
+__all__ = ["DIALECTS", "FIREWORKS", "MYSERVE", "VLLM", "Dialect", "DialectName", "detect"]
+
 DialectName = Literal["myserve", "vllm", "fireworks"]
+# OpenAI's own limit of n, and our server's. A larger group is sent in parts, and its draws are the same.
+_MAX_N = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How to talk to one kind of server."""
+    """Describe one kind of server, and write requests for it."""
 
     name: DialectName
     path: str
-    batches_n: bool  # several samples of a prompt in one request
+    max_n: int  # samples of a prompt in one request
     resumes: bool  # takes `sample_index` and `num_prior_tokens`
+    key_headers: tuple[str, ...] = ("authorization",)
+
+    def headers(self, api_key: str) -> dict[str, str]:
+        """Return the headers that carry the key: in two forms where the original specification's client sends both.
+
+        >>> MYSERVE.headers("k"), sorted(FIREWORKS.headers("k")), VLLM.headers("")
+        ({'authorization': 'Bearer k'}, ['authorization', 'x-api-key'], {})
+        """
+        forms = {"authorization": f"Bearer {api_key}", "x-api-key": api_key}
+        return {name: forms[name] for name in self.key_headers} if api_key else {}
 
     def body(
         self, request: SampleRequest, first_index: int, n: int, prior_ids: Sequence[int] = ()
     ) -> dict[str, Any]:
-        """The JSON of one request for samples `first_index .. first_index + n - 1`.
+        """Return the JSON of one request for samples `first_index .. first_index + n - 1`.
 
         `prior_ids` are completion tokens that the (single) sample already has.
 
@@ -48,12 +62,12 @@ class Dialect:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "top_k": request.top_k,
-            "seed": self._seed(request.seed, first_index),
+            "seed": self.seed_of(request.seed, first_index),
             "stream": True,
         }
         if request.stop:
             body["stop"] = list(request.stop)
-        if request.echo:
+        if request.sends_echo:
             body["echo"] = True
         if request.include_routing_matrix:
             body["include_routing_matrix"] = True
@@ -61,15 +75,17 @@ class Dialect:
             body |= self._logprobs(request.top_logprobs)
         return body | self._asking_for_ids(first_index, len(prior_ids)) | dict(request.extra)
 
-    def _seed(self, seed: int, first_index: int) -> int:
+    def seed_of(self, seed: int, index: int) -> int:
+        """Return the seed that the server is to draw sample `index` with."""
         if self.name == "myserve":
             return seed
         if self.name == "vllm":
-            return (seed + first_index) & MAX_SEED
-        return index_seed(seed, first_index)
+            return (seed + index) & MAX_SEED
+        return index_seed(seed, index)
 
     def _logprobs(self, top_logprobs: int | None) -> dict[str, Any]:
-        if self.name == "vllm":  # its completions know OpenAI's older form alone: a count
+        # vLLM's completions know OpenAI's older form alone: a count
+        if self.name == "vllm":
             return {"logprobs": top_logprobs or 0, "return_tokens_as_token_ids": True}
         return (
             {"logprobs": True} if top_logprobs is None else {"logprobs": True, "top_logprobs": top_logprobs}
@@ -80,7 +96,8 @@ class Dialect:
             return {"return_token_ids": True}
         fields: dict[str, Any] = {"raw_output": True, "perf_metrics_in_response": True}
         if self.name == "myserve":
-            fields["return_token_ids"] = True  # with every delta: what a resumed stream goes on from
+            # with every delta: what a resumed stream goes on from
+            fields["return_token_ids"] = True
             if first_index:
                 fields["sample_index"] = first_index
             if num_prior:
@@ -88,15 +105,21 @@ class Dialect:
         return fields
 
 
-MYSERVE = Dialect("myserve", "/inference/v1/completions", batches_n=True, resumes=True)
-VLLM = Dialect("vllm", "/v1/completions", batches_n=True, resumes=False)
-FIREWORKS = Dialect("fireworks", "/inference/v1/completions", batches_n=False, resumes=False)
+MYSERVE = Dialect("myserve", "/inference/v1/completions", max_n=_MAX_N, resumes=True)
+VLLM = Dialect("vllm", "/v1/completions", max_n=_MAX_N, resumes=False)
+FIREWORKS = Dialect(
+    "fireworks",
+    "/inference/v1/completions",
+    max_n=1,
+    resumes=False,
+    key_headers=("authorization", "x-api-key"),
+)
 _OURS_TAKE = frozenset({"sample_index", "num_prior_tokens"})
 DIALECTS = {dialect.name: dialect for dialect in (MYSERVE, VLLM, FIREWORKS)}
 
 
 def detect(version: object) -> Dialect:
-    """The dialect of a server whose `GET /version` gave this JSON (None: it has no such route).
+    """Return the dialect of a server whose `GET /version` gave this JSON (None: it has no such route).
 
     >>> detect({"name": "myserve", "extensions": ["sample_index", "num_prior_tokens"]}).name
     'myserve'
@@ -106,6 +129,7 @@ def detect(version: object) -> Dialect:
     if not isinstance(version, dict):
         return FIREWORKS
     if "extensions" in version or "name" in version:
-        able = _OURS_TAKE.issubset(version.get("extensions") or ())
-        return MYSERVE if able else FIREWORKS
+        extensions = version.get("extensions")
+        takes = isinstance(extensions, list) and all(name in extensions for name in _OURS_TAKE)
+        return MYSERVE if takes else FIREWORKS
     return VLLM if isinstance(version.get("version"), str) else FIREWORKS

@@ -1,4 +1,4 @@
-"""How bytes travel: a small protocol, and aiohttp behind it. No type of aiohttp shows anywhere else.
+"""Sends HTTP requests: a small protocol, and aiohttp behind it. No type of aiohttp shows anywhere else.
 
 aiohttp was chosen by measurement: 0.5 ms of client CPU a request at 512 concurrent streams, httpx 11 ms.
 """
@@ -6,16 +6,22 @@ aiohttp was chosen by measurement: 0.5 ms of client CPU a request at 512 concurr
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from myserve.sdk.errors import AttemptFailed, Failure
+from myserve.sdk.fork import reset_after_fork
 
 if TYPE_CHECKING:
     import aiohttp  # imported at the first request otherwise: 0.2 s that `import myserve.sdk` need not take
+
+__all__ = ["AiohttpTransport", "Reply", "Transport", "describe", "proxy_for"]
 
 
 class Reply(Protocol):
@@ -45,36 +51,63 @@ class _HttpSession(NamedTuple):
 
 
 class AiohttpTransport:
-    """One aiohttp session per event loop, opened at the first request and closed with its loop.
+    """Send requests through one aiohttp session per event loop, opened at the first request, closed with its loop.
 
-    `stall_timeout`: seconds without a byte after which a connection counts as dead.
+    `stall_timeout`: seconds without a byte after which a connection counts as dead. Redirects are never followed: the
+    key and the prompt go to the address that the caller named, and nowhere else. A proxy is taken from the environment
+    as other Python clients do (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`); localhost too goes through it
+    unless `NO_PROXY` names it. (aiohttp's `trust_env` was rejected: it also sends passwords out of ~/.netrc.)
     """
 
     def __init__(self, stall_timeout: float = 300.0, connect_timeout: float = 10.0) -> None:
         self._stall_timeout = stall_timeout
         self._connect_timeout = connect_timeout
         self._sessions: dict[asyncio.AbstractEventLoop, _HttpSession] = {}
+        self._proxies: dict[
+            str, str | None
+        ] = {}  # of each origin: reading the environment takes longer than a request
         # For a transport that is dropped while its loop lives on, and for loops that outlive the program.
         weakref.finalize(self, _close_all, self._sessions)
+        reset_after_fork(self)
+
+    def _after_fork(self) -> None:
+        _parents.append(dict(self._sessions))
+        self._sessions.clear()
 
     @asynccontextmanager
     async def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None
     ) -> AsyncGenerator[Reply]:
+        """Send one request and give its reply; `AttemptFailed` when the connection fails. See `Transport`."""
         import aiohttp
 
         session = await self._session()
+        # Compressed answers are not asked for, and not unpacked: a kilobyte may hold a gigabyte.
+        sent = {"accept-encoding": "identity", **headers}
         try:
-            async with session.request(method, url, headers=headers, data=body) as response:
+            async with session.request(
+                method, url, headers=sent, data=body, allow_redirects=False, proxy=self._proxy(url)
+            ) as response:
+                encoding = response.headers.get("content-encoding", "identity")
+                if encoding.lower() != "identity":
+                    message = f"the answer is compressed ({encoding[:40]}), which was not asked for"
+                    raise AttemptFailed(Failure("protocol", message))
                 yield _AiohttpReply(response)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise AttemptFailed(Failure("transport", describe(error))) from error
 
     async def aclose(self) -> None:
-        """Closes the running loop's session. Those of other loops close with their loops."""
+        """Close the running loop's session. Those of other loops close with their loops."""
         held = self._sessions.get(asyncio.get_running_loop())
         if held is not None:
             await held.holder.aclose()
+
+    def _proxy(self, url: str) -> str | None:
+        parts = urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc}"
+        if origin not in self._proxies:
+            self._proxies[origin] = proxy_for(parts.scheme, parts.netloc)
+        return self._proxies[origin]
 
     async def _session(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
@@ -84,13 +117,42 @@ class AiohttpTransport:
             timeout = aiohttp.ClientTimeout(
                 total=None, sock_connect=self._connect_timeout, sock_read=self._stall_timeout
             )
-            # No limit here: the gate admits, and a second limit would only hide it.
+            # No limit here: the semaphore admits, and a second limit would only hide it.
             connector = aiohttp.TCPConnector(limit=0)
-            session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**18)
+            session = aiohttp.ClientSession(
+                connector=connector,
+                timeout=timeout,
+                read_bufsize=2**18,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(loop=loop),
+            )
             holder = _hold(session, self._sessions, loop)
             self._sessions[loop] = _HttpSession(holder, session)
             await anext(holder)
         return self._sessions[loop].session
+
+
+def proxy_for(scheme: str, host: str) -> str | None:
+    """Return the proxy that the environment names for `scheme` and `host`, or None.
+
+    Raises ValueError for one that does not speak HTTP: going around it in silence would be worse.
+    """
+    proxies = getproxies()
+    proxy = proxies.get(scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(host):
+        return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https"):
+        raise ValueError(
+            f"the environment's proxy {proxy!r} does not speak HTTP: name another, or {host} in NO_PROXY"
+        )
+    return proxy
+
+
+# Sessions that a forked child has from its parent. They are kept, and never closed: their sockets, and the epoll that
+# watches them, are the parent's too.
+_parents: list[dict[asyncio.AbstractEventLoop, _HttpSession]] = []
 
 
 async def _hold(
@@ -136,6 +198,8 @@ class _AiohttpReply:
 
 
 def describe(error: BaseException) -> str:
-    """The error's own words, or its name where it has none."""
+    """Return the error's own words, or its name where it has none; and what to do about too many open files."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        text += " (each request in flight is one: pass a concurrency_controller, or raise `ulimit -n`)"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

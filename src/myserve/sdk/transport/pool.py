@@ -1,8 +1,7 @@
-"""The servers as a group sees them: one request out, chunks back, failures in the server's own words."""
+"""The servers behind a sampler: one request out, events back, failures in the server's own words."""
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,56 +12,59 @@ from typing import Any
 import orjson
 
 from myserve.sdk.concurrency.controllers import FixedConcurrencyController
-from myserve.sdk.concurrency.gate import Gate, Permit
-from myserve.sdk.errors import AttemptFailed, Failure
+from myserve.sdk.concurrency.semaphore import Permit, ResizableSemaphore
+from myserve.sdk.errors import AttemptFailed
 from myserve.sdk.retry import RetryPolicy, retrying
 from myserve.sdk.transport.deployments import Deployment, choose
-from myserve.sdk.transport.dialects import FIREWORKS, Dialect, detect
+from myserve.sdk.transport.dialects import FIREWORKS, MYSERVE, Dialect, detect
 from myserve.sdk.transport.http import Transport
-from myserve.sdk.transport.replies import events_of, failure_of, read_all
+from myserve.sdk.transport.replies import events_of, failure_of, read_json
 from myserve.sdk.types import SamplerStats
 from myserve.wire.perf_metrics import PerfMetrics
+
+__all__ = ["ServerPool", "new_request_id", "root_of", "url_of"]
 
 
 @dataclass(slots=True)
 class ServerPool:
-    """The deployments, how to reach them, and what limits and counts the traffic to them."""
+    """Hold the deployments, how to reach them, and what limits and counts the traffic to them.
+
+    `stall_timeout`: seconds without a token after which a stream counts as dead.
+    """
 
     deployments: list[Deployment]
     transport: Transport
-    headers: Mapping[str, str]
+    api_key: str
     retry: RetryPolicy
+    stall_timeout: float = 300.0
     controller: FixedConcurrencyController | None = None
     fixed_dialect: Dialect | None = None
     stats: SamplerStats = field(default_factory=SamplerStats)
-    gate: Gate = field(init=False)
+    semaphore: ResizableSemaphore = field(init=False)
 
     def __post_init__(self) -> None:
-        self.gate = self.controller.gate if self.controller is not None else Gate(None)
+        self.semaphore = (
+            self.controller.semaphore if self.controller is not None else ResizableSemaphore(None)
+        )
 
     async def dialect(self) -> Dialect:
-        """What the servers speak: asked once, with `GET /version`; all deployments are taken to be alike."""
+        """Return what the servers speak: asked once, with `GET /version`; all deployments are taken to be alike."""
         if self.fixed_dialect is None:
-            asked: list[object] = []
-
-            async def ask() -> None:
-                asked.append(await self._version())
-
             # Three tries: were a passing fault taken for "no such route", samples would get other seeds.
-            failed = await retrying(replace(self.retry, max_attempts=3), ask, lambda: 0)
-            if failed is not None and failed[0].kind == "transport":
-                return FIREWORKS  # unknown still: the samples' own retries will tell what is wrong
-            self.fixed_dialect = detect(asked[0] if asked else None)
+            try:
+                version = await retrying(replace(self.retry, max_attempts=3), self._version)
+            except AttemptFailed as ended:
+                if ended.failure.kind == "transport":
+                    return FIREWORKS  # unknown still: the samples' own retries will tell what is wrong
+                version = None
+            self.fixed_dialect = detect(version)
         return self.fixed_dialect
 
     async def _version(self) -> object:
         url = root_of(choose(self.deployments, (), time.monotonic()).url) + "/version"
-        async with self.transport.request("GET", url, self.headers, None) as reply:
+        async with self.transport.request("GET", url, MYSERVE.headers(self.api_key), None) as reply:
             if reply.status == 200:
-                try:
-                    return json.loads(await read_all(reply))
-                except ValueError as error:
-                    raise AttemptFailed(Failure("protocol", f"{url} gave no JSON: {error}")) from error
+                return await read_json(reply, url)
             failure = await failure_of(reply)
             if failure.retryable:
                 raise AttemptFailed(failure)
@@ -70,20 +72,30 @@ class ServerPool:
 
     @asynccontextmanager
     async def stream(
-        self, path: str, body: Mapping[str, Any], request_id: str, prompt: Sequence[int], samples: int
+        self,
+        dialect: Dialect,
+        body: Mapping[str, Any],
+        request_id: str,
+        prompt: Sequence[int],
+        max_bytes: int,
     ) -> AsyncIterator[AsyncIterator[list[bytes]]]:
-        """Posts one request and gives its events. However that ends early, it is `AttemptFailed`."""
+        """Post one request and give its events, `max_bytes` at most. However that ends early, it is `AttemptFailed`."""
         deployment = choose(self.deployments, prompt, time.monotonic())
+        samples = body["n"]
         deployment.in_flight += samples
         self.stats.requests += 1
-        headers = {**self.headers, "content-type": "application/json", "x-request-id": request_id}
+        headers = {
+            **dialect.headers(self.api_key),
+            "content-type": "application/json",
+            "x-request-id": request_id,
+        }
         raw = orjson.dumps(body)
         try:
-            url = url_of(deployment.url, path)
+            url = url_of(deployment.url, dialect.path)
             async with self.transport.request("POST", url, headers, raw) as reply:
                 if reply.status != 200:
                     raise AttemptFailed(await failure_of(reply))
-                yield events_of(reply)
+                yield events_of(reply, max_bytes)
             deployment.succeeded()
         except AttemptFailed as ended:
             if ended.failure.kind in ("transport", "server", "busy"):
@@ -93,16 +105,18 @@ class ServerPool:
             deployment.in_flight -= samples
 
     def observe(self, metrics: PerfMetrics, samples: int, permit: Permit) -> None:
+        """Tell the controller what an answered request cost."""
         if self.controller is not None:
-            self.controller.observe(metrics, samples=samples, epoch=permit.epoch)
+            self.controller.observe(metrics, samples=samples, limit_version=permit.limit_version)
 
     def refused(self, permit: Permit) -> None:
+        """Tell the controller of a 429 or a 503."""
         if self.controller is not None:
-            self.controller.refused(epoch=permit.epoch)
+            self.controller.refused(limit_version=permit.limit_version)
 
 
 def root_of(url: str) -> str:
-    """The server's root, for users who pass OpenAI's base URL.
+    """Return the server's root, for users who pass OpenAI's base URL.
 
     >>> root_of("http://localhost:8000/v1/")
     'http://localhost:8000'
@@ -111,7 +125,7 @@ def root_of(url: str) -> str:
 
 
 def url_of(url: str, path: str) -> str:
-    """Where to post: `path` under the root; under `/v1` itself if that is what the user named.
+    """Return where to post: `path` under the root; under `/v1` itself if that is what the user named.
 
     >>> url_of("http://localhost:8000", "/inference/v1/completions")
     'http://localhost:8000/inference/v1/completions'
@@ -123,4 +137,5 @@ def url_of(url: str, path: str) -> str:
 
 
 def new_request_id() -> str:
+    """Return a request id that no other request has."""
     return f"req-{secrets.token_hex(12)}"

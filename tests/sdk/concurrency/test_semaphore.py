@@ -1,4 +1,4 @@
-"""The gate: first come first served, never over its limit, and no permit is ever lost."""
+"""The semaphore: first come first served, never over its limit, and no permit is ever lost."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from myserve.sdk.concurrency.gate import Gate, Permit, Ticket
+from myserve.sdk.concurrency.semaphore import Permit, ResizableSemaphore, Waiter
 
 
-class GateMachine(RuleBasedStateMachine):
-    """Random lives of tickets: they join, take, leave early, give back; the limit moves under them."""
+class SemaphoreMachine(RuleBasedStateMachine):
+    """Random lives of waiters: they join, take, leave early, give back; the limit moves under them."""
 
-    tickets = Bundle("tickets")
+    waiters = Bundle("waiters")
     permits = Bundle("permits")
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.gate = Gate(4)
-        self.queue: list[tuple[Ticket, int]] = []  # the model: who waits, for how many, in order
+        self.semaphore = ResizableSemaphore(4)
+        self.queue: list[tuple[Waiter, int]] = []  # the model: who waits, for how many, in order
         self.in_flight = 0
         self.was_over = 0  # in flight beyond the limit because the limit fell: allowed, but it must not grow
 
@@ -33,31 +33,31 @@ class GateMachine(RuleBasedStateMachine):
     def run(self, work):
         return self.loop.run_until_complete(work)
 
-    @rule(target=tickets, n=st.integers(1, 6))
+    @rule(target=waiters, n=st.integers(1, 6))
     def join(self, n):
-        async def enter() -> Ticket:
-            return await self.gate.ticket(n).__aenter__()
+        async def enter() -> Waiter:
+            return await self.semaphore.waiter(n).__aenter__()
 
-        ticket = self.run(enter())
-        self.queue.append((ticket, n))
+        waiter = self.run(enter())
+        self.queue.append((waiter, n))
         self.admit()
-        return ticket
+        return waiter
 
-    @rule(target=permits, ticket=tickets)
-    def take(self, ticket):
-        if not ticket.untaken:
-            return Permit(self.gate, 0)
-        count = ticket.untaken
-        permit = self.run(ticket.take())
+    @rule(target=permits, waiter=waiters)
+    def take(self, waiter):
+        if not waiter.untaken:
+            return Permit(self.semaphore, 0)
+        count = waiter.untaken
+        permit = self.run(waiter.take())
         assert permit.count == count
         return permit
 
-    @rule(ticket=consumes(tickets))
-    def leave(self, ticket):
+    @rule(waiter=consumes(waiters))
+    def leave(self, waiter):
         """As a cancelled task does: what it was granted and did not take goes back."""
-        self.in_flight -= ticket.untaken
-        self.queue = [(waiting, due) for waiting, due in self.queue if waiting is not ticket]
-        self.run(ticket.__aexit__(None, None, None))
+        self.in_flight -= waiter.untaken
+        self.queue = [(waiting, due) for waiting, due in self.queue if waiting is not waiter]
+        self.run(waiter.__aexit__(None, None, None))
         self.admit()
 
     @rule(permit=permits)
@@ -75,98 +75,98 @@ class GateMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 8))
     def move_the_limit(self, limit):
-        self.gate.limit = limit
+        self.semaphore.limit = limit
         self.admit()
 
     def admit(self) -> None:
         """The law, written down a second time: the head takes what is free, nobody overtakes it."""
-        while self.queue and self.in_flight < self.gate.limit:
-            ticket, due = self.queue.pop(0)
-            granted = min(due, self.gate.limit - self.in_flight)
+        while self.queue and self.in_flight < self.semaphore.limit:
+            waiter, due = self.queue.pop(0)
+            granted = min(due, self.semaphore.limit - self.in_flight)
             self.in_flight += granted
             if due > granted:
-                self.queue.insert(0, (ticket, due - granted))
+                self.queue.insert(0, (waiter, due - granted))
 
     @invariant()
     def the_gate_is_as_the_law_says(self):
-        assert self.gate.in_flight == self.in_flight
-        assert self.gate.waiting == sum(due for _, due in self.queue)
-        for ticket, due in self.queue:
-            assert ticket.due == due
+        assert self.semaphore.in_flight == self.in_flight
+        assert self.semaphore.waiting == sum(due for _, due in self.queue)
+        for waiter, due in self.queue:
+            assert waiter.due == due
 
     @precondition(lambda self: self.queue)
     @invariant()
     def nobody_waits_while_there_is_room(self):
-        assert self.gate.in_flight >= self.gate.limit
+        assert self.semaphore.in_flight >= self.semaphore.limit
 
 
-TestGate = GateMachine.TestCase
-TestGate.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSemaphore = SemaphoreMachine.TestCase
+TestSemaphore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.asyncio
 async def test_a_saturated_window_shrinks_and_in_flight_follows():
-    gate = Gate(64)
-    async with gate.ticket(64) as ticket:
-        permit = await ticket.take()
-    gate.limit = 16
-    assert (gate.limit, gate.in_flight) == (16, 64)
-    async with gate.ticket(1) as late:
+    semaphore = ResizableSemaphore(64)
+    async with semaphore.waiter(64) as waiter:
+        permit = await waiter.take()
+    semaphore.limit = 16
+    assert (semaphore.limit, semaphore.in_flight) == (16, 64)
+    async with semaphore.waiter(1) as late:
         permit.release(48)
-        assert (gate.in_flight, late.untaken) == (16, 0)  # full still: the newcomer waits
+        assert (semaphore.in_flight, late.untaken) == (16, 0)  # full still: the newcomer waits
         permit.release()
         assert (await late.take()).count == 1
 
 
 @pytest.mark.asyncio
 async def test_in_flight_fills_a_window_that_grows():
-    gate = Gate(1)
+    semaphore = ResizableSemaphore(1)
     peak = 0
 
     async def work() -> None:
         nonlocal peak
-        async with gate.ticket(1) as ticket:
-            with await ticket.take():
-                peak = max(peak, gate.in_flight)
+        async with semaphore.waiter(1) as waiter:
+            with await waiter.take():
+                peak = max(peak, semaphore.in_flight)
                 await asyncio.sleep(0)
 
     tasks = [asyncio.create_task(work()) for _ in range(200)]
     await asyncio.sleep(0)
-    gate.limit = 96
+    semaphore.limit = 96
     await asyncio.gather(*tasks)
     assert peak == 96
 
 
 @pytest.mark.asyncio
 async def test_a_waiter_cancelled_as_it_is_granted_does_not_take_the_wake_up_with_it():
-    gate = Gate(1)
+    semaphore = ResizableSemaphore(1)
 
     async def work() -> None:
-        async with gate.ticket(1) as ticket:
-            with await ticket.take():
+        async with semaphore.waiter(1) as waiter:
+            with await waiter.take():
                 await asyncio.sleep(0)
 
-    async with gate.ticket(1) as first:
+    async with semaphore.waiter(1) as first:
         permit = await first.take()
     second, third = asyncio.create_task(work()), asyncio.create_task(work())
     await asyncio.sleep(0)
     permit.release()  # grants the second, which has not run yet …
     second.cancel()  # … and never will
     await asyncio.wait_for(third, 1)
-    assert gate.in_flight == 0
+    assert semaphore.in_flight == 0
 
 
 def test_one_gate_for_several_threads_each_with_its_loop():
-    gate = Gate(3)
+    semaphore = ResizableSemaphore(3)
     over = []
 
     async def work() -> None:
-        async with gate.ticket(2) as ticket:
+        async with semaphore.waiter(2) as waiter:
             left = 2
             while left:
-                with await ticket.take() as permit:
+                with await waiter.take() as permit:
                     left -= permit.count
-                    over.append(gate.in_flight > 3)
+                    over.append(semaphore.in_flight > 3)
                     await asyncio.sleep(0)
 
     async def many() -> None:
@@ -178,4 +178,4 @@ def test_one_gate_for_several_threads_each_with_its_loop():
     for thread in threads:
         thread.join(timeout=30)
     assert not any(thread.is_alive() for thread in threads)
-    assert (gate.in_flight, gate.waiting, any(over)) == (0, 0, False)
+    assert (semaphore.in_flight, semaphore.waiting, any(over)) == (0, 0, False)
