@@ -41,11 +41,10 @@ async def events_of(reply: Reply, max_bytes: int = _STREAM_BYTES) -> AsyncIterat
         if num_bytes > max_bytes:
             raise _too_long(max_bytes)
         events = decoder.feed_data(data)
-        if is_done and events:
+        # Read on to the end all the same: the connection can then be used again.
+        ended, is_done = is_done, is_done or _DONE in events
+        if events and (ended or (is_done and events.pop() != _DONE)):
             raise AttemptFailed(Failure("protocol", "events came after the end of the stream"))
-        if events and events[-1] == _DONE:
-            is_done = True  # read on to the end all the same: the connection can then be used again
-            events.pop()
         yield events
     if not is_done:
         raise AttemptFailed(Failure("transport", "the stream ended before it was done"))
