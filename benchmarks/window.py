@@ -1,6 +1,6 @@
 """The adaptive window on a real server, beside fixed ones, over the steps of a training run; and a plot of it.
 
-`python -m benchmarks.window --url http://127.0.0.1:8000 [--rounds 7] [--svg docs/window.svg]`
+`python -m benchmarks.window --url http://127.0.0.1:8000 [--rounds 7] [--chart docs/window.svg]`
 
 Each round is one training step of every contender, in turn: a machine whose speed changes then changes for all of
 them. The adaptive controller is kept from step to step; its first step, in which it finds its window, is told apart.
@@ -18,10 +18,10 @@ from pathlib import Path
 
 from myserve.cli.client import ServerClient
 from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler, FixedConcurrencyController
+from myserve.sdk.plotting import COLOURS, check_chart_path, drawn
 from myserve.wire.perf_metrics import PerfMetrics
 
 FIXED = (16, 64, 128, 256)
-WIDTH, HEIGHT, EDGE = 720, 260, 40
 
 
 @dataclass
@@ -67,43 +67,29 @@ async def pace(url: str, model: str, controller: FixedConcurrencyController, sam
         return sum(lengths) / (time.monotonic() - began)
 
 
-def plot(watched: Watched) -> str:
-    """An SVG with two curves, each on its own scale: window (left), queue in seconds (right)."""
-    points, target = watched.points, watched.target
-    seconds = points[-1][0]
-    highest = max(window for _, window, _ in points)
-    longest = max(target * 1.5, *(queue for *_, queue in points))
-
-    def place(t: float, share: float) -> str:
-        return (
-            f"{EDGE + (WIDTH - 2 * EDGE) * t / seconds:.1f},{HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * share:.1f}"
+def plot(watched: Watched, path: Path) -> None:
+    """Write a chart of the window (left axis) and of the prefill queue (right axis) over the adaptive steps."""
+    seconds, windows, queues = zip(*watched.points, strict=True)
+    with drawn(path, height=3.8) as (left,):
+        right = left.twinx()
+        right.plot(seconds, queues, color=COLOURS[1], lw=0.9, label="prefill queue of a sample")
+        right.axhline(
+            watched.target, color=COLOURS[1], ls="--", lw=1, label=f"its target, {watched.target:g} s"
         )
-
-    def curve(values: list[tuple[float, float]], top: float, colour: str) -> str:
-        places = " ".join(place(t, v / top) for t, v in values)
-        return f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{places}"/>'
-
-    def label(x: float, y: float, text: str, colour: str = "#555") -> str:
-        return f'<text x="{x}" y="{y}" fill="{colour}" font-family="sans-serif" font-size="12">{text}</text>'
-
-    queue_words = f"prefill queue, up to {longest:.2f} s (grey: the target, {target:g} s; steps)"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        *(curve([(end, 0.0), (end, 1.0)], 1.0, "#eee") for end in watched.steps[:-1]),
-        curve([(0.0, target), (seconds, target)], longest, "#ddd"),
-        curve([(t, queue) for t, _, queue in points], longest, "#d08770"),
-        curve([(t, float(window)) for t, window, _ in points], float(highest), "#2e5e8c"),
-        label(EDGE, 20, f"window, up to {highest} samples in flight", "#2e5e8c"),
-        label(WIDTH / 2 - 40, 20, queue_words, "#d08770"),
-        label(EDGE, HEIGHT - 12, "0 s"),
-        label(WIDTH - EDGE - 20, HEIGHT - 12, f"{seconds:.0f} s"),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+        left.step(seconds, windows, where="post", color=COLOURS[0], label="window")
+        for number, end in enumerate(watched.steps[:-1]):
+            left.axvline(end, color="#9ca3af", ls=":", lw=1, label="" if number else "end of a training step")
+        left.set(title="Window and queue over the steps of a run", xlabel="seconds of the run's own steps")
+        left.set_ylabel("samples in flight", color=COLOURS[0])
+        left.set_ylim(bottom=0)
+        right.set_ylabel("seconds in the queue", color=COLOURS[1])
+        right.set_ylim(bottom=0)
+        right.grid(visible=False)
+        lines = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+        right.legend(handles=lines, loc="upper left", ncols=2, frameon=True, framealpha=0.9, edgecolor="none")
 
 
-async def run(url: str, samples: int, rounds: int, target: float, svg: Path | None) -> None:
+async def run(url: str, samples: int, rounds: int, target: float, chart: Path | None) -> None:
     model = await ServerClient(url).first_model()
     await pace(url, model, FixedConcurrencyController(64), 200)  # warm up
     watched = Watched(target)
@@ -129,8 +115,8 @@ async def run(url: str, samples: int, rounds: int, target: float, svg: Path | No
             f"{name:10} {statistics.median(values):8,.0f} tokens/s   {statistics.median(ratios):.2f} of {best}"
         )
     print(f"its first step {paces['adaptive'][0]:8,.0f} tokens/s; the window ended at {watched.window}")
-    if svg is not None:
-        svg.write_text(plot(watched))
+    if chart is not None:
+        plot(watched, chart)
 
 
 def main() -> None:
@@ -139,9 +125,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=400, help="in a step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target", type=float, default=0.5, help="seconds of prefill queue")
-    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--chart", type=Path, help="a file that ends with .svg, .png or .pdf")
     args = parser.parse_args()
-    asyncio.run(run(args.url, args.samples, args.rounds, args.target, args.svg))
+    if args.chart is not None:
+        check_chart_path(args.chart)
+    asyncio.run(run(args.url, args.samples, args.rounds, args.target, args.chart))
 
 
 if __name__ == "__main__":

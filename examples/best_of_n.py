@@ -10,8 +10,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
-from serving import sampler_for
-from sums import HELD_OUT, MAX_TOKENS, question, reward
+from support.serving import sampler_for
+from support.sums import HELD_OUT, MAX_TOKENS, question, reward
 
 from myserve.sdk import SampledCompletion
 

@@ -1,16 +1,15 @@
 """Held-out sums of several runs in one picture.
 
-python examples/compare_curves.py runs/grpo runs/grpo-async --svg docs/async.svg
+python examples/compare_curves.py runs/grpo runs/grpo-async --chart docs/async.svg
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
-from myserve.sdk.svg import line_chart
+from myserve.sdk.plotting import line_plot
 
 
 def points(run: Path) -> list[tuple[float, float]]:
@@ -19,16 +18,18 @@ def points(run: Path) -> list[tuple[float, float]]:
     return [(row["step"], row["sampled"]) for row in rows if "sampled" in row]
 
 
-def chart(runs: Mapping[str, Path]) -> str:
-    series = {name: points(run) for name, run in runs.items()}
-    return line_chart(series, title="Held-out sums right at temperature 1", x="step", y="share right")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--svg", type=Path, required=True)
+    parser.add_argument("--chart", type=Path, required=True, help="a file that ends with .svg, .png or .pdf")
     asked = parser.parse_args()
-    asked.svg.write_text(chart({run.name: run for run in asked.runs}))
+    line_plot(
+        asked.chart,
+        {run.name: points(run) for run in asked.runs},
+        title="Held-out sums right at temperature 1",
+        x="training step",
+        y="answers that are right",
+        percent=True,
+    )

@@ -13,10 +13,10 @@ from statistics import fmean, stdev
 from typing import get_args
 
 from grpo import Config, Correction, train
-from serving import Server
+from support.serving import Server
 
 from myserve.embedded import embedded_model_path
-from myserve.sdk.svg import line_chart
+from myserve.sdk.plotting import line_plot
 
 LAST = 5  # steps whose rewards count as the end
 
@@ -46,8 +46,8 @@ def line(correction: str, runs: list[list[Row]]) -> str:
     return f"| `{correction}` | {' | '.join(shares)} | {max(end['mismatch'] for end in ends):.2g} |"
 
 
-def chart(found: dict[str, list[list[Row]]], top_p: float) -> str:
-    """Rewards, a mean over the seeds."""
+def plot(found: dict[str, list[list[Row]]], top_p: float, path: Path) -> None:
+    """Write a chart of the rewards, a mean over the seeds."""
     series = {
         correction: [
             (step, fmean(rows[int(step)]["reward"] for rows in runs))
@@ -55,7 +55,7 @@ def chart(found: dict[str, list[list[Row]]], top_p: float) -> str:
         ]
         for correction, runs in found.items()
     }
-    return line_chart(series, title=f"Drawn with top-p {top_p}", x="step", y="reward")
+    line_plot(path, series, title=f"Drawn with top-p {top_p}", x="training step", y="mean reward")
 
 
 async def main(
@@ -79,7 +79,7 @@ async def main(
                 folder = await train(config)
                 rows = [json.loads(row) for row in (folder / "curve.jsonl").read_text().splitlines()]
                 found[correction].append(rows)
-    (Path(run) / "rewards.svg").write_text(chart(found, top_p))
+    plot(found, top_p, Path(run) / "rewards.svg")
     print(f"| correction | reward, last {LAST} steps | held out, T=1 | held out, greedy | mismatch |")
     print("| --- | --- | --- | --- | --- |")
     print("\n".join(line(correction, runs) for correction, runs in found.items()))

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from serving import sampler_for
-from sums import PRACTICE, question, reward
+from support.serving import sampler_for
+from support.sums import PRACTICE, question, reward
 
 from myserve.sdk import SampledCompletion
 

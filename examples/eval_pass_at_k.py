@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from math import comb
 from random import Random
 
-from serving import sampler_for
-from sums import HELD_OUT, MAX_TOKENS, question, reward
+from support.serving import sampler_for
+from support.sums import HELD_OUT, MAX_TOKENS, question, reward
 
 RESAMPLES = 2000
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import torch
-from display import Curve
-from policy import Policy
-from run_folder import RunError, folder_to_resume, new_folder
-from serving import Server
-from sums import HELD_OUT, MAX_TOKENS, question, reward, sums_of_step
+from support.display import Curve
+from support.policy import Policy
+from support.run_folder import RunError, folder_to_resume, new_folder
+from support.serving import Server
+from support.sums import HELD_OUT, MAX_TOKENS, question, reward, sums_of_step
 from torch import Tensor
 
 from myserve.embedded import embedded_model_path

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from display import Curve
 from grpo import Config, advantages, draw, learn, parse_args, rewards_of
-from policy import Policy
-from run_folder import RunError, new_folder
-from serving import Server
-from sums import HELD_OUT, question
+from support.display import Curve
+from support.policy import Policy
+from support.run_folder import RunError, new_folder
+from support.serving import Server
+from support.sums import HELD_OUT, question
 
 from myserve.sdk import AdaptiveConcurrencyController, Completions, DeploymentSampler, SampledCompletion
 from tools.embedded_model.evaluate import accuracy

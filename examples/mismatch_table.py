@@ -1,6 +1,6 @@
 """What a trainer's logprobs are worth, spoiled in each of the usual ways, and what the monitor says: docs/training.md.
 
-python examples/mismatch_table.py [--svg docs/mismatch.svg]
+python examples/mismatch_table.py [--chart docs/mismatch.svg]
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from plain import Rows, plain_logprobs
-from policy import Policy
-from serving import sampler_for
-from sums import HELD_OUT, MAX_TOKENS, question
+from support.plain import Rows, plain_logprobs
+from support.policy import Policy
+from support.serving import sampler_for
+from support.sums import HELD_OUT, MAX_TOKENS, question
 
 from myserve.embedded import embedded_model_path
 from myserve.sdk import SampledCompletion
-from myserve.sdk.mismatch.measure import Mismatch, measure
+from myserve.sdk.mismatch import Mismatch, measure, plot_mismatch
 
 TEMPERATURE = 0.7
 
@@ -84,7 +83,7 @@ def print_table(found: dict[str, Mismatch]) -> None:
     print("\n".join(line(name, mismatch) for name, mismatch in found.items()))
 
 
-async def main(url: str = "", prompts: int = 100, svg: str = "") -> dict[str, Mismatch]:
+async def main(url: str = "", prompts: int = 100, chart: str = "") -> dict[str, Mismatch]:
     samples = await draw(url, prompts)
     found = spoiled(samples)
     if not url:  # only a server of our own can be started without exactness
@@ -92,8 +91,8 @@ async def main(url: str = "", prompts: int = 100, svg: str = "") -> dict[str, Mi
         policy = Policy(str(embedded_model_path()), 0.0)
         found["the engine's exactness off"] = measure(loose, scored(policy, loose), against="sampling")
     print_table(found)
-    if svg:
-        Path(svg).write_text(found["bfloat16"].svg())
+    if chart:
+        plot_mismatch(found["bfloat16"], chart)
     return found
 
 
@@ -103,5 +102,5 @@ if __name__ == "__main__":
     )
     parser.add_argument("--url", default="")
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--svg", default="")
+    parser.add_argument("--chart", default="", help="a file that ends with .svg, .png or .pdf")
     asyncio.run(main(**vars(parser.parse_args())))

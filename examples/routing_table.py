@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 from mismatch_table import print_table, scored
-from plain import plain_logprobs
-from policy import Policy
-from serving import sampler_for
-from sums import HELD_OUT, MAX_TOKENS, question
+from support.plain import plain_logprobs
+from support.policy import Policy
+from support.serving import sampler_for
+from support.sums import HELD_OUT, MAX_TOKENS, question
 from upcycle import upcycle
 
 from myserve.sdk import SampledCompletion
-from myserve.sdk.mismatch.measure import Mismatch, measure
+from myserve.sdk.mismatch import Mismatch, measure
 
 
 async def draw(model: str, prompts: int) -> list[SampledCompletion]:

@@ -11,8 +11,8 @@ import asyncio
 from statistics import fmean
 from typing import Any
 
-from serving import sampler_for
-from sums import HELD_OUT, MAX_TOKENS, Sum, question
+from support.serving import sampler_for
+from support.sums import HELD_OUT, MAX_TOKENS, Sum, question
 
 from myserve.adapters.tinker import SamplerTokenCompleter
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serving import Server
-from sums import MAX_TOKENS, PRACTICE, question
+from support.serving import Server
+from support.sums import MAX_TOKENS, PRACTICE, question
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myserve.adapters.trl import Rollouts, trl_rollout_func

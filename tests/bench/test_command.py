@@ -154,4 +154,4 @@ def test_what_cannot_be_measured_is_said_in_a_line(ours: str) -> None:
     nobody = bench("http://127.0.0.1:9", "--model", "m")
     assert nobody.exit_code == 1
     assert "no answer from http://127.0.0.1:9" in " ".join(nobody.output.split())
-    assert "SVG" in bench(ours, "--chart", "chart.png").output
+    assert "ends with .svg, .png, .pdf" in bench(ours, "--chart", "chart.txt").output

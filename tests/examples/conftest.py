@@ -27,7 +27,7 @@ def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded_url(weights_dir: Path) -> Iterator[str]:
     """`myserve serve` on the embedded model, in float32, taking weights from `weights_dir`."""
-    from serving import Server
+    from support.serving import Server
 
     from myserve.embedded import embedded_model_path
 

@@ -92,9 +92,9 @@ def test_truncated_sampling_is_exact_over_its_support_and_not_without(tmp_path, 
 
 def test_a_trainer_that_is_not_exact_shows_it(embedded_url):
     """The control of every zero above."""
-    from plain import plain_logprobs
-    from serving import sampler_for
-    from sums import HELD_OUT, question
+    from support.plain import plain_logprobs
+    from support.serving import sampler_for
+    from support.sums import HELD_OUT, question
 
     from myserve.embedded import embedded_model_path
     from myserve.sdk.mismatch.measure import measure

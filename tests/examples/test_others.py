@@ -44,7 +44,7 @@ def test_the_mass_gives_the_ratio_of_importance_sampling_back():
 
 def test_the_table_of_the_mismatch_names_each_trainer(tmp_path):
     import mismatch_table
-    from serving import Server
+    from support.serving import Server
 
     from myserve.embedded import embedded_model_path
 
@@ -85,8 +85,8 @@ def trainer() -> Trainer:
 
 def test_trl_draws_with_the_trainers_weights(trainer: Trainer, tmp_path: Path):
     import torch
-    from serving import Server
-    from sums import PRACTICE, question
+    from support.serving import Server
+    from support.sums import PRACTICE, question
     from transformers import AutoTokenizer
     from trl_grpo import OnPolicy, rewards
 

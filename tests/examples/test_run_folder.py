@@ -8,7 +8,7 @@ import pytest
 
 
 def test_a_second_run_has_a_folder_of_its_own_and_the_latest_is_gone_on_with(tmp_path):
-    from run_folder import folder_to_resume, new_folder
+    from support.run_folder import folder_to_resume, new_folder
 
     config = {"seed": 7, "steps": 50, "resume": False}
     folders = [new_folder(tmp_path / "grpo", config) for _ in range(3)]
@@ -18,7 +18,7 @@ def test_a_second_run_has_a_folder_of_its_own_and_the_latest_is_gone_on_with(tmp
 
 
 def test_what_cannot_be_gone_on_with_says_why(tmp_path):
-    from run_folder import RunError, folder_to_resume, new_folder
+    from support.run_folder import RunError, folder_to_resume, new_folder
 
     with pytest.raises(RunError, match="there is no run"):
         folder_to_resume(tmp_path / "grpo", {})
@@ -31,7 +31,7 @@ def test_an_asynchronous_run_is_not_resumed_in_silence(tmp_path):
     import asyncio
 
     from grpo_async import AsyncConfig, train
-    from run_folder import RunError
+    from support.run_folder import RunError
 
     with pytest.raises(RunError, match="depends on the clock"):
         asyncio.run(train(AsyncConfig(run=str(tmp_path / "run"), resume=True)))

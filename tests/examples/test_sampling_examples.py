@@ -39,7 +39,7 @@ async def test_the_best_of_several_is_better_than_the_first(embedded_url):
 
 async def test_pairs_hold_what_was_sampled(embedded_url, tmp_path):
     import dpo_pairs
-    from sums import PRACTICE, question
+    from support.sums import PRACTICE, question
     from transformers import AutoTokenizer
 
     from myserve.embedded import embedded_model_path

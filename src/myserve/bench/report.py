@@ -1,27 +1,23 @@
-"""What a person reads: a table in the terminal, a chart in SVG."""
+"""Shows figures to a person: a table in the terminal, a chart in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from myserve.bench.figures import Figures
+from myserve.sdk.plotting import COLOURS, PALE, drawn
 
-# SVG by hand in forty lines, and no PNG: matplotlib would bring 60 MB and half a second of start-up for the sake
-# of bars, and a browser, GitHub and every editor show SVG.
-_WIDTH, _LABEL, _ROW, _BAR, _PAD = 880, 210, 34, 12, 16
-_PANEL = (_WIDTH - _LABEL - 3 * _PAD) / 2
-_STYLE = """text{font:12px system-ui,sans-serif;fill:#1f2937}.head{font-weight:600}.dim{fill:#6b7280}
-.bar{fill:#2563eb}.range{fill:#93c5fd}.mark{fill:#1d4ed8}
-@media (prefers-color-scheme:dark){svg{background:#0b1220}text{fill:#e5e7eb}.dim{fill:#9ca3af}}"""
+__all__ = ["chart", "number", "table"]
 
 
 def table(results: Mapping[str, Figures]) -> Table:
-    """One row a workload."""
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns are enough for it
+    """Return a table with a row for each workload."""
+    # no wider than 80 columns
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("workload", no_wrap=True)
     for name in ("TTFT", "p99", "between", "p90", "p99", "ms/step", "tok/s", "prefill", "req/s"):
         shown.add_column(name, justify="right", no_wrap=True)
@@ -34,7 +30,7 @@ def table(results: Mapping[str, Figures]) -> Table:
 
 
 def number(value: float | None) -> str:
-    """Three digits that mean something.
+    """Return a value with three significant digits.
 
     >>> number(1234.5), number(98.76), number(0.1234), number(None)
     ('1234', '98.8', '0.123', '–')
@@ -44,46 +40,41 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
-def svg(results: Mapping[str, Figures], title: str) -> str:
-    """A chart: tokens a second as bars; time between tokens as ranges, p50 to p99 with a mark at p90.
+def chart(results: Mapping[str, Figures], title: str, path: str | Path) -> None:
+    """Write a chart to `path` (.svg, .png or .pdf): tokens a second as bars, the time between tokens as ranges.
 
+    A range goes from p50 to p99, with a mark at p90, in ms. Raises `PlottingError` without matplotlib.
+
+    >>> import tempfile
     >>> from myserve.bench.figures import RequestTimes, figures
     >>> run = figures([RequestTimes(0.0, (0.5, 0.6, 0.7), 3, 10)], requests=1)
-    >>> svg({"1x10:3": run}, "a & b").count("<rect"), "a &amp; b" in svg({"1x10:3": run}, "a & b")
-    (3, True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     chart({"1x10:3": run}, "a & b", f"{folder}/run.svg")
+    ...     "a &amp; b" in Path(f"{folder}/run.svg").read_text()
+    True
     """
-    top = 4 * _PAD
-    height = top + _ROW * len(results) + _PAD
-    left, right = _LABEL + _PAD, _LABEL + 2 * _PAD + _PANEL
-    fastest = max(f.tokens_per_s for f in results.values())
-    slowest = max((f.inter_token_p99 or 0.0 for f in results.values()), default=0.0) or 1.0
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
-        _text(_PAD, 1.4 * _PAD, title, "head"),
-        _text(left, 3 * _PAD, "tokens per second", "dim"),
-        _text(right, 3 * _PAD, "between tokens, ms: p50 – p90 – p99", "dim"),
-    ]
-    for row, (label, f) in enumerate(results.items()):
-        y = top + row * _ROW
-        scale = _PANEL - 110  # the rest is for the numbers behind the bars
-        length = scale * f.tokens_per_s / fastest
-        parts += [_text(_PAD, y + _BAR, label), _rect(left, y, length, "bar")]
-        parts.append(_text(left + length + 6, y + _BAR - 1, number(f.tokens_per_s), "dim"))
-        if f.inter_token_p50 is None or f.inter_token_p90 is None or f.inter_token_p99 is None:
-            continue
-        low, middle, high = (
-            scale * value / slowest for value in (f.inter_token_p50, f.inter_token_p90, f.inter_token_p99)
-        )
-        parts += [_rect(right + low, y, max(2.0, high - low), "range"), _rect(right + middle, y, 2, "mark")]
-        percentiles: Sequence[float] = (f.inter_token_p50, f.inter_token_p90, f.inter_token_p99)
-        parts.append(_text(right + high + 6, y + _BAR - 1, " – ".join(map(number, percentiles)), "dim"))
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def _text(x: float, y: float, text: str, style: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{escape(text)}</text>'
-
-
-def _rect(x: float, y: float, width: float, style: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{_BAR}" rx="2" class="{style}"/>'
+    places = range(len(results))
+    with drawn(path, columns=2, width=9.0, height=1.6 + 0.42 * len(results)) as (left, right):
+        rates = [f.tokens_per_s for f in results.values()]
+        bars = left.barh(places, rates, height=0.5, color=COLOURS[0])
+        left.bar_label(bars, [number(rate) for rate in rates], padding=4, color="#374151")
+        left.set(title=title, xlabel="completion tokens a second")
+        left.set_yticks(places, list(results))
+        left.margins(x=0.15)
+        for place, f in zip(places, results.values(), strict=True):
+            if f.inter_token_p50 is None or f.inter_token_p90 is None or f.inter_token_p99 is None:
+                continue  # one token an answer: nothing lies between
+            right.plot(
+                [f.inter_token_p50, f.inter_token_p99],
+                [place] * 2,
+                lw=7,
+                solid_capstyle="butt",
+                color=PALE,
+            )
+            right.plot([f.inter_token_p90], [place], "|", ms=14, mew=2.5, color=COLOURS[0])
+        right.set(title="p50 to p99, mark: p90", xlabel="between tokens, ms")
+        right.set_yticks(places, [""] * len(results))
+        right.set_xlim(left=0)
+        for axes in (left, right):
+            axes.set_ylim(len(results) - 0.5, -0.5)  # the first workload on top, as in the table
+            axes.grid(visible=False, axis="y")

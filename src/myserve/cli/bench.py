@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from myserve.bench import report
 from myserve.bench.figures import Figures
 from myserve.bench.load import BenchError, Target
-from myserve.bench.report import svg, table
 from myserve.bench.session import Session
 from myserve.bench.workload import PRESETS, Workload
 from myserve.cli.console import DEFAULT_URL, err, fail, out
 from myserve.errors import MyserveError
+from myserve.sdk.plotting import check_chart_path
 
 DEFAULT_WORKLOADS = ("decode1", "decode8", "decode32")
 
@@ -46,22 +47,24 @@ def bench(
         int | None, typer.Option(help="Of prompts and draws. None: new ones, which no cache knows.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
-    chart: Annotated[Path | None, typer.Option(help="Write a chart here, as SVG.")] = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="Write a chart here (.svg, .png or .pdf); needs myserve[plot].")
+    ] = None,
 ) -> None:
     """Measure a server: time to the first token, time between tokens, tokens a second."""
-    if chart is not None and chart.suffix != ".svg":
-        fail(f"charts are SVG: pass --chart {chart.with_suffix('.svg')}")
     try:
+        if chart is not None:
+            check_chart_path(chart)  # before minutes of measuring
         workloads = {name: Workload.parse(name) for name in workload or DEFAULT_WORKLOADS}
         target = Target(url, model or "", os.environ.get("MYSERVE_API_KEY", ""))
         results, record = asyncio.run(_measure(target, workloads, repeat, vocab_size, seed))
     except MyserveError as error:
         fail(str(error))
-    out.print(table(results))
+    out.print(report.table(results))
     if json_file is not None:
         json_file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     if chart is not None:
-        chart.write_text(svg(results, f"{target.model} at {url}"), "utf-8")
+        report.chart(results, f"{target.model} at {url}", chart)
 
 
 async def _measure(

@@ -9,6 +9,7 @@ from myserve.sdk.concurrency.controllers import (
 from myserve.sdk.conversation import Conversation, Trajectory
 from myserve.sdk.errors import SamplingDeadlineError, SamplingError
 from myserve.sdk.options import SampleOptions
+from myserve.sdk.records.journal import JournalError
 from myserve.sdk.retry import RetryPolicy
 from myserve.sdk.sampler import DeploymentSampler
 from myserve.sdk.types import Alternative, Completions, SampledCompletion, SampleDelta, SamplerStats
@@ -22,6 +23,7 @@ __all__ = [
     "Conversation",
     "DeploymentSampler",
     "FixedConcurrencyController",
+    "JournalError",
     "RetryPolicy",
     "SampleBatch",
     "SampleDelta",

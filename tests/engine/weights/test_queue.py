@@ -1,4 +1,4 @@
-"""Updates while requests are in flight: every answer is what its marks say, judged by `benchmarks.weight_replay`.
+"""Updates while requests are in flight: every answer is what its marks say (`benchmarks.hot_load.weight_replay`).
 
 The engine's steps are taken by hand here, so that a swap falls exactly where the test wants it.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.weight_replay import numbers_of, replay
+from benchmarks.hot_load.weight_replay import numbers_of, replay
 from conftest import make_tiny_model
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig

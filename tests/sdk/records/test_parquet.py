@@ -25,7 +25,6 @@ def sample(**fields: object) -> SampledCompletion:
         {
             "top_logprobs": [
                 (Alternative(token_id=4, logprob=-0.1, token="4"), Alternative(logprob=-2.5, token="\u2028")),
-                (),
             ]
         },
         {
@@ -36,7 +35,8 @@ def sample(**fields: object) -> SampledCompletion:
         {"weight_version_spans": [{"start": 0, "end": 1, "weight_version": 3}], "weight_version": 3},
         {"stop_reason": 'it\'s "over"\n'},
         {"stop_reason": 7, "token_times": [0.25], "attempts": 3, "request_id": "req-1"},
-        {"logprobs_echoed": True, "inference_logprobs": []},
+        {"top_logprobs": [()]},
+        {"logprobs_echoed": True, "full_tokens": [4], "prompt_len": 0, "inference_logprobs": []},
     ],
 )
 def test_every_field_survives(fields, tmp_path):

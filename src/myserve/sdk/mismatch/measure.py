@@ -1,4 +1,4 @@
-"""How far a trainer's logprobs are from the sampler's, token by token, and what that looks like. Needs numpy.
+"""Measures how far a trainer's logprobs are from the sampler's, token by token, and names the cause. Needs numpy.
 
 Off-policy error is measured here and never hoped away: on-policy is an exact zero, or it is not on-policy.
 """
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from myserve.sdk.mismatch.verdict import Evidence, Verdict, judge
-from myserve.sdk.svg import line_chart
 from myserve.sdk.types import SampledCompletion
+
+__all__ = ["Against", "Gap", "Mismatch", "measure"]
 
 Against = Literal["inference", "sampling"]
 Floats = NDArray[np.float64]
@@ -23,12 +24,12 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """The differences d = trainer - sampler of N tokens, which the sampler drew: log of the importance ratios."""
+    """Summarise the differences d = trainer - sampler of N tokens that the sampler drew: logs of importance ratios."""
 
     tokens: int  # N
     equal: float  # share with d = 0, to the last bit
     kl_k1: float  # mean of -d: an unbiased estimate of KL(sampler || trainer), in nats a token
-    kl_k3: float  # mean of exp(d) - 1 - d: the same, never negative, of less variance
+    kl_k3: float  # mean of exp(d) - 1 - d: the same estimate, never negative, with less variance
     median: float  # of |d|
     p99: float
     max: float
@@ -37,7 +38,8 @@ class Gap:
 
     @classmethod
     def of(cls, d: Floats, band: tuple[float, float]) -> Gap:
-        """
+        """Return the summary of d [N]; ratios outside of `band` are counted.
+
         >>> Gap.of(np.zeros(4), (0.5, 2.0))
         Gap(tokens=4, equal=1.0, kl_k1=0.0, kl_k3=0.0, median=0.0, p99=0.0, max=0.0, ess=1.0, outside=0.0)
         """
@@ -60,7 +62,7 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """What `measure` found. `print` it for a table and the verdict; `svg()` is its plot."""
+    """The result of `measure`. `print` it for a table and the verdict; `plot_mismatch(found, path)` draws it."""
 
     all: Gap
     by_version: dict[int, Gap]  # weight version of each token, where the server says it
@@ -76,15 +78,6 @@ class Mismatch:
         lines += [f"{title:16}" + _numbers(gap, names) for title, gap in rows.items()]
         return "\n".join([*lines, str(self.verdict)])
 
-    def svg(self) -> str:
-        """|d| by place in the completion, on a logarithmic scale."""
-        places = list(self.by_position)
-        series = {
-            name: [(float(p), getattr(self.by_position[p], name)) for p in places]
-            for name in ("max", "p99", "median")
-        }
-        return line_chart(series, title=self.verdict.title, x="token of the completion", y="|d|", log_y=True)
-
 
 def measure(
     samples: Sequence[SampledCompletion],
@@ -94,7 +87,7 @@ def measure(
     band: tuple[float, float] = (0.5, 2.0),
     trainer_version: int | None = None,
 ) -> Mismatch:
-    """Compares a trainer's logprobs of each sample's completion tokens [C] with the sampler's.
+    """Compare a trainer's logprobs of each sample's completion tokens [C] with the sampler's.
 
     `against`: "inference" for logprobs at temperature 1, "sampling" for those of the distribution that was drawn from
     (a trainer that divides by the temperature). `band`: ratios within it are what a trainer would use unclipped.

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler
-from myserve.sdk.svg import line_chart
+from myserve.sdk.plotting import check_chart_path, line_plot
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = {
@@ -42,6 +42,7 @@ class Curve:
         self._live = Live(console=Console(stderr=True), refresh_per_second=4)
 
     def __enter__(self) -> Curve:
+        check_chart_path(self._run / "curve.svg")
         (self._run / "curve.jsonl").write_text("")
         self._live.start()
         return self
@@ -56,8 +57,14 @@ class Curve:
             if name != "kl_to_start"
         }
         if self._rows:
-            chart = line_chart(series, title="GRPO on two-digit sums", x="step", y="share right")
-            (self._run / "curve.svg").write_text(chart)
+            line_plot(
+                self._run / "curve.svg",
+                series,
+                title="GRPO on two-digit sums",
+                x="training step",
+                y="answers that are right",
+                percent=True,
+            )
 
     @contextmanager
     def sampling(self, sampler: DeploymentSampler, window: AdaptiveConcurrencyController) -> Iterator[None]:

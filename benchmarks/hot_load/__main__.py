@@ -14,33 +14,22 @@ import argparse
 import asyncio
 import itertools
 import random
-import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from benchmarks.weight_replay import replay
+from benchmarks.hot_load.server import MODES, SNAPSHOTS, make_snapshots, served
+from benchmarks.hot_load.weight_replay import replay
 from myserve.core.params import SamplingParams
-from myserve.embedded import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.weights.loader import load
 from myserve.engine.weights.prepare import prepare
 from myserve.sdk import DeploymentSampler, SampledCompletion
 
-SNAPSHOTS = 4
-MODES = ("keep", "drain", "keep", "abort")
 CONTROLS = 50
 
 
@@ -52,34 +41,6 @@ class Run:
     reports: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # with the mode
     snapshot_of: dict[int, int] = field(default_factory=lambda: {0: 0})  # by version
     failures: list[str] = field(default_factory=list)
-
-
-def make_snapshots(root: Path) -> None:
-    """Folders 0 to 3: the model, and the model with noise that changes what it says."""
-    tensors = load_file(embedded_model_path() / "model.safetensors")
-    shutil.copytree(embedded_model_path(), root / "0")
-    for number in range(1, SNAPSHOTS):
-        noise = torch.Generator().manual_seed(number)
-        (root / str(number)).mkdir()
-        changed = {
-            name: (t.float() + 0.02 * torch.randn(t.shape, generator=noise)).to(t.dtype)
-            for name, t in tensors.items()
-        }
-        save_file(changed, root / str(number) / "model.safetensors", metadata={"format": "pt"})
-
-
-@contextmanager
-def served(root: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "myserve", "serve", str(root / "0"), "--port", str(port)]
-    process = subprocess.Popen([*command, "--served-model-name", "demo", "--weights-dir", str(root)])
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 async def soak(url: str, seconds: float, streams: int, every: float) -> Run:

@@ -146,7 +146,7 @@ def pace_in(process: Executor, client: Callable[..., Any], *args: Any, **options
 
 
 def pace_of_reference(python: str, url: str, streams: int, tokens: int, *, logprobs: bool) -> float:
-    script = Path(__file__).with_name("reference_client.py")
+    script = Path(__file__).with_name("reference.py")
     command = [python, str(script), url, str(streams), str(tokens), str(logprobs)]
     done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert done["tokens"] == streams * tokens, f"{done['tokens']} tokens arrived, not {streams * tokens}"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hot_load import SNAPSHOTS
-from benchmarks.storm_requests import Kind
-from benchmarks.weight_replay import Numbers, replay
+from benchmarks.hot_load.server import SNAPSHOTS
+from benchmarks.hot_load.weight_replay import Numbers, replay
+from benchmarks.storm.requests import Kind
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine

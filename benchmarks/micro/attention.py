@@ -1,6 +1,6 @@
 """Attention alone, at the shape of Qwen3-0.6B: our kernel beside PyTorch's, in one run; medians.
 
-    python benchmarks/attention.py [--threads 2]
+    python -m benchmarks.micro.attention [--threads 2]
 
 Decode reads every key and value once, from memory: each layer has a cache of its own, as in a model, and the figure
 that counts is GB/s. Prefill computes: GFLOP/s over the causal half. PyTorch attends over contiguous tensors of equal

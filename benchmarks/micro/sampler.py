@@ -1,6 +1,6 @@
 """The sampler alone: milliseconds a step, ours beside torch.multinomial and transformers' warpers, in one run.
 
-python benchmarks/sampler.py [--vocab 151936] [--threads 2] [--repeats 9] [--spread 2.5]
+python -m benchmarks.micro.sampler [--vocab 151936] [--threads 2] [--repeats 9] [--spread 2.5]
 """
 
 from __future__ import annotations

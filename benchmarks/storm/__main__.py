@@ -4,7 +4,7 @@
     python -m benchmarks.storm --seconds 30
 
 A server of its own process on the embedded model. One request in five is left at a random moment, one in twenty is
-malformed; every answer that came whole is judged by `storm_judge`, against what a fresh server gives when it is asked
+malformed; every answer that came whole is judged by `judge`, against what a fresh server gives when it is asked
 for that alone. /health is asked every 50 ms by a third process, so that our own load does not slow the clock. Ends with
 status 1 where anything is not as it should be.
 """
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import aiohttp
 
-from benchmarks.hot_load import MODES, SNAPSHOTS, make_snapshots, served
-from benchmarks.storm_judge import Told, control, judge, read_stream, read_whole, replayed
-from benchmarks.storm_requests import KINDS, Kind, kinds, malformed
+from benchmarks.hot_load.server import MODES, SNAPSHOTS, make_snapshots, served
+from benchmarks.storm.judge import Told, control, judge, read_stream, read_whole, replayed
+from benchmarks.storm.requests import KINDS, Kind, kinds, malformed
 
 LEAVE, MALFORMED = 0.20, 0.05
 HEALTH_P99 = 0.1  # seconds

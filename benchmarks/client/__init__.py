@@ -1,0 +1,1 @@
+"""Client CPU: the SDK beside other clients, on one server."""

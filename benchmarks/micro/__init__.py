@@ -1,0 +1,1 @@
+"""Parts alone: attention, the sampler."""

@@ -1,0 +1,1 @@
+"""Everything at once on one server: streams, clients that leave, malformed requests, new weights."""

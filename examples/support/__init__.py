@@ -1,0 +1,1 @@
+"""Shared parts of the examples: the server, the task, the trainer's model, the table that grows."""
