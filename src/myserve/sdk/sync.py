@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack
 
 from myserve.sdk.batch import SampleBatch
-from myserve.sdk.fork import reset_after_fork
+from myserve.sdk.concurrency.fork import reset_after_fork
 from myserve.sdk.options import Messages, Prompt, SampleOptions, TokenIds
 from myserve.sdk.types import Completions, SampledCompletion
 

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from types import TracebackType
 
-from myserve.sdk.fork import reset_after_fork
+from myserve.sdk.concurrency.fork import reset_after_fork
 
 __all__ = ["Permit", "ResizableSemaphore", "Waiter"]
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from myserve.sdk.concurrency.fork import reset_after_fork
 from myserve.sdk.errors import AttemptFailed, Failure
-from myserve.sdk.fork import reset_after_fork
 
 if TYPE_CHECKING:
     import aiohttp  # imported at the first request otherwise: 0.2 s that `import myserve.sdk` need not take
