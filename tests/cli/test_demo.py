@@ -1,4 +1,4 @@
-"""`make demo ONCE=1`, less make: the embedded model answers the seed documents' prompts over HTTP."""
+"""`make demo ONCE=1`, less make: the embedded model answers the original specification's prompts over HTTP."""
 
 from __future__ import annotations
 

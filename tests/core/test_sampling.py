@@ -457,7 +457,7 @@ def test_prompt_logprobs_of_an_impossible_token_is_none() -> None:
     assert (scored.logprob, scored.top_logprobs) == (None, ((0, 0.0),))
 
 
-# -- the seed's surface -----------------------------------------------------------------------------------
+# -- the original specification's functions ----------------------------------------------------------------
 
 
 def test_apply_penalties_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""The shipped files: loaded as any model is, within the promised size, and sensible on the seeds' prompts."""
+"""The shipped files: loaded as any model is, within the promised size, and sensible on the original specification's prompts."""
 
 from __future__ import annotations
 

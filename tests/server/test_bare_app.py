@@ -1,4 +1,4 @@
-"""`myserve.main:app` as the seed document drives it: no lifespan, a new event loop for every test."""
+"""`myserve.main:app` as the original specification drives it: no lifespan, a new event loop for every test."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from myserve.server.app import create_app
 from myserve.server.settings import Settings
 
-# The seed document's test, word for word.
-SEEDS_TEST = """
+# The test of the original specification (docs/specification.md).
+SPECIFIED_TEST = """
 from httpx import AsyncClient, ASGITransport
 import pytest
 from myserve.main import app
@@ -46,10 +46,10 @@ async def test_logprobs_shape():
 
 
 @pytest.mark.usefixtures("offline")
-def test_the_seeds_own_test_passes_as_written() -> None:
+def test_the_specifications_own_test_passes() -> None:
     """Offline, with the model in the hub's cache."""
     namespace: dict[str, Any] = {}
-    exec(SEEDS_TEST, namespace)
+    exec(SPECIFIED_TEST, namespace)
     asyncio.run(namespace["test_logprobs_shape"]())
     namespace["app"].state.models.close()
 

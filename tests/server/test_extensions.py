@@ -240,10 +240,10 @@ def test_an_unseeded_answer_names_its_seed_and_version(server: Any) -> None:
     assert drawn["stop_reason"] is None
 
 
-# ---- the seed document's shape, metrics, headers
+# ---- the original specification's shape, metrics, headers
 
 
-def test_the_seeds_shape_stands_beside_openais(server: Any) -> None:
+def test_the_specifications_shape_stands_beside_openais(server: Any) -> None:
     body = chat(server, logprobs=True, top_logprobs=2)
     assert body["logprobs"] == body["choices"][0]["logprobs"]
     user = [{"role": "user", "content": PROMPT}]

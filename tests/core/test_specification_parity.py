@@ -1,4 +1,4 @@
-"""The seed document's parity test, as it is written there: one token, ours and transformers'."""
+"""The original specification's parity test (docs/specification.md): one token, ours and transformers'."""
 
 from __future__ import annotations
 
