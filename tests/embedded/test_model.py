@@ -1,4 +1,4 @@
-"""The shipped files: loaded as any model is, within the promised size, and sensible on the original specification's prompts."""
+"""The shipped files: loaded as any model is, within the promised size, right on the specification's prompts."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class TokenBytes(Sequence[bytes]):
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        vocabulary = _Vocabulary(tokenizer, vocab_size)
+        vocabulary = _TokenizerVocabulary(tokenizer, vocab_size)
         reading = _prove(vocabulary)
         self._decode = vocabulary.decode
         self._table = reading.table
@@ -165,7 +165,7 @@ class _Reading:
         return b"".join([self.table[i] for i in token_ids]).decode("utf-8", self.errors)
 
 
-class _Vocabulary:
+class _TokenizerVocabulary:
     """What a proof needs of a tokenizer: every token's spelling, and decoding of many lists at once."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
@@ -218,7 +218,7 @@ class _Vocabulary:
         return own
 
 
-def _prove(vocabulary: _Vocabulary) -> _Reading:
+def _prove(vocabulary: _TokenizerVocabulary) -> _Reading:
     """Return the first reading that agrees with the tokenizer's own decoding everywhere it is asked."""
     context = _context(vocabulary)
     for reading in _bytewise_readings(vocabulary):
@@ -239,7 +239,7 @@ def _prove(vocabulary: _Vocabulary) -> _Reading:
     return _Reading(table, stable=hold_everything)
 
 
-def _bytewise_readings(vocabulary: _Vocabulary) -> Iterator[_Reading]:
+def _bytewise_readings(vocabulary: _TokenizerVocabulary) -> Iterator[_Reading]:
     """Return the families whose tokens have bytes, each with its way to read bytes that are no UTF-8."""
     yield _Reading(_spelled(vocabulary, spell_byte_level))
     pieces = _spelled(vocabulary, spell_sentencepiece)
@@ -255,7 +255,7 @@ def _bytewise_readings(vocabulary: _Vocabulary) -> Iterator[_Reading]:
     yield _Reading(_spelled(vocabulary, spell_plain))
 
 
-def _spelled(vocabulary: _Vocabulary, spell: Callable[[str], bytes]) -> list[bytes]:
+def _spelled(vocabulary: _TokenizerVocabulary, spell: Callable[[str], bytes]) -> list[bytes]:
     table = [
         token if isinstance(token, bytes) else b"" if token is None else spell(token)
         for token in vocabulary.tokens
@@ -266,7 +266,7 @@ def _spelled(vocabulary: _Vocabulary, spell: Callable[[str], bytes]) -> list[byt
     return table
 
 
-def _repaired(vocabulary: _Vocabulary, reading: _Reading, context: list[int]) -> _Reading | None:
+def _repaired(vocabulary: _TokenizerVocabulary, reading: _Reading, context: list[int]) -> _Reading | None:
     """Return the reading with the few ids mended whose decoding is not their spelling; None if they are many."""
     ids = vocabulary.ids()
     limit = max(2, int(len(ids) * MAX_REPAIRED))
@@ -286,7 +286,10 @@ def _repaired(vocabulary: _Vocabulary, reading: _Reading, context: list[int]) ->
 
 
 def _agrees(
-    vocabulary: _Vocabulary, new_reader: Callable[[], Reader], context: list[int], limit: int = MIXED_IDS
+    vocabulary: _TokenizerVocabulary,
+    new_reader: Callable[[], Reader],
+    context: list[int],
+    limit: int = MIXED_IDS,
 ) -> bool:
     """Whether readers give the tokenizer's own text, behind `context`: ids of all kinds mixed, and the samples' ids."""
     ids = vocabulary.ids()
@@ -298,7 +301,10 @@ def _agrees(
 
 
 def _lists_that_differ(
-    vocabulary: _Vocabulary, read: Callable[[list[int]], str], context: list[int], lists: list[list[int]]
+    vocabulary: _TokenizerVocabulary,
+    read: Callable[[list[int]], str],
+    context: list[int],
+    lists: list[list[int]],
 ) -> Iterator[list[int]]:
     """Yield the lists whose text, behind `context`, is not what `read` makes of them; a few are asked at a time."""
     before = vocabulary.decode([context])[0] if context else ""
@@ -315,7 +321,7 @@ def _read(reader: Reader, ids: Sequence[int]) -> str:
     return "".join([*map(reader.feed, ids), reader.end()])
 
 
-def _behind(vocabulary: _Vocabulary, context: list[int], ids: Sequence[int]) -> list[str]:
+def _behind(vocabulary: _TokenizerVocabulary, context: list[int], ids: Sequence[int]) -> list[str]:
     """Return the text that each id adds behind `context`."""
     known = [i for i in ids if vocabulary.tokens[i] is not None]
     before = vocabulary.decode([context])[0] if context else ""
@@ -327,7 +333,7 @@ def _behind(vocabulary: _Vocabulary, context: list[int], ids: Sequence[int]) -> 
     return [added[i] for i in ids]
 
 
-def _context(vocabulary: _Vocabulary) -> list[int]:
+def _context(vocabulary: _TokenizerVocabulary) -> list[int]:
     """Return an id of letters: behind it, what a decoder does to the first token does not show.
 
     No byte token: the one behind it may be of its run.
@@ -341,7 +347,7 @@ def _context(vocabulary: _Vocabulary) -> list[int]:
     return []
 
 
-def _own_reader(vocabulary: _Vocabulary, stable: Callable[[str], str]) -> Reader:
+def _own_reader(vocabulary: _TokenizerVocabulary, stable: Callable[[str], str]) -> Reader:
     return OwnReader(lambda ids: vocabulary.decode([ids])[0], frozenset(), stable)
 
 
