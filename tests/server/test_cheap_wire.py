@@ -59,7 +59,9 @@ def test_an_interval_merges_chunks_and_changes_nothing_else(server: Any, path: s
             assert [x for c in few for x in read(c)] == [x for c in single for x in read(c)]
         assert few[-1]["finish_reason"] == single[-1]["finish_reason"]
         sizes = [len(choice["token_ids"]) for choice in few]
-        assert sizes[0] == len(single[0]["token_ids"]), "the first token never waits"
+        assert sizes[0] == next(len(c["token_ids"]) for c in single if c["token_ids"]), (
+            "the first token never waits"
+        )
         assert all(size >= 5 for size in sizes[1:-1])
         assert len(few) < len(single) / 2
 

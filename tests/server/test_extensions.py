@@ -243,15 +243,63 @@ def test_an_unseeded_answer_names_its_seed_and_version(server: Any) -> None:
 # ---- the original specification's shape, metrics, headers
 
 
-def test_the_specifications_shape_stands_beside_openais(server: Any) -> None:
+def test_the_original_specifications_shape_stands_beside_openais(server: Any) -> None:
     body = chat(server, logprobs=True, top_logprobs=2)
     assert body["logprobs"] == body["choices"][0]["logprobs"]
-    user = [{"role": "user", "content": PROMPT}]
-    for chunk in stream(
-        server, "/v1/chat/completions", model="tiny", messages=user, max_tokens=4, logprobs=True
-    ):
+
+
+def test_a_streams_deltas_have_logprobs_for_those_who_ask(server: Any) -> None:
+    """openai-python's stream helper takes lists inside a delta for its own, and dies."""
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": 4,
+        "logprobs": True,
+    }
+    for chunk in stream(server, "/v1/chat/completions", **asked, delta_logprobs=True):
         (choice,) = chunk["choices"]
         assert choice["delta"]["logprobs"] == choice["logprobs"]
+    for chunk in stream(server, "/v1/chat/completions", **asked):
+        assert chunk["choices"][0]["logprobs"] is not None
+        assert "logprobs" not in chunk["choices"][0]["delta"]
+
+
+def test_a_chats_prompt_scores_stand_where_vllm_has_them(server: Any) -> None:
+    body = chat(server, prompt_logprobs=1, n=2)
+    assert body["prompt_logprobs"] == body["choices"][0]["prompt_logprobs"]
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 3}
+    first, *others = stream(server, "/v1/chat/completions", **asked, prompt_logprobs=1)
+    assert first["prompt_logprobs"] == body["prompt_logprobs"]
+    assert not any("prompt_logprobs" in chunk for chunk in others)
+
+
+def test_every_prompt_token_has_its_rank(server: Any) -> None:
+    scored = post(server, model="tiny", prompt=PROMPT, max_tokens=1, prompt_logprobs=384)["choices"][0]
+    few = post(server, model="tiny", prompt=PROMPT, max_tokens=1, prompt_logprobs=0)["choices"][0]
+    assert len(scored["prompt_logprobs"]) > 5
+    for all_ids, own in zip(scored["prompt_logprobs"][1:], few["prompt_logprobs"][1:], strict=True):
+        ((token_id, told),) = own.items()
+        order = sorted(all_ids, key=lambda i: (-all_ids[i]["logprob"], int(i)))
+        assert told["rank"] == order.index(token_id) + 1
+        assert [all_ids[i]["rank"] for i in order] == list(range(1, 385))
+
+
+def test_the_older_form_has_the_token_itself_and_as_many_others_as_asked(server: Any) -> None:
+    for k in (0, 1, 5):
+        lists = complete(server, logprobs=k, echo=True, ignore_eos=True)["logprobs"]
+        for text, value, shown in list(
+            zip(lists["tokens"], lists["token_logprobs"], lists["top_logprobs"], strict=True)
+        )[1:]:
+            assert shown[text] == value
+            assert len(shown) in {k, k + 1} - {0}
+
+
+def test_of_the_processed_distribution_the_token_itself_has_its_number_there(server: Any) -> None:
+    asked = {"logprobs_mode": "processed", "temperature": 2.0, "ignore_eos": True, "logprobs": 1}
+    chosen = complete(server, **asked)["logprobs"]
+    entries = complete(server, **asked | {"logprobs": True, "top_logprobs": 1})["logprobs"]["content"]
+    for text, shown, entry in zip(chosen["tokens"], chosen["top_logprobs"], entries, strict=True):
+        assert shown[text] == entry["sampling_logprob"]
 
 
 def test_metrics_in_body_and_headers(server: Any) -> None:

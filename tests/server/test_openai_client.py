@@ -154,6 +154,22 @@ def test_every_chunk_has_the_same_id_and_time(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_stream_helper_collects_what_create_gives(client: openai.OpenAI, n: int) -> None:
+    """With logprobs on, where a list inside a delta would end it."""
+    asked: Any = {"model": "tiny", "messages": USER, "seed": 3, "n": n, "logprobs": True, "top_logprobs": 2}
+    asked |= {"stop": ["e", "o", "a"], "max_tokens": 400}
+    with client.chat.completions.stream(**asked) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    whole = chat(client, **asked)
+    assert {"content.delta", "content.done", "logprobs.content.delta", "logprobs.content.done"} <= kinds
+    for streamed, choice in zip(final.choices, whole.choices, strict=True):
+        assert streamed.message.content == choice.message.content
+        assert streamed.logprobs is not None and choice.logprobs is not None
+        assert streamed.logprobs.content == choice.logprobs.content
+
+
 def test_finish_reasons(client: openai.OpenAI) -> None:
     assert chat(client, max_tokens=2, extra_body={"ignore_eos": True}).choices[0].finish_reason == "length"
     eos = {"logit_bias": {"2": 100}}
@@ -222,3 +238,5 @@ def test_an_error_is_the_clients_own_exception(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         chat(client, max_tokens=100_000)
     assert long.value.code == "context_length_exceeded"
+    # by which litellm knows the error
+    assert "maximum context length is" in long.value.message

@@ -43,6 +43,7 @@ class Scored:
     token_id: int
     logprob: float | None
     top_logprobs: TopLogprobs = ()  # (id, logprob), best first
+    rank: int | None = None  # among all ids, 1 the likeliest; of equals the lower id comes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def prompt_logprobs(logits: Rows, target_ids: Sequence[int], k: int = 0) -> list
     the tokens before target t. Raises `NonFiniteLogitsError` naming the row if one holds NaN or +inf.
 
     >>> prompt_logprobs(torch.zeros(1, 4), [3], k=1)
-    [Scored(token_id=3, logprob=-1.3862943649291992, top_logprobs=((0, -1.3862943649291992),))]
+    [Scored(token_id=3, logprob=-1.3862943649291992, top_logprobs=((0, -1.3862943649291992),), rank=4)]
     """
     scored: list[Scored] = []
     # [PROMPT_CHUNK, V]: a fresh 40 MB for each chunk costs as much as the head's product
@@ -170,16 +171,29 @@ def prompt_logprobs(logits: Rows, target_ids: Sequence[int], k: int = 0) -> list
                 scores = torch.empty_like(chunk, dtype=torch.float32)
             chunk = scores[: len(chunk)].copy_(chunk)
         _require_finite(chunk, start)
-        values = chunk.gather(1, torch.tensor(targets, device=chunk.device).unsqueeze(1))[:, 0].tolist()
+        ids = torch.tensor(targets, device=chunk.device).unsqueeze(1)  # [PROMPT_CHUNK, 1]
+        own = chunk.gather(1, ids)
+        values = own[:, 0].tolist()
         ks = [k] * len(targets)
         best = listed(*best_of(chunk, ks), ks) if k else [[]] * len(targets)
         scored += [
-            Scored(token_id, normaliser.maybe_logprob(value), top_logprobs(alternatives, normaliser))
-            for token_id, value, alternatives, normaliser in zip(
-                targets, values, best, normalisers(chunk), strict=True
+            Scored(token_id, normaliser.maybe_logprob(value), top_logprobs(alternatives, normaliser), rank)
+            for token_id, value, alternatives, normaliser, rank in zip(
+                targets, values, best, normalisers(chunk), _ranks(chunk, own, ids), strict=True
             )
         ]
     return scored
+
+
+def _ranks(scores: Tensor, own: Tensor, ids: Tensor) -> list[int]:
+    """Return the rank of each row's own id, by (score, lower id first); `scores` [T, V], `own` and `ids` [T, 1]."""
+    ranks: list[int] = ((scores > own).sum(-1) + 1).tolist()
+    equals = (scores == own).sum(-1).tolist()
+    for row, count in enumerate(equals):
+        # rare, and a row's own: its rank is the same in any chunk
+        if count > 1:
+            ranks[row] += int((scores[row, : int(ids[row])] == own[row]).sum())
+    return ranks
 
 
 def _require_finite(logits: Tensor, start: int) -> None:

@@ -84,6 +84,7 @@ class PromptLogprob:
     logprob: float | None  # None at position 0
     top_logprobs: tuple[tuple[int, float], ...] = ()
     routed_experts: bytes | None = None  # of the position before it, which gives its logprob
+    rank: int | None = None  # among all ids, 1 the likeliest; None at position 0
 
 
 @dataclass(frozen=True, slots=True)

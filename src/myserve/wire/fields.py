@@ -116,7 +116,8 @@ class SamplingFields(WireModel):
     logprob_token_ids: (
         Annotated[tuple[int, ...], Field(fail_fast=True, max_length=MAX_LOGPROB_TOKEN_IDS)] | None
     ) = None
-    kept: bool | None = None
+    sampling_mask: bool | None = None
+    kept: bool | None = None  # its alias
     prompt_logprobs: Integer | None = None
     include_routing_matrix: bool | None = None
 
@@ -136,6 +137,8 @@ class GenerationRequest(SamplingFields):
 
     stream_interval: Annotated[Integer, Field(ge=1)] | None = None  # tokens a chunk
     token_arrays: bool | None = None
+    # a stream's deltas have the logprobs too, as in the original specification
+    delta_logprobs: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     raw_output: bool | None = None

@@ -41,7 +41,8 @@ class TokenLogprob(TypedDict):
     sampling_logprob: NotRequired[float | None]  # not for prompt tokens: nobody drew them
     text_offset: NotRequired[int]  # in characters, completions only
     token_id_logprobs: NotRequired[list[dict[str, Any]]]
-    kept: NotRequired[dict[str, Any]]
+    sampling_mask: NotRequired[dict[str, Any]]
+    kept: NotRequired[dict[str, Any]]  # its alias: what a request names, its answer names
     routing_matrix: NotRequired[str]  # base64 of uint8 [moe layers, experts per token]
     routing_matrix_dtype: NotRequired[Literal["uint16"]]  # little-endian; only where uint8 is too small
 
@@ -139,8 +140,9 @@ class ChatCompletion(TypedDict):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
-    logprobs: NotRequired[ChatLogprobs]  # the seed document's place: the first choice's
+    logprobs: NotRequired[ChatLogprobs]  # the first choice's, where the original specification has them
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
     perf_metrics: NotRequired[dict[str, int | float | str]]
 
 
@@ -149,7 +151,7 @@ class ChatDelta(TypedDict, total=False):
     content: str
     reasoning_content: str
     tool_calls: list[ToolCallDelta]
-    logprobs: ChatLogprobs  # the seed document's place
+    logprobs: ChatLogprobs  # with `delta_logprobs`
 
 
 class ChatChunkChoice(ChoiceExtras):
@@ -168,6 +170,7 @@ class ChatChunk(TypedDict):
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
     perf_metrics: NotRequired[dict[str, int | float | str]]
 
 

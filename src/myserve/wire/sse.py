@@ -9,6 +9,7 @@ import orjson
 
 DONE_DATA = "[DONE]"
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment: no event, and no client sees it
 
 _ANY_NEWLINE = re.compile(rb"\r\n|\r|\n")
 

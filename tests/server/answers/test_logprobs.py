@@ -94,16 +94,33 @@ def test_the_older_form(table: TokenBytes) -> None:
     assert legacy(entries) == {
         "tokens": [text[0], text[1], text[3]],
         "token_logprobs": [None, -2.0, -1.0],
-        "top_logprobs": [None, {text[2]: -0.1}, {text[3]: -0.3, text[4]: -1.3}],
+        "top_logprobs": [None, {text[2]: -0.1, text[1]: -2.0}, {text[3]: -0.3, text[4]: -1.3}],
         "text_offset": [0, 1, 2],
     }
+
+
+def test_of_equal_texts_none_is_lost(table: TokenBytes) -> None:
+    write = writer(table)
+    a, b, c, d = [i for i in range(len(table)) if write.text(i) == "�"][:4]
+    likeliest, own_second, own_not_listed = (
+        write.entry(token(a, top_logprobs=((a, -0.1), (b, -0.2), (c, -0.3)))),
+        write.entry(token(b, top_logprobs=((a, -0.1), (b, -0.2), (c, -0.3)))),
+        write.entry(token(d, top_logprobs=((a, -0.1), (b, -0.2), (65, -0.3)))),
+    )
+    entries = [likeliest, own_second, own_not_listed]
+    TextOffsets(table).write(entries)
+    assert legacy(entries)["top_logprobs"] == [
+        {"�": -0.1, f"token_id:{b}": -0.2, f"token_id:{c}": -0.3},
+        {f"token_id:{a}": -0.1, "�": -0.2, f"token_id:{c}": -0.3},
+        {f"token_id:{a}": -0.1, f"token_id:{b}": -0.2, write.text(65): -0.3, "�": -1.0},
+    ]
 
 
 def test_prompt_ranks_are_by_id(table: TokenBytes) -> None:
     write = writer(table)
     assert write.prompt_ranks(PromptLogprob(65, None), 5) is None
-    ranks = write.prompt_ranks(PromptLogprob(65, -3.0, ((66, -0.1), (67, -1.0))), 1)
+    ranks = write.prompt_ranks(PromptLogprob(65, -3.0, ((66, -0.1), (67, -1.0)), rank=7), 1)
     assert ranks == {
-        "65": {"logprob": -3.0, "rank": None, "decoded_token": write.text(65)},
+        "65": {"logprob": -3.0, "rank": 7, "decoded_token": write.text(65)},
         "66": {"logprob": -0.1, "rank": 1, "decoded_token": write.text(66)},
     }

@@ -11,8 +11,9 @@ from fastapi import Request
 from starlette.types import Message
 
 from myserve.errors import NonFiniteLogitsError
+from myserve.server.answers import streaming
 from myserve.server.answers.streaming import ClientGoneError, EventStream, unless_gone
-from myserve.wire.sse import SSEDecoder
+from myserve.wire.sse import KEEP_ALIVE, SSEDecoder
 
 
 class Client:
@@ -164,3 +165,47 @@ async def test_work_that_ends_first_gives_its_result_or_its_error() -> None:
     assert await unless_gone(request_of(Client()), result()) == 7
     with pytest.raises(NonFiniteLogitsError):
         await unless_gone(request_of(Client()), failure())
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_waits_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.01)
+    waited = asyncio.Event()
+
+    async def late() -> AsyncGenerator[Mapping[str, Any], None]:
+        await waited.wait()
+        yield {"i": 0}
+
+    client = Client()
+    sending = asyncio.ensure_future(
+        EventStream(late(), lambda: None)({"type": "http"}, client.receive, client.send)
+    )
+    async with asyncio.timeout(10):
+        while sum(message.get("body") == KEEP_ALIVE for message in client.received) < 3:
+            await asyncio.sleep(0.005)
+        waited.set()
+        await sending
+    assert client.events == [("message", '{"i":0}'), ("message", "[DONE]")]  # a comment is no event
+
+
+@pytest.mark.asyncio
+async def test_the_choices_of_a_step_do_not_keep_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that are all there at once give the loop back in between."""
+    monkeypatch.setattr(streaming, "LOOP_SECONDS", 0.0)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def ready() -> AsyncGenerator[Mapping[str, Any], None]:
+        for i in range(100):
+            yield {"i": i}
+
+    client, other = Client(), asyncio.ensure_future(others())
+    await EventStream(ready(), lambda: None)({"type": "http"}, client.receive, client.send)
+    other.cancel()
+    assert turns >= 100
+    assert len(client.events) == 101

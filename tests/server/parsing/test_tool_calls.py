@@ -122,3 +122,38 @@ def test_every_header_is_one_that_the_reader_reads() -> None:
     for style in (HERMES, LLAMA3_JSON):
         text = style.header("get_weather") + json.dumps({"city": "Ulm"}) + style.footer
         assert read(style, [text + style.between + text]) == 2 * [("get_weather", '{"city": "Ulm"}')]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"a": 1E5}',
+        '{"a": 1e400, "b": -0}',
+        '{ "a" : "\\u00e9" }',
+        '{"a": 12345678901234567890123}',
+        "{}",
+        '{"a": "}"}',
+    ],
+)
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+def test_arguments_are_the_models_own_text_in_any_order(arguments: str, key: str) -> None:
+    """Read and written anew, 1e400 would be Infinity."""
+    for call in (
+        f'{{"{key}": {arguments}, "name": "f"}}',
+        f'{{"id": "x", "name": "f", "{key}": {arguments}}}',
+        f'{{"name": "f", "{key}": {json.dumps(arguments)}}}',
+        f'{{ "name" : "f" , "{key}" : {arguments} }}',
+    ):
+        assert read(HERMES, [f"<tool_call>{call}</tool_call>"]) == [("f", arguments)]
+        assert read(HERMES, list(f"<tool_call>{call}</tool_call>")) == [("f", arguments)]
+
+
+@pytest.mark.parametrize("call", ['{"name": "f"}', '{"name": "f", "arguments": null}'])
+def test_a_call_without_arguments_has_an_empty_object(call: str) -> None:
+    assert read(HERMES, [f"<tool_call>{call}</tool_call>"]) == [("f", "{}")]
+
+
+@pytest.mark.parametrize("arguments", ["42626", "Infinity", "[1]", "true", '"x"', '{"a": NaN}', '"[1]"'])
+def test_arguments_that_are_no_object_are_no_call(arguments: str) -> None:
+    text = f'<tool_call>{{"arguments": {arguments}, "name": "f"}}</tool_call>'
+    assert read(HERMES, [text]) == [text]

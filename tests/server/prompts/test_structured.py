@@ -265,6 +265,59 @@ def test_a_conversation_with_results_goes_on(ask: Callable[..., Any]) -> None:
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
+@pytest.mark.parametrize("arguments", ["", " ", "\n"])
+def test_a_call_without_arguments_goes_back_as_an_empty_object(
+    ask: Callable[..., Any], arguments: str
+) -> None:
+    """Clients send it so, and templates iterate it."""
+
+    def prompt(arguments: str) -> list[int]:
+        call = {"id": "c", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+        turns = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        turns.append({"role": "tool", "tool_call_id": "c", "content": "noon"})
+        answer = ask(messages=turns, tools=[CLOCK], max_tokens=1, extra_body=OFF | {"return_token_ids": True})
+        ids: list[int] = answer.prompt_token_ids
+        return ids
+
+    assert prompt(arguments) == prompt("{}")
+    assert prompt(arguments) != prompt('{"a": 1}')  # the control
+
+
+SHAPES: dict[str, Any] = {
+    "none": None,
+    "{}": {},
+    "empty": {"type": "object", "properties": {}},
+    "no type": {"properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
+    "or null": {
+        "type": ["object", "null"],
+        "properties": {"a": {"enum": [1]}},
+        "additionalProperties": False,
+    },
+    "$ref": {"$defs": {"P": {"properties": {"n": {"enum": [7]}}, "required": ["n"]}}, "$ref": "#/$defs/P"},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_arguments_are_an_object_whatever_the_tool_says(ask: Callable[..., Any], shape: str) -> None:
+    function = {"name": "f"} | ({} if SHAPES[shape] is None else {"parameters": SHAPES[shape]})
+    tools = [{"type": "function", "function": function}]
+    for seed in range(4):
+        answer = ask(
+            messages=USER, tools=tools, tool_choice="required", seed=seed, max_tokens=80, extra_body=OFF
+        )
+        for call in answer.choices[0].message.tool_calls:
+            arguments = json.loads(call.function.arguments)
+            assert isinstance(arguments, dict)
+            if shape in ("none", "{}", "empty"):
+                assert arguments == {}
+
+
+def test_parameters_of_another_type_are_refused(ask: Callable[..., Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]
+    with pytest.raises(openai.BadRequestError, match="must be of type 'object'"):
+        ask(messages=USER, tools=tools, tool_choice="required", extra_body=OFF)
+
+
 def test_a_tools_text_cannot_write_control_tokens(ask: Callable[..., Any], servers: Any) -> None:
     codec = servers.model("hermes").codec
     answer = ask(tools=[WEATHER], tool_choice="required", extra_body=OFF | {"return_token_ids": True}, seed=1)

@@ -151,14 +151,14 @@ def checked_max_tokens(num_prompt_tokens: int, asked: int | None, max_model_len:
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens and the context is {max_model_len} long; "
-            "shorten the prompt so that at least one token fits",
+            f"the prompt has {num_prompt_tokens} tokens, and this model's maximum context length is {max_model_len} "
+            "tokens; shorten the prompt so that at least one token fits",
             param="prompt",
         )
     if asked is not None and asked > room:
         raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {asked}, together more than the context of "
-            f"{max_model_len}; ask for at most {room}, or leave max_tokens out",
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {asked}, and this model's maximum context "
+            f"length is {max_model_len} tokens; ask for at most {room}, or leave max_tokens out",
             param="max_tokens",
         )
     return room if asked is None else asked

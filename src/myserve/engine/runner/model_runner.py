@@ -287,7 +287,7 @@ class ModelRunner:
             if self._asks_routing(request):
                 routed = heard.from_row(first - part.start).rows(range(len(targets)))
             gathered.extend(
-                PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs, experts)
+                PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs, experts, scored.rank)
                 for scored, experts in zip(scores, routed, strict=True)
             )
 

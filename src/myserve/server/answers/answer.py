@@ -43,6 +43,7 @@ class ActiveAnswer(Generic[R]):
             model.codec.token_bytes,
             skip_special_tokens=request.skip_special_tokens is not False,
             as_ids=bool(request.return_tokens_as_token_ids),
+            mask_name="kept" if request.kept else "sampling_mask",
             routing_shape=model.engine.routing_shape,
         )
         return cls(request, model, answer_id, Tokenizing(model.tokenizer_thread), tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from myserve.engine.outputs import PromptLogprob, RoutingShape, TokenOutput
 from myserve.engine.token_bytes import TokenBytes
@@ -24,12 +24,14 @@ class TokenWriter:
         *,
         skip_special_tokens: bool,
         as_ids: bool,
+        mask_name: Literal["sampling_mask", "kept"] = "sampling_mask",
         routing_shape: RoutingShape | None = None,
     ) -> None:
         self._table = table
         self._routing_is_wide = routing_shape is not None and routing_shape.dtype == "uint16"
         self._hidden = table.special_ids if skip_special_tokens else frozenset[int]()
         self._as_ids = as_ids
+        self._mask_name = mask_name
         self._shown: dict[int, tuple[str, list[int]]] = {}  # the likeliest alternatives come again and again
 
     def text(self, token_id: int) -> str:
@@ -73,7 +75,7 @@ class TokenWriter:
                 for i, value in token.token_id_logprobs
             ]
         if token.kept is not None:
-            entry["kept"] = {
+            entry[self._mask_name] = {
                 "token_ids": list(token.kept.token_ids),
                 "mass": token.kept.mass,
                 "entropy": token.kept.entropy,
@@ -102,14 +104,14 @@ class TokenWriter:
             entry["routing_matrix_dtype"] = "uint16"
 
     def prompt_ranks(self, token: PromptLogprob, top: int) -> dict[str, Any] | None:
-        """vLLM's form of a prompt token's alternatives: by id, with the rank where it is known."""
+        """Return vLLM's form of a prompt token and its alternatives: by id, each with its rank among all ids."""
         if token.logprob is None:
             return None
         ranked = {
             str(i): {"logprob": value, "rank": rank, "decoded_token": self.text(i)}
             for rank, (i, value) in enumerate(_finite_pairs(token.top_logprobs[:top]), start=1)
         }
-        own = {"logprob": token.logprob, "rank": None, "decoded_token": self.text(token.token_id)}
+        own = {"logprob": token.logprob, "rank": token.rank, "decoded_token": self.text(token.token_id)}
         return {str(token.token_id): own} | ranked
 
     def _alternatives(self, pairs: Iterable[tuple[int, float]]) -> list[TopLogprob]:
@@ -143,15 +145,17 @@ class TextOffsets:
             self._reader.take(token_id, bytes(raw or ()))
 
 
-def legacy(entries: Sequence[TokenLogprob]) -> LegacyLogprobs:
+def legacy(entries: Sequence[TokenLogprob], *, processed: bool = False) -> LegacyLogprobs:
     """The completions route's four lists, of entries that have their offsets.
 
-    Alternatives are a dict by text there, so of two with the same text the likelier one is kept.
+    Alternatives are a dict by text there: the k likeliest and the token itself, so up to k + 1, as OpenAI has them.
+    Of several with the same text (halves of characters) the token itself has the text, else the likeliest; the others
+    are written `token_id:7`. `processed`: alternatives are of the distribution that was drawn from.
     """
     lists: LegacyLogprobs = {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
-        "top_logprobs": [_by_text(entry) for entry in entries],
+        "top_logprobs": [_by_text(entry, processed) for entry in entries],
         "text_offset": [entry["text_offset"] for entry in entries],
     }
     if any("routing_matrix" in entry for entry in entries):
@@ -163,11 +167,23 @@ def as_base64(raw: bytes) -> str:
     return base64.b64encode(raw).decode("ascii")
 
 
-def _by_text(entry: TokenLogprob) -> dict[str, float] | None:
-    if entry["logprob"] is None:
+def _by_text(entry: TokenLogprob, processed: bool) -> dict[str, float] | None:
+    own, own_id, value = entry["token"], entry["token_id"], entry["logprob"]
+    if processed:
+        value = entry.get("sampling_logprob", value)
+    if value is None:
         return None
-    likeliest_last = reversed(entry["top_logprobs"])
-    return {alternative["token"]: alternative["logprob"] for alternative in likeliest_last}
+    shown: dict[str, float] = {}
+    for alternative in entry["top_logprobs"]:
+        token_id, text = alternative["token_id"], alternative["token"]
+        if token_id == own_id:
+            text = own
+        elif text == own or text in shown:
+            text = f"token_id:{token_id}"
+        shown[text] = alternative["logprob"]
+    # it is missing where k others are likelier
+    shown.setdefault(own, value)
+    return shown
 
 
 def _finite(value: float) -> float | None:

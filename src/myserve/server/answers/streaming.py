@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from myserve.server.errors import TooSlowError, error_body, status_of
-from myserve.wire.sse import DONE, encode_event
+from myserve.wire.sse import DONE, KEEP_ALIVE, encode_event
 
 log = logging.getLogger("myserve.server")
 
@@ -22,6 +22,8 @@ T = TypeVar("T")
 # An event's value, or its JSON where it was large and was written elsewhere.
 Chunk = Mapping[str, Any] | bytes
 
+# Proxies cut what is silent for 60 s: a stream that waits in the queue, or for a long prompt, says that it lives.
+KEEP_ALIVE_SECONDS = 15.0
 LOOP_SECONDS = 0.02  # that a stream keeps the event loop at a time
 SLICE = 256  # items of a list that are written as JSON at a time
 WRITTEN_INLINE_BYTES = 1 << 17  # a larger answer, or chunk, is written in a thread
@@ -145,7 +147,11 @@ async def _bursts(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, 
                 yield burst
             else:
                 woken.clear()
-                await woken.wait()
+                try:
+                    async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                        await woken.wait()
+                except TimeoutError:
+                    yield KEEP_ALIVE
         await collecting
     finally:
         collecting.cancel()
@@ -156,15 +162,22 @@ async def _encoded(
     chunks: AsyncGenerator[Chunk, None], encode: Callable[[bytes], bytes], done: bytes
 ) -> AsyncGenerator[bytes, None]:
     loop = asyncio.get_running_loop()
-    began = loop.time()
+    had_loop, is_marked = loop.time(), False
+
+    def mark() -> None:
+        nonlocal had_loop, is_marked
+        had_loop, is_marked = loop.time(), False
+
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield encode(chunk if isinstance(chunk, bytes) else to_json(chunk))
                 # All choices of a step may be there at once: then nothing here would wait for anything.
-                if loop.time() - began > LOOP_SECONDS:
+                if not is_marked:
+                    loop.call_soon(mark)
+                    is_marked = True
+                if loop.time() - had_loop > LOOP_SECONDS:
                     await asyncio.sleep(0)
-                    began = loop.time()
     except Exception as error:
         if status_of(error) >= 500:
             log.error("a stream failed", exc_info=error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from myserve.server.parsing.marks import held_back
+
 START, END = "<think>", "</think>"
 
 
@@ -66,7 +68,7 @@ class ThinkingReader:
         if mark:
             self._part, self._buffer = _Part.GAP, rest
         else:
-            held = 0 if final else _held(thought)
+            held = 0 if final else held_back(thought, END, space="\n")
             thought, self._buffer = thought[: len(thought) - held], thought[len(thought) - held :]
         if mark or final:
             thought = thought.rstrip("\n")
@@ -94,10 +96,3 @@ def thinking_tokens(tokens: Sequence[bytes], *, begun: bool) -> int:
         elif closing in text[-len(closing) - len(data) :]:
             return count
     return len(tokens) if begun else 0
-
-
-def _held(text: str) -> int:
-    """How much of the end may belong to the closing mark: its beginning, and line breaks before it."""
-    length = next((n for n in range(min(len(END) - 1, len(text)), 0, -1) if text.endswith(END[:n])), 0)
-    before = text[: len(text) - length]
-    return length + len(before) - len(before.rstrip("\n"))

@@ -11,7 +11,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+
+from myserve.server.parsing.marks import held_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class CallReader:
             self._space = before[len(before.rstrip()) :]
             self._buffer, self._state = rest, _ReaderState.HEADER
             return True
-        held = _held(before, self._begin)
+        held = held_back(before, self._begin)
         if final:
             held = len(before) if self._after_call and not before.strip() else 0
         self._text(before[: len(before) - held])
@@ -174,15 +175,16 @@ class CallReader:
         return any(b.startswith(compact) or compact.startswith(b) for b in _BEGINNINGS)
 
     def _whole_call(self, body: str) -> list[ScheduledTokens] | None:
-        """A call whose parts stand in another order than models write them."""
+        """Return a call whose parts stand in another order than models write them; its arguments as they stand."""
         try:
-            call: Any = json.loads(body)
+            parts = _raw_parts(body)
+            name = json.loads(parts.get("name", "null"))
+            arguments = _raw_object(parts.get("arguments", parts.get("parameters", "{}")))
         except (ValueError, RecursionError):
             return None
-        if not isinstance(call, dict) or call.get("name") not in self._names:
+        if not isinstance(name, str) or name not in self._names:
             return None
-        arguments = call.get("arguments", call.get("parameters", {}))
-        return [CallStart(call["name"]), Arguments(json.dumps(arguments, ensure_ascii=False))]
+        return [CallStart(name), Arguments(arguments)]
 
     def _arguments(self, final: bool) -> bool:
         length = self._json.read(self._buffer)
@@ -214,6 +216,51 @@ class CallReader:
             self._after_call = False
 
 
+def _raw_parts(text: str) -> dict[str, str]:
+    """Return the fields of an object with each value's own text: a number written anew may be another number.
+
+    >>> _raw_parts(' {"a": 1E5, "b": {"c": [1e400]}}')
+    {'a': '1E5', 'b': '{"c": [1e400]}'}
+    """
+    if not isinstance(_DECODER.decode(text), dict):
+        raise ValueError("a call is an object")
+    parts: dict[str, str] = {}
+    at = text.index("{") + 1
+    while text[at := _behind_space(text, at)] != "}":
+        key, at = _DECODER.raw_decode(text, at)
+        start = _behind_space(text, text.index(":", at) + 1)
+        _, at = _DECODER.raw_decode(text, start)
+        parts[key] = text[start:at]
+        at = _behind_space(text, at)
+        at += text[at] == ","
+    return parts
+
+
+def _raw_object(text: str) -> str:
+    """Return the text of an object, or of one that stands in a string; null is an empty one. Raises ValueError."""
+    value = _DECODER.decode(text)
+    if isinstance(value, str):
+        text, value = value, _DECODER.decode(value)
+    if value is None:
+        return "{}"
+    if not isinstance(value, dict):
+        raise ValueError("the arguments of a call are an object")
+    return text
+
+
+def _behind_space(text: str, at: int) -> int:
+    while text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
+
+
 class _Braces:
     """Where a JSON object ends: counts braces outside of strings."""
 
@@ -242,14 +289,3 @@ class _Braces:
                     self.is_closed = True
                     return position + 1
         return len(text)
-
-
-def _held(text: str, mark: str) -> int:
-    """How much of the end of `text` may belong to a `mark` that is still to come, with the white space before it.
-
-    >>> _held("a <to", "<tool_call>"), _held("a <b", "<tool_call>"), _held("a  ", "<tool_call>")
-    (4, 0, 2)
-    """
-    length = next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
-    before = text[: len(text) - length]
-    return length + len(before) - len(before.rstrip())

@@ -176,7 +176,8 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
+        # clients send "" back for a call without arguments
+        arguments = json.loads(function["arguments"].strip() or "{}")
     except RecursionError:
         raise RequestError("the arguments of a tool call are nested too deeply", param="messages") from None
     except ValueError:

@@ -21,7 +21,7 @@ _SAME = (
     *("min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     *("allowed_token_ids", "repetition_penalty", "frequency_penalty", "presence_penalty"),
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "seed", "noise"),
-    *("logprobs_mode", "logprob_token_ids", "kept", "prompt_logprobs"),
+    *("logprobs_mode", "logprob_token_ids", "prompt_logprobs"),
 )
 
 
@@ -109,6 +109,7 @@ def _params(
     fields["grammar"] = grammar_of(request)
     fields |= asked
     fields["max_tokens"] = max_tokens
+    fields["kept"] = request.sampling_mask or request.kept
     fields["stop"] = (request.stop,) if isinstance(request.stop, str) else request.stop
     fields["top_logprobs"] = top_logprobs_of(request)
     fields["routed_experts"] = request.include_routing_matrix

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.params import SamplingParams
 from myserve.errors import RequestError
 from myserve.server.parsing.tool_calls import ToolStyle
 from myserve.wire.chat import ChatCompletionRequest
-from myserve.wire.structured import NamedTool, Tool
+from myserve.wire.structured import NamedTool, Schema, Tool
 
-NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+# What may stand beside empty properties in a schema that admits no others.
+_OF_NO_PROPERTIES = frozenset(
+    {"$schema", "additionalProperties", "description", "properties", "required", "title", "type"}
+)
 MAX_TOOLS = 128  # OpenAI's own limit
 
 
@@ -112,8 +117,7 @@ def _calls(tools: Sequence[Tool], style: ToolStyle, begin: str) -> str:
     lines = ["call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
         header = begin + style.header(tool.function.name)[len(style.begin) :]
-        parameters = tool.function.parameters
-        schema = NO_ARGUMENTS if parameters is None else parameters
+        schema = _of_object(tool.function.parameters)
         lines.append(
             f"call_{i}: {json.dumps(header)} arguments_{i} {json.dumps(style.footer)}\n"
             f"arguments_{i}: %json {json.dumps(_compact(schema), ensure_ascii=False)}"
@@ -121,6 +125,30 @@ def _calls(tools: Sequence[Tool], style: ToolStyle, begin: str) -> str:
     return "\n".join(lines)
 
 
-def _compact(schema: dict[str, object] | bool) -> dict[str, object] | bool:
-    """Arguments on one line, as models are trained to write them."""
-    return {"x-guidance": {"whitespace_pattern": " "}, **schema} if isinstance(schema, dict) else schema
+def _of_object(parameters: Schema | None) -> dict[str, Any]:
+    """Return the schema of a tool's arguments, which are an object whatever the tool says of them.
+
+    Without parameters, or with none in them, the list is empty, as OpenAI has it: the one object is `{}`.
+
+    >>> _of_object({"properties": {"a": {"type": "integer"}}})
+    {'properties': {'a': {'type': 'integer'}}, 'type': 'object'}
+    >>> _of_object({"type": "object", "properties": {}})["additionalProperties"]
+    False
+    """
+    if parameters is None or parameters == {}:
+        return NO_ARGUMENTS
+    schema = dict(parameters) if isinstance(parameters, dict) else {}
+    kinds = schema.get("type", "object")
+    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
+        raise RequestError(f"a tool's parameters must be of type 'object', got {kinds!r:.80}", param="tools")
+    lists_none = (
+        schema.get("properties") == {}
+        and not schema.keys() - _OF_NO_PROPERTIES
+        and not schema.get("additionalProperties")
+    )
+    return NO_ARGUMENTS if lists_none else schema | {"type": "object"}
+
+
+def _compact(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of arguments on one line, as models are trained to write them."""
+    return {"x-guidance": {"whitespace_pattern": " "}, **schema}

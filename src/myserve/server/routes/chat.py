@@ -82,6 +82,7 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
         self._tools = tools
         self._reasoning = reasoning
         self._lists_tokens = lists_tokens(answer.request)
+        self._choices: Sequence[Choice] = ()
         self._readers: dict[int, AnswerReader] = {}  # of the choices that have begun
 
     def whole(self, choices: Sequence[Choice]) -> ChatCompletion:
@@ -99,14 +100,33 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
             body["logprobs"] = logprobs
         if self.request.return_token_ids:
             body["prompt_token_ids"] = list(choices[0].prompt_token_ids)
+        if (scores := body["choices"][0].get("prompt_logprobs")) is not None:
+            body["prompt_logprobs"] = scores  # where vLLM has them
         return body
 
+    def began(self, choices: Sequence[Choice]) -> Iterator[ChatChunk]:
+        """Remember the choices: what opens them is known when the first token is there."""
+        self._choices = choices
+        return iter(())
+
     def gained(self, choice: Choice, delta: Delta) -> Iterator[ChatChunk]:
-        """Return one chunk with what the choice gained."""
+        """Return one chunk with what the choice gained. Several choices are opened first, in order, as OpenAI does.
+
+        openai-python's stream helper relies on it: it takes the order of first chunks for the choices' indices, and
+        counts the logprobs of a later choice's first chunk twice.
+        """
+        if not self._readers and len(self._choices) > 1:
+            for opened in self._choices:
+                yield from self._chunks(opened, Delta(opened.index))
+        yield from self._chunks(choice, delta)
+
+    def _chunks(self, choice: Choice, delta: Delta) -> Iterator[ChatChunk]:
         is_first = not self._readers
         chunk = self._envelope([self._gained_by(choice, delta)])
         if is_first and self.request.return_token_ids:
             chunk["prompt_token_ids"] = list(choice.prompt_token_ids)
+        if is_first and (scores := chunk["choices"][0].get("prompt_logprobs")) is not None:
+            chunk["prompt_logprobs"] = scores
         yield chunk
 
     def ended(self, choices: Sequence[Choice]) -> Iterator[ChatChunk]:
@@ -147,7 +167,7 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
         if first:
             change = {"role": "assistant", **change}
         logprobs = self._logprobs(delta.tokens, delta.stop_tokens)
-        if logprobs is not None:
+        if logprobs is not None and self.request.delta_logprobs:
             change["logprobs"] = logprobs
         return {
             "index": choice.index,

@@ -194,4 +194,5 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         if not lists_tokens(self.request):
             return None
         is_legacy = wants_logprobs(self.request) and self.request.logprobs is not True
-        return legacy(entries) if is_legacy else {"content": entries}
+        processed = self.request.logprobs_mode == "processed"
+        return legacy(entries, processed=processed) if is_legacy else {"content": entries}
