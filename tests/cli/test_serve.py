@@ -8,6 +8,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,3 +110,42 @@ def test_an_address_that_is_none_is_said_in_a_line() -> None:
     done = myserve("serve", "--host", "no.such.host.invalid", "--port", "0")
     assert done.returncode == 1 and "cannot listen on no.such.host.invalid:0" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("level", "shown"), [("warning", True), ("error", False)])
+def test_a_start_says_what_it_does(level: str, shown: bool) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "myserve",
+        "serve",
+        "--port",
+        "0",
+        "--log-level",
+        level,
+        "--log-format",
+        "json",
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    url = server.stderr.readline().split()[-1]
+    try:
+        while not is_ready(url):
+            assert server.poll() is None
+            time.sleep(0.1)
+    finally:
+        server.terminate()
+    logged = [
+        json.loads(line) for line in server.communicate(timeout=60)[1].splitlines() if line.startswith("{")
+    ]
+    messages = [line["message"] for line in logged if line["logger"] == "myserve.start"]
+    wanted = ("reading the weights of", "packing the weights", "checking that", "kernels")
+    assert [any(word in message for message in messages) for word in wanted] == [shown] * 4
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "/ready") as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError:
+        return False

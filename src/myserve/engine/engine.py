@@ -20,6 +20,7 @@ from myserve.engine.constraints.factory import Constraints
 from myserve.engine.memory import prefault
 from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
+from myserve.engine.progress import phase
 from myserve.engine.requests.admission import ModelFacts, Submission, admit
 from myserve.engine.requests.detokenizer import Detokenizer
 from myserve.engine.requests.dispatch import Dispatcher
@@ -56,9 +57,11 @@ class Engine:
         self.tokenizer = loaded.tokenizer
         with ThreadPoolExecutor(1) as beside:  # a table of Python objects, while weights are packed
             token_bytes = beside.submit(TokenBytes, loaded.tokenizer, loaded.vocab_size)
-            self.runner = ModelRunner(loaded, config, backend)
+            with phase("packing the weights"):
+                self.runner = ModelRunner(loaded, config, backend)
         self.token_bytes = token_bytes.result()
-        self._independent = choose_batch_invariant_mode(self.runner, loaded.vocab_size)
+        with phase("checking that a request's tokens do not depend on its batch"):
+            self._independent = choose_batch_invariant_mode(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
         longest, routing = self.runner.max_model_len, self.runner.routed_experts.shape
         self.facts = ModelFacts(loaded.vocab_size, longest, loaded.eos_token_ids, routing)
@@ -87,7 +90,9 @@ class Engine:
     def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> Engine:
         """Load a path or hub id, in the calling thread. Raises UnsupportedModelError for what cannot be batched."""
         try:
-            return cls(load(model, config := config or EngineConfig()), config)
+            with phase(f"reading the weights of {model}"):
+                loaded = load(model, config := config or EngineConfig())
+            return cls(loaded, config)
         finally:
             prefault.give_back()
 

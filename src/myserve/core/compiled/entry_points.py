@@ -20,7 +20,11 @@ Kernel = Callable[..., None]  # (start, stop, *arrays): rows `start` to `stop`
 
 def kept(function: Kernel) -> Kernel:
     """Compile on first call, without the interpreter's lock, or read what was compiled from disk."""
-    return cast("Kernel", njit(nogil=True, cache=True, error_model="numpy")(function))
+    try:
+        return cast("Kernel", njit(nogil=True, cache=True, error_model="numpy")(function))
+    except RuntimeError:
+        # there is no place on this machine that Numba may write its cache to
+        return cast("Kernel", njit(nogil=True, error_model="numpy")(function))
 
 
 @cache

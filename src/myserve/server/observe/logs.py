@@ -116,3 +116,6 @@ def configure(level: str, form: Format) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("myserve", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())
+    # a start takes a while, and says so unless only errors are wanted
+    if level != "error":
+        logging.getLogger("myserve.start").setLevel(logging.INFO)
