@@ -29,7 +29,7 @@ _SAMPLER = "the sampler"
 
 
 def warm(*dtypes: torch.dtype) -> None:
-    """Make every kernel for these types ready: half a second from the cache, half a minute where they must be compiled."""
+    """Make every kernel for these types ready: half a second from the cache, half a minute where they are compiled."""
     types = "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     is_warm = cache_folder.is_complete(types)
     folder = cache_folder.cache_folder()
