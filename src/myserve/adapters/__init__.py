@@ -1,1 +1,1 @@
-"""The sampler behind other frameworks' interfaces: one file a framework, which is not imported by it."""
+"""The sampler behind other frameworks' interfaces: one file a framework; the framework itself is not imported."""

@@ -1,4 +1,4 @@
-"""tinker-cookbook: a `TokenCompleter`. What it calls and reads is written down here; the library is not imported."""
+"""tinker-cookbook: a `TokenCompleter`. The interface is written down here; the library is not imported."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["ModelInput", "SamplerTokenCompleter", "TokensWithLogprobs"]
 
 
 class ModelInput(Protocol):
-    """What is used of tinker's `ModelInput`."""
+    """The part of tinker's `ModelInput` that is used."""
 
     def to_ints(self) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class TokensWithLogprobs:
-    """tinker-cookbook's answer type, by its names; the stop sequence is among the tokens, as there."""
+    """Hold an answer under tinker-cookbook's names; the stop sequence is among the tokens, as there."""
 
     tokens: list[int]
     maybe_logprobs: list[float] | None
@@ -30,13 +30,14 @@ class TokensWithLogprobs:
 
     @property
     def logprobs(self) -> list[float]:
+        """Return the logprobs [C]. Raises ValueError where there are none."""
         if self.maybe_logprobs is None:
             raise ValueError("this completion has no logprobs")
         return self.maybe_logprobs
 
 
 class SamplerTokenCompleter:
-    """tinker-cookbook's `TokenCompleter` on a sampler: `await completer(model_input, stop)`.
+    """Complete tokens for tinker-cookbook on a sampler: `await completer(model_input, stop)`.
 
     `stop` is a list of strings or of token ids, as there; a call's `max_tokens` can only shorten. Logprobs are of the
     distribution that was drawn from.

@@ -1,4 +1,4 @@
-"""TRL: a `rollout_func` for `GRPOTrainer`. What TRL calls and reads is plain lists; the library is not imported."""
+"""TRL: a `rollout_func` for `GRPOTrainer`. It takes and returns plain lists; the library is not imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rollouts = dict[str, list[Any]]
 
 
 def trl_rollout_func(sampler: DeploymentSampler, **options: Unpack[SampleOptions]) -> Callable[..., Rollouts]:
-    """A `rollout_func` for TRL's `GRPOTrainer`: called with the prompts (and the trainer), answers with lists as long.
+    """Return a `rollout_func` for TRL's `GRPOTrainer`: called with the prompts, it returns lists as long.
 
     Gives `prompt_ids`, `completion_ids` and `logprobs` (of the distribution that was drawn from: what TRL's importance
     correction divides by), one row a prompt. Equal prompts are one group, drawn in one request: TRL repeats each prompt

@@ -1,1 +1,1 @@
-"""`myserve bench`: what any OpenAI-compatible server does under load. Runs on the base install: no torch."""
+"""`myserve bench`: measures any OpenAI-compatible server under load. Runs on the base install: no torch."""

@@ -1,4 +1,4 @@
-"""From the moments at which tokens came to the numbers that people compare. Pure arithmetic; seconds in, ms out."""
+"""Computes TTFT, inter-token time and throughput from the moments at which tokens came. Pure; seconds in, ms out."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from statistics import mean, median
 
+__all__ = ["Figures", "RequestTimes", "figures", "median_of", "ms_per_step", "percentile"]
+
 
 @dataclass(frozen=True, slots=True)
 class RequestTimes:
-    """One completion as the client saw it. Times are seconds of one monotonic clock.
+    """Hold one completion as the client saw it. Times are seconds of one monotonic clock.
 
     `times` are those of the events that brought tokens. A server may hold tokens back (half a character) or send
     two at once, so there may be fewer events than `tokens`.
@@ -24,7 +26,7 @@ class RequestTimes:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one run of a workload came to. Times in ms; None where the workload has no such thing."""
+    """Hold the figures of one run of a workload. Times in ms; None where the workload has no such thing."""
 
     ttft_p50: float
     ttft_p90: float
@@ -39,11 +41,12 @@ class Figures:
     wall_s: float
 
     def as_dict(self) -> dict[str, float | None]:
+        """Return the figures by name, rounded to six digits."""
         return {name: None if value is None else round(value, 6) for name, value in asdict(self).items()}
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0 to 100), linear between neighbours: numpy's default, without numpy.
+    """Return the q-th percentile (0 to 100), linear between neighbours: numpy's default, without numpy.
 
     >>> percentile([4.0, 1.0, 3.0, 2.0], 50), percentile([1.0, 2.0], 90)
     (2.5, 1.9)
@@ -56,7 +59,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def figures(traces: Sequence[RequestTimes], *, requests: int) -> Figures:
-    """The figures of one run. `requests`: HTTP requests, of which each may have brought several traces.
+    """Return the figures of one run. `requests`: HTTP requests, of which each may have brought several traces.
 
     >>> traces = [RequestTimes(0.0, (0.5, 0.6, 0.7), 3, 10), RequestTimes(0.0, (0.5, 0.6, 0.7), 3, 10)]
     >>> run = figures(traces, requests=2)
@@ -86,7 +89,7 @@ def figures(traces: Sequence[RequestTimes], *, requests: int) -> Figures:
 
 
 def ms_per_step(traces: Sequence[RequestTimes]) -> float | None:
-    """How long one token of every stream takes while all streams decode and none prefills.
+    """Return how long one token of every stream takes while all streams decode and none prefills.
 
     The window goes from the last stream's first token to the first stream's last one; the step is the streams' mean
     pace inside it. Gaps between events would say the same only if every token came alone; steps mixed with prefill
@@ -103,7 +106,7 @@ def ms_per_step(traces: Sequence[RequestTimes]) -> float | None:
 
 
 def _pace(trace: RequestTimes, begin: float, end: float) -> float | None:
-    """Seconds a token between the first and the last event of the window."""
+    """Return the seconds a token between the first and the last event of the window."""
     inside = [moment for moment in trace.times if begin <= moment <= end]
     if len(inside) < 2:
         return None
@@ -112,7 +115,7 @@ def _pace(trace: RequestTimes, begin: float, end: float) -> float | None:
 
 
 def median_of(runs: Sequence[Figures]) -> Figures:
-    """Field by field, the median of several runs of one workload.
+    """Return, field by field, the median of several runs of one workload.
 
     >>> runs = [figures([RequestTimes(0.0, (t,), 1, 8)], requests=1) for t in (0.1, 0.9, 0.2)]
     >>> round(median_of(runs).ttft_p50), median_of(runs).ms_per_step

@@ -1,4 +1,4 @@
-"""The load generator: sends, and notes when bytes came. Nothing is decoded while the clock runs.
+"""The load generator: sends requests, and notes when bytes came. Nothing is decoded while the clock runs.
 
 The client often shares its cores with the server that it measures, so every microsecond spent here is charged to
 the server. Hence aiohttp (a twentieth of httpx' CPU a stream), bytes kept as they came, and JSON read afterwards.
@@ -17,10 +17,13 @@ from myserve.bench.figures import Figures, RequestTimes, figures
 from myserve.bench.workload import SAMPLING, Prompt, Workload
 from myserve.errors import MyserveError
 from myserve.sdk.errors import AttemptFailed
+from myserve.sdk.transport.chunks import ChoiceChunk, chunks_of
 from myserve.sdk.transport.http import AiohttpTransport
 from myserve.sdk.transport.pool import url_of
-from myserve.sdk.transport.replies import failure_of, read_all
-from myserve.wire.sse import SSEDecoder
+from myserve.sdk.transport.replies import failure_of, read_json
+from myserve.wire.sse import DONE_DATA, SSEDecoder
+
+__all__ = ["BenchError", "ServerFeatures", "Target", "TimedRequest", "traces_of"]
 
 # From what our server, vLLM and llama.cpp take down to what every completions server takes. The first set that a
 # server answers with 200 is used: `ignore_eos` makes runs equally long, `stream_options` counts their tokens.
@@ -35,14 +38,14 @@ class BenchError(MyserveError):
 
 @dataclass(frozen=True, slots=True)
 class ServerFeatures:
-    """What this server understands: token ids as prompts, fields beyond OpenAI's."""
+    """Describe what a server understands: token ids as prompts, fields beyond OpenAI's."""
 
     takes_ids: bool
     extras: Mapping[str, Any]
     takes_filters: bool = True  # top_k and min_p
 
     def body(self, model: str, workload: Workload, prompt: Prompt, seed: int | None = None) -> dict[str, Any]:
-        """The request for one prompt; with a `seed`, one whose draws can be repeated.
+        """Return the request for one prompt; with a `seed`, one whose draws can be repeated.
 
         >>> ServerFeatures(True, {}).body("m", Workload(1, 2, 3), [7, 8], seed=5)
         {'model': 'm', 'prompt': [7, 8], 'max_tokens': 3, 'stream': True, 'temperature': 0.0, 'seed': 5}
@@ -56,7 +59,7 @@ class ServerFeatures:
 
     @classmethod
     def candidates(cls, *, ids: bool) -> Iterator[ServerFeatures]:
-        """From the richest to the poorest."""
+        """Yield them from the richest to the poorest."""
         for takes_ids in (True, False) if ids else (False,):
             for extras in _EXTRAS:
                 yield cls(takes_ids, extras, takes_filters="ignore_eos" in extras)
@@ -64,14 +67,14 @@ class ServerFeatures:
 
 @dataclass(slots=True)
 class TimedRequest:
-    """One request: when it was sent, and what came when."""
+    """Hold one request: when it was sent, and what came when."""
 
     started: float = 0.0
     reads: list[tuple[float, bytes]] = field(default_factory=list)
 
 
 class Target:
-    """A server under test. `on_read` is told of every read: a progress bar's one chance, and it must be quick."""
+    """A server under test."""
 
     def __init__(self, url: str, model: str, api_key: str = "") -> None:
         self.url = url
@@ -89,7 +92,10 @@ class Target:
         on_read: Callable[[bytes], None] = lambda data: None,
         seed: int | None = None,
     ) -> Figures:
-        """All streams at once, until the last has ended; the i-th draws with `seed` + i, where there is one."""
+        """Run all streams at once, until the last has ended; the i-th draws with `seed` + i, where there is one.
+
+        `on_read` is called with every read, for a progress bar; it must be quick. Raises BenchError.
+        """
         bodies = [
             json.dumps(
                 dialect.body(self.model, workload, prompt, seed if seed is None else seed + i)
@@ -107,7 +113,7 @@ class Target:
         return figures(traces, requests=len(recordings))
 
     async def accepts(self, workload: Workload, prompt: Prompt, dialect: ServerFeatures) -> str | None:
-        """None if the server takes such a request; else why not, in its own words."""
+        """Return None if the server takes such a request; else why not, in its own words. Raises BenchError."""
         try:
             await self._record(
                 json.dumps(dialect.body(self.model, workload, prompt)).encode(), TimedRequest()
@@ -119,24 +125,26 @@ class Target:
         return None
 
     async def get(self, path: str) -> Any:
+        """Return the JSON at `path`; None where there is no such route. Raises BenchError without an answer."""
         return await self._json("GET", path, None)
 
     async def tokenize(self, text: str) -> list[int] | None:
-        """Ids of `text`, where the server has the route (ours and vLLM's `prompt`, llama.cpp's `content`)."""
+        """Return the ids of `text`, where the server has the route (`prompt` as in vLLM, `content` as in llama.cpp)."""
         answer = await self._json("POST", "/tokenize", {"model": self.model, "prompt": text, "content": text})
         ids = answer.get("tokens") if isinstance(answer, dict) else None
         return ids if isinstance(ids, list) and ids and isinstance(ids[0], int) else None
 
     async def aclose(self) -> None:
+        """Close the connections."""
         await self._transport.aclose()
 
     async def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
-        """The answer's JSON; None where there is no such route."""
+        """Return the answer's JSON; None where there is no such route."""
         raw = None if body is None else json.dumps(body).encode()
         url = self.url.rstrip("/").removesuffix("/v1") + path
         try:
             async with self._transport.request(method, url, self._headers, raw) as reply:
-                return json.loads(await read_all(reply)) if reply.status == 200 else None
+                return await read_json(reply, url) if reply.status == 200 else None
         except AttemptFailed as ended:
             raise BenchError(f"no answer from {self.url} ({ended.failure.message})") from ended
 
@@ -154,26 +162,25 @@ class Target:
 
 
 def traces_of(recording: TimedRequest, workload: Workload) -> list[RequestTimes]:
-    """A trace for each of the request's choices; BenchError when one has no tokens or no end.
+    """Return a trace for each of the request's choices, read by the SDK's own decoder.
 
-    The end is a choice's `finish_reason`, not `[DONE]`: transformers' server never sends that.
+    Raises BenchError when a choice has no tokens or no end, `AttemptFailed` for an error or nonsense in the stream. The
+    end is a choice's `finish_reason`, not `[DONE]`: transformers' server never sends that.
     """
     decoder = SSEDecoder()
     times: list[list[float]] = [[] for _ in range(workload.n)]
     ends: dict[int, float] = {}
     usage: Mapping[str, Any] = {}
     for moment, data in recording.reads:
-        for event in decoder.feed(data):
-            chunk = {} if event.is_done else event.json()
-            if error := chunk.get("error"):
-                raise BenchError(f"the server failed in mid-stream: {error}")
-            usage = chunk.get("usage") or usage
-            for choice in chunk.get("choices") or ():
-                index = choice.get("index") or 0
+        for chunk in chunks_of(event for event in decoder.feed_data(data) if event != DONE_DATA.encode()):
+            usage = chunk.usage if isinstance(chunk.usage, dict) else usage
+            for choice in chunk.choices or ():
+                if choice.index >= workload.n:
+                    raise BenchError(f"a chunk came for choice {choice.index} of {workload.n}")
                 if _brings_tokens(choice):
-                    times[index].append(moment)
-                if choice.get("finish_reason"):
-                    ends[index] = moment
+                    times[choice.index].append(moment)
+                if choice.finish_reason:
+                    ends[choice.index] = moment
     if len(ends) < workload.n:
         raise BenchError("a stream ended before it was done")
     counted = usage.get("completion_tokens")
@@ -190,9 +197,8 @@ def traces_of(recording: TimedRequest, workload: Workload) -> list[RequestTimes]
     ]
 
 
-def _brings_tokens(choice: Mapping[str, Any]) -> bool:
-    """Servers may close with a choice that has a finish_reason alone: no token came with it."""
-    logprobs = choice.get("logprobs") or {}
+def _brings_tokens(choice: ChoiceChunk) -> bool:
+    """Return False for a choice that has a finish reason alone, with which some servers close a stream."""
     return bool(
-        choice.get("text") or choice.get("token_ids") or logprobs.get("tokens") or logprobs.get("content")
+        choice.text or choice.token_ids or (choice.logprobs is not None and choice.logprobs.entries())
     )

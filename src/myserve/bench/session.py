@@ -1,4 +1,4 @@
-"""One server, measured: finds out what it understands, warms up, runs each workload several times."""
+"""Measures one server: finds out what it understands, warms it up, runs each workload several times."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from myserve.bench.figures import Figures, median_of
 from myserve.bench.load import BenchError, ServerFeatures, Target
 from myserve.bench.workload import Prompt, Workload, id_prompts, text_prompts
 
+__all__ = ["Session"]
+
 
 @dataclass(slots=True)
 class Session:
-    """`ids`: what prompts are drawn from; empty for a server that takes text alone.
+    """Measure workloads on `target`. `ids`: what prompts are drawn from; empty for a server that takes text alone.
 
     `seed` makes the prompts and, when `seeds_draws`, goes with the requests: some servers (vLLM) draw slower then.
     """
@@ -28,7 +30,7 @@ class Session:
     async def open(
         cls, target: Target, *, vocab_size: int | None = None, seed: int = 0, seeds_draws: bool = False
     ) -> Session:
-        """Prompts of any ids below `vocab_size`; if None, of those that the server's tokenizer makes of a text."""
+        """Return a session with prompts of any ids below `vocab_size`; if None, of the ids that /tokenize gives."""
         if vocab_size is not None:
             return cls(target, range(vocab_size), seed, seeds_draws)
         ids = await target.tokenize(" ".join(text_prompts(Workload(1, 200, 1), seed)))
@@ -37,19 +39,20 @@ class Session:
     async def measure(
         self, workload: Workload, repeats: int
     ) -> tuple[Figures, list[Figures], ServerFeatures]:
-        """The medians of `repeats` runs, the runs, and in what words they were asked for."""
+        """Return the medians of `repeats` runs, the runs, and the features that were used. Raises BenchError."""
         dialect = await self.dialect(workload)
         await self.target.run(workload.warm_up(), self.prompts(workload.warm_up(), dialect), dialect)
         runs = [await self.run(workload, dialect) for _ in range(repeats)]
         return median_of(runs), runs, dialect
 
     async def run(self, workload: Workload, dialect: ServerFeatures) -> Figures:
+        """Return the figures of one run. Raises BenchError."""
         prompts = self.prompts(workload, dialect)
         seed = self.seed if self.seeds_draws else None
         return await self.target.run(workload, prompts, dialect, self.on_read, seed)
 
     async def dialect(self, workload: Workload) -> ServerFeatures:
-        """The richest that the server accepts for such a workload."""
+        """Return the richest features that the server accepts for such a workload. Raises BenchError for none."""
         probe = Workload(1, 4, 1, workload.sampling, workload.n)
         refusals: list[str] = []
         for dialect in ServerFeatures.candidates(ids=bool(self.ids)):
@@ -60,7 +63,7 @@ class Session:
         raise BenchError(f"{self.target.url} refused {workload}: {refusals[0]}")
 
     def prompts(self, workload: Workload, dialect: ServerFeatures) -> list[Prompt]:
-        """New ones at every call."""
+        """Return prompts, new ones at every call."""
         self._drawn += 1
         seed = self.seed * 1_000_003 + self._drawn
         if dialect.takes_ids:

@@ -1,4 +1,4 @@
-"""What is asked of a server: how many streams, how long, sampled how. Pure: no clock, no socket."""
+"""Workloads: how many streams, how long, sampled how; and prompts for them. Pure: no clock, no socket."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from myserve.errors import RequestError
+
+__all__ = ["PRESETS", "SAMPLING", "Prompt", "Workload", "id_prompts", "text_prompts"]
 
 Prompt = str | Sequence[int]
 
@@ -82,7 +84,7 @@ n8, prefill512, prefill2048
 
     @classmethod
     def parse(cls, text: str) -> Workload:
-        """A preset's name, or the short form."""
+        """Return the workload of a preset's name, or of the short form. Raises RequestError for any other text."""
         found = _FORM.fullmatch(PRESETS.get(text, text))
         if found is None or (found["sampling"] or "greedy") not in SAMPLING:
             raise RequestError(
@@ -102,16 +104,16 @@ n8, prefill512, prefill2048
 
     @property
     def choices(self) -> int:
-        """Completions in all."""
+        """Return the number of completions in all."""
         return self.streams * self.n
 
     def warm_up(self) -> Workload:
-        """The same shape in small: code paths, caches and clocks are then as in the run that counts."""
+        """Return the same shape in small: code paths, caches and clocks are then as in the run that counts."""
         return Workload(self.streams, 16, min(4, self.output_len), self.sampling, self.n)
 
 
 def id_prompts(workload: Workload, ids: Sequence[int], seed: int) -> list[list[int]]:
-    """A prompt for each stream, of ids drawn from `ids`. No two runs share one: a prefix cache has nothing.
+    """Return a prompt for each stream, of ids drawn from `ids`. No two runs share one: a prefix cache has nothing.
 
     >>> id_prompts(Workload(2, 3, 1), range(100, 1000), seed=0)
     [[859, 782, 478], [333, 560, 464]]
@@ -121,7 +123,9 @@ def id_prompts(workload: Workload, ids: Sequence[int], seed: int) -> list[list[i
 
 
 def text_prompts(workload: Workload, seed: int) -> list[str]:
-    """For servers that take no ids: as many words. What they cost in tokens, the server's `usage` tells.
+    """Return a prompt for each stream, of as many words, for servers that take no ids.
+
+    The server's `usage` tells how many tokens they are.
 
     >>> text_prompts(Workload(1, 4, 1), seed=0)
     ['on be for in']

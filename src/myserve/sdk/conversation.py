@@ -1,9 +1,9 @@
 """A conversation over many turns in which no sampled token is ever encoded again.
 
-The law: `tokens` only grows, so each prompt begins with the one before it and what was sampled after it. Where old
+`tokens` only grows, so each prompt begins with the one before it and what was sampled after it. Where old
 turns are dropped, a new trajectory begins, and the answers that it keeps are still the tokens that were sampled.
 (Encoding the whole conversation anew each turn was rejected: text that a model wrote rarely tokenizes back to the
-tokens that it sampled, and a trainer then scores tokens that nobody drew.)
+tokens that it sampled, and a trainer then scores tokens that were never drawn.)
 """
 
 from __future__ import annotations
@@ -15,20 +15,15 @@ from typing import Any, NamedTuple, Protocol
 from myserve.sdk.request import DEFAULT_MAX_TOKENS, as_token_ids
 from myserve.sdk.types import Completions, SampledCompletion
 
+__all__ = ["Conversation", "Message", "Trajectory", "TurnSampler"]
+
 Message = Mapping[str, Any]
 # Stands for an assistant's answer while a template is rendered around it; no template or model writes this.
 _MARK = "answer-7c1f9e52"
 
 
-class ChatTokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
-    def encode(self, text: str, **kwargs: Any) -> Any: ...
-
-
 class TurnSampler(Protocol):
-    """What is used of a `DeploymentSampler`."""
+    """The part of a `DeploymentSampler` that a conversation uses."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -39,7 +34,7 @@ class TurnSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One training sample: a conversation as far as each prompt began with the last. Lists are as long as `tokens`."""
+    """Hold one training sample: a conversation as far as each prompt began with the last. Equally long lists."""
 
     tokens: list[int] = field(default_factory=list)
     # True where the model chose within this trajectory: what a loss is for. Answers that a truncation carried over
@@ -51,6 +46,7 @@ class Trajectory:
     def extended(
         self, ids: Sequence[int], logprobs: Sequence[float] | None = None, *, sampled: bool
     ) -> Trajectory:
+        """Return a trajectory with `ids` behind its own."""
         return Trajectory(
             [*self.tokens, *ids],
             [*self.is_sampled, *[sampled] * len(ids)],
@@ -66,7 +62,7 @@ class _Turn(NamedTuple):
 
 @dataclass(slots=True)
 class Conversation:
-    """Turns of one dialogue with a model.
+    """Hold the turns of one dialogue with a model, and sample the next.
 
     `drift` counts the turns after which encoding the conversation anew would have given other tokens: how often
     the usual way would have trained on tokens that were never sampled. `max_context`: with it, the oldest turns are
@@ -85,7 +81,8 @@ class Conversation:
     """
 
     sampler: TurnSampler
-    preamble: Sequence[Message] = ()  # before the first turn; a truncation keeps it
+    # before the first turn; a truncation keeps it
+    preamble: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] | None = None
     max_context: int | None = None  # tokens
     drift: int = field(default=0, init=False)
@@ -95,25 +92,34 @@ class Conversation:
 
     @property
     def tokens(self) -> list[int]:
-        """What the model has before it: the last prompt and its answer."""
+        """Return the model's context: the last prompt and its answer."""
         return self._now.tokens
 
     @property
     def messages(self) -> list[Message]:
-        """The same as messages."""
+        """Return the conversation as messages."""
         return [*self.preamble, *(m for turn in self._turns for m in (*turn.messages, turn.answer))]
 
     async def say(self, content: str, **options: Any) -> SampledCompletion:
-        """The answer to what the user says; `options` are `SampleOptions` (n stays 1)."""
+        """Return the answer to a user's message; `options` are `SampleOptions` (n stays 1). Raises as `answer` does."""
         return await self.answer([{"role": "user", "content": content}], **options)
 
     async def answer(self, messages: Sequence[Message], **options: Any) -> SampledCompletion:
-        """The answer to any messages: a user's, a tool's results. A turn that fails changes nothing."""
+        """Return the answer to any messages: a user's, a tool's results. A turn that fails changes nothing.
+
+        Raises ValueError for `n`, for a template that drops earlier answers, and for a prompt or an answer that
+        `max_seq_len` keeps out; `SamplingError` as the sampler does.
+        """
         if "n" in options:
             raise ValueError("a conversation has one next answer; n belongs to sample_with_tokens")
         then = self._with_room_for(messages, options.get("max_tokens", DEFAULT_MAX_TOKENS))
         prompt = then._now.extended(then._rendered(messages), sampled=False)
-        (completion,) = await self.sampler.sample_with_prompt_tokens(prompt.tokens, **options)
+        completions = await self.sampler.sample_with_prompt_tokens(prompt.tokens, **options)
+        if completions.failures:
+            raise completions.failures[0]  # also with on_error="keep": a turn without an answer is no turn
+        if not completions:
+            raise ValueError("the conversation, with this answer, is longer than max_seq_len")
+        (completion,) = completions
         answer = {"role": "assistant", "content": completion.text}
         self._turns = [*then._turns, _Turn(tuple(messages), len(prompt.tokens), answer)]
         self._now = prompt.extended(completion.completion_tokens, completion.inference_logprobs, sampled=True)
@@ -122,15 +128,15 @@ class Conversation:
         return completion
 
     def trajectory(self) -> Trajectory:
-        """The conversation since the last truncation, as one training sample."""
+        """Return the conversation since the last truncation, as one training sample."""
         return self._now
 
     def trajectories(self) -> list[Trajectory]:
-        """Every training sample of the conversation: one, and one more for each truncation."""
+        """Return every training sample of the conversation: one, and one more for each truncation."""
         return [*self._ended, self._now]
 
     def truncate(self, keep: int) -> None:
-        """Forgets all but the last `keep` turns (what was said, and the answer); the preamble stays.
+        """Forget all but the last `keep` turns (what was said, and the answer); the preamble stays.
 
         The answers kept are the tokens that were sampled; what was said before the first of them is rendered again.
         Fewer are kept where the first would be a tool's result, for the call that it answers is gone.
@@ -149,7 +155,7 @@ class Conversation:
         self._turns = [turn._replace(answer_at=turn.answer_at + shift) for turn in kept]
 
     def _with_room_for(self, messages: Sequence[Message], max_tokens: int) -> Conversation:
-        """This conversation, or a copy without its oldest turns."""
+        """Return a copy of this conversation, without its oldest turns where there is no room for them."""
         then = replace(self)
         then._turns, then._now, then._ended = self._turns, self._now, self._ended
         if self.max_context is not None:
@@ -164,7 +170,7 @@ class Conversation:
         return as_token_ids(self._template([*self.preamble, *messages], tokenize=True))
 
     def _rendered(self, new: Sequence[Message]) -> list[int]:
-        """The ids from the end of the last answer to the start of the next one."""
+        """Return the ids from the end of the last answer to the start of the next one."""
         if not self.tokens:
             return self._opening(new)
         text = str(self._template([*self._history_with_mark(), *new], tokenize=False))
@@ -182,7 +188,7 @@ class Conversation:
         return [*messages[:-1], {**messages[-1], "content": _MARK}]
 
     def _encoded_anew(self) -> list[int]:
-        """What the usual way makes of the conversation, up to the end of the last answer."""
+        """Return the ids of the whole conversation encoded anew, up to the end of the last answer."""
         text = str(self._template([*self._history_with_mark()], tokenize=False, add_generation_prompt=False))
         text = text[: text.rindex(_MARK)] + str(self._turns[-1].answer["content"])
         ids = as_token_ids(self.sampler.tokenizer.encode(text, add_special_tokens=False))

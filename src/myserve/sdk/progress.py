@@ -1,4 +1,4 @@
-"""The bar of a batch: samples done, tokens a second, in flight, failed. It never touches stdout."""
+"""The progress bar of a batch: samples done, tokens a second, in flight, failed. It writes to stderr alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from myserve.sdk.transport.pool import ServerPool
 
+__all__ = ["SampleProgress"]
+
 
 class SampleProgress:
-    """A rich progress bar over samples; `advance` counts one, and refreshes at rich's own pace."""
+    """Show a rich progress bar over samples; it refreshes at rich's own pace."""
 
     def __init__(self, total: int, backend: ServerPool) -> None:
         self._backend = backend
@@ -31,6 +33,7 @@ class SampleProgress:
         self._task = self._progress.add_task("sampling", total=total, detail="")
 
     def advance(self, samples: int) -> None:
+        """Count `samples` more as done."""
         self._progress.update(self._task, advance=samples, detail=self._detail())
 
     def _detail(self) -> str:

@@ -1,4 +1,4 @@
-"""One run seed gives every (prompt, sample index) a seed of its own, whatever the order of the calls.
+"""Seeds: one run seed gives every (prompt, sample index) a seed of its own, whatever the order of the calls.
 
 A server of ours takes `(seed, sample index)` as its noise key, so a group of samples needs one seed. Other
 servers need one a sample: `index_seed`.
@@ -11,18 +11,20 @@ import secrets
 from collections.abc import Sequence
 from itertools import chain
 
-# 63 bits: what every server we know takes (openai-python types an int64) and what JSON parsers keep exact.
+__all__ = ["MAX_SEED", "SEED_BITS", "index_seed", "prompt_seed", "random_seed"]
+
+# 63 bits: every server that we know takes them (openai-python types an int64).
 SEED_BITS = 63
 MAX_SEED = (1 << SEED_BITS) - 1
 
 
 def random_seed() -> int:
-    """A seed for a call that named none: drawn here, so that a retry is the same sample."""
+    """Return a seed for a call that has none: drawn by the client, so that a retry is the same sample."""
     return secrets.randbits(SEED_BITS)
 
 
 def prompt_seed(run_seed: int, prompt_token_ids: Sequence[int], occurrence: int) -> int:
-    """The seed of a prompt's samples: of the run, the prompt, and how often this prompt was asked before.
+    """Return the seed of a prompt's samples: of the run, the prompt, and how often this prompt was asked before.
 
     >>> prompt_seed(7, [1, 2], 0) == prompt_seed(7, [1, 2], 0)
     True
@@ -33,7 +35,7 @@ def prompt_seed(run_seed: int, prompt_token_ids: Sequence[int], occurrence: int)
 
 
 def index_seed(seed: int, index: int) -> int:
-    """The seed of one sample, for a server that has no sample index. Index 0 keeps the seed as it is.
+    """Return the seed of one sample, for a server that has no sample index. Index 0 keeps the seed as it is.
 
     `seed + index` was rejected: it makes (seed, 1) and (seed + 1, 0) the same sample.
 

@@ -1,4 +1,4 @@
-"""Public fakes for users' own tests: the real sampler over a transport that never leaves the process.
+"""Fakes for users' own tests: the real sampler over a transport that never leaves the process.
 
 Only the network is replaced. Requests, event streams, checks, retries and limits are the real ones.
 """
@@ -16,9 +16,19 @@ from typing import Any, NamedTuple
 
 from myserve.wire.sse import DONE, encode_event
 
+__all__ = [
+    "FakeToken",
+    "NextToken",
+    "ScriptedTransport",
+    "ToyTokenizer",
+    "fake_events",
+    "scripted",
+    "tiny_model",
+]
+
 
 class ToyTokenizer:
-    """A tokenizer without a file: ids 0-255 are bytes, 256 and 257 open and close a turn.
+    """Tokenize without a file: ids 0-255 are bytes, 256 and 257 open and close a turn.
 
     >>> toy = ToyTokenizer()
     >>> toy.decode(toy.apply_chat_template([{"role": "user", "content": "hé"}], add_generation_prompt=True))
@@ -58,7 +68,7 @@ class ToyTokenizer:
 
 
 class FakeToken(NamedTuple):
-    """One token of a fake: its id, and its log-probability."""
+    """Hold one token of a fake: its id and its log-probability."""
 
     token_id: int
     logprob: float
@@ -69,7 +79,7 @@ NextToken = Callable[[Sequence[int], Sequence[int], int, int], FakeToken | None]
 
 
 def scripted(answers: Sequence[str] | Callable[[Sequence[int], int], str]) -> NextToken:
-    """Answers given in advance: sample i gets `answers[i]` (around again), or `answers(prompt_ids, i)`.
+    """Return answers given in advance: sample i gets `answers[i]` (around again), or `answers(prompt_ids, i)`.
 
     >>> scripted(["hi"])([1], [104], 0, 0)
     FakeToken(token_id=105, logprob=0.0)
@@ -85,7 +95,7 @@ def scripted(answers: Sequence[str] | Callable[[Sequence[int], int], str]) -> Ne
 
 
 def tiny_model(vocabulary: str = "abcdefgh ", mean_length: float = 24.0) -> NextToken:
-    """A real distribution over a few letters: the next depends on the last, drawn by Gumbel's race.
+    """Return a real distribution over a few letters: the next depends on the last, drawn by the Gumbel-max trick.
 
     Its noise depends on (seed, index, position), like the server's: the same request is the same sample.
 
@@ -109,7 +119,7 @@ def tiny_model(vocabulary: str = "abcdefgh ", mean_length: float = 24.0) -> Next
 
 
 def fake_events(body: Mapping[str, Any], next_token: NextToken) -> Iterator[bytes]:
-    """The event stream that a server of ours would write: one token an event, choices in turn."""
+    """Yield the event stream that our server would write: one token an event, choices in turn."""
     seed, first, prior = body["seed"], body.get("sample_index", 0), body.get("num_prior_tokens", 0)
     prompt = list(body["prompt"])
     so_far = [prompt[len(prompt) - prior :] for _ in range(body["n"])]
@@ -140,7 +150,7 @@ def fake_events(body: Mapping[str, Any], next_token: NextToken) -> Iterator[byte
 
 
 def _routing(position: int) -> str:
-    """Of a fake with two layers of eight experts, of which each token uses two."""
+    """Return routing with two layers of eight experts, of which each token uses two."""
     first, second = position % 8, position // 8 % 8
     return base64.b64encode(bytes([first, (first + 1) % 8, second, (second + 3) % 8])).decode()
 
@@ -167,7 +177,7 @@ def _choice(index: int, drawn: FakeToken | None, seed: int) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class ScriptedTransport:
-    """A transport whose answers are scripted, or drawn from `tiny_model()`; it keeps the requests it saw.
+    """Answer requests from a script, or from `tiny_model()`; keep the requests that came.
 
     >>> ScriptedTransport(["4"]).requests
     []
@@ -207,6 +217,6 @@ class _ScriptedAnswer:
 
 
 def _uniform(*key: object) -> float:
-    """A number in (0, 1) that depends on the key alone."""
+    """Return a number in (0, 1) that depends on the key alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") + 0.5) / 2.0**64

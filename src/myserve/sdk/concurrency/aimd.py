@@ -1,16 +1,18 @@
-"""The arithmetic of the window: what was seen goes in, the next window comes out. No clock, no lock."""
+"""The arithmetic of an adaptive window: observations in, the next window out. No clock, no lock."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
 
+__all__ = ["AIMD", "Observed"]
+
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the samples of one period said about the server.
+    """Hold what one period's samples tell of the server.
 
-    `avg_queue` and `avg_service` (from admission to the last token) are in seconds (None: no sample told),
+    `avg_queue` and `avg_service` (from admission to the last token) are in seconds (None: not known),
     `peak_in_flight` in samples, `kv_usage` a fraction.
     """
 
@@ -23,7 +25,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class AIMD:
-    """Additive increase, multiplicative decrease, of a window counted in samples in flight.
+    """Compute a window of samples in flight by additive increase and multiplicative decrease (AIMD).
 
     Below the target the window grows in proportion to the room that is left; above it, it halves.
 
@@ -41,7 +43,7 @@ class AIMD:
     kv_ceiling: float = 0.95
 
     def next_window(self, window: int, seen: Observed, *, gentle: bool = False) -> int:
-        """The window after `seen`. `gentle` takes away what queues beyond the target, and no more.
+        """Return the window after `seen`. `gentle` takes away what queues beyond the target, and no more.
 
         By Little's law a window is the pace times (service + queue), and while a queue stands the pace is the
         server's own. So the window with the wanted queue is `window * (service + target) / (service + queue)`.
@@ -60,12 +62,13 @@ class AIMD:
         if self.is_pressed(seen):
             return self._clamp(int(window * (self._cut(seen) if gentle else 0.5)))
         if seen.avg_queue is None or 2 * seen.peak_in_flight < window:
-            return window  # nothing was learnt: a window that is not filled says nothing about a larger one
+            # nothing was learnt: a window that is not filled tells nothing of a larger one
+            return window
         room = 1.0 - seen.avg_queue / self.target
         return self._clamp(window + ceil(self.growth * window * room))
 
     def is_pressed(self, seen: Observed) -> bool:
-        """Whether the server has more than it should: a queue over the target, a refusal, a full KV cache."""
+        """Return whether the server has more than it should: a queue over the target, a refusal, a full KV cache."""
         too_long = seen.avg_queue is not None and seen.avg_queue > self.target
         too_full = seen.kv_usage is not None and seen.kv_usage > self.kv_ceiling
         return seen.refused or too_long or too_full

@@ -1,4 +1,4 @@
-"""Controllers: how many samples may be in flight. They listen to the samples, and move the semaphore's limit."""
+"""Controllers: they decide how many samples may be in flight, from what finished samples report."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from myserve.sdk.concurrency.aimd import AIMD, Observed
 from myserve.sdk.concurrency.semaphore import ResizableSemaphore
 from myserve.wire.perf_metrics import PerfMetrics
 
+__all__ = ["AdaptiveConcurrencyController", "FixedConcurrencyController", "StepSummary"]
+
 
 class StepSummary(TypedDict):
-    """What `step_completed` returns. Averages and rates are None where no sample told."""
+    """The result of `step_completed`. Averages and rates are None where no sample reports them."""
 
     window: int  # samples in flight that the next step may have
     previous_window: int  # as it was when the step began
@@ -25,7 +27,7 @@ class StepSummary(TypedDict):
 
 @dataclass(slots=True)
 class _Tally:
-    """Sums over a period."""
+    """Sum up the samples of a period."""
 
     samples: int = 0
     queue_samples: int = 0
@@ -51,7 +53,8 @@ class _Tally:
         if metrics.prompt_tokens is not None and metrics.cached_prompt_tokens is not None:
             self.prompt_tokens += metrics.prompt_tokens
             self.cached_tokens += metrics.cached_prompt_tokens
-        if metrics.kv_cache_usage is not None:  # ours says it; Fireworks and vLLM do not
+        # our server reports it; Fireworks and vLLM do not
+        if metrics.kv_cache_usage is not None:
             self.kv_samples += samples
             self.kv_sum += samples * metrics.kv_cache_usage
 
@@ -69,7 +72,7 @@ class _Tally:
 
 
 class FixedConcurrencyController:
-    """At most `max_concurrency` samples in flight.
+    """Allow at most `max_concurrency` samples in flight. Raises ValueError for less than one.
 
     >>> FixedConcurrencyController(32).window
     32
@@ -84,25 +87,25 @@ class FixedConcurrencyController:
 
     @property
     def window(self) -> int:
-        """How many samples may be in flight now."""
+        """Return how many samples may be in flight now."""
         assert self.semaphore.limit is not None
         return self.semaphore.limit
 
     @property
     def in_flight(self) -> int:
-        """How many samples are in flight now."""
+        """Return how many samples are in flight now."""
         return self.semaphore.in_flight
 
     def observe(self, metrics: PerfMetrics, *, samples: int, limit_version: int) -> None:
-        """Takes in one answered request: its metrics, its samples, and the version of the limit that admitted it."""
+        """Take in one answered request: its metrics, its samples, and the version of the limit that admitted it."""
         self._step.add(metrics, samples)
 
     def refused(self, *, limit_version: int) -> None:
-        """Takes in a 429 or a 503."""
+        """Take in a 429 or a 503."""
         self._step.refused += 1
 
     def step_completed(self) -> StepSummary:
-        """Call it between training steps: closes the period and says what it saw."""
+        """Close the period of one training step and return its summary. Call it between steps."""
         step = self._step
         summary = StepSummary(
             window=self.window,
@@ -120,7 +123,7 @@ class FixedConcurrencyController:
 
 
 class AdaptiveConcurrencyController(FixedConcurrencyController):
-    """A window that follows the server's prefill queue: it grows below the target and shrinks above it.
+    """Move the window with the server's prefill queue: it grows below the target and shrinks above it.
 
     Between steps `step_completed` moves it, and halves it above the target. Inside a step it moves too
     (`adapt_within_step`), at most once per window of samples, judged by those alone that were admitted after the
@@ -153,7 +156,7 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
         super().__init__(initial_window)
         self.law = AIMD(min_window=min_window, max_window=max_window, target=prefill_queue_target)
         self._within_step = adapt_within_step
-        self._fresh = _Tally()  # what was admitted since the last move
+        self._fresh = _Tally()  # of what was admitted since the last move
         # Until the first pressure a step's window doubles, as TCP's does: from 16 to 128 in three moves, not ten.
         self._slow_start = replace(self.law, growth=1.0)
         self._was_pressed = False
@@ -162,7 +165,8 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
     def observe(self, metrics: PerfMetrics, *, samples: int, limit_version: int) -> None:
         super().observe(metrics, samples=samples, limit_version=limit_version)
         if limit_version != self.semaphore.limit_version:
-            return  # it queued under an older window, and says nothing about this one
+            # it queued under an older window, and tells nothing of this one
+            return
         self._fresh.add(metrics, samples)
         if self._within_step and self._fresh.samples >= self.window:
             self._move(gentle=True)
@@ -176,6 +180,7 @@ class AdaptiveConcurrencyController(FixedConcurrencyController):
             self._move(gentle=True)
 
     def step_completed(self) -> StepSummary:
+        """Move the window, close the period and return its summary."""
         self._move(gentle=self._has_moved)
         self._has_moved = False
         return super().step_completed()

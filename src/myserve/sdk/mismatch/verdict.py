@@ -1,4 +1,4 @@
-"""What a mismatch looks like: each known cause leaves a trace of its own, and is named by it. Pure. Needs numpy."""
+"""Names the cause of a mismatch by its trace: each known cause leaves one of its own. Pure. Needs numpy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+__all__ = ["Evidence", "Kind", "Verdict", "judge"]
 
 Floats = NDArray[np.float64]
 Kind = Literal[
@@ -32,7 +34,7 @@ RELATED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A cause, and what it means in words."""
+    """Hold a cause, and what it means in words."""
 
     kind: Kind
     words: str
@@ -47,7 +49,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """d = trainer - sampler of N tokens, and the same against what else the trainer may have computed. All [N]."""
+    """Hold d = trainer - sampler of N tokens, and d against what else the trainer may have computed. All [N]."""
 
     d: Floats
     sampler: Floats = field(default_factory=lambda: np.zeros(0))
@@ -65,7 +67,7 @@ class Evidence:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """The first cause, in the order below, whose trace is there.
+    """Return the first cause, in the order below, whose trace is there.
 
     >>> judge(Evidence(d=np.array([0.01, -0.02, 0.0] * 9))).kind
     'precision'
@@ -87,7 +89,7 @@ def _verdicts(e: Evidence) -> Iterator[Verdict]:
 
 
 def _by_size(e: Evidence) -> Iterator[Verdict]:
-    """What is left when no trace is there: how much it is."""
+    """Yield the verdicts that go by size alone, for a mismatch without any other trace."""
     if len(e.d) < FEW:
         yield Verdict("unclear", f"{_typical(e)}; {len(e.d)} tokens are too few to name a cause")
     fit, unfit = _samples_that_fit(e)
@@ -137,7 +139,7 @@ def _off_by_one(e: Evidence) -> Iterator[Verdict]:
 
 
 def _other_column(e: Evidence) -> Iterator[Verdict]:
-    """The trainer computed another of the sampler's distributions: without its temperature, or its truncation."""
+    """Yield a verdict where the trainer computed the sampler's other distribution: no temperature, or no truncation."""
     fitting = {name: left for name, left in e.others.items() if _is_column(e.d, left)}
     if not fitting:
         return
@@ -162,7 +164,7 @@ def _other_column(e: Evidence) -> Iterator[Verdict]:
 
 
 def _is_column(d: Floats, left: Floats) -> bool:
-    """Whether the differences d go away, but for noise of their own, when another column is taken: `left`.
+    """Return whether the differences d go away, but for noise of their own, when another column is taken: `left`.
 
     A regression of d on what lies between the columns: its slope is 1 there, and 0 for any cause that has nothing to
     do with the column. Comparing sizes alone was rejected: noise as large as a mild temperature hides it.
@@ -179,7 +181,10 @@ def _is_column(d: Floats, left: Floats) -> bool:
 
 
 def _is_truncation(e: Evidence, fitting: Mapping[str, Floats], best: str) -> bool:
-    """At temperature 1 both columns fit. Where the mass is not known: a truncation makes no token less likely."""
+    """Return whether a truncation explains it, where both columns fit at temperature 1.
+
+    Without the kept mass, a truncation is told by making no token less likely.
+    """
     if not e.sampler.any():
         return False  # greedy: that is a temperature
     if "untruncated" in e.others:
@@ -191,7 +196,7 @@ def _is_truncation(e: Evidence, fitting: Mapping[str, Floats], best: str) -> boo
 
 
 def _stale_by_version(e: Evidence) -> Iterator[Verdict]:
-    """Where some versions fit and others do not, or the trainer says that it has another one."""
+    """Yield a verdict where some versions fit and others do not, or the trainer has another one by its own account."""
     of = {int(v): e.d[e.versions == v] for v in np.unique(e.versions) if v >= 0}
     if not of:
         return
@@ -209,7 +214,7 @@ def _stale_by_version(e: Evidence) -> Iterator[Verdict]:
 
 
 def _samples_that_fit(e: Evidence) -> tuple[int, int]:
-    """How many samples fit to rounding, and how many do not; a precision spares none, but for chance.
+    """Return how many samples fit to rounding, and how many do not; a precision spares none, but for chance.
 
     Only tokens that the sampler was not sure of are asked: the others' logprobs are near 0 by any weights.
     """
@@ -221,13 +226,13 @@ def _samples_that_fit(e: Evidence) -> tuple[int, int]:
 
 
 def _explains(left: Floats, whole: Floats) -> bool:
-    """Whether little of a mismatch is left; of a few tokens, no more than rounding."""
+    """Return whether little of a mismatch is left; of a few tokens, no more than rounding."""
     enough = min(len(left), len(whole)) >= FEW
     return _size(left) < EXPLAINED * _size(whole) and (enough or _size(left) <= ROUNDING)
 
 
 def _correlation(x: Floats, y: Floats) -> float:
-    """1 where one of them does not vary: then it says nothing."""
+    """Return the correlation; 1 where one of them does not vary, for then it tells nothing."""
     x, y = x - x.mean(), y - y.mean()
     length = float(np.sqrt((x**2).sum() * (y**2).sum()))
     return float((x * y).sum()) / length if len(x) > 1 and length else 1.0

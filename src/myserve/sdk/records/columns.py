@@ -1,4 +1,4 @@
-"""Completions as columns: flat arrays with offsets, what trainers and data frames take. Needs numpy."""
+"""Completions as columns: flat arrays with offsets, as trainers and data frames take them. Needs numpy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from myserve.sdk.types import SampledCompletion
 if TYPE_CHECKING:
     import numpy as np
 
+__all__ = ["to_columns"]
+
 
 def to_columns(completions: Sequence[SampledCompletion]) -> dict[str, np.ndarray[Any, Any]]:
-    """Arrays by name. B completions with T tokens in all.
+    """Return arrays by name. B completions with T tokens in all.
 
     `tokens` [T] int32 and `offsets` [B+1] int64: completion i has `tokens[offsets[i]:offsets[i+1]]`, of which the
     first `prompt_len[i]` are its prompt. `logprobs` and `sampling_logprobs` [T] float64 are aligned with
@@ -45,7 +47,7 @@ def to_columns(completions: Sequence[SampledCompletion]) -> dict[str, np.ndarray
 
 
 def _aligned(rows: list[list[float] | None], lengths: list[int]) -> np.ndarray[Any, Any]:
-    """Rows of C or P+C-1 numbers, each at the end of its completion's tokens."""
+    """Return [T]: rows of C or P+C-1 numbers, each at the end of its completion's tokens, NaN elsewhere."""
     import numpy as np
 
     flat = np.full(sum(lengths), np.nan)

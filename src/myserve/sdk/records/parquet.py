@@ -15,11 +15,13 @@ from myserve.sdk.types import SampledCompletion
 if TYPE_CHECKING:
     import pyarrow as pa
 
+__all__ = ["ROWS_PER_GROUP", "read_parquet", "write_parquet"]
+
 ROWS_PER_GROUP = 1024  # held in memory at a time, when writing and when reading
 
 
 def write_parquet(path: str | Path, completions: Iterable[SampledCompletion]) -> int:
-    """Writes every field of each completion to `path`, as they come; returns how many there were.
+    """Write every field of each completion to `path`, as they come; return how many there were.
 
     A field is a column of its name; lists are Parquet's own lists (`full_tokens` of int32, logprobs of float64), so
     pandas, Polars, DuckDB and datasets read them. A field that a completion does not have is null.
@@ -46,7 +48,10 @@ def write_parquet(path: str | Path, completions: Iterable[SampledCompletion]) ->
 
 
 def read_parquet(path: str | Path) -> Iterator[SampledCompletion]:
-    """The completions of a file that `write_parquet` wrote, equal to what went in."""
+    """Yield the completions of a file that `write_parquet` wrote, equal to what went in.
+
+    Raises ValueError for a row that is no completion.
+    """
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:

@@ -1,4 +1,4 @@
-"""Routing matrices as arrays: from base64 to what `myserve.replay_routing` takes. Needs numpy."""
+"""Routing matrices as arrays: from base64 to the rows that `myserve.replay_routing` takes. Needs numpy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from myserve.sdk.types import SampledCompletion
 if TYPE_CHECKING:
     import numpy as np
 
+__all__ = ["NOT_KNOWN", "aligned_routing", "routing_array"]
+
 NOT_KNOWN = -1  # in place of an expert's id: replay leaves the choice to the model
 
 
 def routing_array(completion: SampledCompletion, num_moe_layers: int | None = None) -> np.ndarray[Any, Any]:
-    """A completion's routing rows as one read-only array [rows, layers with experts, experts per token], best first.
+    """Return a completion's routing as a read-only array [rows, layers with experts, experts per token], best first.
 
     The rows are as many as `routing_matrices` has; uint8, or uint16 for a model of more than 256 experts. A server
-    of ours says how many layers there are; for another one, pass `num_moe_layers`.
+    of ours reports how many layers there are; for another one, pass `num_moe_layers`.
+    Raises ValueError for a completion without routing, and for rows that do not fit.
 
     >>> sample = SampledCompletion(text="a", full_tokens=[1, 5], prompt_len=1, finish_reason="stop", completion_len=1,
     ...     routing_matrices=["AwEABw=="], routing_shape=[2, 2])
@@ -32,6 +35,8 @@ def routing_array(completion: SampledCompletion, num_moe_layers: int | None = No
     if layers is None:
         raise ValueError("the server did not say how many layers have experts: pass num_moe_layers")
     rows = [base64.b64decode(row, validate=True) for row in completion.routing_matrices]
+    if layers < 1 or completion.routing_dtype not in ("uint8", "uint16"):
+        raise ValueError(f"no routing has {layers} layers of {completion.routing_dtype!r} ids")
     dtype = np.dtype(completion.routing_dtype).newbyteorder("<")
     size = len(rows[0]) if rows else layers * dtype.itemsize
     if size % (layers * dtype.itemsize) or any(len(row) != size for row in rows):
@@ -41,9 +46,9 @@ def routing_array(completion: SampledCompletion, num_moe_layers: int | None = No
 
 
 def aligned_routing(completion: SampledCompletion, num_moe_layers: int | None = None) -> np.ndarray[Any, Any]:
-    """The routing of every token of `full_tokens` when a model reads it: int32 [P+C, layers, experts per token].
+    """Return the routing of every token of `full_tokens` when a model reads it: int32 [P+C, layers, experts per token].
 
-    It is -1 where it is not known: for the last token, which nobody has read yet, and for the prompt's but its last,
+    It is -1 where it is not known: for the last token, which was not read yet, and for the prompt's but its last,
     unless the prompt was echoed. This is what `myserve.replay_routing` takes for `full_tokens`; pad with -1.
 
     >>> sample = SampledCompletion(text="a", full_tokens=[1, 2, 5], prompt_len=2, finish_reason="stop",

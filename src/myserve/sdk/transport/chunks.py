@@ -81,7 +81,7 @@ class RawOutputChunk(msgspec.Struct, gc=False):
 class ChoiceChunk(msgspec.Struct, gc=False, kw_only=True):
     """What a chunk holds for one sample."""
 
-    index: Annotated[int, msgspec.Meta(ge=0)]
+    index: Annotated[int, msgspec.Meta(ge=0)] = 0
     text: str | None = None
     token_ids: list[int] | None = None
     logprobs: Logprobs | None = None
@@ -106,6 +106,7 @@ class Chunk(msgspec.Struct, gc=False):
 
     choices: list[ChoiceChunk] | None = None
     perf_metrics: dict[str, Any] | None = None
+    usage: Any = None
     error: Any = None
 
 
