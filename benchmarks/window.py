@@ -69,24 +69,29 @@ async def pace(url: str, model: str, controller: FixedConcurrencyController, sam
 
 def plot(watched: Watched, path: Path) -> None:
     """Write a chart of the window (left axis) and of the prefill queue (right axis) over the adaptive steps."""
-    seconds, windows, queues = zip(*watched.points, strict=True)
-    with drawn(path, height=3.8) as (left,):
+    with drawn(path, height=3.9) as (left,):
         right = left.twinx()
-        right.plot(seconds, queues, color=COLOURS[1], lw=0.9, label="prefill queue of a sample")
+        begin = 0.0
+        for number, end in enumerate(watched.steps):  # a line for each step: nothing is queued between them
+            queued = [(t, queue) for t, _, queue in watched.points if begin < t <= end]
+            label = "" if number else "prefill queue of a sample"
+            right.plot(*zip(*queued, strict=True), color=COLOURS[1], lw=0.8, label=label)
+            left.axvline(end, color="#9ca3af", ls=":", lw=1, label="" if number else "end of a training step")
+            begin = end
         right.axhline(
             watched.target, color=COLOURS[1], ls="--", lw=1, label=f"its target, {watched.target:g} s"
         )
+        seconds, windows, _ = zip(*watched.points, strict=True)
         left.step(seconds, windows, where="post", color=COLOURS[0], label="window")
-        for number, end in enumerate(watched.steps[:-1]):
-            left.axvline(end, color="#9ca3af", ls=":", lw=1, label="" if number else "end of a training step")
-        left.set(title="Window and queue over the steps of a run", xlabel="seconds of the run's own steps")
+        left.set_title("Window and queue over the steps of a run", pad=24)
+        left.set_xlabel("seconds of the run's own steps")
         left.set_ylabel("samples in flight", color=COLOURS[0])
         left.set_ylim(bottom=0)
         right.set_ylabel("seconds in the queue", color=COLOURS[1])
         right.set_ylim(bottom=0)
         right.grid(visible=False)
         lines = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-        right.legend(handles=lines, loc="upper left", ncols=2, frameon=True, framealpha=0.9, edgecolor="none")
+        left.legend(handles=lines, loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=4)
 
 
 async def run(url: str, samples: int, rounds: int, target: float, chart: Path | None) -> None:
