@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenizers import (
     AddedToken,
@@ -296,7 +296,7 @@ def byt5() -> ByT5Tokenizer:
 class TiktokenLike(PreTrainedTokenizer):
     """Written in Python, over tokens that are bytes, as the first Qwen's."""
 
-    vocab_files_names: dict[str, str] = {}  # noqa: RUF012  # as transformers declares it
+    vocab_files_names: ClassVar[dict[str, str]] = {}
 
     def __init__(self, **named: Any) -> None:
         self._tokens = [bytes([b]) for b in range(256)] + [b" the", b" fox", "你".encode(), "🦄".encode()[:2]]

@@ -1,4 +1,4 @@
-"""How one model writes thoughts and tool calls: read off its chat template, or said by the operator."""
+"""How one model writes thoughts and tool calls: read off its chat template, or set by the operator."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from myserve.errors import RequestError
 from myserve.server.parsing.thinking import END, START
 from myserve.server.parsing.tool_calls import HERMES, LLAMA3_JSON, STYLES, ToolStyle
 from myserve.server.prompts.codec import Codec
+from myserve.server.prompts.control_tokens import template_text
+
+__all__ = ["PROMPT_TAIL", "ChatStyle"]
 
 PROMPT_TAIL = 24  # tokens in which a template's opening or closing mark stands
 
@@ -24,13 +27,16 @@ class ChatStyle:
 
     @classmethod
     def of(cls, tokenizer: Any, tool_style: str = "auto") -> ChatStyle:
-        """What the tokenizer's template says; `tool_style` other than auto has precedence."""
-        template = _text(getattr(tokenizer, "chat_template", None))
+        """Read the style off the tokenizer's template; `tool_style` other than auto has precedence."""
+        template = template_text(tokenizer)
         tools = _tool_style(template) if tool_style == "auto" else STYLES.get(tool_style)
         return cls(tools, thinks=END in template)
 
     def reasoning(self, codec: Codec, prompt: Sequence[int], budget: int | None) -> Reasoning | None:
-        """How the answer to this prompt begins; None: without a thought. Raises RequestError for a vain budget."""
+        """Return how the answer to this prompt begins; None: without a thought.
+
+        Raises RequestError for a budget where the model has no thoughts.
+        """
         if not self.thinks:
             if budget is not None:
                 raise RequestError(
@@ -50,8 +56,3 @@ def _tool_style(template: str) -> ToolStyle | None:
     if "tools" in template and '"parameters"' in template and "[TOOL_CALLS]" not in template:
         return LLAMA3_JSON
     return None
-
-
-def _text(template: Any) -> str:
-    """Some tokenizers have several templates, by name."""
-    return "\n".join(template.values()) if isinstance(template, dict) else template or ""

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 import jinja2
@@ -67,15 +68,16 @@ class Codec:
         Raises RequestError for messages that the template refuses.
         """
         _refuse_reserved(template_kwargs)
-        turns = [_as_template_sees(message) for message in messages]
-        if tools:  # the caller's text like a message's, so they go the same way
-            offered = [tool.model_dump(by_alias=True, exclude_unset=True) for tool in tools]
-            turns.append({"role": "system", "tools": offered})
+        turns = [self._as_template_sees(message) for message in messages]
+        offered = [tool.model_dump(by_alias=True, exclude_unset=True) for tool in tools]
+        # the caller's text like a message's, so they go the same way
+        turns.append({"role": "system", "tools": offered, "template_kwargs": template_kwargs})
 
         def render(turns: list[dict[str, Any]]) -> str:
-            if not tools:
-                return self._render(turns, template_kwargs)
-            return self._render(turns[:-1], {**template_kwargs, "tools": turns[-1]["tools"]})
+            *messages, rest = turns
+            return self._render(
+                messages, rest["template_kwargs"] | ({"tools": rest["tools"]} if tools else {})
+            )
 
         if self._control.in_messages(turns):
             return self._control.encode(turns, render)
@@ -84,6 +86,35 @@ class Codec:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids that are a whole text, as the tokenizer's own `decode` gives it."""
         return self.token_bytes.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def _as_template_sees(self, message: ChatMessage) -> dict[str, Any]:
+        """Return OpenAI's message in the terms of templates: no "developer", a tool call's arguments as an object."""
+        turn: dict[str, Any] = {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": [{"type": "text", "text": message.text}] if self._reads_parts else message.text,
+        }
+        if message.name is not None:
+            turn["name"] = message.name
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = message.tool_call_id
+        if message.reasoning_content is not None:
+            turn["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            turn["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
+        return turn
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template reads content as parts alone, and leaves a string out."""
+        probe = "a probe of 1 message"
+        for content in (probe, [{"type": "text", "text": probe}]):
+            try:
+                text = self._render([{"role": "user", "content": content}], {})
+            except RequestError:
+                continue
+            if probe in text:
+                return content is not probe
+        return False
 
     def _render(self, turns: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
         try:
@@ -152,23 +183,6 @@ def _refuse_reserved(template_kwargs: dict[str, Any]) -> None:
             f"chat_template_kwargs may not set {name}: it is the server's to set",
             param="chat_template_kwargs",
         )
-
-
-def _as_template_sees(message: ChatMessage) -> dict[str, Any]:
-    """Return OpenAI's message in the terms of templates: no "developer", a tool call's arguments as an object."""
-    turn: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": message.text,
-    }
-    if message.name is not None:
-        turn["name"] = message.name
-    if message.tool_call_id is not None:
-        turn["tool_call_id"] = message.tool_call_id
-    if message.reasoning_content is not None:
-        turn["reasoning_content"] = message.reasoning_content
-    if message.tool_calls:
-        turn["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
-    return turn
 
 
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text to ids and back, exactly as the generating routes do it."""
+"""Text to ids and back: ids as the generating routes encode a prompt, text as the tokenizer's own `decode`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TokenizeRequest(WireModel):
 
 
 class DetokenizeRequest(WireModel):
-    """`POST /detokenize`. Special tokens are kept: the text shows every token."""
+    """`POST /detokenize`. Special tokens are kept: the text has every token."""
 
     model: str | None = None
     tokens: TokenIds
@@ -47,7 +47,8 @@ async def tokenize(http: Request) -> Response:
     ids = await Tokenizing(model.tokenizer_thread).run(_size(request), lambda: _encode(model, request))
     body: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_model_len}
     if request.return_token_strs:
-        body["token_strs"] = [model.codec.decode([i], skip_special_tokens=False) for i in ids]
+        table = model.codec.token_bytes
+        body["token_strs"] = [table[i].decode("utf-8", "replace") for i in ids]
     return json_response(body)
 
 
