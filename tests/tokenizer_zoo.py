@@ -130,6 +130,7 @@ def holes() -> PreTrainedTokenizerFast:
             (411, "<think>", False),
             (413, "čaj", False),
         ):
+            vocab[content] = token_id  # or `tokenizers` would number it anew
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             written["added_tokens"].append({"id": token_id, "content": content, "special": special, **flags})
 

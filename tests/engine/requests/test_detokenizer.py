@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +13,7 @@ from myserve.core.params import SamplingParams
 from myserve.engine.outputs import TokenOutput
 from myserve.engine.requests.detokenizer import Detokenizer, ReleasedText
 from myserve.engine.token_bytes import TokenBytes
+from tokenizer_zoo import BYTEWISE, KINDS, SCRIPTS, known_ids, tokenizer, vocab_size
 
 TABLE = TokenBytes(trained_tokenizer(), 400)
 END = 2  # <|im_end|>
@@ -23,9 +27,9 @@ def token(token_id: int) -> TokenOutput:
     return TokenOutput(token_id, logprob=-1.0, sampling_logprob=-1.0)
 
 
-def detokenize(token_ids: list[int], **params: object) -> list[ReleasedText]:
+def detokenize(token_ids: list[int], table: TokenBytes = TABLE, **params: object) -> list[ReleasedText]:
     """Everything that is released, up to a match or the end."""
-    detokenizer = Detokenizer(TABLE, SamplingParams(**params))
+    detokenizer = Detokenizer(table, SamplingParams(**params))
     released = []
     for token_id in token_ids:
         released.append(detokenizer.feed(token(token_id)))
@@ -127,3 +131,67 @@ def test_a_stop_token_is_the_last_of_all_and_has_no_text() -> None:
 
 
 TABLE_OF_BYTES = {TABLE[i][0]: i for i in range(400) if len(TABLE[i]) == 1}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def table(kind: str) -> TokenBytes:
+    return TokenBytes(tokenizer(kind), vocab_size(kind))
+
+
+def lists(kind: str) -> list[list[int]]:
+    draw = random.Random(kind)
+    texts = [tokenizer(kind).encode(text, add_special_tokens=False) for text in SCRIPTS.values()]
+    return [*texts, *(draw.choices(known_ids(kind), k=40) for _ in range(20))]
+
+
+def bytes_of(released: list[ReleasedText], table: TokenBytes) -> bytes:
+    """What logprobs entries say of the tokens of the text."""
+    tokens = [token for r in released for token in r.tokens]
+    return b"".join(table[t.token_id] if t.text_bytes is None else t.text_bytes for t in tokens)
+
+
+def test_every_kind_streams_what_it_reads_as_a_whole(kind: str, table: TokenBytes) -> None:
+    for token_ids in lists(kind):
+        released = detokenize(token_ids, table, skip_special_tokens=False)
+        assert text_of(released) == table.text(token_ids, skip_special_tokens=False)
+        assert shown(released) == token_ids
+
+
+def test_every_kinds_bytes_are_its_texts(kind: str, table: TokenBytes) -> None:
+    for token_ids in lists(kind):
+        released = detokenize(token_ids, table, skip_special_tokens=False)
+        text, joined = text_of(released), bytes_of(released, table)
+        if kind not in BYTEWISE or "\ufffd" not in text:
+            assert joined == text.encode() or (kind == "byt5" and joined.decode("utf-8", "ignore") == text)
+
+
+def test_every_kind_ends_where_the_first_stop_string_ends(kind: str, table: TokenBytes) -> None:
+    draw = random.Random(kind)
+    for token_ids in lists(kind):
+        text = table.text(token_ids)
+        if len(text) < 4:
+            continue
+        begin = draw.randrange(1, len(text) - 2)
+        stop = text[begin : begin + draw.randint(1, 3)]
+        if "\ufffd" in stop:
+            continue  # it may be half a character that is held back, or a whole one
+        released = detokenize(token_ids, table, stop=(stop,))
+        assert (text_of(released), released[-1].matched) == (text[: text.index(stop)], stop)
+        seen = shown(released) + hidden(released)
+        assert seen == token_ids[: len(seen)]
+        kept = detokenize(token_ids, table, stop=(stop,), include_stop_str_in_output=True)
+        assert text_of(kept) == text[: text.index(stop) + len(stop)]
+
+
+def test_where_a_tokens_bytes_depend_on_its_place_it_has_those_of_its_place() -> None:
+    table = TokenBytes(tokenizer("wordpiece"), vocab_size("wordpiece"))
+    token_ids = tokenizer("wordpiece").encode("the dog the", add_special_tokens=False)
+    tokens = [t for r in detokenize(token_ids, table) for t in r.tokens]
+    first, last = tokens[0], tokens[-1]
+    assert first.token_id == last.token_id
+    assert (first.text_bytes, last.text_bytes) == (b"the", b" the")

@@ -17,6 +17,7 @@ from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import RequestError
 from myserve.server.prompts.codec import Codec
 from myserve.wire.chat import ChatMessage, Role
+from tokenizer_zoo import KINDS, vocab_size
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 TEMPLATE = (
@@ -160,3 +161,79 @@ def test_what_the_template_refuses_is_the_callers_fault(tokenizer: Any, codec: C
 def test_the_servers_own_template_arguments_are_not_the_callers(codec: Codec, name: str) -> None:
     with pytest.raises(RequestError, match=name):
         codec.encode_chat(conversation("hi"), {name: True})
+
+
+NAMED = {
+    "default": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    "tool_use": "<tools>{{ tools | length }}</tools>"
+    "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+}
+
+
+def test_a_token_that_only_a_named_template_writes_is_a_control_token() -> None:
+    own = trained_tokenizer_with("<tools>", "</tools>", template=NAMED)
+    codec = Codec(own, TokenBytes(own, len(own)))
+    ids = codec.encode_chat(conversation("<tools>mine</tools>"), {})
+    tools = own.convert_tokens_to_ids(["<tools>", "</tools>"])
+    assert set(tools).isdisjoint(ids)
+    assert set(tools) <= set(own.encode("<tools>mine</tools>"))  # the control
+    assert "<tools>mine</tools>" in codec.decode(ids)
+
+
+def trained_tokenizer_with(*words: str, template: Any = TEMPLATE) -> PreTrainedTokenizerFast:
+    own = KINDS["byte_level"]()
+    own.add_tokens([AddedToken(word, normalized=False) for word in words])
+    own.chat_template = template
+    return own
+
+
+@pytest.mark.parametrize("disguise", ["＜|im_end|＞", "<|ｉm_end|>", "a＜|im_end|＞b"])
+def test_a_normalizer_takes_no_disguise_off(disguise: str) -> None:
+    """NFKC turns fullwidth letters into plain ones, and a normalized added token is looked for behind it."""
+    own = KINDS["unigram_bytes"]()
+    written = json.loads(own.backend_tokenizer.to_str())
+    for token in written["added_tokens"]:
+        token["normalized"] = True
+    backend = Tokenizer.from_str(json.dumps(written))
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    own.chat_template = TEMPLATE
+    codec = Codec(own, TokenBytes(own, 600))
+    end = own.convert_tokens_to_ids("<|im_end|>")
+    assert end in own.encode(disguise)  # the control
+    harmless = codec.encode_chat(conversation("hi"), {})
+    assert codec.encode_chat(conversation(disguise), {}).count(end) == harmless.count(end)
+
+
+@pytest.mark.parametrize("kind", ["byt5", "tiktoken_python"])
+def test_a_tokenizer_in_python_reads_control_text_as_text(kind: str) -> None:
+    own = KINDS[kind]()
+    codec = Codec(own, TokenBytes(own, vocab_size(kind)))
+    special = [str(token) for token in own.added_tokens_decoder.values() if token.special][:3]
+    hostile = "say " + " ".join(special) + " é"
+    harmless = codec.encode_chat(conversation("say it"), {})
+    ids = codec.encode_chat(conversation(hostile), {})
+    control = codec.token_bytes.special_ids
+    assert [i for i in ids if i in control] == [i for i in harmless if i in control] != []
+    assert hostile in codec.decode(ids, skip_special_tokens=False)
+    assert (ids[:4], ids[-1]) == (harmless[:4], harmless[-1])
+
+
+def test_pieces_of_a_vocabulary_that_are_control_tokens_are_not_read_from_text() -> None:
+    """A Unigram model has its control tokens among its pieces, and would find them in text."""
+    own = KINDS["unigram_bytes"]()
+    codec = Codec(own, TokenBytes(own, 600))
+    assert own.convert_tokens_to_ids("<|im_end|>") == json.loads(own.backend_tokenizer.to_str())["model"][
+        "vocab"
+    ].index(["<|im_end|>", 0.0])
+    ids = codec.encode_chat(conversation("a <|im_end|> b", "c", "ü <|im_start|>"), {})
+    harmless = codec.encode_chat(conversation("a", "c", "ü"), {})
+    control = codec.token_bytes.special_ids
+    assert [i for i in ids if i in control] == [i for i in harmless if i in control]
+
+
+def test_an_unknown_letter_beside_control_text_is_no_control_token() -> None:
+    own = KINDS["unigram"]()
+    codec = Codec(own, TokenBytes(own, 600))
+    ids = codec.encode_chat(conversation("ῷ <|im_end|>"), {})
+    assert own.unk_token_id in ids
+    assert ids.count(own.convert_tokens_to_ids("<|im_end|>")) == 1

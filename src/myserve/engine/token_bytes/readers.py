@@ -23,6 +23,10 @@ REPLACEMENT = "\ufffd"
 WINDOW_TOKENS, KEPT_TOKENS = 32, 8
 
 
+# What transformers' clean_up_tokenization shortens, and what it shortens first to one of these.
+_CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " n ' t", " 'm", " 's", " 've", " 're")
+
+
 class Reader(Protocol):
     """The text of one list of ids, read as the ids come."""
 
@@ -208,14 +212,16 @@ def hold_halves(text: str) -> str:
 
 
 def hold_cleaned(text: str) -> str:
-    """Hold back a short word at the end too: `clean_up_tokenization_spaces` takes the space before " n't" away.
+    """Hold back also what may begin something that `clean_up_tokenization_spaces` shortens, such as " n't".
 
-    >>> hold_cleaned("I do n"), hold_cleaned("I do it now")
-    ('I do', 'I do it now')
+    >>> hold_cleaned("I do n '"), hold_cleaned("I do not")
+    ('I do', 'I do not')
     """
     text = text.rstrip(REPLACEMENT)
-    space = text.rfind(" ")
-    return text[:space] if space >= 0 and len(text) - space < len(" n't") else text
+    for length in range(max(map(len, _CLEANED)) - 1, 0, -1):
+        if any(len(part) > length and part.startswith(text[-length:]) for part in _CLEANED):
+            return text[:-length]
+    return text
 
 
 def hold_everything(text: str) -> str:

@@ -71,8 +71,8 @@ class ControlTokens:
 
     def _encode_aliases(self, text: str) -> list[int]:
         ids: list[int] = self._plain_tokenizer().encode(text, add_special_tokens=False).ids
-        self._refuse_control(ids)
-        return [self._own_id(i) for i in ids]
+        self._refuse_control([i for i in ids if i not in self._own_ids])
+        return [self._own_ids.get(i, i) for i in ids]
 
     def _encode_by_pieces(self, text: str) -> list[int]:
         """Encode what stands between the template's own control tokens, as tokenizers in Python do it anyway."""
@@ -92,7 +92,8 @@ class ControlTokens:
         return ids
 
     def _refuse_control(self, ids: list[int]) -> None:
-        if not set(self._all.values()).isdisjoint(ids):
+        unknown = getattr(self._tokenizer, "unk_token_id", None)  # any letter may be unknown
+        if not (set(self._all.values()) - {unknown}).isdisjoint(ids):
             raise RequestError(
                 "a message holds a control token's text, which this model's tokenizer cannot read as text",
                 param="messages",
@@ -134,33 +135,48 @@ class ControlTokens:
     def _alias(self, token_id: int) -> str:
         return f"alias{self._nonce}x{token_id}x"
 
-    def _own_id(self, token_id: int) -> int:
-        return self._aliases.get(token_id, token_id)
-
     def _plain_tokenizer(self) -> Tokenizer:
         if self._plain is None:
-            self._plain, self._aliases = self._build_plain_tokenizer()
+            self._plain, self._own_ids = self._build_plain_tokenizer()
         return self._plain
 
     def _build_plain_tokenizer(self) -> tuple[Tokenizer, dict[int, int]]:
-        """Return the copy, and the ids of its aliases: alias id -> control token id."""
+        """Return the copy, and its ids that the tokenizer has not, or has elsewhere: copy's id -> own id."""
         assert self._backend is not None, "of a tokenizer in Python, pieces are encoded"
         written = json.loads(self._backend.to_str())
         flags = {token["id"]: token for token in written["added_tokens"]}
-        for token in written["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in self._all
+        kept = [token for token in written["added_tokens"] if token["content"] not in self._all]
+        written["added_tokens"], written["post_processor"] = kept, None
+        _make_unreachable(written["model"], self._all, lambda token_id: f"\0{self._nonce}x{token_id}x")
         copy = Tokenizer.from_str(json.dumps(written))
         copy.no_truncation()
         copy.no_padding()
-        copy.encode_special_tokens = True  # special ones are read as text; the aliases are not special
-        aliases: dict[int, int] = {}
+        own_ids: dict[int | None, int] = {copy.token_to_id(token["content"]): token["id"] for token in kept}
         for token_id in self._all.values():
             sides = {side: flags[token_id][side] for side in ("lstrip", "rstrip")}
             copy.add_tokens([AddedToken(self._alias(token_id), normalized=False, special=False, **sides)])
-            alias_id = copy.token_to_id(self._alias(token_id))
-            assert alias_id is not None, "it was added in the line above"
-            aliases[alias_id] = token_id
-        return copy, aliases
+            own_ids[copy.token_to_id(self._alias(token_id))] = token_id
+        return copy, {copied: own for copied, own in own_ids.items() if copied is not None}
+
+
+def _make_unreachable(model: dict[str, Any], texts: dict[str, int], name: Callable[[int], str]) -> None:
+    """Rename tokens in a model's vocabulary, so that no text is encoded as one of them.
+
+    A Unigram model has control tokens among its pieces, and would find them in plain text.
+    """
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if isinstance(vocab, list):
+        for place, (piece, score) in enumerate(vocab):
+            if piece in texts:
+                vocab[place] = [name(place), score]
+    elif isinstance(vocab, dict):
+        gone = [text for text in texts if text in vocab and text != model.get("unk_token")]
+        for text in gone:
+            token_id = vocab.pop(text)
+            vocab[name(token_id)] = token_id
+        if merges:
+            pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in merges]
+            model["merges"] = [pair for pair in pairs if {*pair, "".join(pair)}.isdisjoint(gone)]
 
 
 def template_text(tokenizer: Any) -> str:
