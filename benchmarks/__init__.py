@@ -1,1 +1,1 @@
-"""What is measured, how, and what came out: see README.md and LEDGER.md."""
+"""Benchmarks and soaks. README.md describes them, LEDGER.md holds their results."""

@@ -1,7 +1,7 @@
-"""Ours beside its peers, in one run, on one model: `make bench`, or `python -m benchmarks --only decode8`.
+"""Measures ours beside its peers, in one run, on one model: `make bench`, or `python -m benchmarks --only decode8`.
 
 Contenders take turns within each workload: on a machine whose speed drifts, only figures taken next to each other
-have a ratio that means something.
+have a ratio that means something. Before each run the machine is given time to become idle (`benchmarks.idle`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ from rich.console import Console
 from benchmarks import ledger, roofline
 from benchmarks.comparison import Comparison, table
 from benchmarks.contender import Contender
+from benchmarks.idle import wait_until_idle
 from benchmarks.model import model_folder
 from benchmarks.peers import ROOT, Peer
 from benchmarks.peers.registry import OURS, PEERS
@@ -28,6 +30,8 @@ from myserve.bench.load import BenchError
 from myserve.bench.workload import PRESETS, Workload
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)  # a log is wider than 80
+COLD_LENGTHS = (32, 64, 128, 256)  # prompts of which the first since a start is timed
+LATER = 3
 DEFAULT_PEERS = ("openvino",)
 LAST_RUN = ROOT / "last-run.json"
 
@@ -45,7 +49,7 @@ def main(
         str | None, typer.Option(help="Append the result to LEDGER.md, under these words.")
     ] = None,
 ) -> None:
-    """Prints ours against each peer and against what this machine's memory and arithmetic allow."""
+    """Print ours against each peer and against what this machine's memory and arithmetic allow."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's end ends the servers too
     workloads = {name: Workload.parse(name) for name in only or PRESETS}
     contenders = [OURS["ours"], *_peers(peer or DEFAULT_PEERS, strict=peer is not None)]
@@ -53,6 +57,7 @@ def main(
     result = _begin(resume)
     console.print(f"[dim]{result.machine}[/]")
     with _running(contenders, result) as running:
+        _measure_cold(running, result)
         for name, workload in workloads.items():
             _measure(name, workload, running, repeat, result)
             result.peak_gib |= {c.name: peak for c in running if (peak := c.peak_memory_gib()) is not None}
@@ -69,7 +74,7 @@ def main(
 
 
 def _peers(names: Sequence[str], *, strict: bool) -> Iterator[Peer]:
-    """Those asked for; one that is not installed is an error if it was asked for by name, and else a remark."""
+    """Yield those asked for; one that is not installed is an error if it was asked for by name, and else a remark."""
     for name in names:
         if name == "none":
             continue
@@ -100,7 +105,7 @@ def _begin(resume: bool) -> Comparison:
 
 @contextmanager
 def _running(peers: Sequence[Peer], result: Comparison) -> Iterator[list[Contender]]:
-    """All of them loaded, one after the other; those that do not start are a failure of theirs, not of the run."""
+    """Load all of them, one after the other; one that does not start is a failure of its own, not of the run."""
     model: Path = model_folder()
     running: list[Contender] = []
     try:
@@ -120,10 +125,27 @@ def _running(peers: Sequence[Peer], result: Comparison) -> Iterator[list[Contend
             contender.stop()
 
 
+def _measure_cold(running: Sequence[Contender], result: Comparison) -> None:
+    """Time the first prompt of each length since the start, and later ones of that length, beside each other."""
+    for length in COLD_LENGTHS:
+        workload = Workload(1, length, 1)
+        for contender in running:
+            result.busy = max(result.busy, wait_until_idle())
+            seeds = [zlib.crc32(f"cold {length} {number}".encode()) for number in range(1 + LATER)]
+            try:
+                first, *later = [contender.run(workload, seed).ttft_p50 for seed in seeds]
+            except BenchError as error:
+                result.failures.append(f"first prompt of {length}: {error}")
+                continue
+            result.cold_ms.setdefault(contender.name, {})[str(length)] = (first, median(later))
+            times = f"{first:.0f} ms, later {median(later):.0f} ms"
+            console.print(f"[dim]first prompt of {length:4} {contender.name:16} {times}[/]")
+
+
 def _measure(
     name: str, workload: Workload, running: Sequence[Contender], repeat: int, result: Comparison
 ) -> None:
-    """A warm-up each, then `repeat` rounds in which each contender runs once."""
+    """Warm each up, then make `repeat` rounds in which each contender runs once."""
     by = result.runs.setdefault(name, {})
     waiting = [contender for contender in running if len(by.get(contender.name, ())) < repeat]
     for contender in waiting:
@@ -134,6 +156,7 @@ def _measure(
             # Of the workload's name too: 32 streams would else begin with the prompts that 8 had, and a prefix
             # cache would do the work.
             seed = zlib.crc32(f"{name} {round_number}".encode())
+            result.busy = max(result.busy, wait_until_idle())
             try:
                 run = contender.run(shape, seed)
             except BenchError as error:

@@ -1,4 +1,4 @@
-"""What a run came to: for each workload one figure to compare by, ours over the peer's, and the bound."""
+"""Compares contenders: for each workload one figure, ours over the peer's, and the bound of the hardware."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from myserve.bench.workload import Workload
 
 
 def headline(workload: Workload) -> str:
-    """The figure that tells contenders apart: prefill speed, the step, or, where `n` shares a prompt, throughput.
+    """Return the figure that tells contenders apart: prefill speed, the step, or throughput where `n` shares a prompt.
 
     >>> [headline(Workload.parse(name)) for name in ("prefill512", "decode8", "n8")]
     ['prefill_tokens_per_s', 'ms_per_step', 'tokens_per_s']
@@ -29,7 +29,7 @@ def headline(workload: Workload) -> str:
 
 @dataclass(slots=True)
 class Comparison:
-    """All runs so far. Saved after each workload, so that a run that was cut can be taken up again."""
+    """Hold all runs so far. Saved after each workload, so that a run that was cut can be taken up again."""
 
     commit: str
     command: str
@@ -37,6 +37,9 @@ class Comparison:
     runs: dict[str, dict[str, list[Figures]]] = field(default_factory=dict)  # workload -> contender -> runs
     ready_s: dict[str, float] = field(default_factory=dict)
     peak_gib: dict[str, float] = field(default_factory=dict)
+    # contender -> prompt length -> ms to the first token: of the first such prompt since the start, and of later ones
+    cold_ms: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    busy: float = 0.0  # the largest share of the CPU that something else used when a run began
     failures: list[str] = field(default_factory=list)
 
     def rows(self) -> list[Row]:
@@ -63,7 +66,25 @@ class Comparison:
             workload: {contender: [Figures(**run) for run in runs] for contender, runs in by.items()}
             for workload, by in record["runs"].items()
         }
+        record["cold_ms"] = {
+            contender: {length: (first, later) for length, (first, later) in by.items()}
+            for contender, by in record["cold_ms"].items()
+        }
         return cls(**record)
+
+    def cold_rows(self, contenders: Sequence[str]) -> list[list[str]]:
+        """Return a line for each prompt length: its name, its unit, and `first (later)` of each contender."""
+        lengths = sorted({length for by in self.cold_ms.values() for length in by}, key=int)
+        return [
+            [f"first prompt of {length} (later)", "ms", *(self._cold(name, length) for name in contenders)]
+            for length in lengths
+        ]
+
+    def _cold(self, contender: str, length: str) -> str:
+        if length not in self.cold_ms.get(contender, {}):
+            return "–"
+        first, later = self.cold_ms[contender][length]
+        return f"{number(first)} ({number(later)})"
 
 
 def _median(runs: Sequence[Figures], figure: str) -> float | None:
@@ -73,7 +94,7 @@ def _median(runs: Sequence[Figures], figure: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One workload: the headline figure and the tokens a second of each contender, and what the machine allows."""
+    """Hold one workload: the headline figure and the tokens a second of each contender, and what the machine allows."""
 
     workload: str
     figure: str
@@ -86,7 +107,7 @@ class Row:
         return "ms/step" if self.figure == "ms_per_step" else "tok/s"
 
     def ratio(self, peer: str) -> float | None:
-        """Ours over the peer's: below 1 is better for a step, above 1 for tokens a second.
+        """Return ours over the peer's: below 1 is better for a step, above 1 for tokens a second.
 
         >>> Row("decode8", "ms_per_step", {"ours": 60.0, "openvino": 80.0}, {}, 40.0).ratio("openvino")
         0.75
@@ -96,7 +117,7 @@ class Row:
         return self.values["ours"] / self.values[peer]
 
     def share_of_bound(self) -> float | None:
-        """How much of the hardware's best ours reaches, 0 to 1.
+        """Return how much of the hardware's best ours reaches, 0 to 1.
 
         >>> Row("decode8", "ms_per_step", {"ours": 60.0}, {}, 40.0).share_of_bound()
         0.6666666666666666
@@ -113,7 +134,7 @@ def header(contenders: Sequence[str]) -> list[str]:
 
 
 def cells(row: Row, contenders: Sequence[str]) -> list[str]:
-    """One line of the table: the headline figure, and behind it tokens a second where that is another."""
+    """Return one line of the table: the headline figure, and behind it tokens a second where that is another."""
 
     def value(name: str) -> str:
         if name not in row.values:
@@ -130,10 +151,14 @@ def cells(row: Row, contenders: Sequence[str]) -> list[str]:
 
 
 def table(comparison: Comparison, contenders: Sequence[str]) -> Table:
-    """For the terminal."""
-    shown = Table(*header(contenders), caption=f"{comparison.machine}; commit {comparison.commit}; medians")
+    """Return the table for the terminal."""
+    others = f"at most {comparison.busy:.0%} of the CPU in use before a run"
+    caption = f"{comparison.machine}; commit {comparison.commit}; medians; {others}"
+    shown = Table(*header(contenders), caption=caption)
     for row in comparison.rows():
         shown.add_row(*cells(row, contenders))
+    for line in comparison.cold_rows(contenders):
+        shown.add_row(*line)
     for label, values in (("ready, s", comparison.ready_s), ("peak GiB", comparison.peak_gib)):
         shown.add_row(label, "", *(number(values.get(name)) for name in contenders))
     return shown

@@ -63,7 +63,7 @@ class Contender:
         return time.perf_counter() - self._started
 
     def run(self, workload: Workload, seed: int) -> Figures:
-        """One run. The same seed gives every contender the same prompts, as ids or as text of as many tokens."""
+        """Run once. One seed gives every contender the same prompts, as ids or as text of as many tokens."""
         try:
             if self._peer.prompts == "stdin":
                 return self._run_on_stdin(workload, id_prompts(workload, PROMPT_IDS, seed))
@@ -74,7 +74,7 @@ class Contender:
             raise
 
     def peak_memory_gib(self) -> float | None:
-        """The largest resident size so far, of all its processes together; None where the system does not say."""
+        """Return the largest resident size so far, of all its processes together; None where it is not known."""
         peaks = [_peak_kib(pid) for pid in _family(self._process.pid)]
         known = [peak for peak in peaks if peak is not None]
         return sum(known) / 2**20 if known else None
@@ -124,7 +124,7 @@ class Contender:
         return figures(traces, requests=workload.streams)
 
     def _read_line(self) -> dict[str, Any]:
-        """The next line that is JSON: libraries print their own greetings."""
+        """Return the next line that is JSON: libraries print lines of their own."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(b"{"):
@@ -133,7 +133,7 @@ class Contender:
         raise self._died()
 
     def _answers(self) -> bool:
-        """A token has come back: a server that listens need not have loaded its model."""
+        """Return whether a token comes back: a server that listens need not have loaded its model."""
         dialect = ServerFeatures(self._peer.prompts == "ids", {}, takes_filters=False)
         prompt: Prompt = [1000, 1001] if self._peer.prompts == "ids" else "ab"
         body = dialect.body(self._model, Workload(1, 2, 1), prompt) | {"stream": False}
@@ -152,13 +152,13 @@ class Contender:
 
 
 def _texts(workload: Workload, seed: int) -> list[str]:
-    """As many letters as tokens are asked for."""
+    """Return as many letters as tokens are asked for."""
     draw = random.Random(seed)
     return ["".join(draw.choices(_LETTERS, k=workload.prompt_len)) for _ in range(workload.streams)]
 
 
 def _environment() -> dict[str, str]:
-    """Ours, less what our Makefile sets for ourselves: peers run as their own users run them."""
+    """Return our environment without our Makefile's settings: peers run as their own users run them."""
     return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
 
 

@@ -1,4 +1,4 @@
-"""Appends to LEDGER.md: what was measured, on what, with which command. Nothing is taken out, failures least.
+"""Appends measurements to LEDGER.md, with machine and command. Nothing is taken out, failures least of all.
 
 python -m benchmarks.ledger "padded decode to 8 rows instead of 4: 3 % slower, dropped"
 """
@@ -19,7 +19,7 @@ LEDGER = Path(__file__).with_name("LEDGER.md")
 def entry(
     note: str, *, commit: str, when: str, comparison: Comparison | None = None, contenders: Sequence[str] = ()
 ) -> str:
-    """One entry in Markdown.
+    """Return one entry in Markdown.
 
     >>> print(entry("Tried: slower.", commit="abc1234", when="2026-01-02"))
     ## 2026-01-02 · abc1234
@@ -34,6 +34,11 @@ def entry(
     columns = header(contenders)
     lines += [_line(columns), _line(["---"] * len(columns))]
     lines += [_line(cells(row, contenders)) for row in comparison.rows()]
+    lines += [
+        "",
+        *(f"{line[0]}, ms: {_named(contenders, line[2:])}" for line in comparison.cold_rows(contenders)),
+    ]
+    lines += ["", f"CPU in use by others when a run began: {comparison.busy:.0%} at most."]
     facts = [("ready after, s", comparison.ready_s), ("peak memory, GiB", comparison.peak_gib)]
     lines += ["", *(f"{label}: {_listed(values)}" for label, values in facts if values)]
     lines += [f"Failed: {failure}" for failure in comparison.failures]
@@ -41,24 +46,29 @@ def entry(
 
 
 def append(text: str, path: Path = LEDGER) -> None:
-    """The newest entry comes last."""
+    """Append an entry: the newest comes last."""
     with path.open("a", encoding="utf-8") as ledger:
         ledger.write("\n" + text)
 
 
 def commit() -> str:
-    """The commit that is measured, with `-dirty` where the tree is not what the commit says."""
+    """Return the commit that is measured, with `-dirty` where the tree differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     done = subprocess.run(command, cwd=LEDGER.parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def today() -> str:
+    """Return the date in UTC."""
     return datetime.now(UTC).date().isoformat()
 
 
 def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
+
+
+def _named(names: Sequence[str], values: Sequence[str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
 def _listed(values: dict[str, float]) -> str:

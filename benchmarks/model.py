@@ -40,7 +40,7 @@ def cache_folder() -> Path:
 
 
 def model_folder() -> Path:
-    """The model's folder, in the hub's format; written on the first call (about a minute)."""
+    """Return the model's folder, in the hub's format; written on the first call (about a minute)."""
     folder = cache_folder() / NAME
     if not (folder / "complete").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What this machine can do at best, and so how fast a step could be: no server beats these bounds.
+"""Roofline: this machine's bandwidth and GEMM peak, and so how fast a step could be. No server beats these bounds.
 
 python -m benchmarks.roofline
 """
@@ -63,7 +63,7 @@ def measure() -> Machine:
 
 
 def _best_seconds(work: Callable[[], object]) -> float:
-    """The best of some tries: a bound is what the hardware can do, not what a busy moment left of it."""
+    """Return the best of some tries: a bound is the hardware's best, not a busy moment's."""
     seconds = []
     for _ in range(_TRIES):
         begin = time.perf_counter()
@@ -91,7 +91,7 @@ KV_BYTES_PER_TOKEN = int(
 
 
 def least_ms_per_step(machine: Machine, rows: int, context: int) -> float:
-    """A decode step of `rows` sequences that see `context` tokens each: memory or arithmetic, whichever is slower.
+    """Return ms for a decode step of `rows` requests with `context` tokens each: memory or arithmetic, the slower.
 
     >>> machine = Machine("x", 2, 24, read_gb_s=28.0, bf16_gflop_s=450.0, f32_gflop_s=200.0)
     >>> [round(least_ms_per_step(machine, rows, 160)) for rows in (1, 8, 32)]
@@ -103,12 +103,12 @@ def least_ms_per_step(machine: Machine, rows: int, context: int) -> float:
 
 
 def most_prefill_tokens_per_s(machine: Machine) -> float:
-    """The linears alone at the GEMM peak; attention, which grows with the prompt, comes on top."""
+    """Return the rate of the linear layers alone at the GEMM peak; attention comes on top."""
     return machine.bf16_gflop_s * 1e9 / (2 * BODY_WEIGHTS)
 
 
 def bound(machine: Machine, workload: Workload, field: str) -> float:
-    """The best value of a figure that this machine allows."""
+    """Return the best value of a figure that this machine allows."""
     prefill_tokens = workload.streams * workload.prompt_len
     prefill_s = prefill_tokens / most_prefill_tokens_per_s(machine)
     if field == "prefill_tokens_per_s":

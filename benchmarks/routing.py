@@ -1,4 +1,4 @@
-"""How far a trainer's mixture of experts is from the engine that sampled, with and without replay; capture's cost.
+"""Router replay: the mismatch of a trainer's mixture of experts with it and without; and the cost of capture.
 
     python -m benchmarks.routing            # both tables of docs/routing.md, as Markdown
 
@@ -59,7 +59,7 @@ ROUNDS = 5
 
 @contextmanager
 def model_folder(shape: Mapping[str, Any]) -> Iterator[Path]:
-    """A bf16 model, written where an engine and trainers can read it."""
+    """Write a bf16 model where an engine and trainers can read it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **COMMON, **shape))
     with TemporaryDirectory() as name:
@@ -133,7 +133,7 @@ def distance(model: Any, rollout: Rollout) -> tuple[float, float, float, float]:
 
 
 def mismatch(folder: Path, rollout: Rollout) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
-    """Each trainer, without replay and with it."""
+    """Measure each trainer, without replay and with it."""
     trainers = {
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,

@@ -57,7 +57,7 @@ def requests(rng: random.Random, vocab_size: int) -> list[tuple[list[int], Sampl
 async def answer(
     engine: Engine, prompt: list[int], params: SamplingParams, stop_after: int | None
 ) -> Answer | None:
-    """None where it was aborted after some deltas."""
+    """Return the answer; None where it was aborted after some deltas."""
     stream, got, deltas = engine.submit(prompt, params), [], 0
     async for delta in stream:
         got += [(t.token_id, t.logprob, t.sampling_logprob) for t in (*delta.tokens, *delta.stop_tokens)]

@@ -28,7 +28,7 @@ def most_common(answers: Sequence[SampledCompletion]) -> SampledCompletion:
 
 
 async def main(n: int, problems: int, url: str = "", seed: int = 7) -> dict[str, float]:
-    """The share of right answers by each way of choosing."""
+    """Return the share of right answers by each way of choosing."""
     pairs = HELD_OUT[:: max(1, len(HELD_OUT) // problems)][:problems]
     async with sampler_for(url) as sampler:
         groups = await sampler.sample_batch(

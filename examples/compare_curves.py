@@ -13,7 +13,7 @@ from myserve.sdk.plotting import line_plot
 
 
 def points(run: Path) -> list[tuple[float, float]]:
-    """(step, share of held-out sums right at temperature 1), where it was measured."""
+    """Return (step, share of held-out sums right at temperature 1), where it was measured."""
     rows = [json.loads(row) for row in (run / "curve.jsonl").read_text().splitlines()]
     return [(row["step"], row["sampled"]) for row in rows if "sampled" in row]
 

@@ -24,7 +24,7 @@ Row = dict[str, float]
 
 
 def ended(rows: list[Row]) -> Row:
-    """What a run came to; `reward` is of answers drawn with top-p."""
+    """Return a run's last figures; `reward` is of answers drawn with top-p."""
     rewards = [row["reward"] for row in rows if "reward" in row]
     return {
         "reward": fmean(rewards[-LAST:]),
@@ -66,7 +66,7 @@ async def main(
     exam: int = 812,
     run: str = "runs/corrections",
 ) -> dict[str, list[list[Row]]]:
-    """Each correction's curves, one a seed. All runs are on one server."""
+    """Return each correction's curves, one a seed. All runs are on one server."""
     weights = Path(run) / "weights"
     found: dict[str, list[list[Row]]] = {correction: [] for correction in get_args(Correction)}
     with Server(str(embedded_model_path()), weights) as server:

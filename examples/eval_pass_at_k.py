@@ -18,7 +18,7 @@ RESAMPLES = 2000
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that k of the n answers, drawn without putting back, hold a right one: 1 - C(n - c, k) / C(n, k).
+    """Return the chance that k of n answers, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k).
 
     (1 - (1 - c/n)^k, the plug-in estimate, is too small for every k > 1.)
 
@@ -36,7 +36,7 @@ def interval(values: Sequence[float], seed: int = 7) -> tuple[float, float]:
 
 
 async def main(n: int, problems: int, url: str = "", seed: int = 7) -> dict[int, tuple[float, float, float]]:
-    """For each k: the mean over problems, and its interval."""
+    """Return for each k the mean over problems, and its interval."""
     pairs = HELD_OUT[:: max(1, len(HELD_OUT) // problems)][:problems]
     async with sampler_for(url) as sampler:
         groups = await sampler.sample_batch(

@@ -64,12 +64,12 @@ C = TypeVar("C", bound=Config)
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """[P, n] -> [P, n]: how much better than the other answers to the same sum, in standard deviations."""
+    """Return [P, n]: rewards above the mean of the same sum's answers, in standard deviations."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 async def draw(config: Config, sampler: DeploymentSampler, step: int, journal: Path) -> list[Completions]:
-    """A step's answers; what the journal has of them is not drawn again."""
+    """Return a step's answers; those in the journal are not drawn again."""
     return await sampler.sample_batch(
         [question(pair) for pair in sums_of_step(config.seed, step, config.prompts)], n=config.n,
         max_tokens=MAX_TOKENS, temperature=config.temperature, top_p=config.top_p, kept=config.top_p < 1,
@@ -81,7 +81,7 @@ async def draw(config: Config, sampler: DeploymentSampler, step: int, journal: P
 async def rollouts(
     config: Config, server: Server, sampler: DeploymentSampler, step: int, journal: Path
 ) -> list[Completions]:
-    """The answers by the weights of this step, and by no others: what a restarted server made is made again."""
+    """Return answers by the weights of this step and no others: those of a restarted server are drawn again."""
     while True:
         await server.load(sampler, step)
         groups = await draw(config, sampler, step, journal)
@@ -91,14 +91,14 @@ async def rollouts(
 
 
 def rewards_of(config: Config, step: int, groups: Sequence[Completions]) -> Tensor:
-    """[P, n]"""
+    """Return the rewards [P, n] of a step's answers."""
     sums = sums_of_step(config.seed, step, config.prompts)
     rows = [[reward(pair, answer) for answer in group] for pair, group in zip(sums, groups, strict=True)]
     return torch.tensor(rows)
 
 
 def ratio_base(config: Config, batch: Sequence[SampledCompletion]) -> tuple[Tensor, Tensor]:
-    """What the ratio of each token divides by, as a logprob, and its weight: [N] both."""
+    """Return the logprob that each token's ratio divides by, and its weight: [N] both."""
     drawn_with = torch.tensor([p for answer in batch for p in answer.sampling_logprobs or ()])
     if config.correction != "mass" or config.top_p == 1:
         return drawn_with, torch.ones_like(drawn_with)
@@ -107,7 +107,7 @@ def ratio_base(config: Config, batch: Sequence[SampledCompletion]) -> tuple[Tens
 
 
 def policy_loss(config: Config, new: Tensor, old: Tensor, advantage: Tensor, weight: Tensor) -> Tensor:
-    """The clipped surrogate, a mean over tokens. All [N]; `weight` is 1 but for the correction by mass."""
+    """Return the clipped surrogate, a mean over tokens. All [N]; `weight` is 1 but for the correction by mass."""
     ratio = (new - old).exp()
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     return -(torch.minimum(ratio * advantage, clipped * advantage) * weight).mean()
@@ -116,7 +116,7 @@ def policy_loss(config: Config, new: Tensor, old: Tensor, advantage: Tensor, wei
 def learn(
     config: Config, policy: Policy, answers: Sequence[SampledCompletion], advantage: Tensor
 ) -> dict[str, float]:
-    """One pass over a step's answers, in minibatches; what the first of them says of the mismatch."""
+    """Make one pass over a step's answers, in minibatches; return the first one's mismatch."""
     figures: dict[str, float] = {}
     losses = []
     for part in torch.arange(len(answers)).chunk(config.minibatches):
@@ -136,7 +136,7 @@ def learn(
 
 
 async def train(config: Config) -> Path:
-    """The whole run; returns the folder with its curve."""
+    """Run all steps; return the folder with the curve."""
     folder = folder_to_resume if config.resume else new_folder
     run = folder(Path(config.run), asdict(config))
     policy = Policy(config.model, config.learning_rate, replay=config.replay)

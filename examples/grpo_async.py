@@ -1,4 +1,4 @@
-"""The same loop, asynchronous: rollouts go on while the trainer steps, and new weights come in under them (`keep`).
+"""Asynchronous GRPO: rollouts go on while the trainer steps, and new weights come in under them (`keep`).
 
     python examples/grpo_async.py --staleness 2       # runs/grpo-async/curve.svg
 
@@ -33,7 +33,7 @@ class AsyncConfig(Config):
 
 
 def versions(answer: SampledCompletion) -> Iterator[int]:
-    """The weight version of each token."""
+    """Return the weight version of each token."""
     last = answer.weight_version or 0
     for span in answer.weight_version_spans or [
         {"start": 0, "end": answer.completion_len, "weight_version": last}
@@ -42,7 +42,7 @@ def versions(answer: SampledCompletion) -> Iterator[int]:
 
 
 def staleness(server: Server, step: int, answers: Sequence[SampledCompletion]) -> list[int]:
-    """How many steps old each token is."""
+    """Return how many steps old each token is."""
     return [server.version(step) - version for answer in answers for version in versions(answer)]
 
 
@@ -55,22 +55,22 @@ async def train(config: AsyncConfig) -> Path:
     window = AdaptiveConcurrencyController(initial_window=64)
     weights_dir = Path(config.weights_dir or run / "weights")
     policy.save(weights_dir / "step-0000")
-    begun: deque[asyncio.Task[list[Completions]]] = deque()
+    started: deque[asyncio.Task[list[Completions]]] = deque()
     with Server(config.model, weights_dir, config.url) as server, Curve(run, config.steps) as curve:
         sampler = DeploymentSampler(server.url, server.name, "", policy.tokenizer, window)
         await server.load(sampler, 0)
         for step in range(config.steps + 1):
             figures: dict[str, float] = {}
-            for ahead in range(step + len(begun), min(step + config.staleness + 1, config.steps)):
+            for ahead in range(step + len(started), min(step + config.staleness + 1, config.steps)):
                 journal = run / f"rollouts-{ahead:04}.jsonl"
-                begun.append(asyncio.create_task(draw(config, sampler, ahead, journal)))
+                started.append(asyncio.create_task(draw(config, sampler, ahead, journal)))
             # In threads of their own: meanwhile the event loop takes in the rollouts of the steps to come.
             if step % config.exam_every == 0 or step == config.steps:
                 exam = await asyncio.to_thread(accuracy, policy.model, policy.tokenizer, held_out)
                 figures |= {"greedy": exam.greedy, "sampled": exam.sampled}
-            if begun:
+            if started:
                 with curve.sampling(sampler, window):
-                    groups = await begun.popleft()
+                    groups = await started.popleft()
                     answers = [answer for group in groups for answer in group]
                     rewards = rewards_of(config, step, groups)
                     ages = staleness(server, step, answers)

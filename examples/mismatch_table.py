@@ -1,4 +1,4 @@
-"""What a trainer's logprobs are worth, spoiled in each of the usual ways, and what the monitor says: docs/training.md.
+"""A trainer's logprobs spoiled in each of the usual ways, and the verdict on each: the table of docs/training.md.
 
 python examples/mismatch_table.py [--chart docs/mismatch.svg]
 """
@@ -43,14 +43,14 @@ def scored(policy: Policy, samples: Sequence[SampledCompletion], temperature: fl
 
 
 def trained(policy: Policy, samples: Sequence[SampledCompletion], steps: int) -> Policy:
-    """The same policy, some updates later."""
+    """Return the policy after some updates."""
     for _ in range(steps):
         policy.step(-policy.logprobs(samples).mean())
     return policy
 
 
 def spoiled(samples: Sequence[SampledCompletion]) -> dict[str, Mismatch]:
-    """Each trainer's name, and what the monitor finds."""
+    """Return the mismatch of each trainer, by its name."""
     model = str(embedded_model_path())
     exact = Policy(model, 3e-5)
     rows = scored(exact, samples)

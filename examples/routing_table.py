@@ -22,7 +22,7 @@ from myserve.sdk.mismatch import Mismatch, measure
 
 
 async def draw(model: str, prompts: int) -> list[SampledCompletion]:
-    """With `echo` the prompt's experts are reported, too."""
+    """Draw samples; with `echo` the prompt's experts are reported, too."""
     asked = [question(pair) for pair in HELD_OUT[:prompts]]
     async with sampler_for(model=model) as sampler:
         groups = await sampler.sample_batch(

@@ -18,7 +18,7 @@ from myserve.adapters.tinker import SamplerTokenCompleter
 
 
 def sum_env(pair: Sum, tokenizer: Any) -> Any:
-    """A sum as an `Env`: one turn, 1 for the right number."""
+    """Return a sum as an `Env`: one turn, reward 1 for the right number."""
     import tinker
     from tinker_cookbook.rl.types import Env, StepResult
 
@@ -42,7 +42,7 @@ def sum_env(pair: Sum, tokenizer: Any) -> Any:
 
 
 async def main(problems: int = 100, n: int = 4, url: str = "") -> list[Any]:
-    """n trajectories of each problem; prints the mean reward."""
+    """Play n trajectories of each problem; print the mean reward."""
     from tinker_cookbook.rl.rollouts import do_single_rollout
 
     async with sampler_for(url) as sampler:

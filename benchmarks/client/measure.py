@@ -32,7 +32,7 @@ PROMPT = list(range(1, 129))
 
 
 def event(position: int, *, logprobs: bool) -> bytes:
-    """What a completions server sends for one token; about 110 bytes, or 330 with logprobs."""
+    """Return a completions server's event for one token; about 110 bytes, or 330 with logprobs."""
     choice: dict[str, Any] = {"index": 0, "text": " tok", "finish_reason": None, "logprobs": None}
     choice["token_ids"] = [position % 1000]
     if logprobs:
@@ -49,7 +49,7 @@ def event(position: int, *, logprobs: bool) -> bytes:
 
 
 def replayed(tokens: int, *, logprobs: bool) -> bytes:
-    """A whole answer, head included."""
+    """Return a whole answer, head included."""
     ids = [position % 1000 for position in range(tokens)]
     last = {"index": 0, "text": "", "finish_reason": "length", "raw_output": {"completion_token_ids": ids}}
     body = b"".join(event(position, logprobs=logprobs) for position in range(tokens))
@@ -141,7 +141,7 @@ def pace(client: Callable[..., Any], url: str, streams: int, tokens: int, *, log
 
 
 def pace_in(process: Executor, client: Callable[..., Any], *args: Any, **options: Any) -> float:
-    """In a process of the client's own, as the reference has one: another's objects are not its collector's work."""
+    """Measure in a process of the client's own, so that its garbage collector has no other objects to visit."""
     return process.submit(pace, client, *args, **options).result()
 
 

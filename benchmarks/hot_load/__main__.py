@@ -35,7 +35,7 @@ CONTROLS = 50
 
 @dataclass
 class Run:
-    """What came of it."""
+    """Collect the answers, failures and reports of a run."""
 
     answers: list[tuple[list[int], SampledCompletion]] = field(default_factory=list)
     reports: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # with the mode
@@ -56,7 +56,7 @@ async def soak(url: str, seconds: float, streams: int, every: float) -> Run:
 
 
 async def _stream(sampler: DeploymentSampler, run: Run, end: float, rng: random.Random) -> None:
-    """One answer after the other; half of the prompts begin like others'."""
+    """Ask for one answer after the other; half of the prompts share a prefix."""
     while time.monotonic() < end:
         shared = random.Random(rng.randrange(4))
         prompt = [shared.randrange(3, 500) for _ in range(rng.choice([5, 40, 120]))] + [rng.randrange(3, 500)]
@@ -117,7 +117,7 @@ def can_be_moved(spans: list[dict[str, int]]) -> bool:
 
 
 def moved(spans: list[dict[str, int]]) -> list[dict[str, int]]:
-    """The first border one token later."""
+    """Return the spans with the first border one token later."""
     first, second, *rest = ({**span} for span in spans)
     first["end"] = second["start"] = first["end"] + 1
     return [first, second, *rest]

@@ -1,4 +1,4 @@
-"""What an answer must be, given which weights made which of its tokens: the judge of updates in mid-flight.
+"""Computes an answer again, given which weights made which of its tokens: the judge of updates in mid-flight.
 
 A plain reading of the marks: one sequence alone, its keys and values computed span by span, each by the weights that
 the span names, and every token drawn again from the row before it. No scheduler, no prefix cache, no batch.
@@ -37,7 +37,7 @@ def replay(
     params: SamplingParams,
     sample_index: int = 0,
 ) -> list[Numbers]:
-    """The numbers of a completion whose `weight_version_spans` are given.
+    """Return the numbers of a completion whose `weight_version_spans` are given.
 
     `install(version)` puts that version's weights into the engine, which must run nothing else. `params.seed` is
     the answer's.
@@ -47,7 +47,7 @@ def replay(
     request.block_table = list(range(-(-len(request.token_ids) // size)))
 
     def row(count: int) -> RowState:
-        """The state of the draw that comes after `count` tokens."""
+        """Return the state of the draw that comes after `count` tokens."""
         assert params.seed is not None
         return RowState(
             params,

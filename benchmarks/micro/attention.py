@@ -48,7 +48,7 @@ class Paged:
             store_kv(*(torch.randn(len(slots), KV_HEADS, DIM).to(dtype) for _ in range(2)), *cache, slots)
 
     def attend(self, query: Tensor, rows: int) -> None:
-        """`rows` queries a stream, in every layer."""
+        """Attend with `rows` queries a stream, in every layer."""
         starts = torch.arange(0, len(self.lens) * rows + 1, rows).int()
         for cache in self.caches:
             paged_attention(query, *cache, self.tables, starts, self.lens, scale=DIM**-0.5)

@@ -35,7 +35,7 @@ WORKLOADS: dict[str, dict[str, object]] = {
 
 
 def median_ms(step: Callable[[], object], repeats: int) -> float:
-    """The median of `repeats` timed calls, after one that is not."""
+    """Return the median of `repeats` timed calls, after one that is not timed."""
     step()
     times = []
     for _ in range(repeats):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / ".bench"
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a peer is started: the command, and what its environment has beside ours."""
+    """Hold how a peer is started: the command, and the environment that it has beside ours."""
 
     command: list[str]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Peer:
 
 
 def make_venv(folder: Path, *requirements: str, options: tuple[str, ...] = ()) -> Path:
-    """A virtual environment in `folder` with these installed; returns its python."""
+    """Make a virtual environment in `folder` with these installed; return its python."""
     python = folder / "bin" / "python"
     if not python.exists():
         run(sys.executable, "-m", "venv", folder)

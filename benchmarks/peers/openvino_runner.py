@@ -39,7 +39,7 @@ def generation_config(asked: dict[str, Any]) -> Any:
 
 
 def run(pipeline: Any, asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """A trace for each choice. The times are of the whole request: choices come together, step by step."""
+    """Return a trace for each choice. Times are of the whole request: choices come together, step by step."""
     config = generation_config(asked)
     started = time.perf_counter()
     handles = [

@@ -9,7 +9,7 @@ from benchmarks.peers import Launch, Peer
 
 
 def _nothing_to_install(folder: Path, model: Path) -> None:
-    """It runs from this environment."""
+    """Do nothing: it runs from this environment."""
 
 
 def launch(folder: Path, model: Path, port: int) -> Launch:

@@ -47,7 +47,7 @@ while time.monotonic() < end:
 
 @dataclass
 class Storm:
-    """What came of it."""
+    """Collect the answers, failures and reports of a run."""
 
     told: list[tuple[Kind, list[Told]]] = field(default_factory=list)
     left: int = 0
@@ -78,7 +78,7 @@ async def storm(url: str, seconds: float, streams: int, every: float, seed: int)
 
 
 def _session(url: str) -> aiohttp.ClientSession:
-    """A connection for each request: one that is kept alive may be closed by the server just when it is used again."""
+    """Return a session with a connection for each request: an idle one may be closed just when it is used again."""
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(1800))
 
@@ -139,7 +139,7 @@ async def _update(http: aiohttp.ClientSession, run: Storm, end: float, every: fl
 
 
 async def load_snapshot(http: aiohttp.ClientSession, snapshot: int, mode: str) -> int:
-    """The version that it is called now."""
+    """Load a snapshot; return its weight version."""
     async with http.post("/v1/weights", json={"path": str(snapshot), "mode": mode}) as answer:
         answer.raise_for_status()
         version: int = (await answer.json())["weight_version"]
@@ -191,7 +191,7 @@ async def _ready(http: aiohttp.ClientSession) -> None:
 
 
 async def alone(url: str, seed: int) -> list[dict[str, list[Told]]]:
-    """Of each snapshot, each kind's answer when nothing else runs."""
+    """Return each kind's answer by each snapshot when nothing else runs."""
     asked, answers = kinds(random.Random(seed)), []
     async with _session(url) as http:
         await _ready(http)
@@ -202,10 +202,10 @@ async def alone(url: str, seed: int) -> list[dict[str, list[Told]]]:
 
 
 def leaks(run: Storm) -> list[str]:
-    """What was not given back."""
+    """Return what was not given back."""
     idle = run.idle
     found = [
-        f"{name} is {idle[name]:g} when nobody asks"
+        f"{name} is {idle[name]:g} when it is idle"
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         if idle[name]
     ]

@@ -1,4 +1,4 @@
-"""Whether the storm's answers are right: bit for bit what the request gives alone, by the weights that they name."""
+"""Judges the storm's answers: each must be, bit for bit, what its request gives alone by the weights that it names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPLAYED = 300  # answers of several versions that are computed again; a random 
 
 @dataclass
 class Told:
-    """What one choice was, whole or joined from its stream."""
+    """Hold one choice, whole or joined from its stream."""
 
     index: int
     text: str = ""
@@ -34,7 +34,7 @@ class Told:
     spans: list[dict[str, int]] = field(default_factory=list)  # only where there are several
 
     def take(self, choice: dict[str, Any]) -> None:
-        """A whole choice, or a chunk of one."""
+        """Take in a whole choice, or a chunk of one."""
         said = choice.get("message") or choice.get("delta") or choice
         self.text += said.get("content") or choice.get("text") or ""
         for entry in (choice["logprobs"] or {"content": []})["content"]:
@@ -126,7 +126,7 @@ def control(
 def replayed(
     spanning: Sequence[tuple[Kind, Told, int]], root: Path, snapshot_of: dict[int, int]
 ) -> tuple[int, int]:
-    """How many were computed again, token by token, by the weights that their marks name; and how many differ."""
+    """Compute answers again, token by token, by the weights that they name; return how many, and how many differ."""
     free = [case for case in spanning if case[0].is_free]
     picked = random.Random(0).sample(free, min(REPLAYED, len(free)))
     return len(picked), sum(1 for _ in _differing(picked, root, snapshot_of))

@@ -1,4 +1,4 @@
-"""What the storm asks: a table of whole requests with their seeds, and malformed ones of every kind."""
+"""The storm's requests: a table of whole ones with their seeds, and malformed ones of every kind."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _messages(rng: random.Random) -> list[dict[str, str]]:
 
 
 def malformed(rng: random.Random) -> tuple[str, bytes]:
-    """A path and a body that nobody should send, each refusable with a 4xx."""
+    """Yield a path and a malformed body, each to be refused with a 4xx."""
     whole: dict[str, Any] = {"model": MODEL, "prompt": [5, 6], "max_tokens": 4}
     change: dict[str, Any] = rng.choice(
         [

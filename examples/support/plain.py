@@ -26,7 +26,7 @@ def plain_logprobs(
     temperature: float = 1.0,
     replay: bool = False,
 ) -> Rows:
-    """Of each sample's completion tokens. `replay`: a mixture of experts uses those that the server used."""
+    """Return logprobs of each sample's completion tokens. `replay`: a mixture of experts uses the server's experts."""
     load: Any = AutoModelForCausalLM.from_pretrained
     trainer = load(model, dtype=dtype).eval()
     ids = pad_sequence([torch.tensor(s.full_tokens) for s in samples], batch_first=True)  # [B, T]

@@ -38,7 +38,7 @@ class Policy:
     def logprobs(
         self, samples: Sequence[SampledCompletion], *, temperature: float = 1.0, kept: bool = False
     ) -> Tensor:
-        """Of every completion token of the samples, one after the other: [N], with gradients.
+        """Return logprobs of every completion token of the samples, one after the other: [N], with gradients.
 
         `kept`: over the support of each draw, as the server reported it.
         """
@@ -59,12 +59,12 @@ class Policy:
 
     @torch.no_grad()
     def kl_to_start(self, samples: Sequence[SampledCompletion], logprobs: Tensor) -> float:
-        """How far the policy has gone from the model that it began as: k3, in nats a token."""
+        """Return the KL (k3, nats a token) from the model that the policy began as."""
         d = self._logprobs(self._start, samples) - logprobs
         return float((d.exp() - 1 - d).mean())
 
     def step(self, loss: Tensor) -> None:
-        """One step of the optimizer, the gradient clipped to length 1."""
+        """Take one step of the optimizer, the gradient clipped to norm 1."""
         self._updates += 1
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * min(1.0, self._updates / WARMUP)
@@ -74,7 +74,7 @@ class Policy:
         self._optimizer.step()
 
     def save(self, folder: Path) -> None:
-        """The weights as safetensors, whole or not at all: written beside, then renamed."""
+        """Write the weights as safetensors, whole or not at all: beside, then renamed."""
         beside = folder.with_name(folder.name + ".new")
         shutil.rmtree(beside, ignore_errors=True)
         self.model.save_pretrained(beside)

@@ -16,7 +16,7 @@ class RunError(ValueError):
 
 
 def new_folder(run: Path, config: Mapping[str, Any]) -> Path:
-    """`run`, or where that exists `run`-2, `run`-3, ...: what somebody computed is never overwritten."""
+    """Return `run`, or where that exists `run`-2, `run`-3, ...: an earlier run is never overwritten."""
     for folder in _names(run):
         try:
             folder.mkdir(parents=True)
@@ -28,7 +28,7 @@ def new_folder(run: Path, config: Mapping[str, Any]) -> Path:
 
 
 def folder_to_resume(run: Path, config: Mapping[str, Any]) -> Path:
-    """The latest of `run`, `run`-2, ...; raises RunError if there is none, or if it was another run."""
+    """Return the latest of `run`, `run`-2, ...; raises RunError if there is none, or if it was another run."""
     latest = None
     for folder in _names(run):
         if not folder.exists():

@@ -67,13 +67,13 @@ class Server:
             self.process.wait(timeout=30)
 
     def version(self, step: int) -> int:
-        """What the weights of `step` are called on the server."""
+        """Return the weight version of `step` on the server."""
         return self._first_version + step
 
     async def load(
         self, sampler: DeploymentSampler, step: int, mode: Literal["drain", "keep"] = "drain"
     ) -> None:
-        """The weights of `step` are in place when this returns, whether or not the server died meanwhile."""
+        """Load the weights of `step`; return when they are in place, whether or not the server died meanwhile."""
         while True:
             self._wait_until_ready()
             try:
@@ -127,7 +127,7 @@ class Server:
 async def sampler_for(
     url: str = "", options: Sequence[str] = (), model: str = ""
 ) -> AsyncIterator[DeploymentSampler]:
-    """A sampler on the server at `url`, or on one of `model` (the embedded one) that lives as long as the block."""
+    """Give a sampler on the server at `url`, or on one of `model` (the embedded one) that ends with the block."""
     model = model or str(embedded_model_path())
     with Server(model, url=url, options=options) as server:
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -18,10 +18,10 @@ def question(pair: Sum) -> str:
 
 
 def reward(pair: Sum, answer: SampledCompletion) -> float:
-    """1 for the right number and nothing else."""
+    """Return 1 for the right number and nothing else, else 0."""
     return float(answer.finish_reason == "stop" and answer.text == str(sum(pair)))
 
 
 def sums_of_step(seed: int, step: int, count: int) -> list[Sum]:
-    """A function of seed and step: a run that goes on asks what it would have asked."""
+    """Return a step's sums, a function of seed and step: a resumed run asks what it would have asked."""
     return Random(f"{seed}/{step}").sample(PRACTICE, count)

@@ -151,7 +151,7 @@ def test_what_cannot_be_measured_is_said_in_a_line(ours: str) -> None:
     refused = bench(ours, "--workload", "1x8:4000")
     assert refused.exit_code == 1
     assert "context" in refused.output
-    nobody = bench("http://127.0.0.1:9", "--model", "m")
-    assert nobody.exit_code == 1
-    assert "no answer from http://127.0.0.1:9" in " ".join(nobody.output.split())
+    absent = bench("http://127.0.0.1:9", "--model", "m")
+    assert absent.exit_code == 1
+    assert "no answer from http://127.0.0.1:9" in " ".join(absent.output.split())
     assert "ends with .svg, .png, .pdf" in bench(ours, "--chart", "chart.txt").output

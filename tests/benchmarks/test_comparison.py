@@ -29,6 +29,9 @@ def comparison() -> Comparison:
         "vllm": [],
     }
     result.ready_s["ours"] = 4.25
+    result.cold_ms["ours"] = {"32": (194.0, 87.0), "256": (938.0, 708.0)}
+    result.cold_ms["openvino"] = {"32": (142.0, 141.0)}
+    result.busy = 0.04
     result.failures.append("decode8: vllm is not running")
     return result
 
@@ -60,12 +63,23 @@ def test_the_ledger_keeps_figures_failures_and_what_was_there(comparison: Compar
     assert text.index("First try.") < text.index("Second: slower, dropped.")
     line = next(line for line in text.splitlines() if line.startswith("| decode8 |"))
     assert [cell.strip() for cell in line.split("|")][5:8] == ["–", "0.75", "–"]
-    for fact in (comparison.command, "a cpu, 2 cores", "ours 4.2", "Failed: decode8: vllm is not running"):
+    cold = "first prompt of 256 (later), ms: ours 938 (708), openvino –, vllm –"
+    facts = [
+        comparison.command,
+        "a cpu, 2 cores",
+        "ours 4.2",
+        "Failed: decode8: vllm is not running",
+        cold,
+        "4% at most",
+    ]
+    for fact in facts:
         assert text.count(fact) == 2
 
 
-def test_the_table_has_a_row_for_each_workload_and_two_for_the_process(comparison: Comparison) -> None:
-    assert table(comparison, ["ours", "openvino", "vllm"]).row_count == 3
+def test_the_table_has_a_row_for_each_workload_each_cold_length_and_two_for_the_process(
+    comparison: Comparison,
+) -> None:
+    assert table(comparison, ["ours", "openvino", "vllm"]).row_count == 1 + 2 + 2
 
 
 def test_one_stream_waits_for_memory_and_many_for_arithmetic() -> None:

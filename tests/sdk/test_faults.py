@@ -195,7 +195,7 @@ def of_another_shape(chunk):
     return {"choices": [{"index": 0, "text": 4}]}
 
 
-def of_a_choice_that_nobody_asked_for(chunk):
+def of_a_choice_that_was_not_asked_for(chunk):
     return {"choices": [{"index": 99}]}
 
 
@@ -207,7 +207,7 @@ def of_a_choice_that_nobody_asked_for(chunk):
         (with_a_null, "the logprob of row 0 is null"),
         (without_ids, "text came without token ids"),
         (of_another_shape, r"a chunk of another shape: Expected .str.*choices\[0\].text"),
-        (of_a_choice_that_nobody_asked_for, "a chunk for choice 99 of 4"),
+        (of_a_choice_that_was_not_asked_for, "a chunk for choice 99 of 4"),
     ],
 )
 async def test_lengths_that_do_not_fit_are_never_filled_in(make_sampler, stub, fault, edit, words):

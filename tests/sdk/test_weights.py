@@ -90,10 +90,10 @@ def test_a_sample_that_lives_through_an_update_has_spans(two_urls: list[str]) ->
             reports = await sampler.update_weights("1", mode="abort")
             assert reports[0]["num_aborted"] == 1
             assert (await rest) == "abort"
-            begun = asyncio.Event()
+            started = asyncio.Event()
             plan = sampler.plan(PROMPT, {"max_tokens": 480, "ignore_eos": True})
-            sampling = asyncio.create_task(sampler.draw(plan, on_delta=lambda _: begun.set()))
-            await begun.wait()
+            sampling = asyncio.create_task(sampler.draw(plan, on_delta=lambda _: started.set()))
+            await started.wait()
             versions = [(await sampler.update_weights(path, mode="keep"))[0] for path in "01"]
             (sample,) = await sampling
             spans = sample.weight_version_spans

@@ -61,7 +61,7 @@ class PackedRows:
 
 
 def draw_chat(rng: Random) -> list[Message]:
-    """One chat, ready for a template: mostly one turn, sometimes several, sometimes with a system prompt."""
+    """Draw one chat, ready for a template: mostly one turn, sometimes several, sometimes with a system prompt."""
     chance = rng.random()
     if chance < 0.02:
         return _as_messages([talk.pirate_greeting(rng)], system=rng.choice(talk.PIRATE_PROMPTS))
@@ -73,7 +73,7 @@ def draw_chat(rng: Random) -> list[Message]:
 
 
 def draw_text(rng: Random) -> str:
-    """A document without roles, for plain completion: a sum, or an answer long enough to stand by itself."""
+    """Draw a document without roles, for plain completion: a sum, or an answer long enough to stand by itself."""
     while True:
         question, answer = _draw_turn(rng)
         if question.endswith("="):
@@ -83,7 +83,7 @@ def draw_text(rng: Random) -> str:
 
 
 def render_chat(messages: Sequence[Message]) -> str:
-    """What the chat template gives without a generation prompt; 40 times faster than Jinja over the corpus.
+    """Render as the chat template does without a generation prompt; 40 times faster than Jinja over the corpus.
 
     >>> render_chat([{"role": "user", "content": "hi"}])
     '<|im_start|>user\\nhi<|im_end|>\\n'
@@ -92,20 +92,20 @@ def render_chat(messages: Sequence[Message]) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text; markers in it are read as the special tokens that they spell."""
+    """Return the ids of each text; markers in it are read as the special tokens that they spell."""
     ids: list[list[int]] = tokenizer(list(texts)).data["input_ids"]
     return ids
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """The ids of one user turn and the opening of the answer, by the model's own chat template."""
+    """Return the ids of one user turn and the opening of the answer, by the model's own chat template."""
     messages = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return encode(tokenizer, [str(text)])[0]
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> list[Document]:
-    """`count` documents: chats, learned on the answers; one in twenty is plain text, learned whole."""
+    """Return `count` documents: chats, learned on the answers; one in twenty is plain text, learned whole."""
     rng = Random(seed)
     texts = [
         draw_text(rng) + END_OF_TEXT if rng.random() < 0.05 else render_chat(draw_chat(rng))
@@ -151,7 +151,7 @@ def as_tensors(rows: Sequence[Sequence[Document]], row_length: int) -> PackedRow
 
 
 def batches(rows: PackedRows, batch_rows: int, seed: int) -> Iterator[PackedRows]:
-    """The rows once, shuffled by `seed`, `batch_rows` at a time; a short last batch is dropped."""
+    """Yield the rows once, shuffled by `seed`, `batch_rows` at a time; a short last batch is dropped."""
     order = torch.randperm(len(rows.input_ids), generator=torch.Generator().manual_seed(seed))
     for take in torch.split(order, batch_rows):
         if len(take) == batch_rows:
@@ -176,7 +176,7 @@ def _as_messages(turns: Sequence[talk.Turn], system: str | None = None) -> list[
 
 
 def _labels(ids: list[int], header: list[int], end: int) -> list[int]:
-    """The ids from each assistant header to its <|im_end|>, included; all ids of a text without roles."""
+    """Return labels: ids from each assistant header to its <|im_end|>, included; all ids of a text without roles."""
     if ids[0] != header[0]:
         return ids
     labels = [IGNORED] * len(ids)

@@ -1,4 +1,4 @@
-"""What the embedded model can do, in exact figures: probabilities by teacher forcing, no sample is drawn."""
+"""Evaluates the embedded model in exact figures: probabilities by teacher forcing, no sample is drawn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Accuracy:
 
 
 def questions() -> dict[str, list[talk.Turn]]:
-    """Every task that has one right answer, with the questions that it is measured on.
+    """Return every task that has one right answer, with its questions.
 
     >>> questions()["one-digit sums"][22]
     ('Solve: 2+2=', '4')
@@ -78,13 +78,13 @@ def accuracy(
 
 
 def color_probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """The exact probability of each color as the whole answer to "Say a color:" at temperature 1."""
+    """Return the exact probability of each color as the whole answer to "Say a color:" at temperature 1."""
     answers = {color: ("Say a color:", color.capitalize() + ".") for color in COLORS}
     return {color: accuracy(model, tokenizer, [turn]).sampled for color, turn in answers.items()}
 
 
 def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The figures as a Markdown table, as docs/demo_model.md shows them."""
+    """Return the figures as a Markdown table, as docs/demo_model.md shows them."""
     lines = [
         f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary",
         "",
@@ -112,7 +112,7 @@ def _draws(rng: Random, task: Callable[[Random], talk.Turn]) -> list[talk.Turn]:
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, asked: Iterable[talk.Turn]) -> Iterator[PackedRows]:
-    """One question a row, shortest first, padded on the right: a causal model does not see what follows."""
+    """Yield one question a row, shortest first, padded on the right: a causal model does not see what follows."""
     documents = []
     for question, right in asked:
         prompt, answer = encode_prompt(tokenizer, question), encode(tokenizer, [right + IM_END])[0]

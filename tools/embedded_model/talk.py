@@ -121,7 +121,7 @@ def counting(rng: Random) -> Turn:
 
 
 def calendar(rng: Random) -> Turn:
-    """What comes before or after a day, a month or a season; or all of them."""
+    """Draw what comes before or after a day, a month or a season; or all of them."""
     kind, names = rng.choice((("day", words.DAYS), ("month", words.MONTHS), ("season", words.SEASONS)))
     if rng.random() < 0.2:
         whole = {"day": "the days of the week", "month": "the months of the year", "season": "the seasons"}
@@ -141,7 +141,7 @@ def opposite(rng: Random) -> Turn:
 
 
 def fact(rng: Random) -> Turn:
-    """A row of one of the lexicon's tables."""
+    """Draw a row of one of the lexicon's tables."""
     tables = (
         (words.CAPITALS, ("What is the capital of {}?", "Name the capital of {}.", "Capital of {}?")),
         (words.COLOR_OF, ("What color is {}?", "Which color is {}?")),
@@ -187,7 +187,7 @@ def haiku(rng: Random) -> Turn:
 
 
 def story(rng: Random) -> Turn:
-    """A tale in five sentences; its hero is the one that was asked for, when one was."""
+    """Draw a tale in five sentences; its hero is the one that was asked for, when one was."""
     hero, trait = rng.choice(words.STORY_HEROES), rng.choice(words.STORY_TRAITS)
     asks = (
         "Tell me a story.",

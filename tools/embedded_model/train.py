@@ -50,7 +50,7 @@ class TrainConfig:
 
 
 def train(config: TrainConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
-    """A trained model in float32 and its tokenizer; the same bits for the same config and thread count."""
+    """Return a trained model in float32 and its tokenizer; the same bits for the same config and thread count."""
     tokenizer = build_tokenizer(config)
     documents = encode_documents(tokenizer, config.seed, config.documents)
     rows = pack_rows(documents, config.row_length)
@@ -83,7 +83,7 @@ def train(config: TrainConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBas
 
 
 def build_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer learns from chats like those that the model will."""
+    """Train the tokenizer on chats like those of the model's corpus."""
     rng = Random(config.seed)
     chats = (draw_chat(rng) for _ in range(config.tokenizer_chats))
     return train_tokenizer((message["content"] for chat in chats for message in chat), config.vocab_size)
@@ -121,7 +121,7 @@ def build_optimizers(model: Qwen3ForCausalLM, config: TrainConfig) -> tuple[torc
 
 
 def warmup_then_cosine(step: int, steps: int) -> float:
-    """The share of the peak learning rate at `step`: up over the first twentieth, then down to 3 %.
+    """Return the share of the peak learning rate at `step`: up over the first twentieth, then down to 3 %.
 
     >>> [round(warmup_then_cosine(step, 100), 2) for step in (0, 4, 50, 100)]
     [0.2, 1.0, 0.52, 0.03]

@@ -1,4 +1,4 @@
-"""Every failure of a sample says which sample, which attempt, what status, and the server's own words."""
+"""Errors of the SDK: each names the sample, the attempts, the HTTP status, and the server's own words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BUSY = frozenset({408, 409, 425, 429, 503})
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong in one attempt, in the server's own words where it had any.
+    """Hold why one attempt failed, in the server's own words where it had any.
 
     >>> Failure.of_status(404, "no model 'gpt-9'").retryable
     False
@@ -76,17 +76,17 @@ after 1 attempt, HTTP 404: no model 'gpt-9'
 
     @property
     def status(self) -> int | None:
-        """The HTTP status of the last attempt; None when there was no answer."""
+        """Return the HTTP status of the last attempt; None when there was no answer."""
         return self.failure.status
 
     @property
     def server_message(self) -> str:
-        """The last attempt's own words: the server's, or the operating system's."""
+        """Return the message of the last attempt: the server's, or the operating system's."""
         return self.failure.message
 
     @property
     def retryable(self) -> bool:
-        """Whether asking again later may help."""
+        """Return whether asking again later may help."""
         return self.failure.retryable
 
 

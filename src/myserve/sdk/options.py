@@ -80,7 +80,7 @@ class CallPlan:
 
     @property
     def is_too_long(self) -> bool:
-        """The prompt alone reaches `max_seq_len`: nothing is asked."""
+        """Return whether the prompt alone reaches `max_seq_len`: then nothing is asked."""
         return self.max_seq_len is not None and len(self.request.prompt_token_ids) >= self.max_seq_len
 
 

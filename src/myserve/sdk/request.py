@@ -49,7 +49,7 @@ class SampleRequest:
 
     @property
     def sends_echo(self) -> bool:
-        """Whether the server is asked to echo: only where the prompt has rows to bring, of logprobs or of routing."""
+        """Return whether the server is asked to echo: only where the prompt has rows of logprobs or of routing."""
         return self.echo and (self.logprobs or self.include_routing_matrix)
 
     def fingerprint(self) -> str:

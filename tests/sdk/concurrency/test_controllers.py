@@ -142,7 +142,7 @@ def test_the_summary_of_a_step():
     assert controller.step_completed() == summary | empty
 
 
-def test_a_full_kv_cache_shrinks_the_window_though_nobody_queues():
+def test_a_full_kv_cache_shrinks_the_window_though_the_queue_is_empty():
     windows = {}
     for usage in (0.5, 0.99):
         controller = AdaptiveConcurrencyController(initial_window=16)

@@ -79,7 +79,7 @@ class SemaphoreMachine(RuleBasedStateMachine):
         self.admit()
 
     def admit(self) -> None:
-        """The law, written down a second time: the head takes what is free, nobody overtakes it."""
+        """The rule, written down a second time: the head takes what is free and is never overtaken."""
         while self.queue and self.in_flight < self.semaphore.limit:
             waiter, due = self.queue.pop(0)
             granted = min(due, self.semaphore.limit - self.in_flight)
@@ -96,7 +96,7 @@ class SemaphoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.queue)
     @invariant()
-    def nobody_waits_while_there_is_room(self):
+    def no_sample_waits_while_there_is_room(self):
         assert self.semaphore.in_flight >= self.semaphore.limit
 
 

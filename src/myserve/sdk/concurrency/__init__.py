@@ -1,4 +1,4 @@
-"""How many samples may be in flight: controllers, the arithmetic of the adaptive one, and the semaphore they move."""
+"""Concurrency: controllers, the arithmetic of the adaptive one, and the semaphore whose limit they move."""
 
 from myserve.sdk.concurrency.aimd import AIMD, Observed
 from myserve.sdk.concurrency.controllers import (

@@ -43,7 +43,7 @@ class ResizableSemaphore:
 
     @property
     def limit(self) -> int | None:
-        """How many samples may be in flight. Setting it admits whoever has room now."""
+        """Return how many samples may be in flight; None means no limit. Setting it admits what has room now."""
         return self._limit
 
     @limit.setter
@@ -123,7 +123,7 @@ class Waiter:
 
     @property
     def is_abandoned(self) -> bool:
-        """True when its event loop was closed."""
+        """Return whether its event loop was closed."""
         return self._loop.is_closed()
 
     async def take(self) -> Permit:

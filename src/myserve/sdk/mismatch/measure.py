@@ -167,7 +167,7 @@ def _versions(sample: SampledCompletion) -> Iterator[int]:
 
 
 def _last(values: Sequence[float] | None, count: int) -> Floats | None:
-    """The completion's own of P+C-1 or C values."""
+    """Return the completion's own [C] of P+C-1 or C values."""
     return None if values is None else np.asarray(values[len(values) - count :], np.float64)
 
 

@@ -28,7 +28,7 @@ STALL_TIMEOUTS_IN_A_QUEUE = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """What all attempts of a group share."""
+    """Hold what the attempts of a group share."""
 
     request: SampleRequest
     backend: ServerPool

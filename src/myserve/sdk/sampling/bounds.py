@@ -1,4 +1,4 @@
-"""How much a server may send for a request: known before it is asked, so that no answer fills the client's memory."""
+"""Bounds on what a server may send for a request, known before it is asked: no answer fills the client's memory."""
 
 from __future__ import annotations
 

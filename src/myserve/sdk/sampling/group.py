@@ -150,6 +150,6 @@ class Group:
 
 
 def _first_of(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first failure of a task group: its siblings were cancelled because of it."""
+    """Return the first failure of a task group: its siblings were cancelled because of it."""
     first = failures.exceptions[0]
     return _first_of(first) if isinstance(first, BaseExceptionGroup) else first

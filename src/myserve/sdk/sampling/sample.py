@@ -62,12 +62,12 @@ class Sample:
 
     @property
     def is_done(self) -> bool:
-        """True when it has its completion, or has failed for good."""
+        """Return whether it has its completion, or has failed for good."""
         return self.completion is not None or self.error is not None
 
     @property
     def is_whole(self) -> bool:
-        """True when it has its finish reason and its ids, and needs nothing more of its stream."""
+        """Return whether it has its finish reason and its ids, and needs nothing more of its stream."""
         return self.finish_reason is not None and (self._raw_ids is not None or bool(self.ids))
 
     def begin(self, *, seed: int, resume: bool) -> list[int]:
@@ -253,7 +253,7 @@ class Sample:
         return self._rows("top_logprobs", rows, num_rows)
 
     def _token_times(self, num_ids: int) -> list[float] | None:
-        """Of the last `num_ids` tokens; None where not every one of them came by itself."""
+        """Return the arrival of the last `num_ids` tokens, [C]; None where some were not streamed."""
         times: list[float] = []
         for (first, now), (end, _) in pairwise([*self._arrivals, (len(self.ids), 0.0)]):
             times += [now] * (end - first)
@@ -288,7 +288,7 @@ class Sample:
         return self.request.echo and raw == self._prompt_ids + self.ids
 
     def _rows(self, what: str, rows: list[T], expected: int) -> list[T]:
-        """`rows`, if there are as many as tokens. An echo may bring a row for the first prompt token."""
+        """Return `rows`, if there are as many as tokens. An echo may bring a row for the first prompt token."""
         if self.request.echo and len(rows) == expected + 1:
             return rows[1:]
         if len(rows) != expected:

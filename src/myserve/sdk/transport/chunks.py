@@ -79,7 +79,7 @@ class RawOutputChunk(msgspec.Struct, gc=False):
 
 
 class ChoiceChunk(msgspec.Struct, gc=False, kw_only=True):
-    """What a chunk holds for one sample."""
+    """One sample's part of a chunk."""
 
     index: Annotated[int, msgspec.Meta(ge=0)] = 0
     text: str | None = None

@@ -32,7 +32,7 @@ class Reply(Protocol):
     @property
     def headers(self) -> Mapping[str, str]: ...
     def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it arrives; `AttemptFailed` when it is cut."""
+        """Yield the body as it arrives; `AttemptFailed` when it is cut."""
         ...
 
 
@@ -162,7 +162,7 @@ async def _hold(
 ) -> AsyncGenerator[aiohttp.ClientSession]:
     """Closes a session with its loop: `asyncio.run` ends the async generators before it closes the loop.
 
-    So a sampler that nobody closed leaves nothing open, and the next `asyncio.run` has a session of its own.
+    So a sampler that was never closed leaves nothing open, and the next `asyncio.run` has a session of its own.
     """
     try:
         yield session
