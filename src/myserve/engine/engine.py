@@ -268,9 +268,9 @@ class Engine:
 
     def _wait_for_work(self) -> None:
         ever_held, is_idle = self.scheduler.pool.num_ever_held, True
-        # a page at a time: nobody who comes in waits for it
+        # a little at a time: a request that comes in waits for one of them at most
         while is_idle and not (self._inbox or self._stopping):
-            is_idle = self.runner.kv_cache.make_ready(ever_held)
+            is_idle = self.runner.prepare_while_idle(ever_held)
         with self._wake:
             self._wake.wait_for(lambda: bool(self._inbox) or self._stopping)
 

@@ -54,6 +54,8 @@ class Kernel:
         if workspace.launches is not None:
             record = ctypes.string_at(workspace.record_address, self.size)
             workspace.launches.append(Launch(self.address, record, threads))
+            if not workspace.runs:
+                return
         enter(self.address, workspace.record_address, threads)
 
     def fill(self, record: Any, values: dict[str, float]) -> None:
@@ -114,6 +116,7 @@ class Workspace(threading.local):
         self.record = ctypes.create_string_buffer(_RECORD_BYTES)
         self.record_address = ctypes.addressof(self.record)
         self.launches: list[Any] | None = None
+        self.runs = True
         self.memory = KernelScratch()
 
     def scratch(self, size: int) -> int:
@@ -129,17 +132,17 @@ def this_thread() -> Workspace:
 
 
 @contextmanager
-def recording(scratch: KernelScratch) -> Iterator[list[Any]]:
-    """Every kernel call that this thread makes meanwhile, also appended to the list, in its order.
+def recording(scratch: KernelScratch, *, runs: bool = True) -> Iterator[list[Any]]:
+    """Append every kernel call that this thread makes meanwhile to the list, in its order; without `runs` do no more.
 
     They use a scratch of their own: who replays them may be another thread, and this one may compute meanwhile, or end.
     """
     workspace, calls = this_thread(), list[Any]()
-    own, workspace.memory, workspace.launches = workspace.memory, scratch, calls
+    own, workspace.memory, workspace.launches, workspace.runs = workspace.memory, scratch, calls, runs
     try:
         yield calls
     finally:
-        workspace.memory, workspace.launches = own, None
+        workspace.memory, workspace.launches, workspace.runs = own, None, True
 
 
 def enter(kernel: int, record: int, threads: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from myserve.engine.mixers.device_pages import (
 )
 from myserve.engine.steps.cuda_graphs import Graphs
 from myserve.engine.steps.fixed_rows import FIXED_ROWS, keep_sums_whole
-from myserve.engine.steps.recorder import Pool, Recording
+from myserve.engine.steps.recorder import Recorder
 from myserve.engine.steps.recordings import MOST_REQUESTS, Record
 
 
@@ -62,7 +61,7 @@ CPU = DeviceBackend(
     block_size=BLOCK_SIZE,
     pages=None,
     packs=True,
-    recorder=lambda: partial(Recording, pool=Pool()),
+    recorder=Recorder,
     settings=(0,),
 )
 

@@ -143,6 +143,15 @@ class ModelRunner:
         for memory in ("model", "kv_cache", "recorded_steps", "routed_experts"):
             vars(self).pop(memory, None)  # the second time too
 
+    @torch.inference_mode()
+    def prepare_while_idle(self, blocks_held: int) -> bool:
+        """Do a little of what the next steps would have to: a shape recorded, some of the cache's memory touched.
+
+        `blocks_held`: blocks that requests have held so far. False when nothing is left to do.
+        """
+        recorded = self.recorded_steps.prepare()
+        return self.kv_cache.make_ready(blocks_held) or recorded
+
     def closes_early(self, request: Request) -> bool:
         """Whether its grammar was brought to an end for `max_tokens`."""
         constraint = self._rows[request].constraint

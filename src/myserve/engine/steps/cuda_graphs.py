@@ -20,6 +20,8 @@ WARM_UPS = 3  # libraries choose and allocate in their first calls, which a capt
 class Graphs:
     """Makes recordings. `cuda`: torch.cuda, or what acts like it in a test."""
 
+    ahead = None  # a capture runs its warm-ups
+
     def __init__(self, device: torch.device, most_logits: int, cuda: Any = torch.cuda) -> None:
         self._device, self._most, self._cuda = device, most_logits, cuda
         self._pool, self._aside = cuda.graph_pool_handle(), cuda.Stream(device)
@@ -32,6 +34,10 @@ class Graphs:
                 return self._record(forward)
         except RuntimeError as error:  # torch.AcceleratorError too
             raise NotRecordableError(str(error).splitlines()[0]) from error
+
+    def prefault(self) -> bool:
+        """False: the memory of captures is the graphs' own."""
+        return False
 
     def _record(self, forward: Callable[[], Tensor]) -> GraphRecording:
         cuda, aside = self._cuda, self._aside

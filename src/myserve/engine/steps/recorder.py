@@ -25,6 +25,8 @@ from myserve.engine.batch_invariance import pointwise
 from myserve.engine.kernels.launch import KernelScratch, recording
 from myserve.engine.steps.launches import Operation, parts, without_dead_calls
 
+PAGE = 4096  # bytes
+
 _aten = torch.ops.aten
 # What a recording cannot hold: a result that Python has looked at, or whose shape the data decides.
 _LOOKS_AT_DATA = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default}
@@ -43,6 +45,7 @@ class Pool:
     def __init__(self) -> None:
         self.scratch = KernelScratch()
         self._blocks: list[Tensor] = []
+        self._touched = 0  # of the blocks, so many from the front
         self._free: dict[int, list[int]] = defaultdict(list)  # size, a power of two -> addresses
         self._recording = 0
 
@@ -52,6 +55,14 @@ class Pool:
         self._free.clear()
         for block in self._blocks:
             self._offer(block)
+
+    def prefault(self) -> bool:
+        """Touch one more block, which the system gives page by page; False when all were touched."""
+        if self._touched == len(self._blocks):
+            return False
+        self._blocks[self._touched][::PAGE] = 0
+        self._touched += 1
+        return True
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised, at a cache line."""
@@ -139,9 +150,10 @@ class Recording:
     (tensor(30.), tensor(30.))
     """
 
-    def __init__(self, forward: Callable[[], Tensor], pool: Pool) -> None:
+    def __init__(self, forward: Callable[[], Tensor], pool: Pool, *, runs: bool = True) -> None:
+        """Without `runs` no kernel is run: `out` has no meaning before the first replay, and nothing was computed."""
         pool.begin()
-        with recording(pool.scratch) as calls, _Recorder(calls, pool):
+        with recording(pool.scratch, runs=runs) as calls, _Recorder(calls, pool):
             self.out = forward()
         self._pool = pool
         self._parts = parts(without_dead_calls(calls, self.out))
@@ -151,3 +163,25 @@ class Recording:
         for part in self._parts:
             part()
         return self.out
+
+
+class Recorder:
+    """Makes the recordings of one model; all of them share one memory."""
+
+    def __init__(self) -> None:
+        self.pool = Pool()
+
+    def __call__(self, forward: Callable[[], Tensor]) -> Recording:
+        """Run `forward` and record it. Raises NotRecordableError."""
+        return Recording(forward, self.pool)
+
+    def ahead(self, forward: Callable[[], Tensor]) -> Recording:
+        """Record `forward` without its kernels' work: what Python does, and none of what a step costs.
+
+        Raises NotRecordableError.
+        """
+        return Recording(forward, self.pool, runs=False)
+
+    def prefault(self) -> bool:
+        """Touch some of the memory that recordings use for the first time; False when all of it was touched."""
+        return self.pool.prefault()

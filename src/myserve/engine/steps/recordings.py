@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -20,6 +20,8 @@ MOST_ROWS = 576
 # requests of a step that is not all decodes; never a number of rows, which are even
 _ROOM = MOST_REQUESTS + 1
 _WANTED = (1, 8, 32, MOST_REQUESTS)
+# While requests run, at most one shape is recorded in so many steps; the others wait for an idle moment.
+STEPS_BETWEEN_RECORDINGS = 50
 
 LARGEST = Shape(MOST_ROWS, _ROOM, MOST_REQUESTS)
 LARGEST_DECODE = Shape(MOST_REQUESTS, MOST_REQUESTS, MOST_REQUESTS)
@@ -38,7 +40,15 @@ class Recorded(Protocol):
     def replay(self) -> Tensor: ...
 
 
-Record = Callable[[Callable[[], Tensor]], Recorded]  # raises NotRecordableError
+class Record(Protocol):
+    """Makes recordings; each of its ways raises NotRecordableError for a forward pass that cannot be one."""
+
+    @property
+    def ahead(self) -> Callable[[Callable[[], Tensor]], Recorded] | None:
+        """Records without computing; None where only a pass that runs can be recorded."""
+
+    def __call__(self, forward: Callable[[], Tensor]) -> Recorded: ...
+    def prefault(self) -> bool: ...
 
 
 def shape_for(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape | None:
@@ -50,11 +60,30 @@ def shape_for(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape | None
     requests, rows = len(scheduled), sum(part.count for part in scheduled)
     if rows == requests == wanted and requests <= MOST_REQUESTS:
         return Shape(requests, requests, requests)
-    grain = 16 if rows <= 64 else 32
-    padded = -(-rows // grain) * grain
+    padded = padded_rows(rows)
     if requests > MOST_REQUESTS or padded > MOST_ROWS or wanted > MOST_REQUESTS:
         return None
     return Shape(padded, _ROOM, next(room for room in _WANTED if wanted <= room))
+
+
+def padded_rows(rows: int) -> int:
+    """The rows of the recording that runs a step of so many rows, not all of them decodes.
+
+    >>> padded_rows(33), padded_rows(65)
+    (48, 96)
+    """
+    grain = 16 if rows <= 64 else 32
+    return -(-rows // grain) * grain
+
+
+def likely_shapes() -> Iterator[Shape]:
+    """Yield every shape that `shape_for` gives, the likeliest first: of one request, then of a few, then of many."""
+    rows_of_prefills = sorted({padded_rows(rows) for rows in range(1, MOST_ROWS + 1)})
+    yield from (Shape(n, n, n) for n in range(1, 5))
+    for wanted in _WANTED:
+        yield from (Shape(rows, _ROOM, wanted) for rows in rows_of_prefills)
+        yield from (Shape(n, n, n) for n in range(5, 17) if wanted == 1)
+    yield from (Shape(n, n, n) for n in range(17, MOST_REQUESTS + 1))
 
 
 def shape_of_decode(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape | None:
@@ -64,10 +93,10 @@ def shape_of_decode(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape 
 
 
 class RecordedSteps:
-    """The recordings of one model. A shape is recorded as it runs for the first time.
+    """The recordings of one model: made while nothing runs (`prepare`), or as a shape runs for the first time.
 
-    The first recording of each kind is replayed and compared before any is believed: a model whose forward depends on
-    its data in another way than through tensors shows it there, and goes on unrecorded.
+    The first replay of each kind is compared with the model's own pass before any is believed: a model whose forward
+    depends on its data in another way than through tensors shows it there, and goes on unrecorded.
     """
 
     def __init__(
@@ -78,20 +107,63 @@ class RecordedSteps:
         self._steps: dict[Shape, tuple[StepInputs, Recorded]] = {}
         self._proved: set[bool] = set()  # of steps with room to spare; of those without
         self.usable = record is not None
+        self._ahead = self._shapes_ahead()
+        self._since_recording = STEPS_BETWEEN_RECORDINGS
 
     def logits(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int]) -> Tensor | None:
         """[wanted, V], in memory that the next step writes again; None where the step is not one to record."""
         shape = self._shapes(scheduled, len(wanted)) if self.usable else None
         if shape is None:
             return None
+        self._since_recording += 1
+        if shape not in self._steps and self._since_recording <= STEPS_BETWEEN_RECORDINGS:
+            shape = self._with_room_for(shape)
+            if shape is None:
+                return None
         inputs, recording = self._steps.get(shape) or (self._inputs.cut(shape), None)
         inputs.fill(scheduled, wanted)
         logits = self._record(shape, inputs) if recording is None else self._replay(shape, inputs, recording)
         return logits[: len(wanted)]
 
+    def prepare(self) -> bool:
+        """Record one more of the likely shapes without computing it; False when there is none left.
+
+        Takes what Python takes for a forward pass (some 0.1 s), so it is called while nothing else is to do.
+        """
+        if not self.usable or self._record_pass is None or self._record_pass.ahead is None:
+            return False
+        if self._record_pass.prefault():
+            return True
+        shape = next((shape for shape in self._ahead if shape not in self._steps), None)
+        if shape is None:
+            return False
+        inputs = self._inputs.cut(shape)
+        try:
+            self._steps[shape] = inputs, self._record_pass.ahead(lambda: self._forward(inputs))
+        except NotRecordableError as reason:
+            self._give_up(str(reason))
+        return True
+
     def clear(self) -> None:
         """Forget all recordings: what they read has moved."""
         self._steps.clear()
+        self._ahead = self._shapes_ahead()
+
+    def _shapes_ahead(self) -> Iterator[Shape]:
+        return likely_shapes() if self._shapes is shape_for else iter(())
+
+    def _with_room_for(self, shape: Shape) -> Shape | None:
+        """The smallest shape recorded that a step of `shape` can run in, where the rows more cost less than Python."""
+        is_decode = shape.rows == shape.requests
+        most = 2 * shape.rows if is_decode else shape.rows + shape.rows // 4
+        fitting = (
+            other
+            for other in self._steps
+            if (other.rows == other.requests) == is_decode
+            and shape.rows <= other.rows <= most
+            and shape.wanted <= other.wanted
+        )
+        return min(fitting, key=lambda other: (other.rows, other.wanted), default=None)
 
     def _record(self, shape: Shape, inputs: StepInputs) -> Tensor:
         assert self._record_pass is not None
@@ -101,6 +173,7 @@ class RecordedSteps:
             self._give_up(str(reason))
             return self._forward(inputs)
         self._steps[shape] = inputs, recording
+        self._since_recording = 0
         return recording.out
 
     def _replay(self, shape: Shape, inputs: StepInputs, recording: Recorded) -> Tensor:
