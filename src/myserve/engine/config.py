@@ -64,9 +64,16 @@ class EngineConfig:
     )
     prefill_chunk: int = option(
         256,
-        "Of a step's tokens, those of prompts while other requests decode and fewer wait.",
+        "Of a step's tokens, at most those of prompts while other requests decode.",
         group=_BATCH,
         at_least=1,
+    )
+    target_inter_token_latency: float | None = option(
+        None,
+        "Seconds between two tokens of a running stream while prompts come in. Shorter steps, slower prompts.",
+        group=_BATCH,
+        unset="three times a stream's own pace, or what leaves prompts nine tenths of their speed",
+        above=0,
     )
     max_queue: int = option(4096, "Choices that may wait or run before a 429.", group=_BATCH, at_least=1)
 

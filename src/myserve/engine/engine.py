@@ -65,7 +65,13 @@ class Engine:
         cache = self.runner.kv_cache
         longest, routing = self.runner.max_model_len, self.runner.routed_experts.shape
         self.facts = ModelFacts(loaded.vocab_size, longest, loaded.eos_token_ids, routing)
-        limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.prefill_chunk, longest)
+        limits = Limits(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.prefill_chunk,
+            longest,
+            config.target_inter_token_latency,
+        )
         self.scheduler = Scheduler(BlockPool(cache.num_blocks, cache.block_size), limits)
         if config.exact == "on" and not self._independent:
             logger.warning(

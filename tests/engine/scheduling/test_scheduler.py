@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.request import Event, Request, State
-from myserve.engine.scheduling.scheduler import Batch, Limits, Scheduler
+from myserve.engine.scheduling.scheduler import AGEING, Batch, Limits, Scheduler
 
 EOS = 0
 
@@ -89,15 +89,40 @@ def test_a_long_prompt_is_chunked_and_does_not_stall_who_decodes() -> None:
     assert plan(run(scheduler)) == [("r0", 7, 1), ("r1", 12, 8)]
 
 
-def test_where_more_wait_than_decode_a_step_is_for_their_prompts() -> None:
+def test_a_short_prompt_overtakes_a_long_one_that_has_not_waited_long() -> None:
     scheduler = make_scheduler(prefill_chunk=8)
     scheduler.add(request(arrival=0, max_tokens=20))
     run(scheduler)
-    for arrival in (1, 2):
-        scheduler.add(request(arrival=arrival, prompt_len=20, cache_root=str(arrival)))
-    assert plan(run(scheduler)) == [("r0", 6, 1), ("r1", 0, 20), ("r2", 0, 20)]
-    scheduler.add(request(arrival=3, prompt_len=20, cache_root="3"))
-    assert plan(run(scheduler))[-1] == ("r3", 0, 8), "one waits, three decode"
+    scheduler.add(request(arrival=1, prompt_len=40, cache_root="1"))
+    assert plan(run(scheduler))[-1] == ("r1", 0, 8)
+    scheduler.add(request(arrival=2, prompt_len=6, cache_root="2"))
+    assert plan(run(scheduler))[1:] == [("r2", 0, 6), ("r1", 8, 2)]
+
+
+def test_a_long_prompt_that_has_waited_is_overtaken_no_more() -> None:
+    scheduler = make_scheduler(prefill_chunk=8)
+    scheduler.add(request(arrival=0, max_tokens=20))
+    run(scheduler)
+    scheduler.add(request(arrival=1, prompt_len=40, cache_root="1"))
+    run(scheduler)
+    late = request(arrival=2, prompt_len=6, cache_root="2")
+    late.times.arrived = 40 / AGEING
+    scheduler.add(late)
+    batch = scheduler.schedule(now=40 / AGEING)
+    assert plan(batch)[1:] == [("r1", 8, 8)]
+
+
+def test_a_step_with_streams_holds_as_many_prompt_tokens_as_their_pace_allows() -> None:
+    scheduler = make_scheduler(
+        num_blocks=256, max_num_batched_tokens=256, prefill_chunk=200, max_model_len=1000
+    )
+    scheduler.add(request(arrival=0, max_tokens=20))
+    for prompt_tokens, seconds in ((100, 1.0), (0, 0.1)):
+        scheduler.pace.observe(1, prompt_tokens, seconds)
+    run(scheduler)
+    scheduler.add(request(arrival=1, prompt_len=300, cache_root="1"))
+    # a prompt token costs 0.01 s and a decode 0.1: 0.9 of the speed of 200 tokens needs 60 of them
+    assert plan(scheduler.schedule(0.0))[-1] == ("r1", 0, 63)
 
 
 def test_a_prefill_leaves_room_for_younger_decoders() -> None:
@@ -106,7 +131,7 @@ def test_a_prefill_leaves_room_for_younger_decoders() -> None:
     run(scheduler)
     scheduler.add(request(arrival=1, prompt_len=30))
     run(scheduler)
-    assert plan(run(scheduler)) == [("r1", 8, 8), ("r5", 3, 1)]
+    assert plan(run(scheduler)) == [("r5", 3, 1), ("r1", 8, 8)]
 
 
 def test_a_finished_prefix_is_found_again() -> None:

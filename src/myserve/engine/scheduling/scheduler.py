@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from myserve.engine.scheduling.blocks import BlockPool
+from myserve.engine.scheduling.pace import Pace
 from myserve.engine.scheduling.request import Event, Request, State
 from myserve.engine.scheduling.waiting import WaitingRequests
+
+# Prompt tokens that a second of waiting is worth: about a third of what a CPU computes in it, so that a prompt of
+# 2,048 tokens is overtaken by short ones for some twenty seconds at most.
+AGEING = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Batch:
     draws: list[tuple[Request, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block), after the forward
     num_tokens: int = 0
+    planned: float = 0.0  # when, on the clock of whoever passes `now` in
     num_prefill_tokens: int = 0  # of num_tokens, those of requests that run more than one
 
     def add(self, part: ScheduledTokens) -> None:
@@ -43,14 +49,15 @@ class Batch:
 class Limits:
     """What a step may hold.
 
-    `prefill_chunk` bounds the prompt tokens of a step in which others decode, so that a long prompt costs the running
-    streams a hiccup and not a stall; where more wait for their first token than decode, the whole step is theirs.
+    `prefill_chunk` bounds the prompt tokens of a step in which others decode; `pace` takes fewer where they would slow
+    the running streams down, by `target_inter_token_latency` or by its own measure.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     prefill_chunk: int
     max_model_len: int
+    target_inter_token_latency: float | None = None  # seconds
 
 
 class Scheduler:
@@ -65,6 +72,7 @@ class Scheduler:
         self.pool = pool
         self.limits = limits
         self.running: list[Request] = []  # kept sorted by Request.order
+        self.pace = Pace(limits.target_inter_token_latency)
         self.waiting = WaitingRequests()
         self.held: dict[Request, None] = {}
         self.num_preemptions = 0
@@ -151,54 +159,101 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch:
         """Plan one step. An empty batch means that there is nothing to do until something is added."""
-        batch = Batch()
-        preempted = self._continue_running(batch)
-        if not preempted:  # who has just taken blocks away does not hand them to a newcomer
-            self._admit_waiting(batch, now)
+        batch = Batch(planned=now)
+        preempted = self._continue_decodes(batch)
+        # what a preemption has freed goes to those who run, not to a newcomer
+        self._run_prompts(batch, now, admits=not preempted)
         return batch
 
-    def _continue_running(self, batch: Batch) -> bool:
-        """Give every running request its next tokens, preempting from the back where blocks run out."""
+    def _continue_decodes(self, batch: Batch) -> bool:
+        """Give every decoding request its next token, preempting from the back where blocks run out."""
         preempted = False
-        decoders_left = sum(1 for r in self.running if r.num_pending_tokens == 1)
-        index = 0
-        while index < len(self.running):
-            request = self.running[index]
-            decoders_left -= request.num_pending_tokens == 1
-            count = self._affordable(request.num_pending_tokens, batch, decoders_left)
-            while count and not self._extend_blocks(request, count):
-                victim = self.running.pop()
-                self._preempt(victim)
+        for request in [r for r in self.running if r.num_pending_tokens == 1]:
+            if request.state is not State.RUNNING or batch.num_tokens == self.limits.max_num_batched_tokens:
+                continue
+            # the youngest is never one that the batch has already: those are older than this one
+            while request.state is State.RUNNING and not self._extend_blocks(request, 1):
+                self._preempt(self.running.pop())
                 preempted = True
-                if victim is request:
-                    return True
-            if count:
-                self._plan(request, count, batch)
-            index += 1
+            if request.state is State.RUNNING:
+                self._plan(request, 1, batch)
         return preempted
 
-    def _admit_waiting(self, batch: Batch, now: float) -> None:
-        """Let in who waits, in order; the first that does not fit closes the door, so that nobody is overtaken."""
-        while len(self.running) < self.limits.max_num_seqs and (request := self._first_waiting()):
-            shared, names = self._cached_prefix(request)
-            cached = len(shared) * self.pool.block_size
-            count = self._affordable(request.num_tokens - cached, batch, decoders_left=0)
-            newly_held = sum(1 for block in shared if not self.pool.is_held(block))
-            needed = self.pool.blocks_for(cached + count) - len(shared)
-            if not count or needed + newly_held > self.pool.num_free:
-                return
-            self.waiting.admit(request)
-            self.pool.hold(shared)
-            request.block_table, request.content_ids = list(shared), list(names)
-            request.num_computed_tokens = cached
-            self._admitted(request, cached, now)
-            self._extend_blocks(request, count)
-            self._plan(request, count, batch)
+    def _run_prompts(self, batch: Batch, now: float, *, admits: bool) -> None:
+        """Share out the step's prompt tokens: the most urgent prompt first, of those that run and of those that wait.
 
-    def _first_waiting(self) -> Request | None:
+        A newcomer that does not fit closes the door for the step, so that nobody larger is overtaken for ever.
+        """
+        budget = self._prompt_budget(batch)
+        prompts = [r for r in self.running if r.num_pending_tokens > 1]
+        while budget > 0:
+            newcomer = self._first_waiting(now) if admits and self._has_place else None
+            request = min((*prompts, *([newcomer] if newcomer else [])), key=self._urgency(now), default=None)
+            if request is None:
+                return
+            if request is newcomer:
+                count = self._admit(newcomer, budget, batch, now)
+                admits = count > 0
+            else:
+                prompts.remove(request)
+                count = min(request.num_pending_tokens, budget)
+                if not self._extend_blocks(request, count):
+                    # what becomes free is for the prompts that have begun
+                    admits = False
+                    if batch.scheduled or not self._free_blocks_for(request, count, prompts):
+                        continue
+                self._plan(request, count, batch)
+            budget -= count
+
+    def _free_blocks_for(self, request: Request, count: int, prompts: list[Request]) -> bool:
+        """Where nothing else can run: preempt the youngest prompts until this one has its blocks; whether it has."""
+        while not self._extend_blocks(request, count):
+            victim = next((r for r in reversed(self.running) if r is not request), None)
+            if victim is None:
+                return False
+            self.running.remove(victim)
+            self._preempt(victim)
+            if victim in prompts:
+                prompts.remove(victim)
+        return True
+
+    def _prompt_budget(self, batch: Batch) -> int:
+        """Prompt tokens of this step: all that is left of it where nothing decodes, else what `pace` allows."""
+        left = self.limits.max_num_batched_tokens - batch.num_tokens
+        if not batch.num_tokens:
+            return left
+        return min(left, self.pace.prompt_tokens(batch.num_tokens, self.limits.prefill_chunk))
+
+    def _urgency(self, now: float) -> Callable[[Request], tuple[int, float, tuple[int, int, int]]]:
+        """Shortest remaining prompt first; each second of waiting counts as AGEING tokens less."""
+        return lambda r: (r.priority, r.num_pending_tokens - AGEING * (now - r.times.arrived), r.order())
+
+    @property
+    def _has_place(self) -> bool:
+        return len(self.running) < self.limits.max_num_seqs
+
+    def _admit(self, request: Request, budget: int, batch: Batch, now: float) -> int:
+        """Let a waiting request in and run its first tokens; how many, 0 where its blocks are not to be had."""
+        shared, names = self._cached_prefix(request)
+        cached = len(shared) * self.pool.block_size
+        count = min(request.num_tokens - cached, budget)
+        newly_held = sum(1 for block in shared if not self.pool.is_held(block))
+        needed = self.pool.blocks_for(cached + count) - len(shared)
+        if needed + newly_held > self.pool.num_free:
+            return 0
+        self.waiting.admit(request)
+        self.pool.hold(shared)
+        request.block_table, request.content_ids = list(shared), list(names)
+        request.num_computed_tokens = cached
+        self._admitted(request, cached, now)
+        self._extend_blocks(request, count)
+        self._plan(request, count, batch)
+        return count
+
+    def _first_waiting(self, now: float) -> Request | None:
         """The next to come in; while others drain, the next of theirs."""
         if self._draining is None:
-            return self.waiting.next(self.running)
+            return self.waiting.next(self.running, self._urgency(now))
         return next((r for r in self.waiting if r.arrival in self._draining), None)
 
     def _admitted(self, request: Request, cached: int, now: float) -> None:
@@ -226,22 +281,6 @@ class Scheduler:
         Versions only grow, so blocks that older weights began can never be found again, whatever is added to them.
         """
         return (request.cache_root, weight_version)
-
-    def _affordable(self, wanted: int, batch: Batch, decoders_left: int) -> int:
-        """How many of the wanted tokens this step's budget allows. Prefills leave room for who is still to decode."""
-        left = self.limits.max_num_batched_tokens - batch.num_tokens
-        if wanted == 1:
-            return min(1, left)
-        others_decode = decoders_left > 0 or batch.num_tokens > batch.num_prefill_tokens
-        if others_decode:
-            left -= decoders_left
-            if not self._most_wait():
-                left = min(left, self.limits.prefill_chunk - batch.num_prefill_tokens)
-        return max(0, min(wanted, left))
-
-    def _most_wait(self) -> bool:
-        decoding = sum(1 for r in self.running if r.num_pending_tokens == 1)
-        return len(self.waiting) + len(self.running) > 2 * decoding
 
     def _extend_blocks(self, request: Request, count: int) -> bool:
         missing = self.pool.blocks_for(request.num_computed_tokens + count) - len(request.block_table)
@@ -304,6 +343,8 @@ class Scheduler:
 
         Returns who ended, and why: "stop", "length", or "error" for a row that failed.
         """
+        decodes = sum(1 for part in batch.scheduled if part.count == 1)
+        self.pace.observe(decodes, batch.num_prefill_tokens, now - batch.planned)
         for part in batch.scheduled:
             if not part.request.is_finished:
                 part.request.num_computed_tokens += part.count

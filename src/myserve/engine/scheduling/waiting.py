@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from itertools import count
+from typing import Any
 
 from myserve.engine.scheduling.request import Request
+
+Urgency = Callable[[Request], tuple[Any, ...]]
+CONSIDERED = 64  # of a client's waiting requests: choosing among thousands would take as long as a small step
 
 
 class WaitingRequests:
@@ -53,12 +57,12 @@ class WaitingRequests:
         self.remove(request)
         self._last_turn[request.client] = next(self._turns)
 
-    def next(self, running: Iterable[Request]) -> Request | None:
+    def next(self, running: Iterable[Request], urgency: Urgency = Request.order) -> Request | None:
         """Whose turn it is: of the client that runs the fewest; of equals, of the one whose last turn is oldest.
 
         Who was preempted goes before all of its priority: it has had its turn, and lost what it had computed.
         """
-        heads = [own[0] for own in self._of.values()]
+        heads = [self._head(own, urgency) for own in self._of.values()]
         if len(heads) < 2:
             return heads[0] if heads else None
         runs = Counter(request.client for request in running)
@@ -68,3 +72,8 @@ class WaitingRequests:
             return (head.priority, not head.num_preemptions, runs[head.client], turn, head.arrival)
 
         return min(heads, key=place)
+
+    @staticmethod
+    def _head(own: list[Request], urgency: Urgency) -> Request:
+        """A client's next: the most urgent of its first few, those that were preempted before all others."""
+        return min(own[:CONSIDERED], key=lambda r: (r.priority, not r.num_preemptions, urgency(r)))

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from myserve.engine.scheduling.pace import padded_rows
 from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.steps.inputs import Shape, StepInputs
 from myserve.engine.steps.recorder import NotRecordableError
@@ -22,6 +23,7 @@ _ROOM = MOST_REQUESTS + 1
 _WANTED = (1, 8, 32, MOST_REQUESTS)
 # While requests run, at most one shape is recorded in so many steps; the others wait for an idle moment.
 STEPS_BETWEEN_RECORDINGS = 50
+RECORDINGS_AT_START = 8  # by the self-test, and by a first request that comes before any idle moment
 
 LARGEST = Shape(MOST_ROWS, _ROOM, MOST_REQUESTS)
 LARGEST_DECODE = Shape(MOST_REQUESTS, MOST_REQUESTS, MOST_REQUESTS)
@@ -66,16 +68,6 @@ def shape_for(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape | None
     return Shape(padded, _ROOM, next(room for room in _WANTED if wanted <= room))
 
 
-def padded_rows(rows: int) -> int:
-    """The rows of the recording that runs a step of so many rows, not all of them decodes.
-
-    >>> padded_rows(33), padded_rows(65)
-    (48, 96)
-    """
-    grain = 16 if rows <= 64 else 32
-    return -(-rows // grain) * grain
-
-
 def likely_shapes() -> Iterator[Shape]:
     """Yield every shape that `shape_for` gives, the likeliest first: of one request, then of a few, then of many."""
     rows_of_prefills = sorted({padded_rows(rows) for rows in range(1, MOST_ROWS + 1)})
@@ -108,15 +100,16 @@ class RecordedSteps:
         self._proved: set[bool] = set()  # of steps with room to spare; of those without
         self.usable = record is not None
         self._ahead = self._shapes_ahead()
-        self._since_recording = STEPS_BETWEEN_RECORDINGS
+        # steps until the next recording is allowed, and recordings that need not wait
+        self._wait, self._allowed = 0, RECORDINGS_AT_START
 
     def logits(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int]) -> Tensor | None:
         """[wanted, V], in memory that the next step writes again; None where the step is not one to record."""
         shape = self._shapes(scheduled, len(wanted)) if self.usable else None
         if shape is None:
             return None
-        self._since_recording += 1
-        if shape not in self._steps and self._since_recording <= STEPS_BETWEEN_RECORDINGS:
+        self._wait -= 1
+        if shape not in self._steps and not (self._allowed or self._wait < 0):
             shape = self._with_room_for(shape)
             if shape is None:
                 return None
@@ -173,7 +166,8 @@ class RecordedSteps:
             self._give_up(str(reason))
             return self._forward(inputs)
         self._steps[shape] = inputs, recording
-        self._since_recording = 0
+        self._allowed = max(0, self._allowed - 1)
+        self._wait = STEPS_BETWEEN_RECORDINGS
         return recording.out
 
     def _replay(self, shape: Shape, inputs: StepInputs, recording: Recorded) -> Tensor:
