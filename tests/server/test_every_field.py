@@ -87,6 +87,7 @@ CHANGES: dict[str, tuple[Any | Callable[[Body], Any], Body]] = {
     "logprobs_mode": ("processed", {"top_logprobs": 5, "top_k": 3}),
     "logprob_token_ids": ([7, 8], {}),
     "kept": (True, {"top_k": 3}),
+    "sampling_mask": (True, {"top_k": 3}),
     "prompt_logprobs": (1, {}),
     "return_token_ids": (False, {}),
     "return_tokens_as_token_ids": (True, {}),
@@ -111,6 +112,9 @@ ELSEWHERE = {
     "priority": "test_scheduler",
     "request_timeout": "test_limits",
     "cache_salt": "test_extensions",
+    "delta_logprobs": "test_extensions",
+    "add_special_tokens": "test_extensions",
+    "include_reasoning": "test_structured",
     "include_routing_matrix": "test_routing",
     "chat_template_kwargs": "test_app",
     **dict.fromkeys(

@@ -273,6 +273,38 @@ def test_a_chats_prompt_scores_stand_where_vllm_has_them(server: Any) -> None:
     assert not any("prompt_logprobs" in chunk for chunk in others)
 
 
+def test_usage_may_come_with_every_chunk(server: Any) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chats = {"messages": [{"role": "user", "content": PROMPT}]}
+    for route, prompt in (("/v1/completions", {"prompt": PROMPT}), ("/v1/chat/completions", chats)):
+        asked = {
+            "model": "tiny",
+            "max_tokens": 5,
+            "ignore_eos": True,
+            "n": 2,
+            "return_token_ids": True,
+        } | prompt
+        chunks = list(stream(server, route, **asked, stream_options=options))
+        so_far = 0
+        for chunk in chunks:
+            so_far += sum(len(choice["token_ids"]) for choice in chunk["choices"])
+            # a chunk that only opens a choice comes with the first token
+            assert chunk["usage"]["completion_tokens"] in (so_far, so_far + 1)
+        assert so_far == chunks[-1]["usage"]["completion_tokens"] == 10
+
+
+def test_a_text_that_has_its_bos_may_be_sent_as_it_is(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = server.model("tiny").codec
+    encode = codec.encode
+
+    def with_bos(_: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [0] * add_special_tokens + encode(text, add_special_tokens=False)
+
+    monkeypatch.setattr(type(codec), "encode", with_bos)
+    ids = complete(server, return_token_ids=True)["prompt_token_ids"]
+    assert complete(server, return_token_ids=True, add_special_tokens=False)["prompt_token_ids"] == ids[1:]
+
+
 def test_every_prompt_token_has_its_rank(server: Any) -> None:
     scored = post(server, model="tiny", prompt=PROMPT, max_tokens=1, prompt_logprobs=384)["choices"][0]
     few = post(server, model="tiny", prompt=PROMPT, max_tokens=1, prompt_logprobs=0)["choices"][0]

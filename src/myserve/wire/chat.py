@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from myserve.wire.base import Integer, WireModel
-from myserve.wire.fields import MAX_MESSAGES, MAX_TOOLS, UNSUPPORTED, GenerationRequest
+from myserve.wire.fields import MAX_MESSAGES, MAX_TOOLS, GenerationRequest
 from myserve.wire.structured import Tool, ToolChoice
 
 Role = Literal["developer", "system", "user", "assistant", "tool"]
@@ -48,7 +47,9 @@ class ChatMessage(WireModel):
     """
 
     # What OpenAI's clients put beside an answer that they send back.
-    HINTS: ClassVar[frozenset[str]] = frozenset({"refusal", "annotations", "audio", "function_call"})
+    HINTS: ClassVar[frozenset[str]] = frozenset(
+        {"refusal", "annotations", "audio", "function_call", "reasoning_details"}
+    )
 
     role: Role
     content: str | Annotated[tuple[ContentPart, ...], Field(fail_fast=True)] | None = None
@@ -56,12 +57,18 @@ class ChatMessage(WireModel):
     tool_calls: Annotated[tuple[dict[str, Any], ...], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's and OpenRouter's name for it
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message with role {self.role!r} needs content: a string or text parts")
         return self
+
+    @property
+    def thought(self) -> str | None:
+        """Return what was thought before the answer, by either name."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
     @property
     def text(self) -> str:
@@ -78,27 +85,6 @@ class ChatCompletionRequest(GenerationRequest):
     'hi'
     """
 
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        **UNSUPPORTED,
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "modalities": (["text"],),
-        "audio": (),
-        "prediction": (),
-        "web_search_options": (),
-        "reasoning_effort": (),
-        "verbosity": (),
-        "moderation": (),
-        "chat_template": (),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "documents": ([],),
-        "echo": (False,),
-        "echo_last": (),
-        "best_of": (1,),
-        "suffix": ("",),
-    }
-
     messages: Annotated[tuple[ChatMessage, ...], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
@@ -107,3 +93,4 @@ class ChatCompletionRequest(GenerationRequest):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     thinking_token_budget: Integer | None = None
+    include_reasoning: bool | None = None

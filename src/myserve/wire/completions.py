@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Discriminator, Field, Tag
 
 from myserve.wire.base import Integer
-from myserve.wire.fields import UNSUPPORTED, GenerationRequest, TokenIds
+from myserve.wire.fields import GenerationRequest, TokenIds
 
 
 def _kind(prompt: object) -> str | None:
@@ -45,9 +44,8 @@ class CompletionRequest(GenerationRequest):
     ['hi']
     """
 
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {**UNSUPPORTED, "suffix": ("",)}
-
     prompt: Prompt
+    add_special_tokens: bool | None = None
     best_of: Integer | None = None
     echo: bool | None = None
     echo_last: Annotated[Integer, Field(ge=0)] | None = None

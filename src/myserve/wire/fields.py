@@ -7,7 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from myserve.errors import RequestError
 from myserve.wire.base import Integer, WireModel
+from myserve.wire.peers import REFUSED, Refused
 from myserve.wire.structured import Choices, ResponseFormat, Schema, StructuredOutputs
 
 # How many of a thing one request may have. Validation stops at the first that is wrong or one too many, so what a
@@ -32,39 +34,12 @@ def _checked_bias(value: Any) -> Any:
 
 LogitBias = Annotated[dict[str, float], BeforeValidator(_checked_bias)]
 
-# Accepted everywhere and without effect on the answer: they steer billing, abuse tracking or cache placement
-# at a provider, and clients send them by habit.
-HINTS = frozenset(
-    {
-        "user",
-        "safety_identifier",
-        "metadata",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
-    }
-)
-
-# Known to us and not supported: name -> the values that ask for nothing, which pass. Anything else is refused
-# by name, because an answer that ignores what was asked looks like one that does not.
-UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "early_stopping": (False,),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "logits_processors": ([],),
-    "truncate_prompt_tokens": (),
-    "prompt_embeds": (),
-    "routing_matrix_format": ("base64_inline",),
-    "mirostat": (0,),
-    "dry_multiplier": (0, 0.0),
-    "xtc_probability": (0, 0.0),
-}
-
 
 class StreamOptions(WireModel):
+    """What a stream has beside its text. `continuous_usage_stats`: usage so far, on every chunk."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(WireModel):
@@ -125,7 +100,7 @@ class SamplingFields(WireModel):
 class GenerationRequest(SamplingFields):
     """What one may say about a generation, whatever its prompt."""
 
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED
+    REFUSED: ClassVar[Mapping[str, Refused]] = REFUSED
 
     model: Annotated[str, Field(min_length=1)]
     stream: bool | None = None
@@ -152,3 +127,18 @@ class GenerationRequest(SamplingFields):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def includes_usage_so_far(self) -> bool:
+        """Return whether every chunk has the usage up to it."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def check(self) -> None:
+        """Raise RequestError for what no field alone is wrong about."""
+        check_stream_options(self.stream, self.stream_options)
+
+
+def check_stream_options(stream: bool | None, options: StreamOptions | None) -> None:
+    """Raise RequestError where options are given for a stream that was not asked for, as OpenAI does."""
+    if options is not None and not stream:
+        raise RequestError("stream_options is allowed with stream true only", param="stream_options")

@@ -9,13 +9,14 @@ from pydantic import Field
 
 from myserve.wire.base import Integer, WireModel
 from myserve.wire.completions import CompletionRequest
-from myserve.wire.fields import UNSUPPORTED, SamplingFields, StreamOptions, TokenIds
+from myserve.wire.fields import SamplingFields, StreamOptions, TokenIds, check_stream_options
+from myserve.wire.peers import REFUSED, Refused
 
 
 class GenerateSampling(SamplingFields):
     """vLLM's `SamplingParams`, and ours. `logprobs`: so many alternatives of each token, 0 for the token alone."""
 
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED
+    REFUSED: ClassVar[Mapping[str, Refused]] = REFUSED
     # How vLLM stores and detokenizes inside itself; plugins' own words, which are answered in plain JSON.
     HINTS: ClassVar[frozenset[str]] = frozenset(
         {
@@ -24,9 +25,7 @@ class GenerateSampling(SamplingFields):
             "extra_args",
             "output_kind",
             "skip_clone",
-            "spaces_between_special_tokens",
         }
-        | {"routed_experts_prompt_start"}
     )
 
     logprobs: Integer | None = None
@@ -41,11 +40,10 @@ class GenerateRequest(WireModel):
     ([(5, 6)], 0.5, 1)
     """
 
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "features": (),
-        "content_parts": ([],),
-        "kv_transfer_params": (),
-        "ec_transfer_params": (),
+    REFUSED: ClassVar[Mapping[str, Refused]] = {
+        **REFUSED,
+        "features": Refused(),
+        "content_parts": Refused(([],)),
     }
     # What vLLM's renderer says of its own work, beside the ids.
     HINTS: ClassVar[frozenset[str]] = frozenset({"assistant_tokens_mask", "token_offsets"})
@@ -62,6 +60,10 @@ class GenerateRequest(WireModel):
     stream_interval: Annotated[Integer, Field(ge=1)] | None = None  # tokens a chunk
     token_arrays: bool | None = None
     return_token_ids: bool | None = None
+
+    def check(self) -> None:
+        """Raise RequestError for what no field alone is wrong about."""
+        check_stream_options(self.stream, self.stream_options)
 
     def as_completion(self, model: str) -> CompletionRequest:
         """The same request as the completions route knows it; tokens are named by their ids."""

@@ -34,6 +34,8 @@ class ResponseFormat(WireModel):
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar", "structural_tag"]
     json_schema: JsonSchema | None = None
+    # beside json_object (Fireworks, llama.cpp) or json_schema (SGLang)
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
     regex: str | None = None
     grammar: str | None = None
     # of a structural tag, in its newer form or in its older one
@@ -43,7 +45,12 @@ class ResponseFormat(WireModel):
 
     @model_validator(mode="after")
     def _is_complete(self) -> ResponseFormat:
-        if self.type in ("json_schema", "regex", "grammar") and getattr(self, self.type) is None:
+        if self.schema_ is not None and (self.json_schema is not None or not self.type.startswith("json_")):
+            raise ValueError(
+                "'schema' stands in a response_format of type 'json_object', or in 'json_schema'"
+            )
+        wanted = "schema_" if self.schema_ is not None else self.type
+        if self.type in ("json_schema", "regex", "grammar") and getattr(self, wanted) is None:
             raise ValueError(f"a response_format of type {self.type!r} needs the field {self.type!r}")
         if self.type == "structural_tag" and self.format is None and self.structures is None:
             raise ValueError("a response_format of type 'structural_tag' needs the field 'format'")

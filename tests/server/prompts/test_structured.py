@@ -341,6 +341,34 @@ def test_thoughts_are_apart_and_within_their_budget(ask: Callable[..., Any]) -> 
     assert joined(ask(stream=True, **fields)) == as_joined(answer)
 
 
+def test_thoughts_may_be_left_out(ask: Callable[..., Any]) -> None:
+    asked = {"max_tokens": 60, "seed": 2, "extra_body": OPEN | {"thinking_token_budget": 10}}
+    shown, hidden = (
+        ask(**asked),
+        ask(**asked | {"extra_body": asked["extra_body"] | {"include_reasoning": False}}),
+    )
+    assert shown.choices[0].message.reasoning_content
+    assert not hasattr(hidden.choices[0].message, "reasoning_content")
+    assert hidden.choices[0].message.content == shown.choices[0].message.content
+    streamed = ask(**asked | {"extra_body": asked["extra_body"] | {"include_reasoning": False}}, stream=True)
+    assert not any(hasattr(chunk.choices[0].delta, "reasoning_content") for chunk in streamed)
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_beside_the_type_counts(ask: Callable[..., Any], kind: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [7]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    for seed in range(3):
+        answer = ask(response_format={"type": kind, "schema": schema}, seed=seed)
+        assert json.loads(answer.choices[0].message.content) == {"a": 7}
+    with pytest.raises(openai.BadRequestError, match="'schema' stands in"):
+        ask(response_format={"type": "text", "schema": schema})
+
+
 def test_usage_says_how_many_tokens_were_thoughts(ask: Callable[..., Any], servers: Any) -> None:
     body = OPEN | {"thinking_token_budget": 7, "return_token_ids": True, "choice": ["yes", "no"]}
     answer = ask(n=3, seed=3, extra_body=body)

@@ -13,8 +13,11 @@ from myserve.wire.responses import ChatDelta, Message, ToolCall, ToolCallDelta
 class AnswerReader:
     """Feeds a text through both readers; either may be None, where there is nothing to look for."""
 
-    def __init__(self, thinking: ThinkingReader | None, calls: CallReader | None) -> None:
+    def __init__(
+        self, thinking: ThinkingReader | None, calls: CallReader | None, *, shows_thoughts: bool = True
+    ) -> None:
         self._thinking = thinking
+        self._shows_thoughts = shows_thoughts
         self._calls = calls
         self._num_calls = 0
 
@@ -31,7 +34,7 @@ class AnswerReader:
         if self._calls is not None:
             pieces = [*self._calls.feed(said), *(self._calls.end() if last else ())]
         change: ChatDelta = {}
-        if thought:
+        if thought and self._shows_thoughts:
             change["reasoning_content"] = thought
         if content := "".join(piece.text for piece in pieces if isinstance(piece, Text)):
             change["content"] = content
@@ -50,7 +53,7 @@ class AnswerReader:
                 calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
         said = change.get("content", None if calls else "")
         message: Message = {"role": "assistant", "content": said, "refusal": None}
-        if self._thinking is not None:
+        if self._thinking is not None and self._shows_thoughts:
             message["reasoning_content"] = change.get("reasoning_content", "")
         if calls:
             message["tool_calls"] = calls

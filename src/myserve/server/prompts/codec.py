@@ -97,8 +97,8 @@ class Codec:
             turn["name"] = message.name
         if message.tool_call_id is not None:
             turn["tool_call_id"] = message.tool_call_id
-        if message.reasoning_content is not None:
-            turn["reasoning_content"] = message.reasoning_content
+        if message.thought is not None:
+            turn["reasoning_content"] = message.thought
         if message.tool_calls:
             turn["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
         return turn

@@ -8,7 +8,7 @@ from myserve.engine.memory.available import free_host_memory
 from myserve.errors import ContextLengthError, OverloadedError
 from myserve.server.prompts.codec import Codec
 
-__all__ = ["check_lengths"]
+__all__ = ["check_lengths", "check_memory"]
 
 # A real text has 2 to 5 characters a token. One of eight times the context's length is tried by its beginning first.
 TRIED_CHARACTERS_PER_TOKEN = 8
@@ -43,11 +43,13 @@ def check_lengths(texts: Sequence[str], codec: Codec, max_model_len: int, *, par
                     f"maximum context length is {max_model_len} tokens; shorten the text",
                     param=param,
                 )
-        if len(text) > MEMORY_CHECKED_FROM_CHARACTERS:
-            _check_memory(len(text))
+        check_memory(len(text))
 
 
-def _check_memory(num_characters: int) -> None:
+def check_memory(num_characters: int) -> None:
+    """Raise OverloadedError where there is no memory now to tokenize so many characters at once."""
+    if num_characters <= MEMORY_CHECKED_FROM_CHARACTERS:
+        return
     if num_characters * BYTES_PER_CHARACTER > (free := free_host_memory()):
         raise OverloadedError(
             f"to tokenize {num_characters} characters takes more memory than the server has now, which has room for "

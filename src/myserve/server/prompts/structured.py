@@ -47,11 +47,10 @@ def _wishes(request: SamplingFields) -> Iterator[Named]:
 def _of_response_format(form: ResponseFormat) -> Iterator[Named]:
     name = "response_format"
     match form.type:
-        case "json_object":
+        case "json_object" if form.schema_ is None:
             yield name, Grammar.json_object()
-        case "json_schema":
-            assert form.json_schema is not None, "validated"
-            yield from _maybe(name, "json", form.json_schema.schema_)
+        case "json_object" | "json_schema":
+            yield from _maybe(name, "json", form.json_schema.schema_ if form.json_schema else form.schema_)
         case "regex" | "grammar":
             yield from _maybe(name, form.type, getattr(form, form.type))
         case "structural_tag":

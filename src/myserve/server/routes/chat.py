@@ -144,7 +144,7 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
             "choices": choices,
         }
         if self.request.include_usage:
-            chunk["usage"] = None
+            chunk["usage"] = self._usage(self._choices) if self.request.includes_usage_so_far else None
         return chunk
 
     def _choice(self, choice: Choice) -> ChatChoice:
@@ -184,7 +184,7 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
             calls = CallReader(style, {tool.function.name for tool in self._tools})
         if self._reasoning is not None:
             thinking = ThinkingReader(begun=self._reasoning.begun)
-        return AnswerReader(thinking, calls)
+        return AnswerReader(thinking, calls, shows_thoughts=self.request.include_reasoning is not False)
 
     def _logprobs(
         self, tokens: Sequence[TokenOutput], stop_tokens: Sequence[TokenOutput]

@@ -54,12 +54,14 @@ async def _plan(answer: ActiveAnswer[CompletionRequest]) -> Plan:
     """Tokenize all prompts in one go: a thousand short ones would hold up the event loop as one long one does."""
     request, codec = answer.request, answer.model.codec
     max_model_len = answer.model.engine.max_model_len
+    adds_special = request.add_special_tokens is not False
     texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
 
     def plan() -> Plan:
         check_lengths(texts, codec, max_model_len, param="prompt")
         prompts: list[Sequence[int]] = [
-            codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts
+            codec.encode(prompt, add_special_tokens=adds_special) if isinstance(prompt, str) else prompt
+            for prompt in request.prompts
         ]
         params = completion_params(request, codec, room=max_model_len - max(map(len, prompts)))
         return Plan(prompts, params_of_prompts(params, len(prompts)), CompletionWriter(answer))
@@ -73,6 +75,7 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
 
     def __init__(self, answer: ActiveAnswer[CompletionRequest]) -> None:
         super().__init__(answer)
+        self._choices: Sequence[Choice] = ()
         self._offsets: dict[int, TextOffsets] = {}  # of each choice that has begun
 
     def whole(self, choices: Sequence[Choice]) -> Completion:
@@ -86,12 +89,17 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         body["usage"] = usage_of(choices)
         return body
 
+    def began(self, choices: Sequence[Choice]) -> Iterator[Completion]:
+        """Remember the choices: usage so far is counted over them."""
+        self._choices = choices
+        return iter(())
+
     def gained(self, choice: Choice, delta: Delta) -> Iterator[Completion]:
         """Return one chunk with what the choice gained."""
         last = delta.finish_reason is not None
         chunk = self._envelope([self._write(choice, delta.text, delta.tokens, delta.stop_tokens, last=last)])
         if self.request.include_usage:
-            chunk["usage"] = None
+            chunk["usage"] = usage_of(self._choices) if self.request.includes_usage_so_far else None
         yield chunk
 
     def ended(self, choices: Sequence[Choice]) -> Iterator[Completion]:

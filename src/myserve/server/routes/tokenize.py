@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -11,10 +12,13 @@ from myserve.errors import RequestError
 from myserve.server.answers.streaming import json_response
 from myserve.server.models.models import ServedModel
 from myserve.server.prompts.codec import Tokenizing
+from myserve.server.prompts.lengths import check_memory
 from myserve.server.routes.body import documented, models_of, read_request
 from myserve.wire.base import WireModel
 from myserve.wire.chat import ChatMessage
-from myserve.wire.fields import TokenIds
+from myserve.wire.fields import MAX_MESSAGES, MAX_TOOLS, TokenIds
+from myserve.wire.peers import REFUSED, Refused
+from myserve.wire.structured import Tool
 
 router = APIRouter()
 
@@ -25,16 +29,23 @@ class TokenizeRequest(WireModel):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool = True
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)] | None = None
+    messages: (
+        Annotated[tuple[ChatMessage, ...], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+        | None
+    ) = None
+    tools: Annotated[tuple[Tool, ...], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
+    REFUSED: ClassVar[Mapping[str, Refused]] = REFUSED
+
 
 class DetokenizeRequest(WireModel):
-    """`POST /detokenize`. Special tokens are kept: the text has every token."""
+    """`POST /detokenize`. Special tokens are kept, so that the text shows every token, unless told otherwise."""
 
     model: str | None = None
     tokens: TokenIds
+    skip_special_tokens: bool = False
 
 
 @router.post("/tokenize", openapi_extra=documented(TokenizeRequest))
@@ -64,12 +75,20 @@ async def detokenize(http: Request) -> Response:
                 f"{model.engine.vocab_size - 1}",
                 param=f"tokens[{position}]",
             )
-    return json_response({"prompt": model.codec.decode(request.tokens, skip_special_tokens=False)})
+    skips = request.skip_special_tokens
+    text = await Tokenizing(model.tokenizer_thread).run(
+        len(request.tokens), lambda: model.codec.decode(request.tokens, skip_special_tokens=skips)
+    )
+    return json_response({"prompt": text})
 
 
 def _encode(model: ServedModel, request: TokenizeRequest) -> list[int]:
+    texts = [request.prompt or "", *(message.text for message in request.messages or ())]
+    check_memory(sum(map(len, texts)))
     if request.messages is not None:
-        return model.codec.encode_chat(request.messages, request.chat_template_kwargs or {})
+        return model.codec.encode_chat(
+            request.messages, request.chat_template_kwargs or {}, request.tools or ()
+        )
     return model.codec.encode(request.prompt or "", add_special_tokens=request.add_special_tokens)
 
 
