@@ -200,3 +200,13 @@ def test_byte_tokens_have_their_byte() -> None:
     for kind in ("byte_level", "tekken", "sentencepiece", "unigram_bytes", "byt5", "tiktoken_python"):
         table = TokenBytes(tokenizer(kind), vocab_size(kind))
         assert {data[0] for data in table if len(data) == 1} == set(range(256)), kind
+
+
+def test_no_token_of_a_complete_vocabulary_stands_for_more_text_than_the_longest() -> None:
+    for kind in ("byte_level", "tekken", "sentencepiece"):
+        table = TokenBytes(tokenizer(kind), vocab_size(kind))
+        assert table.longest == max(map(len, table))
+        for text in (*SCRIPTS.values(), "aaaa" * 99, " " * 99):
+            assert len(text.encode()) <= table.longest * len(tokenizer(kind).encode(text))
+    for kind in ("wordpiece", "unigram_bytes"):  # a word of any length is unknown, a normalizer drops letters
+        assert TokenBytes(tokenizer(kind), vocab_size(kind)).longest >= 1024

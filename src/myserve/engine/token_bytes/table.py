@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -38,6 +39,8 @@ OWN_IDS = 4_000
 MAX_PYTHON_IDS = 20_000
 # Ids whose bytes may be taken from their decoding, as a part of all: where more are wrong, the spelling is another.
 MAX_REPAIRED = 0.02
+# Bytes of text that one token is taken to stand for, where it may be any number.
+UNBOUNDED = 1024
 # What a tokenizer is asked to encode, so that the proof has lists as they really come.
 SAMPLES = (
     "The quick brown fox doesn't jump over the lazy dog; it's 3.14 o'clock , isn't it ?",
@@ -67,6 +70,7 @@ class TokenBytes(Sequence[bytes]):
         self._stable = reading.stable
         self._known = [token is not None for token in vocabulary.tokens]
         self._misread = vocabulary.misread
+        self._keeps_letters = vocabulary.keeps_letters
         self.special_ids = vocabulary.special_ids
 
     @property
@@ -76,8 +80,13 @@ class TokenBytes(Sequence[bytes]):
 
     @cached_property
     def longest(self) -> int:
-        """Return the bytes of the longest token; a text of more than so many for each of its tokens has more tokens."""
-        return max(map(len, self._table), default=1) or 1
+        """Return the bytes of text that one token stands for at most: a text of more times the context cannot fit it.
+
+        Where letters may be unknown or dropped, one token stands for any text, and this is UNBOUNDED.
+        """
+        longest = max(map(len, self._table), default=1) or 1
+        is_complete = len({data for data in self._table if len(data) == 1}) == 256
+        return longest if is_complete and self._keeps_letters else max(longest, UNBOUNDED)
 
     def __repr__(self) -> str:
         if self._stable is not None:
@@ -185,6 +194,8 @@ class _TokenizerVocabulary:
         self.misread = frozenset(
             i for i, text in self.added.items() if is_byte_level and spell_byte_level(text) != text.encode()
         )
+        parts = re.findall(r"[A-Z]\w+(?=\()", repr(getattr(self._backend, "normalizer", None)))
+        self.keeps_letters = set(parts) <= {"Sequence", "Replace", "Prepend", "String"}
 
     def ids(self) -> list[int]:
         """Return the ids that a proof asks about, in order."""
