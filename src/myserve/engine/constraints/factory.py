@@ -95,12 +95,62 @@ class Constraints:
             )
         return Library(
             Vocabulary(list(self._table), self._table.special_ids, self._eos_ids),
-            _text_encoder(self._tokenizer),
+            _ExactEncoder(_text_encoder(self._tokenizer), self._table),
         )
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        """Return the ids of a mark of thinking, which may be a control token."""
+
+        def encode(text: str) -> list[int]:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+        return _ExactEncoder(encode, self._table)(text)
+
+
+class _ExactEncoder:
+    """Encodes text as ids whose bytes are the text: a tokenizer of SentencePiece's kind puts a space before one."""
+
+    def __init__(self, encode: Callable[[str], list[int]], table: TokenBytes) -> None:
+        self._encode = encode
+        self._table = table
+
+    def __call__(self, text: str) -> list[int]:
+        data = text.encode()
+        ids = self._encode(text)
+        if self._bytes(ids) == data:
+            return ids
+        for anchor in ("\n", "."):  # no space is put behind it
+            before, both = self._encode(anchor), self._encode(anchor + text)
+            rest = both[len(before) :]
+            if both[: len(before)] == before and self._bytes(rest) == data:
+                return rest
+        return self._longest_tokens(data)
+
+    def _bytes(self, ids: Sequence[int]) -> bytes | None:
+        if any(i >= len(self._table) for i in ids):  # the tokenizer has more ids than the model
+            return None
+        return b"".join([self._table[i] for i in ids])
+
+    def _longest_tokens(self, data: bytes) -> list[int]:
+        """Return the longest token at each place; the ids of the beginning alone, where a byte has none."""
+        ids: list[int] = []
+        while data:
+            lengths = range(min(len(data), self._longest), 0, -1)
+            length = next((n for n in lengths if data[:n] in self._by_bytes), None)
+            if length is None:
+                break
+            ids.append(self._by_bytes[data[:length]])
+            data = data[length:]
         return ids
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, int]:
+        special = self._table.special_ids
+        return {data: i for i, data in reversed(list(enumerate(self._table))) if data and i not in special}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._by_bytes), default=0)
 
 
 def _text_encoder(tokenizer: Any) -> Callable[[str], list[int]]:

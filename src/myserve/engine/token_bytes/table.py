@@ -133,12 +133,13 @@ class TokenBytes(Sequence[bytes]):
             return self.text(shown, skip_special_tokens=False)
         return self._decode_one(shown)
 
-    def positions(
+    def places(
         self, token_ids: Sequence[int], shown: str, *, skip_special_tokens: bool = True
-    ) -> list[int]:
-        """Return the character of `shown` at which each id begins; `shown` is the ids' text, however begun or cut.
+    ) -> list[tuple[int, bytes | None]]:
+        """Return where in `shown` each id begins, and its bytes there where these are not the table's.
 
-        A text that was sent has no BOS and no space that the tokenizer put before it; where these would be is 0.
+        `shown` is the ids' text, however begun or cut: a text that was sent has no BOS, and no space that the
+        tokenizer put before it; the token with that space is there without it.
         """
         reader = self.reader(skip_special_tokens=skip_special_tokens)
         begins, parts = [], []
@@ -147,7 +148,17 @@ class TokenBytes(Sequence[bytes]):
             parts.append(reader.feed(token_id))
         read = "".join([*parts, reader.end()])
         shift = max(0, read.find(shown) if shown in read else len(read) - len(shown))
-        return [min(max(0, begin - shift), len(shown)) for begin in begins]
+        begins = [min(max(0, begin - shift), len(shown)) for begin in begins]
+        ends = [*begins[1:], len(shown)]
+        here = zip(token_ids, begins, ends, strict=True)
+        return [(begin, self._bytes_here(i, shown, begin, end)) for i, begin, end in here]
+
+    def _bytes_here(self, token_id: int, shown: str, begin: int, end: int) -> bytes | None:
+        if not self.is_bytewise:
+            return shown[begin:end].encode()
+        data = self._table[token_id]
+        has_lost_its_space = begin == 0 and data.startswith(b" ") and not shown.startswith(" ")
+        return data.lstrip(b" ") if has_lost_its_space else None
 
     def _decode_one(self, token_ids: list[int]) -> str:
         return self._decode([token_ids])[0]

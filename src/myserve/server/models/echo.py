@@ -46,10 +46,11 @@ class CharacterBytes:
 
     decode = text
 
-    def positions(
+    def places(
         self, token_ids: Sequence[int], shown: str, *, skip_special_tokens: bool = True
-    ) -> list[int]:
-        return list(range(len(token_ids)))
+    ) -> list[tuple[int, None]]:
+        """Return where each character is."""
+        return [(place, None) for place in range(len(token_ids))]
 
     def bytes_reader(self) -> Utf8Reader:
         """Return a reader of the characters' bytes."""

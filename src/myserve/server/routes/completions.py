@@ -174,11 +174,9 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         if not echoed or not choice.prompt_logprobs:
             return []
         table, top = self._codec.token_bytes, top_logprobs_of(self.request)
-        begins = table.positions(echoed, echoed_text, skip_special_tokens=self._skips_special)
-        ends = [*begins[1:], len(echoed_text)]
+        places = table.places(echoed, echoed_text, skip_special_tokens=self._skips_special)
         entries = []
-        for token, begin, end in zip(choice.prompt_logprobs[-len(echoed) :], begins, ends, strict=True):
-            text_bytes = None if table.is_bytewise else echoed_text[begin:end].encode()
+        for token, (begin, text_bytes) in zip(choice.prompt_logprobs[-len(echoed) :], places, strict=True):
             entry = self.answer.tokens.prompt_entry(token, top, text_bytes)
             entry["text_offset"] = begin
             entries.append(entry)
