@@ -1,6 +1,6 @@
 """Who is at fault: `RequestError` is the caller's, `EngineError` is ours.
 
-Nothing here knows HTTP: `server/app.py` alone turns these into status codes.
+Nothing here knows HTTP: `server/errors.py` turns these into status codes.
 """
 
 from __future__ import annotations

@@ -2,4 +2,6 @@
 
 from myserve.server.app import create_app
 
+__all__ = ["app"]
+
 app = create_app()

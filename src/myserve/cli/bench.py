@@ -1,4 +1,4 @@
-"""`myserve bench`: measure any OpenAI-compatible server; a table, and on request JSON and a chart."""
+"""`myserve bench`: measure any OpenAI-compatible server; print a table, write JSON and a chart."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from myserve.bench.workload import PRESETS, Workload
 from myserve.cli.console import DEFAULT_URL, err, fail, out
 from myserve.errors import MyserveError
 from myserve.sdk.plotting import check_chart_path
+
+__all__ = ["bench"]
 
 DEFAULT_WORKLOADS = ("decode1", "decode8", "decode32")
 
@@ -70,7 +72,7 @@ def bench(
 async def _measure(
     target: Target, workloads: dict[str, Workload], repeat: int, vocab_size: int | None, seed: int | None
 ) -> tuple[dict[str, Figures], dict[str, Any]]:
-    """The medians by label, and the whole record for JSON."""
+    """Return the medians by label, and the whole record for JSON."""
     target.model = target.model or await _first_model(target)
     results: dict[str, Figures] = {}
     record: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`myserve chat`: talk to a server; with `--probs`, see how sure each token was."""
+"""`myserve chat`: talk to a server; `--probs` colours each token by its probability."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import typer
 
 from myserve.cli.client import ServerClient, ServerError
 from myserve.cli.console import DEFAULT_URL, ProbabilityPrinter, err, fail, legend, out
+
+__all__ = ["chat"]
 
 
 def chat(
@@ -61,13 +63,13 @@ async def _talk(
     err.print(f"[dim]{body['model']} at {client.url} · /new starts afresh · Ctrl-D ends[/]")
     if body.get("logprobs"):
         err.print(legend())
-    said = list(messages)
+    turns = list(messages)
     while (line := await asyncio.to_thread(_read_line)) is not None:
         if line == "/new":
-            said = list(messages)
+            turns = list(messages)
         elif line:
-            said.append({"role": "user", "content": line})
-            said.append({"role": "assistant", "content": await _answer(client, body, said)})
+            turns.append({"role": "user", "content": line})
+            turns.append({"role": "assistant", "content": await _answer(client, body, turns)})
 
 
 def _read_line() -> str | None:
@@ -78,7 +80,7 @@ def _read_line() -> str | None:
 
 
 async def _answer(client: ServerClient, body: Mapping[str, Any], messages: list[dict[str, str]]) -> str:
-    """Streams one answer to the terminal, and returns it."""
+    """Stream one answer to the terminal and return it."""
     printer = ProbabilityPrinter()
     text = ""
     async for choice in client.stream_chat({**body, "messages": messages}):

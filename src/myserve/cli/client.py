@@ -1,4 +1,4 @@
-"""The commands' way to a server: JSON and event streams over the SDK's own transport, errors as one line."""
+"""The commands' client: JSON and event streams over the SDK's transport, errors as one line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from myserve.sdk.transport.http import AiohttpTransport
 from myserve.sdk.transport.pool import root_of
 from myserve.sdk.transport.replies import events_of, failure_of, object_of, read_all
 
+__all__ = ["ServerClient", "ServerError"]
+
 
 class ServerError(MyserveError):
-    """The server said no, or is not there."""
+    """The server refused a request, or did not answer."""
 
 
 class ServerClient:
@@ -34,14 +36,14 @@ class ServerClient:
         return await self._json("POST", path, json.dumps(body).encode())
 
     async def first_model(self) -> str:
-        """The name of the first model that the server lists."""
+        """Return the name of the first model that the server lists. Raises ServerError."""
         models = (await self.get("/v1/models"))["data"]
         if not models:
             raise ServerError(f"{self.url} serves no model")
         return str(models[0]["id"])
 
     async def stream_chat(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-        """The first choice of each chunk of a streamed chat completion."""
+        """Yield the choices of each chunk of a streamed chat completion. Raises ServerError."""
         raw = json.dumps({**body, "stream": True}).encode()
         try:
             async with self._transport.request(

@@ -1,4 +1,4 @@
-"""What all commands share: where they print, how they fail, and how sure a token looks."""
+"""Shared by all commands: the terminals, errors as one line, and a token's colour by its probability."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+__all__ = ["DEFAULT_URL", "ProbabilityPrinter", "colour_of", "err", "fail", "legend", "out"]
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -21,13 +23,13 @@ _STEPS = ((0.9, "green"), (0.6, "cyan"), (0.3, "yellow"), (0.1, "dark_orange"), 
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the command with one line on stderr and exit status 1."""
+    """End the command with one line on stderr and exit status 1."""
     err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     raise typer.Exit(1)
 
 
 def colour_of(probability: float) -> str:
-    """The colour of a token that had this probability.
+    """Return the colour of a token that had this probability.
 
     >>> colour_of(0.95), colour_of(0.05)
     ('green', 'red')
@@ -36,7 +38,7 @@ def colour_of(probability: float) -> str:
 
 
 def legend() -> Text:
-    """What the colours mean."""
+    """Return a line that explains the colours."""
     parts = [part for least, colour in _STEPS for part in ((f"≥{least:.0%} ", colour),)]
     return Text.assemble(("token probability  ", "dim"), *parts)
 
@@ -57,7 +59,7 @@ class ProbabilityPrinter:
         self._lowest = 1.0
 
     def text(self, entry: Mapping[str, Any]) -> Text:
-        """One entry of `logprobs.content`; "" while its character is unfinished."""
+        """Return one entry of `logprobs.content` as text; "" while its character is unfinished."""
         raw = entry.get("bytes")
         piece = self._decode(bytes(raw)) if raw is not None else ""
         self._lowest = min(self._lowest, math.exp(min(0.0, entry.get("logprob") or 0.0)))
@@ -67,7 +69,7 @@ class ProbabilityPrinter:
         return Text.assemble(*map(self.text, entries))
 
     def rest(self) -> Text:
-        """The character that the last token began and none ended, if there is one."""
+        """Return the character that the last token began and none ended, if there is one."""
         return self._coloured(self._decode(b"", final=True))
 
     def _coloured(self, piece: str) -> Text:

@@ -1,4 +1,4 @@
-"""`make demo`: serves the embedded model, asks it the seed documents' prompts over HTTP, shows how sure it was."""
+"""`make demo`: serve the embedded model, send it the original specification's prompts, show probabilities."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from rich.text import Text
 from myserve.cli.client import ServerClient, ServerError
 from myserve.cli.console import ProbabilityPrinter, colour_of, err, legend, out
 from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler
+
+__all__ = ["main"]
 
 USUAL_PORT = 8000
 START_TIMEOUT = 120.0  # seconds
@@ -49,7 +51,7 @@ class ServerDiedError(RuntimeError):
 
 
 def free_port() -> int:
-    """The usual port if nobody has it, else any free one."""
+    """Return the usual port if it is free, else any free one."""
     for port in (USUAL_PORT, 0):
         try:
             with socket.create_server(("127.0.0.1", port)) as listener:
@@ -61,8 +63,9 @@ def free_port() -> int:
 
 @contextmanager
 def served_model(port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`myserve serve` as a process of its own, as anybody would run it; ended with the block."""
-    environment = {**os.environ, "TQDM_DISABLE": "1"}  # no bar for four megabytes
+    """Run `myserve serve` as a process of its own, which ends with the block."""
+    # no progress bar for four megabytes
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
     command = [sys.executable, "-m", "myserve", "serve", "--port", str(port)]
     server = subprocess.Popen(command, env=environment)
     try:
@@ -77,7 +80,7 @@ def served_model(port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 
 async def show(url: str, server: subprocess.Popen[bytes], began: float) -> None:
-    """The three conversations, then where to go on."""
+    """Show three conversations, then how to go on."""
     client = ServerClient(url)
     with out.status("starting the server on the embedded model"):
         await until_ready(client, server)
@@ -109,7 +112,7 @@ async def until_ready(client: ServerClient, server: subprocess.Popen[bytes]) -> 
 
 
 async def count_to_three(client: ServerClient, model: str) -> None:
-    """One answer, with the alternatives that each token had."""
+    """Show one answer, with the alternatives that each token had."""
     answer = await client.post(
         "/v1/chat/completions",
         {
@@ -131,7 +134,7 @@ async def count_to_three(client: ServerClient, model: str) -> None:
 
 
 def alternatives(entries: list[Mapping[str, Any]]) -> Table:
-    """A row a token: what was drawn, and those of the five alternatives that had a chance."""
+    """Return a table with a row for each token: it and those of its five alternatives that had a chance."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("token", "probability", "alternatives"):
         table.add_column(column, justify="right" if column == "probability" else "left")
@@ -147,7 +150,7 @@ def alternatives(entries: list[Mapping[str, Any]]) -> Table:
 
 
 async def say_a_color(client: ServerClient, model: str) -> None:
-    """A stream: tokens are printed as they arrive."""
+    """Stream an answer: tokens are printed as they arrive."""
     asked("Say a color:", "streamed, seed 7")
     printer = ProbabilityPrinter()
     async for entry in streamed_entries(
@@ -174,7 +177,7 @@ async def streamed_entries(client: ServerClient, body: Mapping[str, Any]) -> Asy
 
 
 async def solve(client: ServerClient, model: str) -> None:
-    """Four samples of one prompt through the SDK, as a trainer draws them: one prefill, ids, logprobs.
+    """Draw four samples of one prompt through the SDK, as a trainer does: one prefill, ids, logprobs.
 
     A trainer has its tokenizer at hand and calls `sample_with_tokens(messages)`; here the server tokenizes, for
     importing transformers would take longer than all the rest.

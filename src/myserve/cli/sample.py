@@ -1,4 +1,4 @@
-"""`myserve sample`: prompts from JSONL to samples in JSONL, through the SDK; a killed run goes on with a journal."""
+"""`myserve sample`: prompts in JSONL to samples in JSONL, through the SDK; a killed run resumes from its journal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from myserve.sdk import (
     FixedConcurrencyController,
 )
 
-TOKENIZE_AT_ONCE = 16
+__all__ = ["sample"]
+
+CONCURRENT_TOKENIZE_REQUESTS = 16
 
 
 def sample(
@@ -102,8 +104,8 @@ def _read(path: Path) -> list[Mapping[str, Any]]:
 async def _tokenize(
     client: ServerClient, model: str, prompts: Sequence[Mapping[str, Any]]
 ) -> list[list[int]]:
-    """Ids by the server's own tokenizer and chat template: this command needs neither here."""
-    places = asyncio.Semaphore(TOKENIZE_AT_ONCE)
+    """Return the prompts' ids, by the server's own tokenizer and chat template."""
+    places = asyncio.Semaphore(CONCURRENT_TOKENIZE_REQUESTS)
 
     async def one(entry: Mapping[str, Any]) -> list[int]:
         if "prompt_token_ids" in entry:

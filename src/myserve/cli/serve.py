@@ -154,11 +154,11 @@ def _run(settings: Settings, listener: socket.socket) -> None:
     logs.configure(settings.log_level, settings.log_format)
     try:
         server = GracefulServer(app := create_app(settings))
-    except MyserveError as error:  # a file of keys without keys, of a certificate without one
+    except MyserveError as error:
         fail(str(error))
     if host not in ("127.0.0.1", "::1") and settings.api_keys_file is None:
         log.warning(
-            "whoever reaches %s:%d may use this server; --api-keys-file makes it ask for keys",
+            "anyone who reaches %s:%d may use this server; --api-keys-file makes it ask for keys",
             _url_host(host),
             port,
         )
@@ -170,18 +170,18 @@ def _run(settings: Settings, listener: socket.socket) -> None:
 
     app.state.on_load_failure = give_up
     for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn shuts down in order, then raises the signal again for whoever had it before: nobody, so that the
-        # process ends as a server that was asked to end, with status 0
+        # uvicorn shuts down in order, then raises the signal again for the handler that was there before. This one does
+        # nothing, so that the process ends with status 0.
         signal.signal(number, lambda *_: None)
     _raise_file_limit()
     server.run(sockets=[listener])
     if server.engine_died:
-        failures.append("an engine stopped, and its last words are in the log")
+        failures.append("an engine stopped; the log says why")
     if failures:
         fail(failures[0])
 
 
 def _raise_file_limit() -> None:
-    """A connection is a file, and shells allow 1024: as many as the system lets us."""
+    """Allow as many open files as the system lets us: a connection is one, and shells allow 1024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

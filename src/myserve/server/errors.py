@@ -1,4 +1,4 @@
-"""The one place where an exception becomes an HTTP status and OpenAI's error shape."""
+"""Every exception becomes an HTTP status and OpenAI's error shape here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ class BodyTooLargeError(RequestError):
 
 
 class UnauthorizedError(RequestError):
-    """No key, or one that is nobody's."""
+    """A key is missing or unknown."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="invalid_api_key")
 
 
 class ForbiddenError(RequestError):
-    """A good key that may not do this, or a page that may not ask at all."""
+    """A key that may not do this, or a page or host name that may not use this server."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="forbidden")
 
 
 class TooSlowError(RequestError):
-    """The client took longer to send its request, or to read its answer, than the operator lets it."""
+    """The client took longer to send its request, or to read its answer, than the operator allows."""
 
 
 class DeadlineError(EngineError):
-    """The answer took longer than the operator, or the request itself, lets it."""
+    """The answer took longer than the operator, or the request itself, allows."""
 
 
 class ShuttingDownError(EngineError):
-    """The server is about to end. Another one, or this one restarted, gives the same tokens for the same seed."""
+    """The server shuts down. Another one, or this one restarted, gives the same tokens for the same seed."""
 
     retry_after = 1.0  # seconds
 
@@ -57,7 +57,7 @@ class ShuttingDownError(EngineError):
 
 
 class EngineRestartingError(EngineDeadError):
-    """The engine has stopped and is loaded again, with the same weights: the same seed gives the same tokens then."""
+    """The engine has stopped and is loaded again with the same weights: the same seed will give the same tokens."""
 
     retry_after = 2.0  # seconds
 
@@ -70,11 +70,11 @@ class ModelLoadError(EngineError):
 
 
 class EchoHasNoModelError(RequestError):
-    """The echo backend was asked for what only a model has."""
+    """The echo backend was asked for something that needs a model."""
 
 
 def status_of(error: Exception) -> int:
-    """Whose fault, as a number: 4xx the caller's, 429 and 503 try again, 500 ours.
+    """Return an exception's HTTP status: 4xx the caller's fault, 429 and 503 try again, 500 ours.
 
     >>> status_of(RequestError("top_k ...")), status_of(OverloadedError("full", retry_after=1))
     (400, 429)
@@ -106,7 +106,7 @@ def status_of(error: Exception) -> int:
 
 
 def error_body(error: Exception) -> ErrorResponse:
-    """OpenAI's shape. What went wrong inside is for the log: only errors raised on purpose show their words.
+    """Return OpenAI's error shape. Only errors raised on purpose show their message; others are for the log.
 
     >>> error_body(RequestError("n must be at least 1, got 0", param="n"))["error"]["param"]
     'n'
@@ -129,12 +129,13 @@ def error_body(error: Exception) -> ErrorResponse:
 
 
 def error_response(error: Exception) -> Response:
-    """The whole answer, with `Retry-After` where it helps."""
+    """Return the whole answer, with `Retry-After` where it helps."""
     headers = {}
     if isinstance(error, OverloadedError | WeightsLoadingError | ShuttingDownError | EngineRestartingError):
         headers["retry-after"] = f"{max(1, round(error.retry_after))}"
     if isinstance(error, TooSlowError | BodyTooLargeError):
-        headers["connection"] = "close"  # or the rest of the body would be read, to be thrown away
+        # or the rest of the body would be read, to be thrown away
+        headers["connection"] = "close"
     if isinstance(error, UnauthorizedError):
         headers["www-authenticate"] = "Bearer"
     return _json(error_body(error), status_of(error), headers)

@@ -1,4 +1,4 @@
-"""uvicorn, ending as clients and supervisors want: nothing new, a time to finish, an error for who is still there."""
+"""uvicorn with a graceful shutdown: no new requests, time for those in flight, an error for the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from myserve.server.edge.client_timeouts import timeout_protocol
 from myserve.server.models.models import Models
 from myserve.server.settings import Settings
 
-NOTICE_SECONDS = 5  # seconds in which those who were cut hear of it
+__all__ = ["GracefulServer"]
+
+# in which an error event reaches the clients of streams that were cut
+NOTICE_SECONDS = 5
 
 
 class GracefulServer(uvicorn.Server):
@@ -31,7 +34,8 @@ class GracefulServer(uvicorn.Server):
             http=timeout_protocol(settings.client_timeout),
             ws="none",
             log_config=None,
-            access_log=False,  # ours has the request's id and its cost
+            # ours has the request's id and its cost
+            access_log=False,
             timeout_graceful_shutdown=round(settings.shutdown_timeout + NOTICE_SECONDS),
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
@@ -46,7 +50,7 @@ class GracefulServer(uvicorn.Server):
         self._settings = settings
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: is an engine to be loaded again, is the server to end?"""
+        """Restart stopped engines, or end the server; called ten times a second. Returns whether to exit."""
         if self._settings.restart_engine:
             self._models.restart_stopped(asyncio.get_running_loop().time())
         if self._settings.exit_on_engine_death:
@@ -54,7 +58,7 @@ class GracefulServer(uvicorn.Server):
         return await super().on_tick(counter) or self.engine_died
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the door, wait, cut."""
+        """Take no new requests, wait for those in flight, cut those that are left."""
         self._models.close_door()
         cut = asyncio.get_running_loop().call_later(self._settings.shutdown_timeout, self._models.cut_all)
         await super().shutdown(sockets)
@@ -62,10 +66,11 @@ class GracefulServer(uvicorn.Server):
 
 
 def _load_certificates(config: uvicorn.Config, settings: Settings) -> None:
-    """Here and not at the first connection, so that who starts the server hears what is wrong with them."""
+    """Load certificates now and not at the first connection, so that the start fails if they are wrong."""
     try:
         config.load()
-    except OSError as error:  # ssl.SSLError is one
+    # ssl.SSLError is an OSError
+    except OSError as error:
         files = [settings.ssl_certfile, settings.ssl_keyfile, settings.ssl_ca_certs]
         named = ", ".join(file for file in files if file is not None)
         raise RequestError(f"TLS cannot start with {named}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""API keys in a file: read again when it changes, compared in constant time, never shown."""
+"""API keys lie in a file that is read again when it changes; they are compared in constant time and never shown."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from pathlib import Path
 
 from myserve.errors import RequestError
 
+__all__ = ["KeyFile"]
+
 log = logging.getLogger("myserve.server")
 
-Version = tuple[int, int, int]  # of a file: modification time, size, inode
+# of a file: modification time, size, inode
+Version = tuple[int, int, int]
 
 
 class KeyFile:
-    """A key a line, and behind it, if wanted, whose it is: that name stands in the log. `#` begins a comment.
+    """A file with a key a line, each with its owner's name for the log if wanted. `#` begins a comment.
 
-    To rotate: add the new key, let the clients change, take the old one out. Each change counts from the next request
+    To rotate: add the new key, let the clients change, remove the old one. Each change counts from the next request
     on; a file that cannot be read, or has no key, changes nothing and is an error in the log.
 
     >>> path = getfixture("tmp_path") / "keys"
@@ -28,13 +31,13 @@ class KeyFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Raises RequestError for a file without keys: a server that its operator believes locked must not be open."""
+        """Read the file. Raises RequestError for one without keys: a server meant to be locked must not be open."""
         self._path = Path(path)
         self._version = self._version_now()
         self._owners = self._read()
 
     def owner(self, key: str) -> str | None:
-        """Whose key it is; None if nobody's. Takes as long for a wrong key as for a right one."""
+        """Return the key's owner; None for an unknown key. Takes as long for a wrong key as for a right one."""
         self._read_again_if_changed()
         asked = _digest(key)
         found = None
@@ -76,5 +79,5 @@ class KeyFile:
 
 
 def _digest(key: str) -> bytes:
-    """Of one length, so that a comparison tells nothing of the key's."""
+    """Return a digest, whose length tells nothing of the key's."""
     return hashlib.sha256(key.encode()).digest()

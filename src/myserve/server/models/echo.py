@@ -1,4 +1,4 @@
-"""The echo backend: no model, the answer is the prompt. Only ever on the operator's own request."""
+"""The echo backend has no model: its answer is the prompt. It serves only where the operator asks for it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from myserve.engine.token_bytes import Utf8Reader
 from myserve.errors import ContextLengthError, RequestError
 from myserve.server.errors import EchoHasNoModelError
 
-# What a distribution is needed for. The rest of the parameters shape a draw, and an echo draws nothing.
+__all__ = ["EchoEngine", "EchoStream"]
+
+# These need a distribution. The other parameters shape a draw, and an echo draws nothing.
 _NEEDS_A_MODEL = ("top_logprobs", "prompt_logprobs", "kept", "logprob_token_ids", "routed_experts")
 
 
 class CharacterTokenizer:
-    """A token is a character and its id the code point: enough for an echo, and nothing has to be loaded."""
+    """A tokenizer without files: a token is a character, its id the code point."""
 
     chat_template: str | None = None
     added_tokens_decoder: Mapping[int, Any] = {}
@@ -58,7 +60,7 @@ class CharacterBytes:
 
 
 class EchoEngine:
-    """Answers like an `Engine` whose model says the prompt back."""
+    """Answers like an `Engine` whose model repeats the prompt."""
 
     tokenizer = CharacterTokenizer()
     token_bytes = CharacterBytes()
@@ -81,7 +83,7 @@ class EchoEngine:
         """Nothing waits for an echo."""
 
     async def prepare(self, params: SamplingParams) -> None:
-        """An echo keeps to no grammar."""
+        """Raise EchoHasNoModelError for a grammar."""
         if params.grammar is not None:
             raise EchoHasNoModelError("a grammar needs a model, and this server echoes", param="grammar")
 
@@ -106,11 +108,11 @@ class EchoEngine:
         return EchoStream(list(prompt_token_ids), params, options.n, request_id)
 
     def update_weights(self, source: object, **_: object) -> None:
-        """An echo has no weights."""
+        """Raise EchoHasNoModelError: an echo has no weights."""
         raise EchoHasNoModelError("new weights need a model, and this server echoes", param="path")
 
     def shutdown(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: no thread runs."""
 
 
 class EchoStream:
@@ -133,16 +135,17 @@ class EchoStream:
         raise StopAsyncIteration
 
     def metrics(self, index: int) -> RequestMetrics:
-        """It costs nothing."""
+        """Return the prompt's length; an echo takes no time."""
         return RequestMetrics(prompt_tokens=self._prompt_tokens)
 
     def abort(self) -> None:
-        """Nothing more is said."""
+        """End the stream."""
         self._deltas = iter([])
 
 
 def _is_character(code_point: int) -> bool:
-    return 0 <= code_point < 0xD800 or 0xE000 <= code_point < 0x110000  # halves of a UTF-16 pair are none
+    # halves of a UTF-16 pair are no characters
+    return 0 <= code_point < 0xD800 or 0xE000 <= code_point < 0x110000
 
 
 def _echo(index: int, prompt: list[int], max_tokens: int | None) -> list[Delta]:

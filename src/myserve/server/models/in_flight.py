@@ -1,4 +1,4 @@
-"""The generations that are being answered, so that each can be cut: at its deadline, or because the server ends."""
+"""Generations in flight can be ended early: each at its deadline, all of them when the server shuts down."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from myserve.errors import MyserveError
 from myserve.server import caller
 from myserve.server.errors import DeadlineError, ShuttingDownError
 
+__all__ = ["Cuttable", "InFlight"]
+
 
 class Cuttable(Protocol):
-    """A `Generation`, which imports this module's users."""
+    """The part of a `Generation` that is used here."""
 
     def cut(self, error: MyserveError) -> None: ...
 
 
 class InFlight:
-    """Who is in flight on one model. Lives on the event loop, as generations do."""
+    """The generations in flight on one model. Used on the event loop alone."""
 
     def __init__(self, timeout: float | None = None) -> None:
-        self._timeout = timeout  # seconds for one generation; None: as long as it takes
+        # seconds for one generation; None: as long as it takes
+        self._timeout = timeout
         self._timers: dict[Cuttable, asyncio.TimerHandle | None] = {}
         self._closed = False
 
@@ -28,9 +31,9 @@ class InFlight:
         return len(self._timers)
 
     def add(self, generation: Cuttable, timeout: float | None = None) -> None:
-        """Count it in. It is cut so many seconds after its request came, or the server's, whichever are fewer.
+        """Add a generation, and cut it `timeout` seconds (or the server's, if fewer) after its request came.
 
-        Raises DeadlineError where they are over before it begins, ShuttingDownError once `close` was called.
+        Raises DeadlineError where that time is over before it begins, ShuttingDownError once `close` was called.
         """
         if self._closed:
             raise ShuttingDownError
@@ -47,15 +50,15 @@ class InFlight:
         return loop.call_later(left, generation.cut, error)
 
     def remove(self, generation: Cuttable) -> None:
-        """It has ended. Idempotent."""
+        """Remove a generation that has ended. Idempotent."""
         if (timer := self._timers.pop(generation, None)) is not None:
             timer.cancel()
 
     def close(self) -> None:
-        """Take no more; who is in goes on."""
+        """Take no more generations; those in flight go on."""
         self._closed = True
 
     def cut_all(self) -> None:
-        """End whoever still runs, with an error that says why."""
+        """Cut every generation in flight, with an error that says why."""
         for generation in list(self._timers):
             generation.cut(ShuttingDownError())

@@ -1,4 +1,4 @@
-"""Which models are served: the operator's list alone, each loaded once, on first use or at start."""
+"""Models are served from the operator's list alone; each is loaded once, at start or on first use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from myserve.server.models.restart import (
     RestartRecord,
     Restarts,
     files_of,
-    give_memory_back,
+    free_memory,
 )
 from myserve.server.models.served_engine import ServedEngine
 from myserve.server.models.snapshots import Snapshots
@@ -35,12 +35,14 @@ from myserve.server.prompts.chat_style import ChatStyle
 from myserve.server.prompts.codec import Codec
 from myserve.server.settings import Settings
 
+__all__ = ["Models", "ServedModel", "load_model"]
+
 log = logging.getLogger("myserve.server")
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A loaded model, as the routes need it."""
+    """A loaded model with its tokenizer, snapshots and requests in flight."""
 
     engine: ServedEngine
     codec: Codec
@@ -56,18 +58,18 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with whatever may change the answer to a seed: this package, the model, its weights."""
+        """Return the `system_fingerprint`: it changes with the package, the model, its settings and its weights."""
         return f"fp_{self.digest}_{self.engine.weight_version}"
 
 
-def _spare_the_collector(_: object) -> None:
-    """What a load leaves behind lives as long as the server: no collection need walk over it again."""
+def _freeze_garbage(_: object) -> None:
+    """Take all objects out of the garbage collector's sight: what a load leaves lives as long as the server."""
     gc.freeze()
     gc.enable()
 
 
 class Models:
-    """The served names. `get` loads what it must; any number of event loops and threads may call it."""
+    """The served models by name. `get` loads what is not loaded; it may be called from any event loop and thread."""
 
     def __init__(
         self, settings: Settings, load: Callable[[str, Settings], ServedModel] | None = None
@@ -87,7 +89,7 @@ class Models:
         return tuple(self._settings.models)
 
     async def get(self, name: str | None) -> ServedModel:
-        """The model of that name; None means the only one, or the first.
+        """Return the model of that name; None means the first.
 
         Raises ModelNotFoundError for a name that is not served, ModelLoadError for one that does not load,
         EngineRestartingError.
@@ -101,9 +103,10 @@ class Models:
         path = self._settings.models[name]
         future = self._start_loading(path)
         if path in self._restart_records and not future.done():
-            raise EngineRestartingError  # and not a wait, as at start: other servers may have room
+            # at start a request waits; here another replica may have room
+            raise EngineRestartingError
         try:
-            # Shielded: a client that leaves must not cancel the load for those who wait with it.
+            # Shielded: a client that leaves must not cancel the load for the others that wait for it.
             return await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
             raise
@@ -113,12 +116,12 @@ class Models:
             raise ModelLoadError(f"the model {name!r} did not load: {reason}") from error
 
     def if_loaded(self, name: str) -> ServedModel | None:
-        """The model, where it is ready; starts nothing."""
+        """Return the model if it is loaded, else None; start no load."""
         future = self._loads.get(self._settings.models[name])
         return future.result() if future is not None and _succeeded(future) else None
 
     def preload(self, on_failure: Callable[[str, BaseException], None] | None = None) -> None:
-        """Begin to load what the operator wants ready; returns at once. `on_failure` gets a name and why it failed."""
+        """Begin to load the models of `preload`, without waiting. `on_failure` gets a name and the error."""
 
         def report(name: str, done: Future[ServedModel]) -> None:
             if on_failure is not None and not done.cancelled() and (error := done.exception()) is not None:
@@ -128,14 +131,14 @@ class Models:
             self._start_loading(self._settings.models[name]).add_done_callback(partial(report, name))
 
     def readiness(self) -> dict[str, str]:
-        """What each model that is to be ready at start is.
+        """Return the state of each model in `preload`.
 
-        "unloaded", "loading", "ready", "failed"; "restarting" and "dead" for one whose engine has stopped.
+        "unloaded", "loading", "ready" or "failed"; "restarting" or "dead" where the engine has stopped.
         """
         return {name: self._state(self._settings.models[name]) for name in self._settings.preload or ()}
 
     def close_door(self) -> None:
-        """Take no new generations; who is in flight goes on."""
+        """Take no new generations; those in flight go on."""
         self._closing = True
         for model in self._loaded():
             model.in_flight.close()
@@ -149,20 +152,20 @@ class Models:
         return [future.result() for future in self._loads.values() if _succeeded(future)]
 
     def close(self) -> None:
-        """End every engine. Blocks until their threads have ended."""
+        """Shut every engine down. Blocks until their threads have ended."""
         self._loader.shutdown(wait=True, cancel_futures=True)
         for model in self._loaded():
             _end(model)
 
     def restart_stopped(self, now: float) -> None:
-        """Load anew each model whose engine has stopped, as often as `Restarts` lets it. To be called all the time."""
+        """Load each model whose engine has stopped again, when `Restarts` says that it is due. Called on every tick."""
         with self._lock:
             for path, future in self._loads.items():
                 if not self._closing and self._is_down(path, future) and self._restarts[path].is_due(now):
                     self._loads[path] = self._restart(path, [future.result()] if _succeeded(future) else [])
 
     def _is_down(self, path: str, future: Future[ServedModel]) -> bool:
-        """Whether its engine, which once ran, has stopped, and is not being loaded again."""
+        """Return whether its engine once ran, has stopped, and is not being loaded again."""
         if not future.done():
             return False
         return not future.result().engine.is_alive if _succeeded(future) else path in self._restart_records
@@ -174,17 +177,20 @@ class Models:
         return self._submit(path, partial(self._load_again, path, stopped))
 
     def _load_again(self, path: str, stopped: list[ServedModel]) -> ServedModel:
-        """In the loader's thread. `stopped` is emptied: two models at once may be more than the memory holds."""
-        remains = self._restart_records[path]
+        """Load a stopped model again, in the loader's thread.
+
+        `stopped` is emptied first: two models at once may be more than the memory holds.
+        """
+        record = self._restart_records[path]
         while stopped:
             _end(stopped.pop())
-        give_memory_back()
+        free_memory()
         try:
-            remains.check_files(files_of(path))
-            model = replace(self._load(path, self._settings), num_restarts=remains.num_restarts + 1)
+            record.check_files(files_of(path))
+            model = replace(self._load(path, self._settings), num_restarts=record.num_restarts + 1)
             try:
-                remains.check_files(model.files)
-                remains.restore(model)
+                record.check_files(model.files)
+                record.restore(model)
             except BaseException:
                 _end(model)
                 raise
@@ -199,14 +205,14 @@ class Models:
         with self._lock:
             future = self._loads.get(path)
             failed = future is not None and future.done() and not _succeeded(future)
-            # A failed load may be tried again; a failed restart may not, for it knows which weights were served.
+            # A failed load may be tried again; a failed restart may not: other weights than those served might come.
             if future is None or (failed and path not in self._restart_records):
                 future = self._loads[path] = self._submit(path, partial(self._load, path, self._settings))
             return future
 
     def _submit(self, path: str, load: Callable[[], ServedModel]) -> Future[ServedModel]:
         future = self._loader.submit(load)
-        future.add_done_callback(_spare_the_collector)
+        future.add_done_callback(_freeze_garbage)
         future.add_done_callback(partial(_log_failure, path))
         return future
 
@@ -223,17 +229,18 @@ class Models:
 
 
 def load_model(path: str, settings: Settings) -> ServedModel:
-    """Load in the calling thread: the engine of a folder or hub id, or an echo if the operator wants one."""
+    """Load the engine of a folder or hub id, or an echo where `force_echo` is set, in the calling thread."""
     engine: Any
     if settings.force_echo:
         engine = EchoEngine()
     else:
         from transformers.utils import logging as transformers_logging
 
-        from myserve.engine.engine import Engine  # torch is imported when a model is, and not before
+        from myserve.engine.engine import Engine  # imports torch
 
+        # a log is no terminal
         if not sys.stderr.isatty():
-            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is no terminal
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         engine = Engine.from_pretrained(path, settings.engine)
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()

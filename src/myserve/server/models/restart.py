@@ -1,4 +1,4 @@
-"""An engine that stopped is loaded again with the weights that it had, or not at all; and not for ever."""
+"""An engine that stopped is loaded again only with the weights that it had, and only a bounded number of times."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ if TYPE_CHECKING:
     from myserve.engine.weights.queue import WeightUpdate  # torch is imported when a model is
     from myserve.server.models.snapshots import Snapshots
 
-MOST_RESTARTS = 5
-RESTART_WINDOW_SECONDS = 600.0  # seconds
+__all__ = ["Files", "LostWeightsError", "RestartRecord", "Restarts", "files_of", "free_memory"]
 
-Files = Mapping[str, tuple[int, int]]  # of a model: name to size and modification time
-OF_A_MODEL = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"})
+MOST_RESTARTS = 5
+RESTART_WINDOW_SECONDS = 600.0
+
+# of a model's folder: name to size and modification time
+Files = Mapping[str, tuple[int, int]]
+MODEL_FILE_SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"})
 
 
 class LostWeightsError(EngineDeadError):
-    """The weights that an engine had cannot be had again; to serve others under their version would be a lie."""
+    """The weights that a stopped engine served are gone; others must not be served under their version."""
 
 
 class Restarts:
-    """When one engine may be loaded again: at once, then after 1, 3, 7 and 15 s; five times in ten minutes, no more.
+    """Says when an engine may be loaded again: at once, then after 1, 3, 7 and 15 s; five times in ten minutes.
 
     >>> restarts = Restarts()
     >>> [now for now in range(60) if restarts.is_due(now)], restarts.given_up
@@ -40,7 +43,7 @@ class Restarts:
         self._due: float | None = None
 
     def is_due(self, now: float) -> bool:
-        """To be asked again and again while it is down; true once for each restart."""
+        """Return whether a restart is due; true once for each. Called on every tick while the engine is down."""
         if self._due is None and not self.given_up:
             while self._begun and now - self._begun[0] > RESTART_WINDOW_SECONDS:
                 self._begun.popleft()
@@ -56,7 +59,7 @@ class Restarts:
 
 
 class Restartable(Protocol):
-    """What is read of a `ServedModel`, which knows this module."""
+    """The part of a `ServedModel` that is used here."""
 
     @property
     def engine(self) -> Any: ...
@@ -70,19 +73,22 @@ class Restartable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RestartRecord:
-    """What is kept of a model whose engine stopped: by what its weights are known again, and none of its memory."""
+    """Identifies the weights that a stopped engine served, without keeping any of its memory.
+
+    `lineage` has the identities and updates that were swapped in, beginning with the last whole snapshot.
+    """
 
     files: Files
-    # what was swapped in since, beginning with the last whole one
     lineage: tuple[tuple[str, WeightUpdate], ...]
     num_restarts: int
 
     @classmethod
     def of(cls, model: Restartable) -> RestartRecord:
+        """Return the record of a model."""
         return cls(model.files, tuple(model.snapshots.lineage), model.num_restarts)
 
     def check_files(self, now: Files) -> None:
-        """Raises LostWeightsError where the model's files are not those that the stopped engine was loaded from."""
+        """Raise LostWeightsError where the model's files are not those that the stopped engine was loaded from."""
         changed = sorted(name for name in {*self.files, *now} if self.files.get(name) != now.get(name))
         if changed:
             raise LostWeightsError(
@@ -91,7 +97,7 @@ class RestartRecord:
             )
 
     def restore(self, model: Restartable) -> None:
-        """Swap in again what had been, under the same versions. Raises LostWeightsError where it is not the same."""
+        """Swap the lineage in again, under the same versions. Raises LostWeightsError where a checksum differs."""
         for identity, update in self.lineage:
             report = update.result(0)
             again = model.snapshots.begin(
@@ -112,7 +118,7 @@ class RestartRecord:
 
 
 def files_of(model: str) -> Files:
-    """What a model is loaded from, without reading it. Of a hub id, the snapshot in the cache."""
+    """Return the files that a model is loaded from, without reading them; of a hub id, those in the cache."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -121,12 +127,12 @@ def files_of(model: str) -> Files:
         if not isinstance(cached, str):
             return {}
         folder = Path(cached).parent
-    files = [path for path in folder.iterdir() if path.suffix in OF_A_MODEL and path.is_file()]
+    files = [path for path in folder.iterdir() if path.suffix in MODEL_FILE_SUFFIXES and path.is_file()]
     stats = {path.name: path.stat() for path in files}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def give_memory_back() -> None:
-    """Of a model that nobody uses any more: an engine is full of cycles, and loads hide theirs from the collector."""
+def free_memory() -> None:
+    """Collect a model that is no longer used: an engine is full of cycles, and `gc.freeze` hid them."""
     gc.unfreeze()
     gc.collect()

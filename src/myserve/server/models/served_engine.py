@@ -1,4 +1,4 @@
-"""What the routes need of whatever answers: an `Engine`, or an echo."""
+"""The interface that routes need of an `Engine` or an echo."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from myserve.engine.outputs import Delta, RequestMetrics, RoutingShape
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.token_bytes import TokenBytes
 
+__all__ = ["ServedEngine", "ServedStream"]
+
 
 class ServedStream(Protocol):
-    """What the routes use of a `RequestStream`."""
+    """The part of a `RequestStream` that routes use."""
 
     seed: int
 
@@ -23,7 +25,7 @@ class ServedStream(Protocol):
 
 
 class ServedEngine(Protocol):
-    """What the routes use of an `Engine`."""
+    """The part of an `Engine` that routes use."""
 
     @property
     def tokenizer(self) -> Any: ...

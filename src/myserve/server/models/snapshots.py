@@ -1,4 +1,4 @@
-"""Which snapshot a model has, which ones are on their way, and which folder an identity means."""
+"""A model's snapshots: the one that is loaded, those that are being loaded, and the folder of an identity."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from myserve.errors import RequestError
 from myserve.wire.weights import LoadingState, Stage
 
 if TYPE_CHECKING:
-    # torch is imported when a model is, and not before
+    # imports torch
     from myserve.engine.weights.queue import WeightUpdate
+
+__all__ = ["Snapshots", "snapshot_folder"]
 
 _STAGES: dict[str, Stage] = {
     "preparing": "loading",
@@ -22,42 +24,42 @@ _STAGES: dict[str, Stage] = {
 
 
 class Snapshots:
-    """One model's snapshots: the loaded one, and those that were asked for after it, in order."""
+    """One model's snapshots: the loaded one, and those requested after it, in order."""
 
     def __init__(self) -> None:
-        # What was swapped in, beginning with the last whole snapshot: together they are the weights of now.
+        # swapped in, beginning with the last whole snapshot: together they make the current weights
         self._lineage: list[tuple[str, WeightUpdate]] = []
-        self._asked: deque[tuple[str, WeightUpdate]] = deque()
+        self._requested: deque[tuple[str, WeightUpdate]] = deque()
 
     def begin(self, engine: Any, identity: str, folder: Path, **options: Any) -> WeightUpdate:
-        """Ask the engine for this snapshot; `options` are `Engine.update_weights`'."""
+        """Request this snapshot from the engine and return its update; `options` are `Engine.update_weights`'."""
         update: WeightUpdate = engine.update_weights(folder, **options)
-        self._asked.append((identity, update))
+        self._requested.append((identity, update))
         return update
 
     def awaited(self, identity: str) -> WeightUpdate | None:
-        """The last update, if it is for this snapshot and still on its way: asked for twice is asked for once."""
+        """Return the last update if it is for this snapshot and has not failed: a repeated request starts no other."""
         self._settle()
-        name, update = self._asked[-1] if self._asked else ("", None)
+        name, update = self._requested[-1] if self._requested else ("", None)
         return update if name == identity and update is not None and update.stage != "failed" else None
 
     @property
     def identity(self) -> str | None:
-        """The loaded one's; None for the weights that the model was started with."""
+        """Return the loaded snapshot's; None for the weights that the model was started with."""
         self._settle()
         return self._lineage[-1][0] if self._lineage else None
 
     @property
     def lineage(self) -> list[tuple[str, WeightUpdate]]:
-        """Identities and updates that, in this order, make the model's weights from its folder's."""
+        """Return the identities and updates that, in this order, make the current weights from the folder's."""
         self._settle()
         return self._lineage
 
     @property
     def newest_identity(self) -> str | None:
-        """What will be loaded once all that was asked for is."""
+        """Return the identity that will be loaded once every requested update is done."""
         self._settle()
-        good = [identity for identity, update in self._asked if update.stage != "failed"]
+        good = [identity for identity, update in self._requested if update.stage != "failed"]
         return good[-1] if good else self.identity
 
     @property
@@ -66,32 +68,32 @@ class Snapshots:
         return self._lineage[-1][1].result(0).checksum if self._lineage else None
 
     def loading_state(self) -> LoadingState:
-        """Of the first that is on its way; else what became of the last."""
+        """Return the state of the first update that is not done; else how the last one ended."""
         self._settle()
-        if not self._asked:
+        if not self._requested:
             target = self.identity
             return {"stage": "idle" if target is None else "done", "target_snapshot_identity": target}
-        identity, update = self._asked[0]
+        identity, update = self._requested[0]
         state: LoadingState = {"stage": _STAGES[update.stage], "target_snapshot_identity": identity}
         if (error := update.error) is not None:
             state["error"] = str(error)
         return state
 
     def _settle(self) -> None:
-        """Take in what has ended. A failure is shown until something else is asked for."""
-        while self._asked and (self._asked[0][1].stage == "done" or self._is_old_failure()):
-            ended = self._asked.popleft()
+        """Move updates that are done into the lineage. A failure stays until another update is requested."""
+        while self._requested and (self._requested[0][1].stage == "done" or self._is_old_failure()):
+            ended = self._requested.popleft()
             if ended[1].stage == "done":
                 if not ended[1].options.partial:
                     self._lineage.clear()
                 self._lineage.append(ended)
 
     def _is_old_failure(self) -> bool:
-        return self._asked[0][1].stage == "failed" and len(self._asked) > 1
+        return self._requested[0][1].stage == "failed" and len(self._requested) > 1
 
 
 def snapshot_folder(weights_dir: str | None, identity: str) -> Path:
-    """The folder of an identity: inside the operator's directory, whatever the identity is. Raises RequestError."""
+    """Return an identity's folder, which lies inside the operator's directory. Raises RequestError."""
     if weights_dir is None:
         raise RequestError(
             "this server takes no new weights: it was started without --weights-dir", code="weights_disabled"

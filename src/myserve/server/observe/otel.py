@@ -1,6 +1,6 @@
-"""Traces over OpenTelemetry: a span a request, the engine's phases below it, and never a word of its text.
+"""OpenTelemetry traces: a span for each request, the engine's phases below it, and no text of prompt or answer.
 
-Phases are written down when a request has ended, from times that the engine takes anyway: no step waits for a trace.
+Phases are recorded when a request has ended, from times that the engine takes anyway: no step waits for a trace.
 """
 
 from __future__ import annotations
@@ -23,17 +23,28 @@ from myserve.server.observe.http_meters import method_label
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.fields import GenerationRequest
 
-# asked for every few seconds, and say nothing
+__all__ = ["OtlpTraces", "RequestTrace"]
+
+# called every few seconds, and not worth a span
 PROBES = frozenset({"/health", "/healthz", "/ready", "/metrics"})
-# Of a request, under the names of OpenTelemetry's GenAI conventions; `stop` is text, and stays where it is.
-ASKED = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "max_tokens", "stream")
-MAX_INT = 2**63 - 1  # OTLP's integers are signed, and seeds are not
+# a request's fields under the names of OpenTelemetry's GenAI conventions; `stop` is text, and is left out
+REQUEST_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "frequency_penalty",
+    "presence_penalty",
+    "max_tokens",
+    "stream",
+)
+# OTLP's integers are signed, and seeds are not
+MAX_INT = 2**63 - 1
 
 Attributes = dict[str, Any]
 
 
 class OtlpTraces:
-    """Sends spans over OTLP/HTTP to `endpoint`; what it is silent about, OTEL_* in the environment says.
+    """Sends spans over OTLP/HTTP to `endpoint`; everything else is set by OTEL_* in the environment.
 
     >>> OtlpTraces("collector:4318")
     Traceback (most recent call last):
@@ -55,7 +66,7 @@ class OtlpTraces:
         self._endpoint = endpoint
 
     def begin(self, scope: Scope, request_id: str) -> RequestTrace | None:
-        """Open a request's span, as a child of the client's where it sent a `traceparent`."""
+        """Begin a request's span, as a child of the client's where it sent a `traceparent`; None for a probe."""
         if scope["path"] in PROBES:
             return None
         method = method_label(scope["method"])
@@ -68,7 +79,7 @@ class OtlpTraces:
         return RequestTrace(self._tracer, span, method)
 
     def flush(self) -> None:
-        """Send what has not been sent. Blocks."""
+        """Send the spans that were not sent yet. Blocks."""
         self._provider.force_flush()
 
     def close(self) -> None:
@@ -81,7 +92,8 @@ class OtlpTraces:
         tracer: Tracer = self._provider.get_tracer("myserve", version("myserve"))
         return tracer
 
-    @cached_property  # it has a thread, and making an application starts none
+    # it has a thread, and making an application starts none
+    @cached_property
     def _provider(self) -> Any:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -104,7 +116,7 @@ class RequestTrace:
 
     @property
     def trace_id(self) -> str:
-        """As logs and collectors write it."""
+        """Return the trace's id as logs and collectors write it."""
         return f"{self._span.get_span_context().trace_id:032x}"
 
     def record(
@@ -114,14 +126,15 @@ class RequestTrace:
         choices: Sequence[Choice],
         costs: Sequence[RequestMetrics],
     ) -> None:
-        """What was asked of the engine and what came of it; `costs` of each choice, ended or not."""
+        """Record the request's parameters and its choices; `costs` has each choice's, ended or not."""
         if not self._span.is_recording():
             return
         self._span.set_attributes(_attributes(request, response_id, choices, costs))
         below = set_span_in_context(self._span)
         seen: set[int] = set()
         for choice, cost in zip(choices, costs, strict=True):
-            leads = choice.prompt not in seen  # the others wait for its prefill and share it
+            # the prompt's other choices wait for its prefill and share it
+            leads = choice.prompt not in seen
             seen.add(choice.prompt)
             for name, began, ended in _phases(cost):
                 if leads or name == "decode":
@@ -131,12 +144,12 @@ class RequestTrace:
                     span.end(_nanoseconds(ended))
 
     def fail(self, error: Exception) -> None:
-        """Its kind; its words may quote the request."""
+        """Record an error's type; its message may quote the request."""
         self._span.set_attribute("error.type", type(error).__name__)
         self._span.set_status(Status(StatusCode.ERROR))
 
     def end(self, route: str, status: int, *, cut: bool) -> None:
-        """The last byte is out, or never will be."""
+        """End the span; `cut` says that the answer's last byte is not out."""
         self._span.update_name(f"{self._method} {route}")
         self._span.set_attributes({"http.route": route, "http.response.status_code": status})
         if cut:
@@ -150,7 +163,7 @@ def _attributes(
     request: GenerationRequest, response_id: str, choices: Sequence[Choice], costs: Sequence[RequestMetrics]
 ) -> Attributes:
     prompts = {choice.prompt: cost for choice, cost in reversed(list(zip(choices, costs, strict=True)))}
-    asked: Mapping[str, Any] = {name: getattr(request, name) for name in ASKED} | {
+    asked: Mapping[str, Any] = {name: getattr(request, name) for name in REQUEST_FIELDS} | {
         "model": request.model,
         "choice.count": len(choices),
         "seed": request.seed if (request.seed or 0) <= MAX_INT else None,
@@ -174,7 +187,7 @@ def _finish_reason(choice: Choice) -> str:
 
 
 def _phases(cost: RequestMetrics) -> Iterator[tuple[str, float, float]]:
-    """Name, beginning and end in unix seconds of each phase that there was.
+    """Yield name, beginning and end, in unix seconds, of each phase that took time.
 
     >>> [(name, end - began) for name, began, end in _phases(RequestMetrics(arrival_time=8.0, prefill_duration=0.5))]
     [('prefill', 0.5)]

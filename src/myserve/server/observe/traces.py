@@ -1,4 +1,4 @@
-"""What a request's trace is told, by whoever answers it; without one nothing happens. `otel` makes traces."""
+"""The interface of traces, and the current request's trace; without one, recording does nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from myserve.engine.outputs import RequestMetrics
 from myserve.server.choice import Choice
 from myserve.wire.fields import GenerationRequest
 
+__all__ = ["Trace", "Traces", "fail", "follow", "record"]
+
 
 class Trace(Protocol):
-    """One request's, while it is answered."""
+    """One request's trace, while it is answered."""
 
     @property
     def trace_id(self) -> str: ...
@@ -25,14 +27,14 @@ class Trace(Protocol):
         choices: Sequence[Choice],
         costs: Sequence[RequestMetrics],
     ) -> None:
-        """What was asked of the engine and what came of it; `costs` of each choice, ended or not."""
+        """Record the request's parameters and its choices; `costs` has each choice's, ended or not."""
 
     def fail(self, error: Exception) -> None: ...
     def end(self, route: str, status: int, *, cut: bool) -> None: ...
 
 
 class Traces(Protocol):
-    """Makes them; None for a request that is not worth one."""
+    """Makes traces; None for a request that is not traced."""
 
     def begin(self, scope: Scope, request_id: str) -> Trace | None: ...
     def close(self) -> None: ...
@@ -42,19 +44,19 @@ _current: ContextVar[Trace | None] = ContextVar("myserve_trace", default=None)
 
 
 def follow(trace: Trace | None) -> None:
-    """What the current task is told from here on is that trace's."""
+    """Set the current task's trace."""
     _current.set(trace)
 
 
 def record(
     request: GenerationRequest, response_id: str, choices: Sequence[Choice], costs: Sequence[RequestMetrics]
 ) -> None:
-    """`Trace.record`, if the current request is traced."""
+    """Call `Trace.record` if the current request is traced."""
     if (trace := _current.get()) is not None:
         trace.record(request, response_id, choices, costs)
 
 
 def fail(error: Exception) -> None:
-    """`Trace.fail`, likewise."""
+    """Call `Trace.fail` if the current request is traced."""
     if (trace := _current.get()) is not None:
         trace.fail(error)

@@ -1,4 +1,4 @@
-"""One page at `/` to try a model by hand: its answers, with every token's probability as its colour."""
+"""The playground at `/`: one page to try a model by hand, with each token's probability as its colour."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Response
 
+__all__ = ["router"]
+
 router = APIRouter()
 
 
 @router.get("/", include_in_schema=False)
 async def playground() -> Response:
-    """The page. It asks this server alone: scripts and styles are in it, and the policy forbids the rest."""
+    """Return the page. It uses this server alone: scripts and styles are inline, and its policy forbids the rest."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
     return Response(_page(), headers=headers, media_type="text/html")

@@ -1,4 +1,4 @@
-"""Is it there, is it ready, what is it: routes that never wait for a model."""
+"""Health, readiness, version and the list of models: routes that never wait for a model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from myserve.server.answers.streaming import json_response, to_json
 from myserve.server.models.models import ServedModel
 from myserve.server.routes.body import models_of
 
+__all__ = ["router"]
+
 router = APIRouter()
 
-NOT_YET: dict[int | str, dict[str, Any]] = {503: {"description": "Not yet, or no more: the body says which."}}
+NOT_READY: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Not ready yet, or dead: the body says which."}
+}
 
 
-@router.get("/health", responses=NOT_YET)
-@router.get("/healthz", responses=NOT_YET)
+@router.get("/health", responses=NOT_READY)
+@router.get("/healthz", responses=NOT_READY)
 async def health(http: Request) -> Response:
-    """200 once what was to be served can be; 503 while it loads, and for good if it failed or its engine died
+    """Answer 200 once the models can be served; 503 while they load, and for good if one failed or its engine died
     and does not come back.
 
-    An app whose lifespan nobody runs loads on first use: until then it is healthy with nothing loaded.
+    An app whose lifespan is not run loads on first use: until then it is healthy with nothing loaded.
     """
     states = models_of(http).readiness()
     for trouble in ("dead", "failed", "restarting", "loading"):
@@ -31,13 +35,14 @@ async def health(http: Request) -> Response:
             body = to_json({"status": trouble, "models": names})
             return Response(body, 503, media_type="application/json")
     versions = {name: model.engine.weight_version for name, model in _loaded(http).items()}
-    header = {"myserve-weight-versions": to_json(versions).decode()}  # the body is the same for every probe
+    # the body is the same for every probe
+    header = {"myserve-weight-versions": to_json(versions).decode()}
     return json_response({"status": "ok"}, header)
 
 
-@router.get("/ready", responses=NOT_YET)
+@router.get("/ready", responses=NOT_READY)
 async def ready(http: Request) -> Response:
-    """200 once every model that the operator wants ready is loaded; 503 before, with the state of each."""
+    """Answer 200 once every preloaded model is loaded; 503 before, with the state of each."""
     states = models_of(http).readiness()
     is_ready = all(state == "ready" for state in states.values())
     body = {"status": "ready" if is_ready else "not ready", "models": states}
@@ -46,7 +51,7 @@ async def ready(http: Request) -> Response:
 
 @router.get("/version")
 async def show_version(http: Request) -> Response:
-    """What runs here, and how each loaded model is made exact."""
+    """Return the versions, and how each loaded model is made batch-invariant."""
     loaded = _loaded(http)
     return json_response(
         {
@@ -59,21 +64,22 @@ async def show_version(http: Request) -> Response:
                 name: {"weight_version": model.engine.weight_version, "identity": model.snapshots.identity}
                 for name, model in loaded.items()
             },
-            "extensions": ["num_prior_tokens", "sample_index"],  # by which our SDK knows that it may use them
+            # by which our SDK knows that it may use them
+            "extensions": ["num_prior_tokens", "sample_index"],
         }
     )
 
 
 @router.get("/v1/models")
 async def list_models(http: Request) -> Response:
-    """The served names; the context's length where the model is loaded."""
+    """Return the served names, with the context's length where the model is loaded."""
     models = models_of(http)
     return json_response({"object": "list", "data": [_card(http, name) for name in models.names]})
 
 
 @router.get("/v1/models/{name:path}")
 async def show_model(http: Request, name: str) -> Response:
-    """One of them."""
+    """Return one served model. Raises ModelNotFoundError."""
     if name not in models_of(http).names:
         raise ModelNotFoundError(f"the model {name[:200]!r} is not served here")
     return json_response(_card(http, name))

@@ -1,4 +1,4 @@
-"""`/openapi.json`: what FastAPI knows of the routes, and what it cannot: ours parse and shape for themselves."""
+"""`/openapi.json`: FastAPI's document of the routes, and the schemas of what routes parse themselves."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from myserve.wire.generate import GenerateRequest
 from myserve.wire.responses import ChatChunk, ChatCompletion, Completion, ErrorResponse, Generated
 from myserve.wire.weights import HotLoadRequest, HotLoadState, WeightsReport, WeightsRequest
 
+__all__ = ["openapi"]
+
 BODIES = (
     *(ChatCompletionRequest, CompletionRequest, GenerateRequest, WeightsRequest, HotLoadRequest),
     *(TokenizeRequest, DetokenizeRequest),
@@ -29,13 +31,14 @@ ERROR = {
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:
-    """The document, made once."""
+    """Return the OpenAPI document, which is made once."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=version("myserve"), routes=app.routes)
         document.setdefault("components", {})["schemas"] = _schemas()
         for path in document["paths"].values():
             for operation in path.values():
-                operation["responses"].pop("422", None)  # FastAPI's own; here it is a 400
+                # FastAPI's own; here it is a 400
+                operation["responses"].pop("422", None)
                 operation["responses"]["default"] = ERROR
         app.openapi_schema = document
     return app.openapi_schema
@@ -50,6 +53,7 @@ def _schemas() -> dict[str, Any]:
     schemas: dict[str, Any] = shared["$defs"]
     schemas |= {name: schema for (name, _), schema in tops.items() if "$ref" not in schema}
     for schema in schemas.values():
-        if "description" in schema:  # the rest of a docstring is examples in Python
+        # the rest of a docstring is examples in Python
+        if "description" in schema:
             schema["description"] = schema["description"].split("\n\n>>>")[0]
     return schemas
