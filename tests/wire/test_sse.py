@@ -31,7 +31,8 @@ EVENTS = [
 def decode(chunks: list[bytes]) -> list[ServerSentEvent]:
     decoder, data = SSEDecoder(), SSEDecoder()
     events = [event for chunk in chunks for event in decoder.feed(chunk)]
-    assert [d for chunk in chunks for d in data.feed_data(chunk)] == [event.data.encode() for event in events]
+    raw = [d for chunk in chunks for d in data.feed_data(chunk)]
+    assert [d.decode("utf-8", "replace") for d in raw] == [event.data for event in events]
     return events
 
 
@@ -90,3 +91,11 @@ def test_a_cut_stream_says_so() -> None:
     assert decoder.pending
     assert decoder.feed(b" more\n\n") == [ServerSentEvent("half more")]
     assert not decoder.pending
+
+
+@pytest.mark.parametrize(
+    "block", [b"data: \xff\xfe\n\n", b"event: x\ndata: \xff\xfe\n\n", b": c\n\ndata: \xff\xfe\n\n"]
+)
+def test_data_that_is_not_utf8_comes_as_it_is(block: bytes) -> None:
+    assert SSEDecoder().feed_data(block) == [b"\xff\xfe"]
+    assert [event.data for event in SSEDecoder().feed(block)] == ["\ufffd\ufffd"]

@@ -85,7 +85,9 @@ class SSEDecoder:
         return [event for event in map(self._parse, self._blocks(chunk)) if event is not None]
 
     def feed_data(self, chunk: bytes) -> list[bytes]:
-        r"""Return the bytes of each event's data alone: less work where names and ids are not needed.
+        r"""Return the bytes of each event's data, as they came: less work where text, names and ids are not needed.
+
+        Bytes that are not UTF-8 are left to the reader, which must not take replaced characters for what was sent.
 
         >>> SSEDecoder().feed_data(b"data: [1]\n\nevent: error\ndata: [2]\n\n: a comment\n\n")
         [b'[1]', b'[2]']
@@ -94,10 +96,10 @@ class SSEDecoder:
         if whole.startswith(b"data: "):
             data = whole[6:].split(b"\n\ndata: ")
             # one-line data and nothing else: no look at each one
-            if whole.count(b"\n") == 2 * (len(data) - 1) and _is_utf8(whole):
+            if whole.count(b"\n") == 2 * (len(data) - 1):
                 return data
-        events = [self._parse(block) for block in whole.split(b"\n\n")]
-        return [event.data.encode() for event in events if event is not None]
+        fields = [self._fields(block) for block in whole.split(b"\n\n")]
+        return [event[0] for event in fields if event is not None]
 
     def _blocks(self, chunk: bytes) -> list[bytes]:
         return self._whole_blocks(chunk).split(b"\n\n")
@@ -140,27 +142,29 @@ class SSEDecoder:
         return True
 
     def _parse(self, block: bytes) -> ServerSentEvent | None:
-        if block.startswith(b"data: ") and b"\n" not in block:  # nearly every event is this
-            return ServerSentEvent(block[6:].decode("utf-8", "replace"), "message", self._last_id)
-        data: list[str] = []
-        name = ""
-        for line in block.decode("utf-8", "replace").split("\n"):
-            field, _, value = line.partition(":")
-            value = value.removeprefix(" ")
-            if field == "data":
-                data.append(value)
-            elif field == "event":
-                name = value
-            elif field == "id" and "\0" not in value:
-                self._last_id = value
-        if not data:
+        fields = self._fields(block)
+        if fields is None:
             return None
-        return ServerSentEvent("\n".join(data), name or "message", self._last_id)
+        data, name = fields
+        return ServerSentEvent(_text(data), _text(name) or "message", self._last_id)
+
+    def _fields(self, block: bytes) -> tuple[bytes, bytes] | None:
+        """Return an event's data and name, or None for a block without data; note its id."""
+        if block.startswith(b"data: ") and b"\n" not in block:  # nearly every event is this
+            return block[6:], b""
+        data: list[bytes] = []
+        name = b""
+        for line in block.split(b"\n"):
+            field, _, value = line.partition(b":")
+            value = value.removeprefix(b" ")
+            if field == b"data":
+                data.append(value)
+            elif field == b"event":
+                name = value
+            elif field == b"id" and b"\0" not in value:
+                self._last_id = _text(value)
+        return (b"\n".join(data), name) if data else None
 
 
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")

@@ -13,7 +13,7 @@ from myserve.sdk.errors import AttemptFailed, Failure, SamplingError
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.sampling.bounds import max_stream_bytes
 from myserve.sdk.sampling.sample import Decode, Sample
-from myserve.sdk.transport.chunks import Chunk, chunks_of
+from myserve.sdk.transport.chunks import chunks_of
 from myserve.sdk.transport.dialects import Dialect
 from myserve.sdk.transport.pool import ServerPool
 from myserve.sdk.types import SampledCompletion, SampleDelta
@@ -93,38 +93,37 @@ class Attempt:
         return prior
 
     async def _read(self, reads: AsyncIterator[list[bytes]]) -> None:
+        # One function, with its names bound outside of the loop: it runs for every token.
+        around, samples = self._around, self._samples
+        on_delta, num_samples = around.on_delta, len(samples)
         metrics: dict[str, Any] | None = None
         try:
             async for events in reads:
                 now = time.monotonic()
+                elapsed = now - around.started
                 has_progress = False
                 for chunk in chunks_of(events):
-                    metrics = chunk.perf_metrics or metrics
-                    has_progress |= self._take(chunk, now - self._around.started)
+                    if chunk.perf_metrics is not None:
+                        metrics = chunk.perf_metrics
+                    for choice in chunk.choices or ():
+                        if choice.index >= num_samples:
+                            raise _broken(f"a chunk for choice {choice.index} of {num_samples}")
+                        sample = samples[choice.index]
+                        if sample.feed(choice, elapsed):
+                            has_progress = True
+                        if on_delta is not None:
+                            on_delta(sample.delta(choice))
+                        # Alone, a sample waits for its stream's end: its ids may come after its finish reason.
+                        if num_samples > 1 and sample.finish_reason is not None and sample.is_whole:
+                            self._complete(sample)
                 if has_progress:
-                    self._around.first_token.set()
+                    around.first_token.set()
                     self._last_progress, self._has_tokens = now, True
                 else:
                     self._check_stall(now)
         finally:
             if metrics is not None:
-                observed = PerfMetrics.from_mapping(metrics)
-                self._around.backend.observe(observed, len(self._samples), self._permit)
-
-    def _take(self, chunk: Chunk, now: float) -> bool:
-        """Feed a chunk's choices to their samples; True if it brought any of them something."""
-        has_progress = False
-        for choice in chunk.choices or ():
-            if choice.index >= len(self._samples):
-                raise _broken(f"a chunk for choice {choice.index} of {len(self._samples)}")
-            sample = self._samples[choice.index]
-            has_progress |= sample.feed(choice, now)
-            if self._around.on_delta is not None:
-                self._around.on_delta(sample.delta(choice))
-            # Alone, a sample waits for its stream's end: its ids may come after its finish reason.
-            if len(self._samples) > 1 and sample.is_whole:
-                self._complete(sample)
-        return has_progress
+                around.backend.observe(PerfMetrics.from_mapping(metrics), num_samples, self._permit)
 
     def _check_stall(self, now: float) -> None:
         limit = self._around.backend.stall_timeout * (1 if self._has_tokens else STALL_TIMEOUTS_IN_A_QUEUE)

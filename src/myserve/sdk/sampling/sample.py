@@ -116,7 +116,7 @@ class Sample:
 
         Raises `AttemptFailed` for what cannot belong to this request.
         """
-        if self.is_done:
+        if self.completion is not None or self.error is not None:
             return self._feed_after_end(choice)
         ids = choice.token_ids if choice.token_ids is not None else choice.ids()
         if choice.text:
@@ -132,7 +132,9 @@ class Sample:
                 self._versions.feed(len(self.ids), self._version)
                 self._version = choice.weight_version
             self.ids += ids
-        self._check_bounds()
+        most = self._max_rows
+        if len(self.ids) > most or len(self._entries) > most or self._num_chars > self._max_chars:
+            raise self._overflow()
         if choice.weight_version_spans is not None:
             self._versions.feed(len(self.ids), self._version)
             if not self._versions.correct(choice.weight_version_spans):
@@ -154,14 +156,10 @@ class Sample:
             raise _broken(f"tokens for sample {self.index} came after its finish reason")
         return False
 
-    def _check_bounds(self) -> None:
-        if len(self.ids) > self._max_rows or len(self._entries) > self._max_rows:
-            rows = max(len(self.ids), len(self._entries))
-            raise _broken(f"{rows} tokens came, and max_tokens is {self.request.max_tokens}")
-        if self._num_chars > self._max_chars:
-            raise _broken(
-                f"{self._num_chars} characters of text came for max_tokens={self.request.max_tokens}"
-            )
+    def _overflow(self) -> AttemptFailed:
+        rows = max(len(self.ids), len(self._entries))
+        what = f"{rows} tokens" if rows > self._max_rows else f"{self._num_chars} characters of text"
+        return _broken(f"{what} came, and max_tokens is {self.request.max_tokens}")
 
     def _feed_raw(self, raw: RawOutputChunk) -> None:
         if raw.completion_token_ids is not None:
