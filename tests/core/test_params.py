@@ -15,7 +15,7 @@ from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import RequestError
 
 ACCEPTED: dict[str, list[object]] = {
-    "max_tokens": [None, 1, 10**6],
+    "max_tokens": [None, 1, 10**6, 2**31 - 1],
     "min_tokens": [0, 5],
     "stop": [(), ("a",), tuple(str(i) for i in range(16))],
     "stop_token_ids": [(), (0, 7)],
@@ -111,7 +111,9 @@ def test_message_gives_value_and_range() -> None:
         SamplingParams(frequency_penalty=2.5)
     with pytest.raises(RequestError, match=r"^typical_p must be in \(0, 1\], got 0.0$"):
         SamplingParams(typical_p=0.0)
-    with pytest.raises(RequestError, match=r"^max_tokens must be in \[1, 2147483647\], got 0$"):
+    with pytest.raises(
+        RequestError, match=r"^max_tokens must be in \[1, 2147483647\], got 0; only to score a prompt"
+    ):
         SamplingParams(max_tokens=0)
     with pytest.raises(RequestError, match=r"^min_tokens must be in \[0, 4\], which is max_tokens, got 5$"):
         SamplingParams(max_tokens=4, min_tokens=5)

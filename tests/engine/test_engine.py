@@ -116,6 +116,28 @@ def test_a_prompt_is_scored_in_tiles_of_logits(make_engine: MakeEngine) -> None:
     assert sum(rows) == len(prompt), "399 targets and one draw: nothing is computed twice"
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("length", [1, 500, 512])
+def test_a_prompt_is_scored_and_nothing_is_drawn(
+    n: int, length: int, make_engine: MakeEngine, hf_model: HfModel
+) -> None:
+    """It may fill the context: there is nothing that would have to fit behind it."""
+    engine = make_engine(max_num_batched_tokens=128, prefill_chunk=64)
+    prompt = [5 + i * i % 300 for i in range(length)]
+    asked = Asked(prompt, SamplingParams(max_tokens=0, prompt_logprobs=2), n)
+    other = Asked(PROMPT, SamplingParams(max_tokens=40, seed=1, ignore_eos=True))
+    choices, [beside] = run(engine, [asked, other])
+    assert [(c.finish_reason, c.ids, c.text) for c in choices] == [("length", [], "")] * n
+    scores = next(d.prompt_logprobs for d in choices[0].deltas if d.prompt_logprobs is not None)
+    assert [s.token_id for s in scores] == prompt and scores[0].logprob is None
+    with torch.no_grad():
+        theirs = hf_model("llama")(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    for position, score in enumerate(scores[1:]):
+        assert score.logprob == pytest.approx(theirs[position, prompt[position + 1]].item(), abs=1e-4)
+    assert beside.numbers == run(engine, [other])[0][0].numbers
+    engine.scheduler.check_integrity()
+
+
 def test_n_choices_differ_and_each_is_what_its_sample_index_says(make_engine: MakeEngine) -> None:
     engine = make_engine()
     params = SamplingParams(max_tokens=16, seed=11)
@@ -254,6 +276,9 @@ def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -
         ([-1], {}, RequestError, "token id -1"),
         ([5] * 600, {}, ContextLengthError, "the context is 512 long"),
         ([5] * 500, {"max_tokens": 13}, ContextLengthError, "ask for at most 12"),
+        ([5] * 512, {}, ContextLengthError, "so that at least one token fits"),
+        ([5] * 513, {"max_tokens": 0, "prompt_logprobs": 0}, ContextLengthError, "the context is 512 long"),
+        ([5], {"min_tokens": 2**31 - 1}, RequestError, "min_tokens must be in \\[0, 511\\]"),
         ([5], {"logit_bias": {999: 1.0}}, RequestError, "logit_bias"),
         ([5], {"n": 0}, RequestError, "n must be in"),
         ([5], {"sample_index": 2**32}, RequestError, "sample_index must be in"),

@@ -39,8 +39,9 @@ class SamplingParams:
     """
 
     # -- length and stopping --
-    max_tokens: int | None = ranged(None, 1, MAX_TOKENS)
-    """How many tokens may be drawn, >= 1; None: up to the end of the model's context."""
+    max_tokens: int | None = ranged(None, 0, MAX_TOKENS)
+    """How many tokens may be drawn; None: up to the end of the model's context. 0, which needs `prompt_logprobs`: the
+    prompt is scored and nothing is drawn."""
     min_tokens: int = ranged(0, 0, MAX_TOKENS)
     """Until so many tokens are out, EOS and stop ids cannot be drawn; 0 <= min_tokens <= max_tokens."""
     stop: tuple[str, ...] = ()
@@ -106,6 +107,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise RequestError(
+                f"max_tokens must be in [1, {MAX_TOKENS}], got 0; only to score a prompt (prompt_logprobs) may it be 0",
+                param="max_tokens",
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens must be in [0, {self.max_tokens}], which is max_tokens, got {self.min_tokens}",

@@ -316,6 +316,8 @@ class Engine:
             mail.add(self._owner[request], StepOutcome(request.index, finish_reason="error", error=error))
             ended[request] = "error"
             self.scheduler.abort(request)
+        for request in batch.scored:
+            mail.add(self._owner[request], StepOutcome(request.index, finish_reason="length"))
         for (request, _), draw, routed in zip(batch.draws, result.draws, result.routed_experts, strict=True):
             owner = self._owner[request]
             try:

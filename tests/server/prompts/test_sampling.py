@@ -88,7 +88,8 @@ def test_logprobs_in_their_three_forms() -> None:
 def test_an_echo_with_logprobs_scores_the_prompt() -> None:
     assert completion(echo=True, logprobs=2).prompt_logprobs == 2
     assert completion(echo=True).prompt_logprobs is None
-    assert completion(echo=True, max_tokens=0).max_tokens == 1
+    assert completion(echo=True, max_tokens=0).max_tokens == 0
+    assert completion(echo=True, max_tokens=0).prompt_logprobs == 0
 
 
 @pytest.mark.parametrize(

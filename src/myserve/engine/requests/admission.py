@@ -147,9 +147,12 @@ def checked_prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
 
 
 def checked_max_tokens(num_prompt_tokens: int, asked: int | None, max_model_len: int) -> int:
-    """How many tokens may be drawn: what was asked, or the rest of the context."""
+    """Return how many tokens may be drawn: what was asked, or the rest of the context.
+
+    A prompt that is only scored (`asked` 0) may fill the context.
+    """
     room = max_model_len - num_prompt_tokens
-    if room < 1:
+    if room < (0 if asked == 0 else 1):
         raise ContextLengthError(
             f"the prompt has {num_prompt_tokens} tokens, and this model's maximum context length is {max_model_len} "
             "tokens; shorten the prompt so that at least one token fits",

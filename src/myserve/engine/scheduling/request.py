@@ -26,6 +26,7 @@ class Event(Enum):
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.HELD, Event.FORK): State.RUNNING,
     (State.HELD, Event.RELEASE): State.WAITING,
+    (State.HELD, Event.FINISH): State.FINISHED,  # there is nothing to draw
     (State.HELD, Event.ABORT): State.FINISHED,
     (State.WAITING, Event.ADMIT): State.RUNNING,
     (State.WAITING, Event.ABORT): State.FINISHED,
@@ -62,7 +63,7 @@ class Request:
 
     id: str
     prompt_token_ids: list[int]
-    max_tokens: int
+    max_tokens: int  # 0: the prompt is scored, and nothing is drawn
     index: int = 0  # the choice, among the n of one submission
     stop_ids: Container[int] = ()
     priority: int = 0  # lower runs first

@@ -34,6 +34,7 @@ class Batch:
 
     scheduled: list[ScheduledTokens] = field(default_factory=list)
     draws: list[tuple[Request, int]] = field(default_factory=list)
+    scored: list[Request] = field(default_factory=list)  # end with this step, for they draw nothing
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block), after the forward
     num_tokens: int = 0
     planned: float = 0.0  # when, on the clock of whoever passes `now` in
@@ -100,7 +101,7 @@ class Scheduler:
             self._leave(request, Event.ABORT)
 
     def finish(self, request: Request) -> None:
-        """A running request has its last token."""
+        """End a request that has its last token, or its scores."""
         self._leave(request, Event.FINISH)
 
     def _leave(self, request: Request, event: Event) -> None:
@@ -295,6 +296,9 @@ class Scheduler:
         batch.add(ScheduledTokens(request, request.num_computed_tokens, count))
         if count < request.num_pending_tokens:
             return
+        if request.max_tokens == 0:
+            batch.scored += [*request.siblings, request]  # in this order: an end releases who is held
+            return
         part = len(batch.scheduled) - 1
         batch.draws.append((request, part))
         for sibling in request.siblings:
@@ -350,6 +354,10 @@ class Scheduler:
                 part.request.num_computed_tokens += part.count
                 self._publish_full_blocks(part.request)
         ended: list[tuple[Request, str]] = []
+        for request in batch.scored:
+            if not request.is_finished:
+                self.finish(request)
+                ended.append((request, "length"))
         for (request, _), token_id in zip(batch.draws, drawn, strict=True):
             if request.is_finished:
                 continue

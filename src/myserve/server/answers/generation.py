@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from myserve.core.params import SamplingParams
-from myserve.engine.outputs import Delta, FinishReason, RequestMetrics
+from myserve.engine.outputs import Delta, RequestMetrics
 from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import EngineError, MyserveError
 from myserve.server import caller
@@ -52,7 +52,6 @@ class Generation:
         self._cut_by: MyserveError | None = None
         self._n = n
         self._request, self._request_id = request, request_id
-        self._scores_only = request.max_tokens == 0  # validated: then only the prompt's scores are wanted
         self.size = 0  # of what `finish` has, in bytes
         self._streams: list[ServedStream] = []
         try:
@@ -109,7 +108,6 @@ class Generation:
         choice = self.choices[first + delta.index]
         if sampled := delta.stop_tokens or delta.tokens:
             choice.weight_version = sampled[-1].weight_version
-        delta = _without_sample(delta) if self._scores_only else delta
         choice.add(delta)
         return choice, delta
 
@@ -137,14 +135,6 @@ class Generation:
 def params_of_prompts(params: SamplingParams, count: int) -> list[SamplingParams]:
     """The same parameters for each prompt, with a seed of its own where a seed was given."""
     return [replace(params, seed=prompt_seed(params.seed, position)) for position in range(count)]
-
-
-def _without_sample(delta: Delta) -> Delta:
-    """The prompt's scores cost one drawn token, which nobody asked for."""
-    reason: FinishReason | None = None if delta.finish_reason is None else "length"
-    return Delta(
-        delta.index, finish_reason=reason, prompt_logprobs=delta.prompt_logprobs, metrics=delta.metrics
-    )
 
 
 async def _merged(streams: Sequence[ServedStream]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -54,9 +54,11 @@ def completion_params(request: CompletionRequest, codec: Codec, *, room: int) ->
     asked = {}
     if (request.echo or request.echo_last) and (lists_tokens(request) or request.token_arrays):
         asked["prompt_logprobs"] = max(top_logprobs_of(request), request.prompt_logprobs or 0)
+    if scores_only(request):
+        asked["prompt_logprobs"] = asked.get("prompt_logprobs", request.prompt_logprobs or 0)
     default = max(1, min(COMPLETION_MAX_TOKENS, room))
     limit = default if request.max_tokens is None else request.max_tokens
-    return _params(request, codec, max_tokens=1 if scores_only(request) else limit, **asked)
+    return _params(request, codec, max_tokens=limit, **asked)
 
 
 def generate_params(request: CompletionRequest, codec: Codec) -> SamplingParams:
