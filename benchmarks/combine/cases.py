@@ -12,14 +12,13 @@ from myserve.core.params import SamplingParams
 from myserve.core.ranges import Range, ranges_of
 from myserve.engine.requests.options import SubmitOptions
 
-__all__ = ["ROUTES", "Case", "random_case"]
+__all__ = ["ROUTES", "Case", "case_beyond", "random_case"]
 
 ROUTES = {
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
     "generate": "/inference/v1/generate",
 }
-BEYOND = 0.02  # of the numbers: outside their range, to be refused by name
 ASKED = 0.3  # of the fields, in one request
 LETTERS = "abcdefghij eo tn\n"
 
@@ -111,13 +110,21 @@ def random_case(rng: random.Random, number: int) -> Case:
     return Case(number, model, route, prompt, text, asked)
 
 
+def case_beyond(rng: random.Random, number: int) -> Case:
+    """Draw a small request with one number outside its declared range: it costs nothing, for it is refused."""
+    declared = [
+        (name, allowed) for cls in (SamplingParams, SubmitOptions) for name, allowed in ranges_of(cls).items()
+    ]
+    name, allowed = rng.choice(declared)
+    step = 1 if allowed.is_integer else 0.5 + abs(allowed.high) * 1e-6
+    huge = _HUGE if allowed.is_integer else (1e308, -1e308)
+    values = [value for value in (allowed.low - step, allowed.high + step, *huge) if value not in allowed]
+    asked = {"seed": rng.getrandbits(63), "max_tokens": 4, name: rng.choice(values)}
+    return Case(number, rng.choice(["dense", "moe"]), rng.choice(list(ROUTES)), (5, 6, 7), "hi", asked)
+
+
 def _number(rng: random.Random, name: str, allowed: Range) -> float:
     low, high = allowed.low, min(allowed.high, _LARGEST.get(name, math.inf))
-    if rng.random() < BEYOND:
-        step = 1 if allowed.is_integer else 0.5 + abs(high) * 1e-6
-        return rng.choice(
-            [low - step, allowed.high + step, *(_HUGE if allowed.is_integer else (1e308, -1e308))]
-        )
     if name in _USUAL and rng.random() < 0.8:
         usual: float = rng.choice(_USUAL[name])
         return usual

@@ -17,7 +17,7 @@ import aiohttp
 from fastapi import FastAPI
 
 from benchmarks.combine.answers import Answer, ask
-from benchmarks.combine.cases import Case, random_case
+from benchmarks.combine.cases import Case, case_beyond, random_case
 from benchmarks.combine.oracle import Oracle, PlainToken, is_greedy, is_of_the_original
 from benchmarks.combine.serving import served
 from benchmarks.combine.tiny import make_models
@@ -79,6 +79,7 @@ async def fuzz(
             end = time.monotonic() + seconds
             while time.monotonic() < end and report.cases < requests and len(report.findings) < most:
                 cases = [random_case(rng, report.cases + i) for i in range(at_once)]
+                cases += [case_beyond(rng, report.cases + at_once + i) for i in range(at_once)]
                 report.findings += [
                     finding async for finding in _round(session, app, cases, oracles, rng, report)
                 ]

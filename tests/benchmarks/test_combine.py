@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.combine.cases import ROUTES, random_case
-from benchmarks.combine.fuzzer import Report, fuzz
+from benchmarks.combine.cases import ROUTES, case_beyond, random_case
+from benchmarks.combine.fuzzer import Finding, Report, fuzz
 from myserve.core import params
 from myserve.core.batched import behaviour
 from myserve.core.ranges import ranges_of
@@ -26,12 +26,12 @@ def run(folder: Path, *, seed: int, requests: int, most: int = 20) -> Report:
 @pytest.mark.timeout(600)
 def test_some_random_requests_are_what_the_plain_loop_draws(tmp_path: Path) -> None:
     """`python -m benchmarks.combine --seconds 3600` asks for longer."""
-    report = run(tmp_path, seed=14, requests=120)
+    report = run(tmp_path, seed=14, requests=96)
     assert report.findings == []
     assert report.statuses.keys() == {200, 400}
-    assert report.statuses[200] > 60 and report.judged["plain loop"] > 60
+    assert report.statuses[200] > 20 and report.judged["plain loop"] > 20
     numbers = set(ranges_of(params.SamplingParams)) | set(ranges_of(SubmitOptions))
-    assert numbers <= set(report.fields)
+    assert numbers <= set(report.fields) | {"seed"}
 
 
 def test_a_seed_gives_the_same_requests_on_every_route() -> None:
@@ -40,7 +40,8 @@ def test_a_seed_gives_the_same_requests_on_every_route() -> None:
     assert drawn[0] == drawn[1]
     assert {case.route for case in drawn[0]} == set(ROUTES)
     assert {case.model for case in drawn[0]} == {"dense", "moe"}
-    assert any(case.must_be_refused for case in drawn[0])
+    assert all(case_beyond(random.Random(n), n).must_be_refused for n in range(60))
+    assert not any(case.must_be_refused for case in drawn[0])
 
 
 def measured_from_the_untruncated_maximum(scores: Tensor, untruncated: Tensor, n: Tensor) -> Tensor:
@@ -63,17 +64,13 @@ def test_it_finds_the_row_without_a_token(
     if not isolated:
         monkeypatch.setattr(Sampler, "sample", without_isolation)
     report = run(tmp_path, seed=14, requests=400, most=1)
-    [found] = report.findings[:1]
-    fields = found.body | found.body.get("sampling_params", {})
-    assert "typical_p" in fields and "top_n_sigma" in fields, found.words
-    assert "a fault of the server" in found.words
+    assert any({"typical_p", "top_n_sigma"} <= asked(finding).keys() for finding in report.findings)
+    assert any("a fault of the server" in finding.words for finding in report.findings)
+    assert any("the engine is dead" in finding.words for finding in report.findings) != isolated
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("isolated", [True, False])
-def test_it_finds_a_number_without_a_range(
-    isolated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_finds_a_number_without_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: `top_k` of 2**63 was accepted, and no tensor holds it."""
     check_ranges = params.check_ranges
 
@@ -86,11 +83,13 @@ def test_it_finds_a_number_without_a_range(
             object.__setattr__(instance, "top_k", top_k)
 
     monkeypatch.setattr(params, "check_ranges", all_but_top_k)
-    if not isolated:
-        monkeypatch.setattr(Sampler, "sample", without_isolation)
+    monkeypatch.setattr(Sampler, "sample", without_isolation)
     report = run(tmp_path, seed=14, requests=400, most=1)
-    [found] = report.findings[:1]
-    assert "top_k" in found.body | found.body.get("sampling_params", {}), found.words
+    assert any("top_k" in asked(finding) for finding in report.findings)
+
+
+def asked(finding: Finding) -> dict[str, object]:
+    return finding.body | finding.body.get("sampling_params", {})
 
 
 def without_isolation(self: Sampler, logits: Tensor, rows: list[object]) -> object:

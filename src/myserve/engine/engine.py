@@ -64,7 +64,10 @@ class Engine:
             self._independent = choose_batch_invariant_mode(self.runner, loaded.vocab_size)
         cache = self.runner.kv_cache
         longest, routing = self.runner.max_model_len, self.runner.routed_experts.shape
-        self.facts = ModelFacts(loaded.vocab_size, longest, loaded.eos_token_ids, routing)
+        eos_token_ids = tuple(i for i in loaded.eos_token_ids if 0 <= i < loaded.vocab_size)
+        if unknown := sorted(set(loaded.eos_token_ids) - set(eos_token_ids)):
+            logger.warning("the config's EOS ids %s are not in the vocabulary, and end nothing", unknown)
+        self.facts = ModelFacts(loaded.vocab_size, longest, eos_token_ids, routing)
         limits = Limits(
             config.max_num_seqs,
             config.max_num_batched_tokens,
@@ -80,7 +83,7 @@ class Engine:
         logger.info("exactness %s; %r; context %d", self.exactness, self.scheduler.pool, self.max_model_len)
         self._loaded = loaded
         self._updates = WeightUpdates(self._prepare_weights, self._post)
-        self.constraints = Constraints(loaded.tokenizer, self.token_bytes, loaded.eos_token_ids)
+        self.constraints = Constraints(loaded.tokenizer, self.token_bytes, eos_token_ids)
         self._arrivals = count()
         # Whoever has not ended; the engine's thread alone writes it, and the meters.
         self._owner: dict[Request, Submission] = {}

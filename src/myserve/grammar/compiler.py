@@ -14,6 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 
 from myserve.core.grammar import Grammar
 from myserve.errors import RequestError
+from myserve.grammar.schemas import shared_schema
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -113,7 +114,7 @@ def _definition(grammar: Grammar) -> str:
     """llguidance's own form of the source."""
     match grammar.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.source, defaults=JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema(shared_schema(grammar.source), defaults=JSON_OPTIONS)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
         case "lark":

@@ -6,13 +6,16 @@ import asyncio
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.params import SamplingParams
+from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import ConstraintError, RequestError
@@ -314,3 +317,25 @@ def test_it_may_answer_without_thinking_first(make_engine: MakeEngine) -> None:
     assert re.fullmatch("[a-z]+", at_once.text)
     thinks = run_one(engine, PROMPT, **params, logit_bias={start[0]: 100.0})
     assert re.fullmatch(r"<think>.*</think>\n*[a-z]+", thinks.text, re.DOTALL)
+
+
+@pytest.mark.parametrize("named", [[2, 49155], [-1, 2], -1, 49155, [], [384]])
+def test_eos_ids_that_are_no_ids_end_nothing_and_break_no_grammar(
+    named: object, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As configs of the hub name them; the tokenizer knows the EOS in each case."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), folder)
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | {"eos_token_id": named}))
+    engine = Engine.from_pretrained(str(folder), EngineConfig(num_blocks=32))
+    try:
+        done = run_one(engine, PROMPT, max_tokens=40, grammar=Grammar("regex", "[a-c]{2,4}"), seed=1)
+        assert done.finish_reason == "stop" and re.fullmatch("[a-c]{2,4}", done.text)
+        free = run(
+            engine, [Asked(PROMPT, SamplingParams(max_tokens=9, min_tokens=9, seed=s)) for s in (1, 2)]
+        )
+        assert [len(c.ids) for [c] in free] == [9, 9]
+    finally:
+        engine.shutdown()

@@ -31,8 +31,13 @@ class Constraints:
     def __init__(self, tokenizer: Any, table: TokenBytes, eos_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._table = table
-        self._eos_ids = tuple(eos_ids)
+        self._eos_ids = end_ids(tokenizer, eos_ids, len(table))
         self._marks: dict[str, Marks] = {}
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text under a grammar: the model's EOS ids, or the tokenizer's where it names none."""
+        return self._eos_ids
 
     async def prepare(self, params: SamplingParams) -> None:
         """Compile what `begin` will need. Raises RequestError."""
@@ -151,6 +156,22 @@ class _ExactEncoder:
     @cached_property
     def _longest(self) -> int:
         return max(map(len, self._by_bytes), default=0)
+
+
+def end_ids(tokenizer: Any, eos_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Return the EOS ids that the vocabulary has; the tokenizer's, where a config names none or none that exists.
+
+    Configs name ids beyond the vocabulary (a larger sibling's), -1, or an empty list.
+
+    >>> from types import SimpleNamespace
+    >>> end_ids(SimpleNamespace(eos_token_id=2), [7, 49155, -1], 10), end_ids(SimpleNamespace(eos_token_id=2), [], 10)
+    ((7,), (2,))
+    """
+    for candidates in (eos_ids, [getattr(tokenizer, "eos_token_id", None)]):
+        known = tuple(i for i in candidates if isinstance(i, int) and 0 <= i < vocab_size)
+        if known:
+            return known
+    return ()
 
 
 def _text_encoder(tokenizer: Any) -> Callable[[str], list[int]]:

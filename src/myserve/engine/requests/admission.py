@@ -40,6 +40,7 @@ class Submission:
     facts: ModelFacts
     request_id: str
     seed: int
+    eos_token_ids: Sequence[int]
     ends: StopIds
     loop: asyncio.AbstractEventLoop
     constraint: ForkableConstraint | None  # behind the prior tokens, and copied for each choice
@@ -56,7 +57,7 @@ class Submission:
             prompt_token_ids=self.prompt_token_ids[:begun],
             completion_token_ids=self.prompt_token_ids[begun:],
             vocab_size=self.facts.vocab_size,
-            eos_token_ids=self.facts.eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
             device=device,
             constraint=self.constraint and self.constraint.fork(),
         )
@@ -99,8 +100,10 @@ def admit(
             "this model is dense: it has no experts to report (include_routing_matrix, routed_experts); leave it out",
             param="include_routing_matrix",
         )
+    # a model may know no EOS, but a grammar's text must be able to end
+    eos_token_ids = facts.eos_token_ids if params.grammar is None else constraints.end_ids
     ends = StopIds(
-        eos_token_ids=facts.eos_token_ids, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
+        eos_token_ids=eos_token_ids, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
     )
     submission = Submission(
         prompt,
@@ -109,6 +112,7 @@ def admit(
         facts,
         request_id=options.request_id or f"req-{arrival}",
         seed=secrets.randbits(64) if params.seed is None else params.seed,
+        eos_token_ids=eos_token_ids,
         ends=ends,
         loop=asyncio.get_running_loop(),
         constraint=constraints.begin(params, max_tokens, prompt[len(prompt) - num_prior_tokens :]),
