@@ -165,9 +165,9 @@ def test_alone_is_in_company(make_engine: MakeEngine) -> None:
 def test_never_is_often_preempted(make_engine: MakeEngine) -> None:
     requests = asked(14)
     calm = numbers(run(make_engine(prefix_caching=False), requests))
-    tight = make_engine(num_blocks=6, max_num_seqs=8)
+    tight = make_engine(num_blocks=5, max_num_seqs=8)
     assert numbers(run(tight, requests)) == calm
-    assert tight.scheduler.num_preemptions > 3, "the pool was not small enough to show anything"
+    assert tight.scheduler.num_preemptions > 1, "the pool was not small enough to show anything"
 
 
 def test_one_is_its_place_among_n(make_engine: MakeEngine) -> None:
