@@ -52,6 +52,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "gemma2": SMALL | {"sliding_window": 24, "query_pre_attn_scalar": 8},
     "gemma3_text": SMALL | {"sliding_window": 24, "query_pre_attn_scalar": 8},
     "olmo2": SMALL,
+    "starcoder2": SMALL | {"sliding_window": None},
     "gpt2": {
         "vocab_size": VOCAB_SIZE,
         "n_embd": 32,
@@ -89,6 +90,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             },
         },
     ),
+    # Widths that are no multiple of a vector, and activations that PyTorch computes otherwise at a vector's end.
+    "odd_llama": ("llama", {"intermediate_size": 1023}),
+    "odd_gemma3": ("gemma3_text", {"intermediate_size": 1000, "hidden_size": 64}),
+    "odd_starcoder2": ("starcoder2", {"intermediate_size": 100}),
     "wide_moe": ("qwen3_moe", {"num_experts": 300, "num_experts_per_tok": 4, "moe_intermediate_size": 8}),
 }
 

@@ -162,18 +162,36 @@ def test_before_is_after_a_restart(tiny_model: Callable[[str], Path], make_engin
         again.shutdown()
 
 
-def test_one_thread_is_two(make_engine: MakeEngine) -> None:
+THREADS = (1, 2, 3, 5, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        ("llama", "float32"),
+        ("odd_gemma3", "float32"),
+        ("odd_gemma3", "bfloat16"),
+        ("odd_starcoder2", "float32"),
+    ],
+    ids=str,
+)
+def test_any_number_of_threads_gives_the_same(arch: str, dtype: str, make_engine: MakeEngine) -> None:
+    """Alone on one thread, together on all the others, in batches of an odd number of rows."""
     import torch
 
-    asked = mixed_requests(8, seed=5)
-    engine = make_engine("llama", dtype="float32", prefix_caching=False)
-    threads = torch.get_num_threads()
-    both = together(engine, asked)
-    torch.set_num_threads(1)
+    asked = mixed_requests(7, seed=5)
+    engine = make_engine(arch, dtype=dtype, prefix_caching=False)
+    before = torch.get_num_threads()
     try:
-        assert together(engine, asked) == both
+        torch.set_num_threads(1)
+        expected = alone(engine, asked)
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            engine.runner.recorded_steps.clear()  # a recording keeps the number of threads it was made with
+            assert together(engine, asked) == expected, f"{threads} threads"
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+        engine.runner.recorded_steps.clear()
 
 
 def test_control_without_exactness_the_batch_shows(make_engine: MakeEngine) -> None:

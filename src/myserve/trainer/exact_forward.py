@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from myserve.engine.batch_invariance import pointwise, vml_warmup
+from myserve.engine.batch_invariance.activations import install_activations, reference
 from myserve.engine.batch_invariance.fusion import NormKind, norm_kind
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.patch import is_router
@@ -47,14 +47,13 @@ def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -
     register_exact_attention()
     ALL_EXPERTS_FUNCTIONS.register(TRAINER_NAME, _experts_forward)
     model.set_attn_implementation(TRAINER_NAME)
+    install_activations(model, _activation)
     modules: list[Any] = list(model.modules())
     for module in modules:
         if isinstance(module, nn.Linear):
             _replace_forward(module, lambda self, x: exact_linear(x, self.weight, self.bias))
         elif isinstance(module, Conv1D):
             _replace_forward(module, lambda self, x: exact_linear(x, self.weight.T, self.bias))
-        elif isinstance(module, nn.SiLU | SiLUActivation):
-            _replace_forward(module, lambda self, x: _silu(x))
         elif (norm := norm_kind(module)) is not None:
             _replace_forward(module, _norm_forward(*norm))
         elif is_router(module):
@@ -120,24 +119,24 @@ class _Norm(torch.autograd.Function):
             return *torch.autograd.grad(out, (x, weight), grad), None, None
 
 
-def _silu(x: Tensor) -> Tensor:
-    out: Tensor = _Silu.apply(x)  # type: ignore[no-untyped-call]
+def _activation(name: str, x: Tensor) -> Tensor:
+    out: Tensor = _Activation.apply(name, x)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Silu(torch.autograd.Function):
+class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return pointwise.silu(x)
+        ctx.name = name
+        return pointwise.activation(name, x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            gradient: Tensor = torch.autograd.grad(F.silu(x), x, grad)[0]
-        return gradient
+            return None, torch.autograd.grad(reference(ctx.name)(x), x, grad)[0]
 
 
 class _ExactProducts(TorchFunctionMode):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from myserve.engine.batch_invariance.fusion import fuse_rotary, is_gate, norm_kind
+from myserve.engine.batch_invariance.fusion import fuse_gates, fuse_rotary, gate_activation, norm_kind
 from myserve.engine.batch_invariance.patch import make_exact
 
 
@@ -42,13 +42,26 @@ def test_control_other_norms_are_left_alone() -> None:
 
 
 def test_gates_are_known_by_their_line(tiny_model: Callable[[str], Path]) -> None:
-    def gates(arch: str) -> list[Any]:
+    def gates(arch: str) -> list[str | None]:
         model = AutoModelForCausalLM.from_pretrained(tiny_model(arch))
-        return [m for m in model.modules() if hasattr(m, "down_proj") and is_gate(m)]
+        return [gate_activation(m) for m in model.modules() if gate_activation(m) is not None]
 
-    assert len(gates("qwen3")) == 2
-    assert not gates("gemma3_text")  # its gate is no SiLU
+    assert gates("qwen3") == ["silu"] * 2
+    assert gates("gemma3_text") == ["gelu_tanh"] * 2
     assert not gates("mixtral")  # its experts are no gate
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
+def test_a_fused_gate_is_the_models_own_formula(tiny_model: Callable[[str], Path], arch: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(arch), dtype=torch.bfloat16)
+    mlp: Any = model.model.layers[0].mlp
+    x = torch.randn(5, 32).bfloat16()
+    with torch.inference_mode():
+        own = mlp(x)
+        fuse_gates(model)
+        fused = mlp(x)
+    assert "forward" in vars(mlp)
+    torch.testing.assert_close(fused, own)
 
 
 def test_products_of_one_input_are_joined_and_may_be_asked_for_in_any_order(

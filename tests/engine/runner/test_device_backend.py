@@ -293,7 +293,7 @@ def test_the_first_setting_that_is_found_exact_is_taken(
 
         tried.clear()
         monkeypatch.setattr(self_test, "is_batch_invariant", check)
-        return self_test.settle(runner, 384), runner.exact_report.fixed_rows
+        return self_test.choose_batch_invariant_mode(runner, 384), runner.exact_report.fixed_rows
 
     assert (found((0, 64)), tried) == ((True, 0), [0])
     assert (found((64, 8)), tried) == ((True, 64), [0, 64])
@@ -314,7 +314,7 @@ def test_the_probe_finds_rows_that_only_a_crowd_changes(
 
     monkeypatch.setattr(runner.recorded_steps, "usable", False)
     monkeypatch.setattr(runner, "_run_model", shaken)
-    assert self_test.is_batch_invariant(runner, 384), "products of our own are not asked"
+    assert not self_test.is_batch_invariant(runner, 384), "kernels of our own are not believed either"
     monkeypatch.setattr(runner, "backend", replace(backends.CPU, packs=False))
     assert not self_test.is_batch_invariant(runner, 384)
     monkeypatch.setattr(self_test, "CROWD", (1, 14, 57, 121))

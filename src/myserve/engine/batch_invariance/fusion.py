@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 
 from myserve.engine.batch_invariance import pointwise
+from myserve.engine.batch_invariance.activations import activation_of
 from myserve.engine.batch_invariance.linear import JoinedWeights
 
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -66,17 +66,19 @@ def norm_kind(module: nn.Module) -> tuple[NormKind, float] | None:
     return None
 
 
-def is_gate(module: nn.Module) -> bool:
-    """Whether a module computes down(silu(gate(x)) * up(x)) and nothing else."""
-    if not _is_silu(getattr(module, "act_fn", None)):
-        return False
+def gate_activation(module: nn.Module) -> str | None:
+    """Return the name of `act` where a module computes down(act(gate(x)) * up(x)) and nothing else (SwiGLU, GeGLU).
+
+    >>> gate_activation(nn.SiLU()) is None
+    True
+    """
+    name = activation_of(getattr(module, "act_fn", None))
+    if name is None:
+        return None
     lines = [line.strip() for line in inspect.getsource(type(module).forward).splitlines()[1:]]
     body = " ".join(line for line in lines if line)
-    return body in (f"return {_GATE_SOURCE}", f"down_proj = {_GATE_SOURCE} return down_proj")
-
-
-def _is_silu(module: object) -> bool:
-    return isinstance(module, nn.SiLU | SiLUActivation)
+    is_gate = body in (f"return {_GATE_SOURCE}", f"down_proj = {_GATE_SOURCE} return down_proj")
+    return name if is_gate else None
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -96,18 +98,19 @@ def _norm_forward(kind: NormKind, eps: float) -> Callable[[Any, Tensor], Tensor]
 
 
 def fuse_gates(model: nn.Module) -> None:
-    """SiLU by our kernel, in one pass with the product where it is one."""
+    """Replace the forward of every gated MLP: the activation and the product with `up` in one pass."""
     modules: list[Any] = list(model.modules())
     for module in modules:
-        if is_gate(module):
-            module.forward = MethodType(_gate_forward, module)
-        elif _is_silu(module):
-            module.forward = MethodType(lambda self, x: pointwise.silu(x), module)
+        if (name := gate_activation(module)) is not None:
+            module.forward = MethodType(_gate_forward(name), module)
 
 
-def _gate_forward(self: Any, x: Tensor) -> Tensor:
-    out: Tensor = self.down_proj(pointwise.silu(self.gate_proj(x), self.up_proj(x)))
-    return out
+def _gate_forward(name: str) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(pointwise.activation(name, self.gate_proj(x), self.up_proj(x)))
+        return out
+
+    return forward
 
 
 class SharedInput:

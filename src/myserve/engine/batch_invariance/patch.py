@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from myserve.engine.batch_invariance.activations import install_activations
 from myserve.engine.batch_invariance.fusion import (
     SharedInput,
     fuse_gates,
@@ -124,13 +125,13 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
         setattr(parent, name, ExactLinear(PackedWeight(weight, module.bias), is_transposed=transposed))
         files.let_go(module.weight)
         linears += 1
+    install_activations(model)
     fuse_gates(model)
     fuse_rotary(model)
+    norms = fuse_norms(model)
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     unit = bfloat16_unit() if half else "lanes"
-    return ExactReport(
-        mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=fuse_norms(model)
-    )
+    return ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=norms)
 
 
 def _join_products(model: nn.Module, files: huge_pages.FilePages) -> int:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from myserve.engine.kernels.activations import activation_kernel
 from myserve.engine.kernels.launch import threads_for
 from myserve.engine.kernels.pointwise import (
     ROWS,
     add_kernel,
-    gate_kernel,
     gather_kernel,
     norm_kernel,
     rotate_kernel,
@@ -72,24 +71,28 @@ def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Te
     return query_out.transpose(0, 1), key_out.transpose(0, 1)
 
 
-def silu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """gate * sigmoid(gate), rounded, and times `up` where one is given: [..., D]. Other types than ours: PyTorch's.
+def activation(name: str, x: Tensor, up: Tensor | None = None) -> Tensor:
+    """Apply one of `kernels.activations` to each element of x, and multiply by `up` where one is given: [..., D].
 
-    >>> silu(torch.tensor([0.0, 100.0]), torch.tensor([1.0, 2.0]))
+    The activation is rounded to x's type before it is multiplied, as in `act(gate) * up`. CPU; bfloat16 or float32,
+    others by way of float32, as PyTorch has it.
+
+    >>> activation("silu", torch.tensor([0.0, 100.0]), torch.tensor([1.0, 2.0]))
     tensor([  0., 200.])
     """
-    if not is_ours(gate):
-        return F.silu(gate) if up is None else F.silu(gate) * up
-    gate, (rows, gate_row) = _flat(gate)
+    if not is_ours(x):
+        out = activation(name, x.float()).to(x.dtype)
+        return out if up is None else out * up
+    x, (rows, x_row) = _flat(x)
     address = up_row = 0
     if up is not None:
         up, (_, up_row) = _flat(up)
         address = up.data_ptr()
-    out = torch.empty(gate.shape, dtype=gate.dtype)
-    size, width = gate.element_size(), gate.shape[-1]
-    gate_kernel(gate.dtype)(
+    out = torch.empty(x.shape, dtype=x.dtype)
+    size, width = x.element_size(), x.shape[-1]
+    activation_kernel(name, x.dtype)(
         _threads(rows, width),
-        gate=gate.data_ptr(), gate_row=size * gate_row, up=address, up_row=size * up_row, out=out.data_ptr(),
+        x=x.data_ptr(), x_row=size * x_row, up=address, up_row=size * up_row, out=out.data_ptr(),
         rows=rows, width=width,
     )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from myserve.engine.kernels.lanes import _F32, _I32, IR, next_item, size_of, sum_of_squares, view
@@ -26,7 +27,6 @@ ROTATE = (
     "query", "query_token", "query_head", "key", "key_token", "key_head", "cosine", "sine", "angle_row",
     "query_out", "key_out", "tokens", "query_heads", "key_heads", "head_dim",
 )  # fmt: skip
-GATE = ("gate", "gate_row", "up", "up_row", "out", "rows", "width")
 ADD = ("a", "b", "out", "rows", "width")
 GATHER = ("table", "table_rows", "indices", "out", "rows", "row_bytes")
 
@@ -45,12 +45,12 @@ def _bitcast(name: str, source: Any, target: Any, kind: IR) -> Any:
     return intrinsic(cast)
 
 
-_as_float = _bitcast("_as_float", types.uint32, types.float32, _F32)
-_as_bits = _bitcast("_as_bits", types.float32, types.uint32, _I32)
+as_float = _bitcast("as_float", types.uint32, types.float32, _F32)
+as_bits = _bitcast("as_bits", types.float32, types.uint32, _I32)
 
 
 @intrinsic
-def _wide(ctx: Any, element: Any) -> Any:
+def wide(ctx: Any, element: Any) -> Any:
     """An element as float32."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
@@ -62,7 +62,18 @@ def _wide(ctx: Any, element: Any) -> Any:
 
 
 @intrinsic
-def _rounded(ctx: Any, kind: Any, value: Any) -> Any:
+def fused(ctx: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z, rounded once where the CPU has a fused unit: in a vector and alone, for it is fused by name."""
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        kind = ir.FunctionType(_F32, [_F32] * 3)
+        return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.fmuladd.f32"), args)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def rounded(ctx: Any, kind: Any, value: Any) -> Any:
     """A float32 as an element: bfloat16 to nearest, ties to even, NaN kept."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
@@ -78,32 +89,6 @@ def _rounded(ctx: Any, kind: Any, value: Any) -> Any:
 
 
 @njit(error_model="numpy")
-def _exp_of_negative(x: Any) -> Any:
-    """exp(x) for x <= 0, to 1 ulp or so; 0 below -87. As `lanes._exp`, without fused steps."""
-    x = max(x, np.float32(-87.5))
-    shifted = x * np.float32(1.4426950408889634) + np.float32(12582912.0)
-    n = shifted - np.float32(12582912.0)
-    r = x - n * np.float32(0.693359375)
-    r = r + n * np.float32(2.12194440e-4)
-    p = np.float32(1 / 5040)
-    p = p * r + np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    p = p * r + np.float32(1.0)
-    power = _as_float((_as_bits(shifted) + np.uint32(127)) << np.uint32(23))
-    return p * power
-
-
-@njit(error_model="numpy")
-def _silu(x: Any) -> Any:
-    e = _exp_of_negative(-abs(x))
-    return x * ((np.float32(1.0) if x >= np.float32(0.0) else e) / (np.float32(1.0) + e))
-
-
-@njit(error_model="numpy")
 def _norm_row(
     kind: Kind,
     x: Any,
@@ -116,11 +101,11 @@ def _norm_row(
 ) -> None:
     if rounds_first:
         for d in range(width):
-            normed = _wide(_rounded(kind, _wide(x[d]) * scale))
-            out[d] = _rounded(kind, normed * (_wide(weight[d]) + offset))
+            normed = wide(rounded(kind, wide(x[d]) * scale))
+            out[d] = rounded(kind, normed * (wide(weight[d]) + offset))
     else:
         for d in range(width):
-            out[d] = _rounded(kind, _wide(x[d]) * scale * (_wide(weight[d]) + offset))
+            out[d] = rounded(kind, wide(x[d]) * scale * (wide(weight[d]) + offset))
 
 
 @njit(error_model="numpy")
@@ -145,13 +130,13 @@ def _norm(a: Record, kind: Kind) -> None:
 @njit(error_model="numpy")
 def _rotate_head(kind: Kind, x: Any, cosine: Any, sine: Any, out: Any, half: int) -> None:
     for d in range(half):
-        low, high = _wide(x[d]), _wide(x[d + half])
-        turned = _wide(_rounded(kind, low * _wide(cosine[d])))
-        out[d] = _rounded(kind, turned + _wide(_rounded(kind, -high * _wide(sine[d]))))
+        low, high = wide(x[d]), wide(x[d + half])
+        turned = wide(rounded(kind, low * wide(cosine[d])))
+        out[d] = rounded(kind, turned + wide(rounded(kind, -high * wide(sine[d]))))
     for d in range(half):
-        low, high = _wide(x[d]), _wide(x[d + half])
-        turned = _wide(_rounded(kind, high * _wide(cosine[d + half])))
-        out[d + half] = _rounded(kind, turned + _wide(_rounded(kind, low * _wide(sine[d + half]))))
+        low, high = wide(x[d]), wide(x[d + half])
+        turned = wide(rounded(kind, high * wide(cosine[d + half])))
+        out[d + half] = rounded(kind, turned + wide(rounded(kind, low * wide(sine[d + half]))))
 
 
 @njit(error_model="numpy")
@@ -175,34 +160,6 @@ def _rotate(a: Record, kind: Kind) -> None:
 
 
 @njit(error_model="numpy")
-def _gate_row(kind: Kind, gate: Any, up: Any, out: Any, width: int) -> None:
-    for d in range(width):
-        out[d] = _rounded(kind, _wide(_rounded(kind, _silu(_wide(gate[d])))) * _wide(up[d]))
-
-
-@njit(error_model="numpy")
-def _silu_row(kind: Kind, gate: Any, out: Any, width: int) -> None:
-    for d in range(width):
-        out[d] = _rounded(kind, _silu(_wide(gate[d])))
-
-
-@njit(error_model="numpy")
-def _gate(a: Record, kind: Kind) -> None:
-    """out = silu(gate) * up; without an `up`, silu(gate)."""
-    size, width = size_of(kind), a.width
-    item = next_item(a)
-    while item * ROWS < a.rows:
-        for row in range(item * ROWS, min(a.rows, item * ROWS + ROWS)):
-            gate = carray(view(a.gate + row * a.gate_row, kind), width)
-            out = carray(view(a.out + row * width * size, kind), width)
-            if a.up == 0:
-                _silu_row(kind, gate, out, width)
-            else:
-                _gate_row(kind, gate, carray(view(a.up + row * a.up_row, kind), width), out, width)
-        item = next_item(a)
-
-
-@njit(error_model="numpy")
 def _add(a: Record, kind: Kind) -> None:
     size = size_of(kind)
     item = next_item(a)
@@ -212,7 +169,7 @@ def _add(a: Record, kind: Kind) -> None:
         x, y = carray(view(a.a + begin * size, kind), count), carray(view(a.b + begin * size, kind), count)
         out = carray(view(a.out + begin * size, kind), count)
         for d in range(count):
-            out[d] = _rounded(kind, _wide(x[d]) + _wide(y[d]))
+            out[d] = rounded(kind, wide(x[d]) + wide(y[d]))
         item = next_item(a)
 
 
@@ -232,7 +189,7 @@ def _gather(a: Record) -> None:
         item = next_item(a)
 
 
-def _kind(dtype: torch.dtype) -> Kind:
+def element_kind(dtype: torch.dtype) -> Kind:
     return np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
 
 
@@ -241,7 +198,7 @@ def _kind(dtype: torch.dtype) -> Kind:
 
 @functools.cache
 def norm_kernel(dtype: torch.dtype) -> Kernel:
-    source, kind = fingerprint(), _kind(dtype)
+    source, kind = fingerprint(), element_kind(dtype)
 
     def norm(p: Any) -> None:
         if source >= 0:
@@ -252,7 +209,7 @@ def norm_kernel(dtype: torch.dtype) -> Kernel:
 
 @functools.cache
 def rotate_kernel(dtype: torch.dtype) -> Kernel:
-    source, kind = fingerprint(), _kind(dtype)
+    source, kind = fingerprint(), element_kind(dtype)
 
     def rotate(p: Any) -> None:
         if source >= 0:
@@ -262,19 +219,8 @@ def rotate_kernel(dtype: torch.dtype) -> Kernel:
 
 
 @functools.cache
-def gate_kernel(dtype: torch.dtype) -> Kernel:
-    source, kind = fingerprint(), _kind(dtype)
-
-    def gate(p: Any) -> None:
-        if source >= 0:
-            _gate(carray(p, 1)[0], kind)
-
-    return Kernel(GATE, gate)
-
-
-@functools.cache
 def add_kernel(dtype: torch.dtype) -> Kernel:
-    source, kind = fingerprint(), _kind(dtype)
+    source, kind = fingerprint(), element_kind(dtype)
 
     def add(p: Any) -> None:
         if source >= 0:
@@ -296,5 +242,5 @@ def gather_kernel() -> Kernel:
 
 def warm(dtype: torch.dtype) -> None:
     gather_kernel()
-    for kernel in (norm_kernel, rotate_kernel, gate_kernel, add_kernel):
+    for kernel in (norm_kernel, rotate_kernel, add_kernel):
         kernel(dtype)

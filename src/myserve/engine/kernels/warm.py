@@ -17,6 +17,7 @@ import torch
 
 from myserve.core.compiled import fast_path
 from myserve.engine.kernels import cache_folder, pointwise
+from myserve.engine.kernels.activations import activation_kernel
 from myserve.engine.kernels.attend import attend_kernel
 from myserve.engine.kernels.gemm import linear_kernel
 from myserve.engine.kernels.replay import replay_kernel
@@ -63,7 +64,9 @@ def _work(dtypes: tuple[torch.dtype, ...]) -> list[tuple[str, Callable[[], objec
             ("attention", partial(attend_kernel, dtype)),
             ("KV store", partial(store_kernel, dtype)),
             ("GEMM", partial(linear_kernel, dtype)),
-            ("norms, RoPE and gates", partial(pointwise.warm, dtype)),
+            ("norms and RoPE", partial(pointwise.warm, dtype)),
+            # The others are compiled when a model has them, half a second each.
+            ("SwiGLU", partial(activation_kernel, "silu", dtype)),
         ]
     return [*work, (_SAMPLER, fast_path.warm_up)]
 

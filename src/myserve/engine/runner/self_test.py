@@ -6,6 +6,8 @@ asks the loaded model, on this machine.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,14 @@ from myserve.errors import UnsupportedModelError
 LENGTHS = (30, 2)
 DECODED = 2  # tokens of the first that are decoded, too: recorded, and replayed and compared
 CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: libraries change at powers of two
+# Libraries share elementwise work out among threads from 32,768 elements for each on, and treat the last elements of a
+# share in another way. Odd numbers of threads cut between the elements of a vector.
+CUTTING_THREADS = (3, 7)
+SHARED_ELEMENTS = 7 * 32768
+LOGITS_AT_ONCE = (
+    1 << 24
+)  # that are compared of such a step: beyond, every second row's, every third's and so on
+SINGLES = 7  # requests of one token, decoded together: an odd number of rows
 # correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
 AGREEMENT = 0.9
 
@@ -51,17 +61,57 @@ def is_batch_invariant(runner: ModelRunner, vocab_size: int) -> bool:
     alone = [_packed_logits(runner, [prompt])[0] for prompt in prompts]
     decoded = _decoded_logits(runner, prompts[0][:DECODED])
     same = all(map(torch.equal, packed, alone)) and torch.equal(decoded, packed[0][:DECODED])
-    return same and _crowds_leave_alone(runner, prompts[0], alone[0], vocab_size)
+    if not runner.backend.packs:
+        return same and _crowds_leave_alone(runner, prompts[0], alone[0], vocab_size)
+    return (
+        same
+        and _odd_rows_leave_alone(runner, prompts[0], alone[0])
+        and _thread_cuts_leave_alone(runner, prompts[0], alone[0])
+    )
 
 
 def _crowds_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor, vocab_size: int) -> bool:
     """Whether the first prompt is the same beside more rows, for as many as fit."""
-    if runner.backend.packs:
-        return True  # by construction
     blocks, size = runner.kv_cache.num_blocks, runner.kv_cache.block_size
     fitting = [rows for rows in CROWD if rows <= runner.max_model_len and rows <= (blocks - 1) * size]
     crowds = [[(5 + 13 * i) % vocab_size for i in range(rows)] for rows in fitting]
     return all(torch.equal(_packed_logits(runner, [prompt, crowd])[0], alone) for crowd in crowds)
+
+
+def _odd_rows_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor) -> bool:
+    """Whether the first token has the same bits as one of an odd number of decodes."""
+    count = min(SINGLES, runner.kv_cache.num_blocks)
+    return all(torch.equal(row, alone[:1]) for row in _packed_logits(runner, [prompt[:1]] * count))
+
+
+def _thread_cuts_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor) -> bool:
+    """Whether every copy of the first prompt is the same, in so many that threads share out even elementwise work.
+
+    It is tried on the process's number of threads and on `CUTTING_THREADS`: each cuts in other rows.
+    """
+    width = runner.model.get_input_embeddings().weight.shape[1]
+    fitting = runner.kv_cache.num_blocks // -(-len(prompt) // runner.kv_cache.block_size)
+    copies = min(fitting, SHARED_ELEMENTS // (width * len(prompt)) + 1)
+    stride = -(-copies * alone.numel() // LOGITS_AT_ONCE)
+    for threads in sorted({torch.get_num_threads(), *CUTTING_THREADS}):
+        with _unrecorded(runner, threads):
+            packed = _packed_logits(runner, [prompt] * copies, stride)
+        if not all(torch.equal(rows, alone[::stride]) for rows in packed):
+            return False
+    return True
+
+
+@contextmanager
+def _unrecorded(runner: ModelRunner, threads: int) -> Iterator[None]:
+    """On so many threads; a recording would hold their number for good."""
+    steps, before = runner.recorded_steps, torch.get_num_threads()
+    usable, steps.usable = steps.usable, False
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        steps.usable = usable
 
 
 def _compare(runner: ModelRunner, packed: list[Tensor], own: list[Tensor]) -> None:
@@ -90,15 +140,18 @@ def _decoded_logits(runner: ModelRunner, prompt: list[int]) -> Tensor:
     return torch.cat(rows)
 
 
-def _packed_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor]:
+def _packed_logits(runner: ModelRunner, prompts: list[list[int]], stride: int = 1) -> list[Tensor]:
+    """The logits of every prompt, [T, V] each, from one step; of every `stride`th row."""
     batch = Batch()
     blocks = iter(range(runner.kv_cache.num_blocks))
+    wanted: list[int] = []
     for number, prompt in enumerate(prompts):
         request = Request(id=f"check-{number}", prompt_token_ids=prompt, max_tokens=1)
         request.block_table = [next(blocks) for _ in range(0, len(prompt), runner.kv_cache.block_size)]
+        wanted += range(batch.num_tokens, batch.num_tokens + len(prompt), stride)
         batch.add(ScheduledTokens(request, 0, len(prompt)))
-    logits = runner.forward(batch, list(range(batch.num_tokens))).clone()  # [T, V]
-    return list(torch.split(logits, [len(prompt) for prompt in prompts]))
+    logits = runner.forward(batch, wanted).clone()  # [wanted, V]
+    return list(torch.split(logits, [-(-len(prompt) // stride) for prompt in prompts]))
 
 
 def _own_logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
