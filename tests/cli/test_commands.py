@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from myserve.cli.console import ProbabilityPrinter
-
 
 def myserve(*args: str, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -170,16 +168,3 @@ def test_help_costs_no_torch(command):
     program = f"import sys; from myserve.cli import app; app([{command!r}, '--help'], standalone_mode=False)"
     program += "; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
-
-
-def test_colours_follow_probability_and_the_least_likely_part_of_a_character():
-    printer = ProbabilityPrinter()
-    entries = [
-        {"bytes": [97], "logprob": -0.01},
-        {"bytes": [0xC3], "logprob": -9.0},
-        {"bytes": [0xA9], "logprob": 0.0},
-    ]
-    entries.append({"bytes": None, "logprob": -0.5})  # a token without text: an end
-    text = printer.all(entries)
-    assert text.plain == "aé"
-    assert [str(span.style) for span in text.spans] == ["green", "red"]
