@@ -63,6 +63,16 @@ def test_a_star_lets_every_name_in(open_server: Open) -> None:
         assert status(own.url, host="evil.example") == 200
 
 
+def test_http_1_0_is_no_browsers_and_is_answered_whatever_its_host(url: str) -> None:
+    """nginx speaks it by default, with its own name for us as the Host."""
+    for protocol, expected in ((b"1.0", b"200"), (b"1.1", b"403")):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as raw:
+            raw.sendall(
+                b"GET /v1/models HTTP/" + protocol + b"\r\nhost: upstream\r\nconnection: close\r\n\r\n"
+            )
+            assert raw.recv(1 << 16).split()[1] == expected
+
+
 def test_the_name_that_it_listens_on_is_its_own() -> None:
     assert AllowedHosts(listening_on="gpu-7.lab").allows("GPU-7.lab:8000")
     assert not AllowedHosts().allows("gpu-7.lab:8000")

@@ -45,12 +45,13 @@ class Access:
             KeyFile(keys) if keys else None, KeyFile(admin) if admin else None, settings.cors_origins, hosts
         )
 
-    def check(self, method: str, path: str, headers: Headers, reached: str = "") -> None:
+    def check(self, method: str, path: str, headers: Headers, reached: str | None = None) -> None:
         """Raise UnauthorizedError for a key that is missing or wrong, ForbiddenError for what may not be done.
 
-        `reached` is the address or name that the connection came to.
+        `reached` is the address or name that the connection came to; None where the Host need not be checked.
         """
-        self._check_host(headers, reached)
+        if reached is not None:
+            self._check_host(headers, reached)
         self._check_origin(headers)
         if path in OPEN:
             return
@@ -72,7 +73,6 @@ class Access:
     def _check_host(self, headers: Headers, reached: str) -> None:
         """Refuse a name that is not ours: a page may rebind its own name to our address, and is same-origin then."""
         host = headers.get("host")
-        # HTTP/1.0 has none, and no browser speaks it
         if host is not None and not self.hosts.allows(host, reached):
             raise ForbiddenError(
                 f"this server does not answer to the name {host[:100]!r}; the operator's --allowed-hosts lets it"
@@ -106,9 +106,19 @@ class AccessControl:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                reached = (scope.get("server") or ("",))[0]
-                self._access.check(scope["method"], scope["path"], Headers(scope=scope), reached)
+                self._access.check(scope["method"], scope["path"], Headers(scope=scope), _reached(scope))
             except (UnauthorizedError, ForbiddenError) as error:
                 await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _reached(scope: Scope) -> str | None:
+    """Return the address or name that a connection came to; None for HTTP/1.0.
+
+    No browser speaks HTTP/1.0, so no page is behind it; nginx does by default, with a Host of its own.
+    """
+    if scope["http_version"] == "1.0":
+        return None
+    server = scope.get("server")
+    return server[0] if server else ""
