@@ -77,16 +77,20 @@ def misread(kind: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", SERVED)
 def test_text_is_the_tokenizers_own_streamed_or_not(client: httpx.Client, kind: str) -> None:
-    for seed in range(4):
+    for seed in range(2):
         fields = {
             "prompt": "the dog",
-            "max_tokens": 40,
+            "max_tokens": 24,
             "seed": seed,
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        ids = sorted({*known_ids(kind)} - {*misread(kind)})
-        fields["allowed_token_ids"] = ids
+        if kind in (
+            "byt5",
+            "added_tokens",
+            "holes",
+        ):  # ids on which the tokenizer's own decoding raises or is wrong
+            fields["allowed_token_ids"] = sorted({*known_ids(kind)} - {*misread(kind)})
         whole = complete(client, kind, logprobs=0, **fields)
         assert whole["text"] == own_text(kind, "the dog", whole["token_ids"])
         streamed, tokens = "", []

@@ -7,6 +7,8 @@ from functools import cache
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from conftest import trained_tokenizer
 from myserve.engine.token_bytes import TokenBytes, byte_level_alphabet
@@ -210,3 +212,11 @@ def test_no_token_of_a_complete_vocabulary_stands_for_more_text_than_the_longest
             assert len(text.encode()) <= table.longest * len(tokenizer(kind).encode(text))
     for kind in ("wordpiece", "unigram_bytes"):  # a word of any length is unknown, a normalizer drops letters
         assert TokenBytes(tokenizer(kind), vocab_size(kind)).longest >= 1024
+
+
+def test_a_vocabulary_that_raises_for_unknown_words_is_proved_on_its_ids() -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="<none>"))
+    own = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(Exception, match="UNK"):
+        own.encode("what it has not")
+    assert TokenBytes(own, 4).text([0, 1, 3, 0]) == "a b a" == own.decode([0, 1, 0])

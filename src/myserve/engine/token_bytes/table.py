@@ -128,7 +128,8 @@ class TokenBytes(Sequence[bytes]):
         its own text.
         """
         hidden = self.special_ids if skip_special_tokens else frozenset[int]()
-        shown = [i for i in token_ids if self._known[i] and i not in hidden]
+        size = len(self._known)  # a tokenizer may have more ids than the model
+        shown = [i for i in token_ids if i < size and self._known[i] and i not in hidden]
         if self._misread and not self._misread.isdisjoint(shown):
             return self.text(shown, skip_special_tokens=False)
         return self._decode_one(shown)
@@ -224,7 +225,12 @@ class _TokenizerVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text as users write it, those that a proof may ask about."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+        except (
+            Exception
+        ):  # as some vocabularies raise for a word that they lack; the other lists prove enough
+            return []
         size = len(self.tokens)
         return [i for i in ids if i < size and self.tokens[i] is not None and i not in self.misread]
 
@@ -291,7 +297,7 @@ def _spelled(vocabulary: _TokenizerVocabulary, spell: Callable[[str], bytes]) ->
 def _repaired(vocabulary: _TokenizerVocabulary, reading: _Reading, context: list[int]) -> _Reading | None:
     """Return the reading with the few ids mended whose decoding is not their spelling; None if they are many."""
     ids = vocabulary.ids()
-    limit = max(2, int(len(ids) * MAX_REPAIRED))
+    limit = int(len(ids) * MAX_REPAIRED)
     table = list(reading.table)
     wrong = 0
     lists = [ids[start : start + LIST_TOKENS] for start in range(0, len(ids), LIST_TOKENS)]

@@ -87,6 +87,14 @@ class Codec:
         """Return the text of ids that are a whole text, as the tokenizer's own `decode` gives it."""
         return self.token_bytes.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def token_text(self, token_id: int) -> str:
+        """Return what a token adds to a text, also one that the tokenizer has and the model has not."""
+        try:
+            data: bytes = self.token_bytes[token_id]
+        except IndexError:
+            return str(self._tokenizer.decode([token_id]))
+        return data.decode("utf-8", "replace")
+
     def _as_template_sees(self, message: ChatMessage) -> dict[str, Any]:
         """Return OpenAI's message in the terms of templates: no "developer", a tool call's arguments as an object."""
         turn: dict[str, Any] = {

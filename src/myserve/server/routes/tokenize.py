@@ -58,8 +58,7 @@ async def tokenize(http: Request) -> Response:
     ids = await Tokenizing(model.tokenizer_thread).run(_size(request), lambda: _encode(model, request))
     body: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_model_len}
     if request.return_token_strs:
-        table = model.codec.token_bytes
-        body["token_strs"] = [table[i].decode("utf-8", "replace") for i in ids]
+        body["token_strs"] = [model.codec.token_text(i) for i in ids]
     return json_response(body)
 
 
