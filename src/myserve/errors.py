@@ -1,9 +1,26 @@
-"""Who is at fault: `RequestError` is the caller's, `EngineError` is ours.
+"""Exceptions by whose fault they are: `RequestError` is the caller's, `EngineError` is ours.
 
 Nothing here knows HTTP: `server/errors.py` turns these into status codes.
 """
 
 from __future__ import annotations
+
+__all__ = [
+    "BadSnapshotError",
+    "ConstraintError",
+    "ContextLengthError",
+    "EngineDeadError",
+    "EngineError",
+    "ModelNotFoundError",
+    "MyserveError",
+    "NonFiniteLogitsError",
+    "NotEnoughMemoryError",
+    "OverloadedError",
+    "RequestError",
+    "RequestFailedError",
+    "UnsupportedModelError",
+    "WeightsLoadingError",
+]
 
 
 class MyserveError(Exception):

@@ -11,11 +11,14 @@ from myserve.core.sampling import SamplerCfg, sample_next
 
 
 class Step(TypedDict, total=False):
-    """One row's token at one step, as the seed's payload has it."""
+    """One row's token at one step, as the original specification's payload has it."""
 
     id: int
     logprob: float
     top_logprobs: list[tuple[int, float]]
+
+
+__all__ = ["Step", "greedy_generate", "sample_generate"]
 
 
 @torch.inference_mode()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+__all__ = ["embedded_model_path"]
+
 
 def embedded_model_path() -> Path:
-    """The folder of the small chat model that ships inside the package, in the hub's own file format.
+    """Return the folder of the small chat model that ships inside the package, in the hub's own file format.
 
     >>> sorted(path.suffix for path in embedded_model_path().iterdir() if path.stem == "model")
     ['.safetensors']
