@@ -48,10 +48,13 @@ ATTEND = (
 )  # fmt: skip
 
 
-@njit(error_model="numpy")
-def padded(dim: int) -> int:
-    """The head dimension as the cache has it: whole tiles of 32, zeros behind."""
+def padded_head_dim(dim: int) -> int:
+    """Return the head dimension as the cache has it: whole tiles of 32, zeros behind."""
     return (dim + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)
+
+
+# for kernels alone: called from Python it would be compiled once more, at every start
+padded = njit(error_model="numpy")(padded_head_dim)
 
 
 @njit(error_model="numpy")

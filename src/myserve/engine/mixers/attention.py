@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from myserve.engine.kernels.attend import BLOCK_SIZE, TILE_ROWS, attend_kernel, padded
+from myserve.engine.kernels.attend import BLOCK_SIZE, TILE_ROWS, attend_kernel, padded_head_dim
 from myserve.engine.kernels.lanes import LANES, PARTITION
 from myserve.engine.kernels.launch import this_thread, threads_for
 from myserve.engine.kernels.store import store_kernel
@@ -71,7 +71,7 @@ def allocate_layer(
     >>> [tuple(t.shape) for t in allocate_layer(10, 2, 8, torch.bfloat16)]
     [(10, 2, 1024), (10, 2, 1024)]
     """
-    shape = (num_blocks, num_kv_heads, BLOCK_SIZE * padded(head_dim))
+    shape = (num_blocks, num_kv_heads, BLOCK_SIZE * padded_head_dim(head_dim))
     return huge_pages.zeros(shape, _cpu_cache_dtype(dtype)), huge_pages.zeros(shape, _cpu_cache_dtype(dtype))
 
 
@@ -81,7 +81,7 @@ def bytes_per_block(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int
     >>> bytes_per_block(8, 128, torch.bfloat16) // 1024
     128
     """
-    return 2 * num_kv_heads * BLOCK_SIZE * int(padded(head_dim)) * _cpu_cache_dtype(dtype).itemsize
+    return 2 * num_kv_heads * BLOCK_SIZE * padded_head_dim(head_dim) * _cpu_cache_dtype(dtype).itemsize
 
 
 def _cpu_cache_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -157,7 +157,7 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _scratch_bytes(group: int, head_dim: int) -> int:
     """What a thread needs: addresses; a row's peak, alpha, 16 sums, query, out, weights, scores; a block of V."""
     rows = -(-max(1, TILE_ROWS // group) * group // 16) * 16
-    dim = int(padded(head_dim))
+    dim = padded_head_dim(head_dim)
     floats = rows * (2 + LANES + 2 * dim + PARTITION // 2 + PARTITION) + 16 * dim
     return 64 * (2 + -(-4 * floats // 64))
 
