@@ -87,7 +87,7 @@ class Pool:
             self._free[size].append(address)
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
+class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
     """Lets a forward pass run and adds what is not a kernel's call to the list of calls."""
 
     def __init__(self, calls: list[Any], pool: Pool) -> None:
@@ -153,7 +153,7 @@ class Recording:
     def __init__(self, forward: Callable[[], Tensor], pool: Pool, *, runs: bool = True) -> None:
         """Without `runs` no kernel is run: `out` has no meaning before the first replay, and nothing was computed."""
         pool.begin()
-        with recording(pool.scratch, runs=runs) as calls, _Recorder(calls, pool):
+        with recording(pool.scratch, runs=runs) as calls, _RecordingMode(calls, pool):
             self.out = forward()
         self._pool = pool
         self._parts = parts(without_dead_calls(calls, self.out))

@@ -12,7 +12,7 @@ from myserve.engine.outputs import Delta, RequestMetrics
 from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import EngineError, MyserveError
 from myserve.server import caller
-from myserve.server.answers.pacing import Pace
+from myserve.server.answers.pacing import DeltaPacer
 from myserve.server.answers.size import check_size, delta_size
 from myserve.server.choice import Choice
 from myserve.server.models.models import ServedModel
@@ -68,7 +68,9 @@ class Generation:
             for index in range(n)
         ]
         note(model=request.model, prompt_tokens=sum(map(len, prompts)), choices=len(self.choices))
-        self._paces = [Pace(request.stream_interval or 1 if request.stream else 1) for _ in self.choices]
+        self._paces = [
+            DeltaPacer(request.stream_interval or 1 if request.stream else 1) for _ in self.choices
+        ]
 
     def abort(self) -> None:
         """Stop whatever still runs; harmless when all has ended."""

@@ -7,10 +7,10 @@ from dataclasses import replace
 from myserve.engine.outputs import Delta
 
 
-class Pace:
+class DeltaPacer:
     """Holds one choice's deltas back until they have `interval` tokens; its first and its last never wait.
 
-    >>> pace = Pace(3)
+    >>> pace = DeltaPacer(3)
     >>> [pace.take(Delta(0, text)) is None for text in "ab"]
     [False, False]
     >>> from myserve.engine.outputs import TokenOutput
