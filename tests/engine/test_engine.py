@@ -358,6 +358,26 @@ def test_without_prefix_caching_nothing_is_found_again(make_engine: MakeEngine) 
     assert [c.metrics.cached_tokens for c in done if c.metrics] == [0, 0]
 
 
+def test_a_prefix_is_found_by_its_own_client_alone_unless_it_is_shared(make_engine: MakeEngine) -> None:
+    """One key owner could time, or read off `cached_tokens`, what another has asked."""
+
+    async def cached(engine: Engine, client: str, salt: str = "") -> int:
+        stream = engine.submit(
+            PROMPT * 8, SamplingParams(max_tokens=2), SubmitOptions(client=client, cache_salt=salt)
+        )
+        [choice] = await collect(stream)
+        assert choice.metrics is not None
+        return choice.metrics.cached_tokens
+
+    apart, shared = make_engine(max_queue=77), make_engine(max_queue=77, share_prefix_cache=True)
+    assert asyncio.run(cached(apart, "alice")) == 0
+    assert asyncio.run(cached(apart, "alice")) == 32
+    assert asyncio.run(cached(apart, "bob")) == 0
+    assert asyncio.run(cached(apart, "alice", "her own")) == 0
+    assert [asyncio.run(cached(shared, client)) for client in ("alice", "bob")] == [0, 32]  # the control
+    assert asyncio.run(cached(shared, "bob", "his own")) == 0
+
+
 def test_a_request_says_how_full_the_cache_was_when_it_ended(make_engine: MakeEngine) -> None:
     engine = make_engine(num_blocks=32)
     long = Asked(PROMPT * 4, SamplingParams(max_tokens=300, ignore_eos=True))

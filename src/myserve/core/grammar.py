@@ -1,4 +1,4 @@
-"""What a completion's text must be, as a value: a grammar's kind and its source. `engine/grammar.py` compiles it."""
+"""A grammar as a value: its kind and its source. `myserve.grammar` compiles it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from myserve.errors import RequestError
+
+__all__ = ["MAX_SOURCE", "Grammar", "Reasoning"]
 
 Kind = Literal["json_schema", "regex", "lark"]
 
@@ -42,17 +44,17 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
-        """The JSON values that a schema admits."""
+        """Return the grammar of the JSON values that a schema admits."""
         return cls("json_schema", json.dumps(schema, ensure_ascii=False))
 
     @classmethod
     def json_object(cls) -> Grammar:
-        """Any JSON object."""
+        """Return the grammar of any JSON object."""
         return cls.json_schema({"type": "object"})
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Grammar:
-        """One of these strings."""
+        """Return the grammar of one of these strings. Raises RequestError for none, and for too many."""
         if not choices:
             raise RequestError("choice must have at least one string, got none", param="choice")
         # Lark's strings are JSON's. As one terminal: of alternatives of a rule a parser takes 2,000 at most.

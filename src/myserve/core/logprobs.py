@@ -21,6 +21,25 @@ from myserve.core.numerics import log_mass, quanta, weights_of
 from myserve.core.stages import entropy_of, ordered
 from myserve.errors import NonFiniteLogitsError
 
+__all__ = [
+    "PROMPT_CHUNK",
+    "Kept",
+    "Normaliser",
+    "Rows",
+    "Scored",
+    "TopLogprobs",
+    "best_of",
+    "kept_sets",
+    "listed",
+    "masses",
+    "normalisers",
+    "normalisers_of",
+    "prompt_logprobs",
+    "support_of",
+    "to_float32",
+    "top_logprobs",
+]
+
 LOWEST_FLOAT32 = -3.4028234663852886e38
 PROMPT_CHUNK = 64  # rows of logits that exist at once while a prompt is scored
 
@@ -48,7 +67,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Normaliser:
-    """What turns a row's scores into logprobs: the largest score, and the log of the mass relative to it."""
+    """The numbers that turn a row's scores into logprobs: the largest score, and the log of the mass relative to it."""
 
     largest: float
     log_mass: float
@@ -62,12 +81,12 @@ class Normaliser:
         return to_float32((score - self.largest) - self.log_mass)
 
     def maybe_logprob(self, score: float) -> float | None:
-        """The same; None for a score of -inf, which has no finite logprob."""
+        """Return `logprob(score)`; None for a score of -inf, which has no finite logprob."""
         return self.logprob(score) if score > -math.inf else None
 
 
 def to_float32(value: float) -> float:
-    """The nearest float32, as a Python float."""
+    """Return the nearest float32, as a Python float."""
     # a distance between scores of 3e38 has no float32; the lowest one says as much
     return float(struct.unpack("f", struct.pack("f", max(value, LOWEST_FLOAT32)))[0])
 
@@ -81,13 +100,13 @@ def masses(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalisers_of(largest: Tensor, mass: Tensor) -> list[Normaliser]:
-    """Of what `masses` gave, on the host."""
+    """Return a Normaliser for each row of what `masses` gave, on the host."""
     pairs = zip(largest.tolist(), mass.tolist(), strict=True)
     return [Normaliser(top, log_mass(total)) for top, total in pairs]
 
 
 def normalisers(scores: Tensor) -> list[Normaliser]:
-    """Of float32 scores [R, V] with a finite maximum in every row."""
+    """Return a Normaliser for each row of float32 scores [R, V] that have a finite maximum."""
     return normalisers_of(*masses(scores))
 
 
@@ -136,7 +155,7 @@ def support_of(scaled: Tensor, behaviour: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def kept_sets(inside: Tensor, mass: Tensor, total: Tensor, entropy: Tensor) -> list[Kept]:
-    """Of what `support_of` gave, on the host.
+    """Return each row's Kept from what `support_of` gave, on the host.
 
     >>> kept_sets(*support_of(torch.zeros(1, 4), torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])))
     [Kept(token_ids=(0, 2), mass=0.5, entropy=1.3862943611198904)]
@@ -154,7 +173,7 @@ class Rows(Protocol):
 def prompt_logprobs(logits: Rows, target_ids: Sequence[int], k: int = 0) -> list[Scored]:
     """The raw logprob of `target_ids[t]` under `logits[t]`, with the k best alternatives beside it.
 
-    `logits` [T, V] of any float dtype, looked at `PROMPT_CHUNK` rows at a time: row t is what the model says after
+    `logits` [T, V] of any float dtype, looked at `PROMPT_CHUNK` rows at a time: row t is the model's after
     the tokens before target t. Raises `NonFiniteLogitsError` naming the row if one holds NaN or +inf.
 
     >>> prompt_logprobs(torch.zeros(1, 4), [3], k=1)

@@ -31,6 +31,26 @@ from torch import Tensor
 from myserve.core.numerics import neg_log1m
 from myserve.core.transfer import upload
 
+__all__ = [
+    "BLOCK",
+    "COUNTER_VERSION",
+    "LARGEST_UNIFORM",
+    "OPENED",
+    "OPENED_ON_CPU",
+    "PHILOX_ROUNDS",
+    "WORD",
+    "CounterKey",
+    "CounterNoise",
+    "TorchNoise",
+    "block_noise",
+    "draw_counter",
+    "draw_torch",
+    "exponential",
+    "openings",
+    "philox",
+    "token_noise",
+]
+
 COUNTER_VERSION = "counter-v1"
 BLOCK = 64  # ids in a block
 KIND_BLOCK, KIND_TOKEN = 0, 1
@@ -47,7 +67,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class CounterKey(NamedTuple):
-    """What makes one draw's noise its own: the seed in two words, the position, the sample index."""
+    """The key of one draw's noise: the seed in two words, the position, the sample index."""
 
     seed_low: int
     seed_high: int
@@ -67,7 +87,7 @@ class CounterNoise:
     sample_index: int  # 0 <= index < 2**32
 
     def at(self, position: int) -> CounterKey:
-        """The key of the token at `position`, counted from the prompt's first token."""
+        """Return the key of the token at `position`, counted from the prompt's first token."""
         # counted so, and not from the prompt's end, that a completion which is cut and sent again with the
         # tokens it has as part of its prompt goes on with the noise it would have had
         return CounterKey(self.seed & WORD, (self.seed >> 32) & WORD, position, self.sample_index)
@@ -131,7 +151,7 @@ def draw_counter(
 
 
 def openings(device: torch.device) -> tuple[int | None, ...]:
-    """How many blocks to look into: at first, and then for those who are not sure."""
+    """Return how many blocks to look into: at first, and then for rows whose winner is not sure."""
     return (OPENED_ON_CPU, OPENED, None) if device.type == "cpu" else (OPENED, None)
 
 
@@ -182,7 +202,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def draw_torch(weights: Tensor, sources: Sequence[TorchNoise]) -> Tensor:
-    """The winners, int64 [R], of the races of `weights` (float32 [R, V]) under torch noise."""
+    """Return the winners, int64 [R], of the races of `weights` (float32 [R, V]) under torch noise."""
     V = weights.shape[-1]
     e = torch.stack([source.exponentials(V) for source in sources])
     # the quotient that torch.multinomial forms, and its argmax

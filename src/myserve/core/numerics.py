@@ -12,6 +12,24 @@ import math
 import torch
 from torch import Tensor
 
+__all__ = [
+    "ATANH_COEFFICIENTS",
+    "EXP_COEFFICIENTS",
+    "EXP_UNDERFLOW",
+    "LN2",
+    "LN2_HIGH",
+    "LN2_LOW",
+    "LOG2_E",
+    "MASS_ONE",
+    "ROUND_TO_INTEGER",
+    "SQRT_HALF",
+    "exp",
+    "log_mass",
+    "neg_log1m",
+    "quanta",
+    "weights_of",
+]
+
 MASS_BITS = 44
 """A weight of 1 counts 2**44 quanta: 2**19 such tokens fit an int64, and a probability of 1e-13 still counts.
 A sum over V tokens is short by at most V * 2**-44 (1e-8 for 152k), below what float32 can show."""

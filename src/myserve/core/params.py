@@ -11,6 +11,8 @@ from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.ranges import MAX_ID, MAX_TOKENS, Range, check_ranges, ranged, shown
 from myserve.errors import RequestError
 
+__all__ = ["SamplingParams"]
+
 NoiseKind = Literal["counter", "torch"]
 LogprobsMode = Literal["raw", "processed"]
 

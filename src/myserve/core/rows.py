@@ -13,15 +13,17 @@ from myserve.core.noise import CounterKey, CounterNoise, TorchNoise
 from myserve.core.params import SamplingParams
 from myserve.errors import RequestError
 
+__all__ = ["BadWords", "Constraint", "History", "RowState"]
+
 CPU = torch.device("cpu")
 
 
 class Constraint(Protocol):
-    """What may come next in one completion. It grows with the completion and depends on its tokens alone."""
+    """The tokens that may come next in one completion. It grows with the completion and depends on its tokens alone."""
 
     @property
     def error(self) -> str | None:
-        """Why nothing can come next: the grammar has become too costly, or has no way on."""
+        """The reason why nothing can come next: the grammar has become too costly, or has no way on."""
 
     @property
     def closes_early(self) -> bool:
@@ -126,7 +128,7 @@ class RowState:
             self.constraint.append(token_id)
 
     def forbidden_token_ids(self) -> Iterable[int]:
-        """What may not come next: ends of the completion while it is too short, last ids of bad words."""
+        """Return the ids that may not come next: ends of a completion that is too short, last ids of bad words."""
         complete = self.constraint is not None and self.constraint.ends  # then there is nothing to go on with
         if self.num_completion_tokens < self.params.min_tokens and not complete:
             yield from (token_id for token_id in self.end_token_ids if token_id < self.vocab_size)
@@ -135,7 +137,7 @@ class RowState:
 
 
 class History:
-    """Which ids a completion (for the repetition penalty, its prompt too) has, and how often.
+    """The ids that a completion (for the repetition penalty, its prompt too) has, with their counts.
 
     On the device, one entry a distinct id: a step costs the tokens seen, not the vocabulary, and adds one
     number.
@@ -172,7 +174,7 @@ class History:
 
 
 class BadWords:
-    """Which ids would complete a forbidden sequence: remembers a tail as long as the longest needs."""
+    """The ids that would complete a forbidden sequence: remembers a tail as long as the longest needs."""
 
     def __init__(self, words: Sequence[tuple[int, ...]], prompt_token_ids: Sequence[int]) -> None:
         self._words = words

@@ -1,4 +1,4 @@
-"""From logits to tokens: the batched `Sampler` for rows with nothing in common, and the seed's `sample_next`.
+"""From logits to tokens: the batched `Sampler` for rows with nothing in common, and `sample_next`.
 
 Law: what a row gets depends on its logits and its RowState alone. Rows are put side by side only where the
 arithmetic is known to treat each as if it were alone (`numerics`).
@@ -108,7 +108,7 @@ class Sampler:
         return [outcomes[b] for b in range(len(rows))]
 
     def _divide(self, rows: Sequence[RowState], device: torch.device) -> list[tuple[Draw, list[int]]]:
-        """Which way to draw, and which rows go it."""
+        """Return each way of drawing with the rows that take it."""
         quick = self._compiled and device.type == "cpu"
         known = [b for b, row in enumerate(rows) if quick and fast_path.knows(row)]
         others = sorted(set(range(len(rows))) - set(known))
@@ -163,7 +163,7 @@ def _draw_tensors(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Out
     race, unsure = _Race(behaviour, rows), list(range(len(rows)))
     for opened in openings(raw.device):
         tokens, sure = race.tokens(unsure, opened)
-        # V where nobody won: the score there is then -inf, and no device looks behind the end
+        # V where there is no winner: the score there is then -inf, and no device reads behind the end
         tokens = tokens.clamp(max=raw.shape[1] - 1)
         scores = [x.gather(1, tokens.unsqueeze(1))[:, 0] for x in (raw, behaviour)]
         got = download([tops, tokens, sure, *scores, *raw_mass, *mass, *asked.tensors])
@@ -245,12 +245,12 @@ class _Race:
         return upload(rows, torch.int64, self._device)
 
 
-# -- the seed's surface --------------------------------------------------------------------------------------
+# -- the surface of the original specification (docs/specification.md) ---------------------------------------
 
 
 @dataclass
 class SamplerCfg:
-    """The seed's small twin of `SamplingParams`: one configuration for a whole batch.
+    """One configuration for a whole batch: the original specification's small twin of `SamplingParams`.
 
     >>> SamplerCfg(temperature=0.7, top_p=0.9).top_k is None
     True
@@ -267,7 +267,7 @@ class SamplerCfg:
         self.params()
 
     def params(self) -> SamplingParams:
-        """The same as `SamplingParams`, which validates it."""
+        """Return this as `SamplingParams`, which validates it."""
         return SamplingParams(**vars(self))
 
 

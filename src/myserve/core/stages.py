@@ -16,6 +16,28 @@ from torch import Tensor
 from myserve.core.noise import BLOCK
 from myserve.core.numerics import LN2, MASS_ONE, exp, neg_log1m, quanta, weights_of
 
+__all__ = [
+    "Edits",
+    "add_bias_",
+    "allow_only_",
+    "apply_temperature",
+    "entropy_of",
+    "forbid_",
+    "keep_min_p",
+    "keep_top_k",
+    "keep_top_n_sigma",
+    "keep_top_p",
+    "keep_typical",
+    "kth_largest",
+    "log_total",
+    "mask_",
+    "nucleus_edge",
+    "nucleus_edge_without_sync",
+    "ordered",
+    "penalise_counts_",
+    "penalise_repetition_",
+]
+
 SMALLEST_NORMAL = 2.0**-126
 FIRST_NUCLEUS_GUESS = 256
 
@@ -137,7 +159,7 @@ def nucleus_edge(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nucleus_edge_without_sync(scores: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and no number of it is looked at: 32 halvings of all float32 values.
+    """Return what `nucleus_edge` does without a sync with the host: 32 halvings of all float32 values.
 
     Each is a pass over the vocabulary, of which a GPU makes dozens while the host waits for one answer.
     """

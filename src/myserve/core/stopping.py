@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+__all__ = ["Released", "StopIds", "StopMatcher"]
+
 
 class Released(NamedTuple):
-    """What a piece of text set free, and the stop string that ended the text, if one did."""
+    """The text that can no longer be part of a stop string, and the stop string that ended it, if one did."""
 
     text: str
     matched: str | None
@@ -23,7 +25,7 @@ class StopMatcher:
     are in characters of the text fed so far: `released` is how many have been released in all, and after a
     match `match_start` and `match_end` say where the stop string lies, so that a caller can tell which tokens
     fall before, into and after it. Of strings that match, the one that ends first wins, the longest of those
-    that end at the same character: what a reader who sees one character at a time would say, so that the
+    that end at the same character: what one finds who reads one character at a time, so that the
     pieces in which the text arrives never matter.
 
     >>> matcher = StopMatcher(["</s>", "END"])
@@ -98,7 +100,7 @@ def _borders(stop: str) -> list[int]:
 
 
 class StopIds:
-    """Which ids end a completion, and the `stop_reason` of each: None for EOS, the id for a caller's own.
+    """The ids that end a completion, and the `stop_reason` of each: None for EOS, the id for a caller's own.
 
     >>> ends = StopIds(eos_token_ids=[2], stop_token_ids=[7], ignore_eos=False)
     >>> 2 in ends, 7 in ends, 5 in ends, ends.reason(2), ends.reason(7)
@@ -115,5 +117,5 @@ class StopIds:
         return token_id in self._ends
 
     def reason(self, token_id: int) -> int | None:
-        """What matched: the id, if the caller asked for it as a stop id."""
+        """Return the id, if the caller asked for it as a stop id; None for an EOS."""
         return token_id if token_id in self._asked_for else None

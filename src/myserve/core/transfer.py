@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["download", "send", "upload"]
+
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.tensor(values)` on a device, which reads it when it comes to it."""

@@ -6,6 +6,17 @@ from collections.abc import Iterator
 from functools import cache
 from random import Random
 
+__all__ = [
+    "SUM_PHRASINGS",
+    "is_held_out",
+    "larger_number",
+    "one_digit_difference",
+    "one_digit_pairs",
+    "one_digit_sum",
+    "two_digit_pairs",
+    "two_digit_sum",
+]
+
 # The first phrasing is the one that the docs quote and that reinforcement learning practises on.
 SUM_PHRASINGS = (
     "Solve: {a}+{b}=",

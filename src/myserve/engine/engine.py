@@ -40,6 +40,8 @@ from myserve.engine.weights.prepare import Mode, Prepared, Source, UpdateOptions
 from myserve.engine.weights.queue import WeightUpdate, WeightUpdates
 from myserve.errors import EngineDeadError, WeightsLoadingError
 
+__all__ = ["Engine"]
+
 logger = logging.getLogger("myserve.engine")
 
 
@@ -85,7 +87,7 @@ class Engine:
         self._updates = WeightUpdates(self._prepare_weights, self._post)
         self.constraints = Constraints(loaded.tokenizer, self.token_bytes, eos_token_ids)
         self._arrivals = count()
-        # Whoever has not ended; the engine's thread alone writes it, and the meters.
+        # of requests that have not ended; the engine's thread alone writes it, and the meters
         self._owner: dict[Request, Submission] = {}
         self.meters = EngineMeters()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -124,7 +126,7 @@ class Engine:
 
     @property
     def routing_shape(self) -> RoutingShape | None:
-        """What `SamplingParams.routed_experts` gives for each token; None for a dense model."""
+        """The form of what `SamplingParams.routed_experts` reports for each token; None for a dense model."""
         return self.facts.routing_shape
 
     @property
@@ -134,7 +136,7 @@ class Engine:
 
     @property
     def weight_version(self) -> int:
-        """What the weights are called that compute now; 0 at first."""
+        """The version of the weights that compute now; 0 at first."""
         return self.scheduler.weight_version
 
     @property
@@ -202,7 +204,7 @@ class Engine:
         """New weights for the same model, from a folder of safetensors or a `state_dict`: await it, or `.result()`.
 
         They are read, checked and packed beside the old ones, and then put in place between two steps. `mode`:
-        "drain" lets who is in flight finish first and keeps newcomers waiting (`refuse_new`: WeightsLoadingError
+        "drain" lets requests in flight finish first and keeps new ones waiting (`refuse_new`: WeightsLoadingError
         instead); "keep" lets them go on with the keys and values they have; "abort" ends them with the tokens they
         have. `UpdateOptions` has the rest. Tensors of a state dict must not change until it is done.
         Raises RequestError here, BadSnapshotError from the update: then nothing was changed.
@@ -230,7 +232,7 @@ class Engine:
                 atexit.register(_shut_down, weakref.ref(self))
 
     def shutdown(self) -> None:
-        """End the thread; whoever is in flight gets an EngineDeadError. The engine cannot be started again.
+        """End the thread; requests in flight end with an EngineDeadError. The engine cannot be started again.
 
         Gives its memory back, though somebody may still hold the engine.
         """
@@ -265,11 +267,11 @@ class Engine:
                 self._updates.advance(self)
                 if not self.step():
                     self._wait_for_work()
-            self._fail_everyone(EngineDeadError("the engine was shut down"))
+            self._fail_all(EngineDeadError("the engine was shut down"))
         except BaseException as error:
             logger.critical("the engine stopped", exc_info=True)
             self._fatal = f"{type(error).__name__}: {error}"
-            self._fail_everyone(EngineDeadError(f"the engine stopped: {self._fatal}"))
+            self._fail_all(EngineDeadError(f"the engine stopped: {self._fatal}"))
 
     def _take_inbox(self) -> None:
         while self._inbox:
@@ -311,7 +313,7 @@ class Engine:
             self._queue.leave(now - request.times.arrived)
 
     def _hand_out(self, batch: Batch, result: StepResult, ended: dict[Request, str]) -> None:
-        """What a step brought; of a prompt before its first token."""
+        """Send the outcomes of a step to their streams; a prompt's scores before its first token."""
         mail, now = Dispatcher(), time.time()
         for request, scores in result.prompt_logprobs.items():
             mail.add(self._owner[request], StepOutcome(request.index, prompt_logprobs=scores))
@@ -345,10 +347,10 @@ class Engine:
         mail.send(self._abort_all_of)
 
     def _abort_all_of(self, loop: asyncio.AbstractEventLoop) -> None:
-        """It is closed: nobody is left to read what its requests would still make."""
+        """Abort the requests of an event loop that is closed: no one is left to read them."""
         self._abort([request for request, owner in self._owner.items() if owner.loop is loop])
 
-    def _fail_everyone(self, error: Exception) -> None:
+    def _fail_all(self, error: Exception) -> None:
         self._updates.close(error)
         self._take_inbox()
         self._fail(list(self._owner), error)
@@ -406,7 +408,7 @@ class Engine:
             self._queue.enter(n)
 
     def _cache_root(self, options: SubmitOptions) -> Hashable:
-        """What requests must agree on to find each other's prefixes."""
+        """Return what requests must agree on to find each other's prefixes."""
         if not self.config.prefix_caching:
             return object()  # no two requests agree on a fresh object
         return ("" if self.config.share_prefix_cache else options.client, options.cache_salt)

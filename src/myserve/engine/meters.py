@@ -1,4 +1,4 @@
-"""What an engine counts, on its own thread: plain numbers, so that who reads them takes no lock and nobody waits."""
+"""The engine's counters, written by its own thread: plain numbers, read without a lock."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from myserve.engine.outputs import FinishReason
 from myserve.engine.scheduling.request import Request
 from myserve.engine.scheduling.scheduler import Batch
 
+__all__ = ["SECONDS", "EngineLoad", "EngineMeters", "Histogram", "StepTokens"]
+
 SECONDS = tuple(step * 10.0**power for power in range(-3, 3) for step in (1, 2, 5))  # 1 ms to 500 s
 TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
 
@@ -20,7 +22,7 @@ REASONS = get_args(FinishReason)  # counted from 0, so that a first error is see
 
 
 class StepTokens(Protocol):
-    """What the meters read of a `StepResult`, which knows torch."""
+    """The part of a `StepResult`, which knows torch, that the meters read."""
 
     @property
     def token_ids(self) -> Sequence[int | None]: ...
@@ -89,12 +91,14 @@ class EngineMeters:
     request_generation_tokens: Histogram = field(default_factory=_tokens)
 
     def add_step(self, batch: Batch, result: StepTokens, seconds: float, now: float) -> None:
-        """What a step drew; to be called before its tokens are taken in, while a request still says when it had its
-        last."""
+        """Count what a step drew.
+
+        To be called before its tokens are taken in, while a request still knows when it had its last.
+        """
         self.step_seconds += seconds
         self.sampling_seconds += result.sampling_seconds
         self.step_tokens.observe(batch.num_tokens)
-        # who decode together waited equally long: one value, not one a request
+        # requests that decode together waited equally long: one value, not one a request
         gaps: Counter[float] = Counter()
         for (request, _), token_id in zip(batch.draws, result.token_ids, strict=True):
             if token_id is None:
@@ -113,7 +117,7 @@ class EngineMeters:
         self.time_to_first_token.observe(now - arrived)
         self.queue_time.observe(admitted - arrived)
         self.prefill_time.observe(now - admitted)
-        # A cached prefix leaves a token to run: who ran none was forked from the choice that did.
+        # A cached prefix leaves a token to run: a choice that ran none was forked from the one that did.
         if request.num_cached_tokens < request.num_prompt_tokens:
             self.prompt_tokens += request.num_prompt_tokens
             self.cached_prompt_tokens += request.num_cached_tokens

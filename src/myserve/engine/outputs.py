@@ -1,4 +1,4 @@
-"""What the engine gives back: plain frozen values, no tensors, no HTTP."""
+"""The engine's answers: plain frozen values, no tensors, no HTTP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+
+__all__ = [
+    "Delta",
+    "FinishReason",
+    "KeptSet",
+    "PromptLogprob",
+    "RequestMetrics",
+    "RoutingShape",
+    "TokenOutput",
+]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -105,7 +115,7 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one choice gained since the last event: text that can no longer change, and its tokens, aligned.
+    """The gain of one choice since the last event: text that can no longer change, and its tokens, aligned.
 
     A token whose text is held back (an unfinished UTF-8 character, a possible stop string) comes with the
     delta that releases it. `finish_reason` is set on the last delta of a choice and only there.

@@ -6,6 +6,8 @@ from llguidance import LLMatcher
 
 from myserve.grammar.compiler import Vocabulary
 
+__all__ = ["Closer"]
+
 MAX_PATH = 512  # tokens; a grammar that needs more from some state is not closed in time
 
 # Which character to write first, where several may come. Whatever closes something comes before whatever goes on, and

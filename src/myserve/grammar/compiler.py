@@ -19,6 +19,8 @@ from myserve.grammar.schemas import shared_schema
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+__all__ = ["Compiler", "Vocabulary", "in_one_line", "limits", "refusal"]
+
 # Between the marks of a JSON text a model may write one space, or a line break and an indentation. Without a bound, a
 # model that has nothing to say goes on with white space for ever. A schema's own `x-guidance` has precedence.
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}"}
@@ -32,7 +34,7 @@ LONGEST_REASON = 300  # characters of a message that go back to the caller
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a grammar must know of a model: each id's bytes, and the ids that are no text."""
+    """A model's vocabulary as grammars need it: each id's bytes, and the ids that are no text."""
 
     tokens: Sequence[bytes]
     special_ids: frozenset[int]
@@ -94,7 +96,7 @@ class Compiler:
 
 
 def refusal(grammar: Grammar, reason: str) -> RequestError:
-    """The caller's error, with llguidance's reason in one line.
+    """Return the caller's error, with llguidance's reason in one line.
 
     >>> str(refusal(Grammar("regex", "("), "unclosed group\\n  (\\n  ^"))
     'this regex cannot be used: unclosed group ( ^'

@@ -12,6 +12,8 @@ from myserve.core.grammar import Grammar
 from myserve.errors import RequestError
 from myserve.grammar.compiler import Vocabulary, refusal
 
+__all__ = ["Guard"]
+
 DEADLINE = 60.0  # seconds; CPU time is what bounds the work, this only a process that hangs
 
 

@@ -1,4 +1,4 @@
-"""Compiled grammars of one model: each is checked, compiled once, off everybody's path, and kept while it is in use."""
+"""Compiled grammars of one model: each is checked, compiled once on a thread of its own, and kept while in use."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from myserve.errors import RequestError
 from myserve.grammar.closing import Closer
 from myserve.grammar.compiler import Compiler, Vocabulary
 from myserve.grammar.guard import Guard
+
+__all__ = ["KEPT", "Compiled", "Library"]
 
 KEPT = 256  # grammars; an ordinary one takes about 100 kB
 
@@ -47,7 +49,7 @@ class Library:
         return await asyncio.shield(asyncio.wrap_future(self._future(grammar)))
 
     def get(self, grammar: Grammar) -> Compiled:
-        """The same, waited for; at once where it has been prepared."""
+        """Return the compiled grammar, waiting for it; at once where it has been prepared."""
         return self._future(grammar).result()
 
     def close(self) -> None:
@@ -64,7 +66,7 @@ class Library:
                 future.add_done_callback(lambda done: self._forget_accident(grammar, done))
             self._futures.move_to_end(grammar)
             while len(self._futures) > KEPT:
-                self._futures.popitem(last=False)  # who waits for it has it all the same
+                self._futures.popitem(last=False)  # a caller that waits for it holds its future
             return future
 
     def _forget_accident(self, grammar: Grammar, done: Future[Compiled]) -> None:

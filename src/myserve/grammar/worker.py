@@ -19,6 +19,8 @@ from myserve.errors import RequestError
 from myserve.grammar.closing import Closer
 from myserve.grammar.compiler import Compiler, Vocabulary, refusal
 
+__all__ = ["main"]
+
 CPU_SECONDS = 2  # for one grammar; common schemas take a few milliseconds
 MEMORY = 2 << 30  # bytes of address space
 

@@ -22,6 +22,8 @@ from myserve.core.stages import (
 )
 from myserve.core.transfer import upload
 
+__all__ = ["scale", "truncate"]
+
 Rows = Sequence[SamplingParams]
 
 

@@ -20,6 +20,8 @@ from myserve.core.stages import (
 )
 from myserve.core.transfer import send, upload
 
+__all__ = ["ScoreScratch", "edit"]
+
 
 class ScoreScratch:
     """Memory for one batch of scores, kept: a fresh 40 MB a step costs more in page faults than the copy itself."""

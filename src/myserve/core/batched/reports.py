@@ -1,4 +1,4 @@
-"""What rows asked to be told beside their token, in two halves: looked up where the scores are, written on the host.
+"""The reports that rows ask for beside their token, in two halves: looked up where the scores are, written on the host.
 
 Between the halves the caller moves `tensors`, together with whatever else it has to move.
 """
@@ -23,12 +23,14 @@ from myserve.core.logprobs import (
 from myserve.core.params import SamplingParams
 from myserve.core.transfer import upload
 
+__all__ = ["Reports"]
+
 NamedLogprobs = tuple[tuple[int, float | None], ...]
 Report = tuple[TopLogprobs, NamedLogprobs, Kept | None]
 
 
 class Reports:
-    """Of a batch: alternatives, named ids, the support."""
+    """The reports of a batch: alternatives, named ids, the support."""
 
     def __init__(
         self, raw: Tensor, scaled: Tensor, behaviour: Tensor, params: Sequence[SamplingParams]

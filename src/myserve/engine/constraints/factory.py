@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 else:
     ForkableConstraint = Any  # their modules are imported with the first grammar: llguidance is an extra
 
+__all__ = ["Constraints", "MaskAhead", "end_ids"]
+
 
 class Constraints:
     """Makes the constraints of one model's requests. Costs nothing until one is asked for."""
@@ -194,14 +196,14 @@ class MaskAhead:
         self._running: Future[None] | None = None
 
     def start(self, constraints: Iterable[Constraint | None]) -> None:
-        """Begin with these; nobody may touch them until `wait` is back."""
+        """Begin with these; no other thread may touch them until `wait` is back."""
         constrained = [constraint for constraint in constraints if constraint is not None]
         if constrained:
             self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="myserve-masks")
             self._running = self._worker.submit(_prepare_all, constrained)
 
     def wait(self) -> None:
-        """Until they are there. A constraint that was not among them computes its own when asked."""
+        """Wait until they are there. A constraint that was not among them computes its own when asked."""
         if self._running is not None:
             self._running.result()
             self._running = None
@@ -214,6 +216,6 @@ class MaskAhead:
 
 def _prepare_all(constraints: list[Constraint]) -> None:
     for constraint in constraints:
-        # it fails again when its row is drawn for: there it is that row's error, here it would be everyone's
+        # it fails again when its row is drawn for: there it is that row's error, here it would be all rows'
         with suppress(Exception):
             constraint.prepare()

@@ -11,6 +11,8 @@ from torch import Tensor
 from myserve.grammar.compiler import in_one_line
 from myserve.grammar.library import Compiled
 
+__all__ = ["MARGIN", "GrammarConstraint", "allow", "forbid", "set_only"]
+
 # With so many tokens to spare the text is closed: one token may carry a completion this much further from its end.
 MARGIN = 8
 

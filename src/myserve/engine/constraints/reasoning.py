@@ -13,6 +13,8 @@ from myserve.core.grammar import Reasoning
 from myserve.engine.constraints.grammar import MARGIN, GrammarConstraint, allow, forbid, set_only
 from myserve.engine.token_bytes import TokenBytes
 
+__all__ = ["Marks", "Phase", "ReasoningConstraint"]
+
 
 class Phase(Enum):
     OPENING = "opening"  # the first tokens: it may begin to think, or answer at once

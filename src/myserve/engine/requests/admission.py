@@ -1,4 +1,4 @@
-"""What may be asked of this model: every check that needs the model's own numbers, and the requests that pass."""
+"""Admission: every check of a request that needs the model's own numbers, and the requests that pass."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.requests.stream import RequestStream
 from myserve.engine.scheduling.request import Request
 from myserve.errors import ContextLengthError, RequestError
+
+__all__ = ["ModelFacts", "Submission", "admit", "checked_max_tokens", "checked_prompt"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a request says beside how to sample: how many choices, in which order, for whom. Declared once, here."""
+"""The options of a request that are not about sampling: how many choices, in which order, for which client."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class SubmitOptions:
     priority: int = ranged(0, -(2**31), 2**31 - 1)
     """Lower runs first; requests of a higher number are preempted first."""
     client: str = ""
-    """Who asks: within a priority, clients are admitted in turns. Prefixes are shared within one client alone, unless
-    `EngineConfig.share_prefix_cache` is set."""
+    """The client that asks: within a priority, clients are admitted in turns. Prefixes are shared within one client
+    alone, unless `EngineConfig.share_prefix_cache` is set."""
     cache_salt: str = ""
     """Cached prefixes are found by requests of the same salt alone."""
 

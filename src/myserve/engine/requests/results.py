@@ -10,6 +10,8 @@ from myserve.engine.requests.admission import Submission
 from myserve.engine.requests.stream import StepOutcome
 from myserve.engine.scheduling.request import Request
 
+__all__ = ["outcome_of", "request_metrics", "token_output"]
+
 
 def outcome_of(
     request: Request,
@@ -22,8 +24,10 @@ def outcome_of(
     *,
     closed_early: bool,
 ) -> StepOutcome:
-    """What one draw means to the choice that it was made for. `now` in unix seconds; `closed_early`: its grammar was
-    brought to an end for `max_tokens`."""
+    """Return what one draw means to the choice that it was made for.
+
+    `now` in unix seconds; `closed_early`: its grammar was brought to an end for `max_tokens`.
+    """
     if not isinstance(draw, Sampled):
         return StepOutcome(request.index, finish_reason="error", error=draw)
     stopped = ended == "stop"

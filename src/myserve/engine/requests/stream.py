@@ -1,4 +1,4 @@
-"""The event loop's side of a request: raw tokens come in from the engine's thread, deltas go out to who awaits them."""
+"""The event loop's side of a request: raw tokens come in from the engine's thread, deltas go out to the caller."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from myserve.core.isolation import failure_of
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 from myserve.engine.requests.detokenizer import Detokenizer, ReleasedText
 
+__all__ = ["RequestStream", "StepOutcome"]
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What one step brought one choice: a token, an end, or both."""
+    """The result of one step for one choice: a token, an end, or both."""
 
     index: int
     token: TokenOutput | None = None
@@ -63,7 +65,7 @@ class RequestStream(AsyncIterator[Delta]):
         return self._ready.popleft()
 
     def metrics(self, index: int) -> RequestMetrics:
-        """What a choice has cost so far, ended or not."""
+        """Return what a choice has cost so far, ended or not."""
         return self._metrics(index)
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""Blocks of the KV cache, by id: who holds which, and which still remember a prefix. No tensors, no tokens run here.
+"""Blocks of the KV cache, by id: their holders, and the prefixes that they still remember. No tensors.
 
 A block is *held* while some request counts on it, and *free* otherwise. A free block may still be *cached*: its
 content is named and can be taken up again until the block is handed out for something else (least recently used
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import count
+
+__all__ = ["BlockPool"]
 
 # (name of the parent content, or the cache root; the block's tokens)
 ContentKey = tuple[Hashable, tuple[int, ...]]
@@ -60,7 +62,7 @@ class BlockPool:
         return self._holders[block] > 0
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks `num_tokens` tokens fill, the last one perhaps in part."""
+        """Return how many blocks `num_tokens` tokens fill, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:

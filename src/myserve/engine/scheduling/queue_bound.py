@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from myserve.errors import OverloadedError
 
+__all__ = ["QueueBound"]
+
 
 class QueueBound:
-    """Counts who is in. Not locked: its owner does that.
+    """Counts the choices that wait or run. Not locked: its owner does that.
 
     >>> queue = QueueBound(limit=4, side_by_side=2)
     >>> queue.enter(4); queue.leave(seconds=20.0)
@@ -37,6 +39,6 @@ class QueueBound:
         self.num_open += n
 
     def leave(self, seconds: float) -> None:
-        """One has ended, so long after it came."""
+        """Count one choice out that has ended, so many seconds after it came."""
         self.num_open -= 1
         self._mean_duration += 0.1 * (seconds - self._mean_duration)

@@ -6,6 +6,8 @@ from collections.abc import Container, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
+__all__ = ["Event", "Request", "State", "Times"]
+
 
 class State(Enum):
     HELD = "held"  # one of n: waits for the prompt that its leader prefills
@@ -38,7 +40,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 
 @dataclass(slots=True)
 class Times:
-    """When things happened to a request, on the clock of whoever passes `now` in. Seconds."""
+    """The moments of a request's life in seconds, on the clock of the caller that passes `now` in."""
 
     arrived: float = 0.0
     admitted: float | None = None
@@ -67,7 +69,7 @@ class Request:
     index: int = 0  # the choice, among the n of one submission
     stop_ids: Container[int] = ()
     priority: int = 0  # lower runs first
-    client: str = ""  # whose it is: within a priority, clients come in by turns
+    client: str = ""  # within a priority, clients are admitted in turns
     arrival: int = 0  # submission order, which breaks ties of priority
     # what a cached prefix must agree on beside tokens and weight version: the salt
     cache_root: Hashable = None
@@ -111,7 +113,7 @@ class Request:
         return self.state is State.FINISHED
 
     def order(self) -> tuple[int, int, int]:
-        """Who goes first, and, read backwards, who is preempted first."""
+        """Return the key by which requests go first and, read backwards, are preempted first."""
         return (self.priority, self.arrival, self.index)
 
     def apply(self, event: Event) -> None:
@@ -124,7 +126,7 @@ class Request:
         self.token_ids.append(token_id)
 
     def finish_reason(self, max_model_len: int) -> str | None:
-        """Why this request ends with the token that it has just got, if it does."""
+        """Return why this request ends with the token that it has just got, or None."""
         if self.token_ids[-1] in self.stop_ids:
             return "stop"
         if self.num_output_tokens >= self.max_tokens or self.num_tokens >= max_model_len:

@@ -1,4 +1,4 @@
-"""Plans one step and returns it as a `Batch`: who runs, on which blocks. Pure: no tensors, no clocks, no threads."""
+"""Plans one step and returns it as a `Batch`: requests and their blocks. Pure: no tensors, no clocks, no threads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.pace import Pace
 from myserve.engine.scheduling.request import Event, Request, State
 from myserve.engine.scheduling.waiting import WaitingRequests
+
+__all__ = ["AGEING", "Batch", "Limits", "ScheduledTokens", "Scheduler"]
 
 # Prompt tokens that a second of waiting is worth: about a third of what a CPU computes in it, so that a prompt of
 # 2,048 tokens is overtaken by short ones for some twenty seconds at most.
@@ -37,7 +39,7 @@ class Batch:
     scored: list[Request] = field(default_factory=list)  # end with this step, for they draw nothing
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block), after the forward
     num_tokens: int = 0
-    planned: float = 0.0  # when, on the clock of whoever passes `now` in
+    planned: float = 0.0  # when, on the clock of the caller that passes `now` in
     num_prefill_tokens: int = 0  # of num_tokens, those of requests that run more than one
 
     def add(self, part: ScheduledTokens) -> None:
@@ -48,7 +50,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a step may hold.
+    """The limits of a step.
 
     `prefill_chunk` bounds the prompt tokens of a step in which others decode; `pace` takes fewer where they would slow
     the running streams down, by `target_inter_token_latency` or by its own measure.
@@ -62,7 +64,7 @@ class Limits:
 
 
 class Scheduler:
-    """Continuous batching: every step, those who run go on, and those who wait come in as blocks and budget allow.
+    """Continuous batching: in every step running requests go on, and waiting ones come in as blocks and budget allow.
 
     Within a priority clients come in by turns, and each client's requests first come, first served (`waiting`). When
     blocks run out, the youngest of the least important is preempted: it loses its blocks, keeps its tokens, and is
@@ -78,7 +80,7 @@ class Scheduler:
         self.held: dict[Request, None] = {}
         self.num_preemptions = 0
         self.weight_version = 0
-        # arrivals of those who may still finish; None: no swap is awaited
+        # arrivals of the requests that may still finish; None: no swap is awaited
         self._draining: set[int] | None = None
 
     @property
@@ -135,18 +137,20 @@ class Scheduler:
         return self.running + [r for r in self.waiting if r.num_output_tokens]
 
     def drain(self) -> None:
-        """From now on only who is in flight goes on, with the siblings that belong to it; all others wait."""
+        """From now on let only requests in flight go on, with their siblings; all others wait."""
         self._draining = {r.arrival for r in self.in_flight}
 
     @property
     def is_drained(self) -> bool:
-        """Nobody who was in flight at `drain` is left."""
+        """Whether no request that was in flight at `drain` is left."""
         draining = self._draining or set()
         return not any(r.arrival in draining for r in (*self.running, *self.waiting, *self.held))
 
     def change_weights(self, version: int) -> list[Request]:
-        """Other weights compute from the next step on. Who has tokens keeps its blocks; who has none starts over, so
-        that a prompt is computed by one version alone. Returns the latter."""
+        """Let other weights compute from the next step on; return the requests that start over.
+
+        Requests with tokens keep their blocks. Others start over, so that a prompt is computed by one version alone.
+        """
         self.weight_version = version
         self._draining = None
         restarted = [r for r in self.running if not r.num_output_tokens]
@@ -162,7 +166,7 @@ class Scheduler:
         """Plan one step. An empty batch means that there is nothing to do until something is added."""
         batch = Batch(planned=now)
         preempted = self._continue_decodes(batch)
-        # what a preemption has freed goes to those who run, not to a newcomer
+        # what a preemption has freed goes to running requests, not to a new one
         self._run_prompts(batch, now, admits=not preempted)
         return batch
 
@@ -183,7 +187,7 @@ class Scheduler:
     def _run_prompts(self, batch: Batch, now: float, *, admits: bool) -> None:
         """Share out the step's prompt tokens: the most urgent prompt first, of those that run and of those that wait.
 
-        A newcomer that does not fit closes the door for the step, so that nobody larger is overtaken for ever.
+        Where the next one does not fit, none is admitted in this step, so that a large one is not overtaken for ever.
         """
         budget = self._prompt_budget(batch)
         prompts = [r for r in self.running if r.num_pending_tokens > 1]
@@ -297,7 +301,10 @@ class Scheduler:
         if count < request.num_pending_tokens:
             return
         if request.max_tokens == 0:
-            batch.scored += [*request.siblings, request]  # in this order: an end releases who is held
+            batch.scored += [
+                *request.siblings,
+                request,
+            ]  # in this order: the end of a leader releases held siblings
             return
         part = len(batch.scheduled) - 1
         batch.draws.append((request, part))
@@ -345,7 +352,7 @@ class Scheduler:
     def update(self, batch: Batch, drawn: Sequence[int | None], now: float) -> list[tuple[Request, str]]:
         """Take in what the step computed. `drawn` has a token for each of `batch.draws`, or None where a row failed.
 
-        Returns who ended, and why: "stop", "length", or "error" for a row that failed.
+        Returns the requests that ended, and why: "stop", "length", or "error" for a row that failed.
         """
         decodes = sum(1 for part in batch.scheduled if part.count == 1)
         self.pace.observe(decodes, batch.num_prefill_tokens, now - batch.planned)
@@ -383,14 +390,14 @@ class Scheduler:
             request.content_ids.append(self.pool.publish(request.block_table[index], parent, tokens))
 
     def check_integrity(self) -> None:
-        """What must hold between any two steps, whatever has happened."""
+        """Assert what must hold between any two steps."""
         self.pool.check_integrity(r.block_table for r in self.running)
         assert all(r.state is State.RUNNING for r in self.running), "a running request is in another state"
         assert all(r.state is State.WAITING and not r.block_table for r in self.waiting), (
-            "who waits holds nothing"
+            "a waiting request holds blocks"
         )
         assert all(r.state is State.HELD and not r.block_table for r in self.held), (
-            "who is held holds nothing"
+            "a held request holds blocks"
         )
         assert len(self.running) <= self.limits.max_num_seqs
         for request in self.running:

@@ -1,4 +1,4 @@
-"""Who waits, and who of them is next: by priority, then clients in turns, then first come, first served."""
+"""Waiting requests, and the next of them: by priority, then clients in turns, then first come, first served."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from itertools import count
 from typing import Any
 
 from myserve.engine.scheduling.request import Request
+
+__all__ = ["WaitingRequests"]
 
 Urgency = Callable[[Request], tuple[Any, ...]]
 CONSIDERED = 64  # of a client's waiting requests: choosing among thousands would take as long as a small step
@@ -53,14 +55,14 @@ class WaitingRequests:
             del self._of[request.client]
 
     def admit(self, request: Request) -> None:
-        """Take out who comes in: its client has had a turn."""
+        """Take out a request that is admitted: its client has had a turn."""
         self.remove(request)
         self._last_turn[request.client] = next(self._turns)
 
     def next(self, running: Iterable[Request], urgency: Urgency = Request.order) -> Request | None:
-        """Whose turn it is: of the client that runs the fewest; of equals, of the one whose last turn is oldest.
+        """Return the next request: of the client that runs the fewest; of equals, of the one whose last turn is oldest.
 
-        Who was preempted goes before all of its priority: it has had its turn, and lost what it had computed.
+        A preempted one goes before all of its priority: it has had its turn, and lost what it had computed.
         """
         heads = [self._head(own, urgency) for own in self._of.values()]
         if len(heads) < 2:
