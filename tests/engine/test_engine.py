@@ -264,7 +264,7 @@ def test_a_nan_row_fails_alone(make_engine: MakeEngine, monkeypatch: pytest.Monk
 def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -> None:
     engine = make_engine()
 
-    async def submit(prompt: list[int], **asked: Any) -> None:
+    async def submit(prompt: Any, **asked: Any) -> None:
         of_submit = {
             name: asked.pop(name) for name in ("n", "sample_index", "num_prior_tokens") if name in asked
         }
@@ -274,10 +274,17 @@ def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -
         ([], {}, RequestError, "the prompt has no tokens"),
         ([384], {}, RequestError, "token id 384; this model's ids are 0 to 383"),
         ([-1], {}, RequestError, "token id -1"),
-        ([5] * 600, {}, ContextLengthError, "the context is 512 long"),
+        ([5.0], {}, RequestError, "the prompt must be integers"),
+        ("text", {}, RequestError, "the prompt must be integers"),
+        ([5] * 600, {}, ContextLengthError, "maximum context length is 512"),
         ([5] * 500, {"max_tokens": 13}, ContextLengthError, "ask for at most 12"),
         ([5] * 512, {}, ContextLengthError, "so that at least one token fits"),
-        ([5] * 513, {"max_tokens": 0, "prompt_logprobs": 0}, ContextLengthError, "the context is 512 long"),
+        (
+            [5] * 513,
+            {"max_tokens": 0, "prompt_logprobs": 0},
+            ContextLengthError,
+            "maximum context length is 512",
+        ),
         ([5], {"min_tokens": 2**31 - 1}, RequestError, "min_tokens must be in \\[0, 511\\]"),
         ([5], {"logit_bias": {999: 1.0}}, RequestError, "logit_bias"),
         ([5], {"n": 0}, RequestError, "n must be in"),

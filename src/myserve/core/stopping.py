@@ -21,10 +21,8 @@ class Released(NamedTuple):
 class StopMatcher:
     """Finds the first of several stop strings in text that arrives in pieces of any size.
 
-    It holds back the longest suffix that some stop string begins with; all else is released at once. Offsets
-    are in characters of the text fed so far: `released` is how many have been released in all, and after a
-    match `match_start` and `match_end` say where the stop string lies, so that a caller can tell which tokens
-    fall before, into and after it. Of strings that match, the one that ends first wins, the longest of those
+    It holds back the longest suffix that some stop string begins with; all else is released at once, `released`
+    characters so far. Of strings that match, the one that ends first wins, the longest of those
     that end at the same character: what one finds who reads one character at a time, so that the
     pieces in which the text arrives never matter.
 
@@ -33,8 +31,8 @@ class StopMatcher:
     Released(text='one ', matched=None)
     >>> matcher.feed("b> E")
     Released(text='<b> ', matched=None)
-    >>> matcher.feed("ND of it"), matcher.released, matcher.match_start, matcher.match_end
-    (Released(text='', matched='END'), 8, 8, 11)
+    >>> matcher.feed("ND of it"), matcher.released
+    (Released(text='', matched='END'), 8)
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -45,8 +43,6 @@ class StopMatcher:
         self._state = dict.fromkeys(self._stops, 0)  # how many characters of each stop the text now ends with
         self._held = ""
         self.released = 0
-        self.match_start: int | None = None
-        self.match_end: int | None = None
         self.matched: str | None = None
 
     def feed(self, text: str) -> Released:
@@ -75,11 +71,8 @@ class StopMatcher:
 
     def _match(self, stop: str, text: str) -> Released:
         # the stop string lies in the held text whole: a beginning of it was never released
-        start = len(text) - len(stop)
         self.matched = stop
-        self._held = text[:start]
-        self.match_start = self.released + start
-        self.match_end = self.match_start + len(stop)
+        self._held = text[: len(text) - len(stop)]
         return Released(self.flush(), stop)
 
     def _release(self, count: int) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from operator import index as as_integer
 
 import torch
 
@@ -139,8 +140,14 @@ def admit(
 
 
 def checked_prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
-    """The prompt as a list of ids of this vocabulary; a prompt of text must have been tokenized before."""
-    prompt = list(token_ids)
+    """Return the prompt as a list of ids of this vocabulary; a prompt of text must have been tokenized before.
+
+    Any integers will do, a tensor's or an array's too. Raises `RequestError`.
+    """
+    try:
+        prompt = [as_integer(token_id) for token_id in token_ids]
+    except TypeError as error:
+        raise RequestError(f"the prompt must be integers: {error}", param="prompt") from None
     if not prompt:
         raise RequestError("the prompt has no tokens; give at least one", param="prompt")
     for token_id in prompt:
