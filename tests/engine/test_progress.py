@@ -50,3 +50,14 @@ def test_where_it_is_not_shown_no_thread_reports(caplog: pytest.LogCaptureFixtur
         assert threading.active_count() == before
         running.detail = "something"
     assert lines(caplog) == []
+
+
+def test_a_phase_that_waits_for_another_leaves_the_lines_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "myserve.start"), phase("packing"):
+        with phase("compiling") as compiling:
+            compiling.detail = "1 of 1: GEMM"
+            time.sleep(1.5)
+        time.sleep(1.2)
+    told = lines(caplog)
+    assert told[:3] == ["packing", "compiling", "compiling (1 of 1: GEMM): 1 s so far"]
+    assert [line for line in told[3:] if line.startswith("packing: ") and "so far" in line]

@@ -1,4 +1,4 @@
-"""A start logs what it does: a line when a phase begins, one each second while it lasts, one when a long one ends."""
+"""A start logs what it does: a line when a phase begins, one each second while any lasts, one when a long one ends."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ NOTICE_SECONDS = 1.0
 
 # a logger of its own, so that a command can show these lines and no others of their level
 log = logging.getLogger("myserve.start")
+
+
+# the phases that run now; of several, those that say what they do speak for the others, which wait for them
+_running: set[StartPhase] = set()
 
 
 class StartPhase:
@@ -33,6 +37,8 @@ class StartPhase:
     def report_until_over(self) -> None:
         """Log a line each second. Blocks until `end`."""
         while not self._over.wait(NOTICE_SECONDS):
+            if not self.detail and any(other.detail for other in tuple(_running)):
+                continue
             log.info("%s%s: %.0f s so far", self.name, self.detail and f" ({self.detail})", self.seconds)
 
     def end(self) -> None:
@@ -53,10 +59,12 @@ def phase(name: str, note: str = "") -> Iterator[StartPhase]:
         return
     log.info("%s%s", name, note and f" ({note})")
     reports = threading.Thread(target=running.report_until_over, name="myserve-progress", daemon=True)
+    _running.add(running)
     reports.start()
     try:
         yield running
     finally:
+        _running.discard(running)
         running.end()
         reports.join()
     if running.seconds > NOTICE_SECONDS:
