@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 if TYPE_CHECKING:
     from myserve.engine.engine import Engine
+from model_zoo import SERVED
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Hello, hello world! One, two, three, four.",
@@ -125,9 +126,12 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
 def make_tiny_model(arch: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Write a random model of `arch` with its tokenizer, as `save_pretrained` writes any model."""
     torch.manual_seed(seed)
-    arch, change = VARIANTS.get(arch, (arch, {}))
-    config = AutoConfig.for_model(arch, **ARCHITECTURES[arch] | change)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    if arch in SERVED:
+        arch, described = SERVED[arch]
+    else:
+        arch, change = VARIANTS.get(arch, (arch, {}))
+        described = ARCHITECTURES[arch] | change
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **described)).to(dtype)
     model.save_pretrained(folder)
     trained_tokenizer().save_pretrained(folder)
     return folder

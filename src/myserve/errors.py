@@ -67,6 +67,10 @@ class UnsupportedModelError(RequestError):
     """A model that the engine cannot run exactly, and why."""
 
 
+class BadCheckpointError(UnsupportedModelError):
+    """A checkpoint that does not give every weight of its model, or gives more; nothing is served."""
+
+
 class BadSnapshotError(RequestError):
     """Weights that cannot become this model's. Nothing was changed, and the old ones go on serving."""
 

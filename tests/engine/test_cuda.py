@@ -21,6 +21,7 @@ from myserve.core.sampling import Sampler
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.runner.device_backend import backend_for
+from myserve.engine.runner.model_structure import observe
 from myserve.engine.weights import loader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -59,7 +60,7 @@ def test_what_was_found(arch: str, make_on_gpu: MakeEngine) -> None:
 def test_graphs_change_no_bit(make_on_gpu: MakeEngine, tiny_model: Callable[[str], Path]) -> None:
     config = EngineConfig(num_blocks=128, dtype="bfloat16", device="cuda", prefix_caching=False)
     loaded = loader.load(str(tiny_model("llama")), config)
-    found = backend_for(loaded.model, loaded.device, exact=True)
+    found = backend_for(observe(loaded.model).calls, loaded.model.dtype, loaded.device, exact=True)
     plain = Engine(loaded, config, replace(found, recorder=None))
     asked = proofs.mixed_requests(8)
     try:

@@ -83,7 +83,7 @@ def load(tiny_model: Callable[[str], Path]) -> Callable[..., Any]:
 def experts_used(model: Any, rollout: Rollout) -> Tensor:
     """[B, T, L, k], by listening to a forward pass."""
     listener = RoutedExperts(model)
-    with listener.listening(True) as heard, torch.inference_mode():
+    with listener.capturing(True) as heard, torch.inference_mode():
         model(**rollout.batch, use_cache=False)
     assert listener.shape is not None
     rows = heard.rows(range(rollout.routing.shape[:2].numel()))
@@ -268,7 +268,7 @@ def test_a_router_that_limits_groups_first_is_replayed_too() -> None:
     model = AutoModelForCausalLM.from_config(config)
     routing = torch.tensor([7, 0]).expand(5, 2, 2)  # of two groups, which the model itself would never take
     listener = RoutedExperts(model)
-    with replay_routing(model, routing), listener.listening(True) as heard:
+    with replay_routing(model, routing), listener.capturing(True) as heard:
         model(torch.zeros(1, 5, dtype=torch.int64))
     assert heard.rows(range(5)) == [bytes([7, 0, 7, 0])] * 5
 

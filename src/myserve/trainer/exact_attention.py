@@ -18,13 +18,37 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from myserve.engine.kernels.attend import BLOCK_SIZE
 from myserve.engine.mixers.attention import allocate_layer, dense_attention, paged_attention, store_kv
 
+_WINDOW = "_myserve_window"  # the attribute of a mask
 TRAINER_NAME = "myserve_trainer"  # attention and experts, as a model's config says them
 
 
 def register_exact_attention() -> None:
     """Makes `attn_implementation="myserve_trainer"` known to transformers."""
     AttentionInterface.register(TRAINER_NAME, _attention_forward)
-    AttentionMaskInterface.register(TRAINER_NAME, lambda *_, attention_mask=None, **__: attention_mask)
+    AttentionMaskInterface.register(TRAINER_NAME, _real_rows)
+
+
+def _real_rows(
+    *,
+    batch_size: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """The rows [B, T] that are no padding, None for all; marked with the window where the model's mask has one.
+
+    Some models have it there alone, and give their attention no `sliding_window` (Qwen2-MoE).
+    """
+    if local_size is None:
+        return attention_mask
+    real = (
+        torch.ones(batch_size, kv_length, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.clone()
+    )
+    setattr(real, _WINDOW, local_size)
+    return real
 
 
 class Spans:
@@ -96,7 +120,7 @@ def _attention_forward(
     batch, length, head_dim = query.shape[0], *query.shape[2:]
     options: dict[str, Any] = {
         "scale": head_dim**-0.5 if scaling is None else scaling,
-        "window": sliding_window or 0,
+        "window": getattr(attention_mask, _WINDOW, sliding_window or 0),
         "softcap": softcap or 0.0,
     }
     rows = [x.transpose(1, 2) for x in (query, key, value)]  # [B, T, heads, D]
@@ -104,7 +128,7 @@ def _attention_forward(
         return _attend([x[0] for x in rows], s_aux, spans, options)[None], None
     real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     out = _attend([x[real] for x in rows], s_aux, Spans.of_whole(real.sum(1).tolist()), options)
-    padded = out.new_zeros(batch, length, query.shape[1], head_dim)
+    padded = out.new_zeros(batch, length, query.shape[1], out.shape[2])
     return padded.masked_scatter(real[..., None, None], out), None
 
 
@@ -124,12 +148,22 @@ class _ExactAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, sinks)
         ctx.spans, ctx.options = spans, options
         slots, tables, blocks = spans.blocks
-        cache = allocate_layer(blocks, key.shape[1], key.shape[2], key.dtype)
+        width = max(key.shape[2], value.shape[2])
+        cache = allocate_layer(blocks, key.shape[1], width, key.dtype)
         # Each span has a copy of its context: a block that a prompt's end shares with a completion's begin would have
         # to be copied anyway, and the copies are small beside the products.
         store_kv(key[spans.context_rows], value[spans.context_rows], *cache, slots)
         lens = torch.tensor([len(context) for context in spans.contexts], dtype=torch.int32)
-        return paged_attention(query, *cache, tables, spans.query_start.int(), lens, sinks=sinks, **options)
+        return paged_attention(
+            query,
+            *cache,
+            tables,
+            spans.query_start.int(),
+            lens,
+            sinks=sinks,
+            value_dim=value.shape[2],
+            **options,
+        )
 
     @staticmethod
     @once_differentiable

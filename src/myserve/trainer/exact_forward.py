@@ -50,7 +50,7 @@ def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -
     install_activations(model, _activation)
     modules: list[Any] = list(model.modules())
     for module in modules:
-        if isinstance(module, nn.Linear):
+        if type(module).forward is nn.Linear.forward:
             _replace_forward(module, lambda self, x: exact_linear(x, self.weight, self.bias))
         elif isinstance(module, Conv1D):
             _replace_forward(module, lambda self, x: exact_linear(x, self.weight.T, self.bias))

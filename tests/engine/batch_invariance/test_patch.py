@@ -11,7 +11,9 @@ from torch import Tensor
 
 from myserve.engine.batch_invariance.patch import ExactLinear, make_exact
 from myserve.engine.kernels.attend import BLOCK_SIZE
-from myserve.engine.mixers.attention import ATTENTION_NAME, PagedContext, allocate_layer, register_attention
+from myserve.engine.mixers.attention import PagedContext, allocate_layer
+from myserve.engine.mixers.attention_pass import ATTENTION_NAME, attending, register_attention
+from myserve.engine.runner.model_structure import observe
 from myserve.trainer.exact_forward import exact_forward
 
 ARCHITECTURES = [
@@ -33,16 +35,15 @@ class Packed:
     """Sequences in pages, run a piece at a time as the engine would."""
 
     def __init__(self, model: Any, sequences: list[list[int]]) -> None:
-        self.model, self.sequences, config = model, sequences, model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.model, self.sequences, self.calls = model, sequences, observe(model).calls
         blocks = [-(-len(s) // BLOCK_SIZE) for s in sequences]
         pages = torch.randperm(sum(blocks)).split(blocks)
         self.tables = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
         for table, mine in zip(self.tables, pages, strict=True):
             table[: len(mine)] = mine
-        layers = range(config.num_hidden_layers)
-        self.layers = [allocate_layer(sum(blocks), heads, head_dim, model.dtype) for _ in layers]
+        self.layers = [
+            allocate_layer(sum(blocks), call.kv_heads, call.key_dim, model.dtype) for call in self.calls
+        ]
 
     @torch.inference_mode()
     def run(self, pieces: list[tuple[int, int, int]]) -> Rows:
@@ -57,12 +58,12 @@ class Packed:
             query_start=torch.tensor([0, *(count for _, _, count in pieces)]).cumsum(0).int(),
             context_lens=torch.tensor([start + count for _, start, count in pieces], dtype=torch.int32),
         )
-        logits = self.model(
-            input_ids=torch.tensor([[self.sequences[r][i] for r, i in places]]),
-            position_ids=torch.tensor([[i for _, i in places]]),
-            use_cache=False,
-            paged=context,
-        ).logits[0]
+        with attending(context, self.calls):
+            logits = self.model(
+                input_ids=torch.tensor([[self.sequences[r][i] for r, i in places]]),
+                position_ids=torch.tensor([[i for _, i in places]]),
+                use_cache=False,
+            ).logits[0]
         return dict(zip(places, logits, strict=True))
 
 

@@ -68,10 +68,6 @@ def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path, monkeypatch: p
 
 
 def test_the_cache_is_sized_by_what_is_left(limited: Path) -> None:
-    from transformers import Qwen3Config
-
-    config = Qwen3Config(
-        num_hidden_layers=2, num_key_value_heads=2, head_dim=64, max_position_embeddings=40960
-    )
-    cache = KVCache(config, torch.float32, device_backend.CPU, EngineConfig())
+    shapes = [device_backend.LayerShape(kv_heads=2, key_dim=64, value_dim=64)] * 2
+    cache = KVCache(shapes, 40960, torch.float32, device_backend.CPU, EngineConfig())
     assert 12 * MIB < cache.num_bytes <= 50 * MIB // 4

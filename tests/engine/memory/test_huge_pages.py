@@ -8,7 +8,6 @@ import mmap
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from myserve.engine.config import EngineConfig
 from myserve.engine.memory.huge_pages import FilePages, touch, zeros
 from myserve.engine.memory.prefault import HUGE_PAGE
-from myserve.engine.runner.device_backend import CPU
+from myserve.engine.runner.device_backend import CPU, LayerShape
 from myserve.engine.runner.kv_cache import AHEAD, KVCache
 
 
@@ -47,8 +46,8 @@ def test_touched_memory_is_there_and_keeps_its_values() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_the_cache_behind_the_blocks_in_use_lies_ready_and_no_more() -> None:
-    shape = SimpleNamespace(num_key_value_heads=4, num_attention_heads=4, head_dim=64, num_hidden_layers=2)
-    cache = KVCache(shape, torch.float32, CPU, EngineConfig(num_blocks=4096))
+    shapes = [LayerShape(kv_heads=4, key_dim=64, value_dim=64)] * 2
+    cache = KVCache(shapes, 4096, torch.float32, CPU, EngineConfig(num_blocks=4096))
     block, before = cache.num_bytes // cache.num_blocks, resident()
     ahead, room = AHEAD // cache.block_size * block, 2 * 2 * 2 * HUGE_PAGE
     for num_used in (0, 500):

@@ -231,3 +231,107 @@ def test_keys_written_block_by_block_lie_where_keys_written_one_by_one_lie(
     for t in range(len(slots)):
         store_kv(key[t : t + 1], value[t : t + 1], *singly, slots[t : t + 1])
     assert all(map(torch.equal, at_once, singly)) and bool(at_once[0].any())
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(24, 12), (12, 24), (40, 70), (96, 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_and_values_of_different_widths(key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    """As multi-head latent attention has them; beside a request whose pages are NaN."""
+    torch.manual_seed(0)
+    key, value = torch.randn(50, 2, key_dim).to(dtype), torch.randn(50, 2, value_dim).to(dtype)
+    query = torch.randn(50, 4, key_dim).to(dtype)
+    cache = allocate_layer(3, 2, max(key_dim, value_dim), dtype)
+    for tensor in cache:
+        tensor.fill_(float("nan"))
+    store_kv(key, value, *cache, torch.cat([torch.arange(64, 96), torch.arange(18)]))
+    tables, starts = ints([[2, 0]]), ints([0, 50])
+    got = paged_attention(
+        query, *cache, tables, starts, ints([50]), scale=0.2, window=20, value_dim=value_dim
+    )
+    wide = [x.double().transpose(0, 1) for x in (query, key, value)]
+    wanted = dense_attention(*wide, scale=0.2, window=20).transpose(0, 1)
+    assert got.shape == (50, 4, value_dim)
+    assert (got.double() - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def ints(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+STORED: dict[str, Tensor] = {
+    "key": some(5, 2, 24),
+    "value": some(5, 2, 12),
+    "key_cache": some(3, 2, BLOCK_SIZE * 32),
+    "value_cache": some(3, 2, BLOCK_SIZE * 32),
+    "slot_mapping": torch.arange(5),
+}
+ATTENDED: dict[str, Any] = {
+    "query": some(5, 4, 24),
+    "key_cache": STORED["key_cache"],
+    "value_cache": STORED["value_cache"],
+    "block_tables": ints([[0, 1], [2, 0]]),
+    "query_start": ints([0, 2, 5]),
+    "context_lens": ints([9, 3]),
+    "sinks": some(4),
+    "value_dim": 12,
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"key": some(5, 3, 24)},  # more heads than the cache has
+        {"key": some(4, 2, 24)},  # fewer keys than values
+        {"key": some(2, 24)},
+        {"value": some(5, 1, 12)},
+        {"value": some(5, 2, 33)},  # wider than the cache
+        {"key": some(5, 2, 40)},
+        {"key_cache": some(3, 2, BLOCK_SIZE * 16)},
+        {"value_cache": some(3, 2, BLOCK_SIZE * 64)},
+        {"value_cache": some(2, 2, BLOCK_SIZE * 32)},
+        {"value_cache": some(3, 2, BLOCK_SIZE * 32, dtype=torch.bfloat16)},
+        {"key_cache": some(3, 2, BLOCK_SIZE * 32, dtype=torch.float64)},
+        {"key_cache": some(2, 3, BLOCK_SIZE * 32).transpose(0, 1)},
+        {"slot_mapping": torch.arange(4)},
+        {"slot_mapping": ints([0, 1, 2, 3, 4])},
+        {"slot_mapping": torch.arange(10)[::2]},
+        {"key": some(5, 2, 24).to("meta")},
+    ],
+    ids=lambda wrong: "-".join(f"{k}{tuple(v.shape)}" for k, v in wrong.items()),
+)
+def test_what_the_storing_kernel_would_write_amiss_raises(wrong: dict[str, Tensor]) -> None:
+    store_kv(**STORED)
+    with pytest.raises(ValueError, match=r"."):
+        store_kv(**STORED | wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"query": some(5, 3, 24)},  # three heads cannot share two
+        {"query": some(5, 4, 40)},  # wider than the cache
+        {"query": some(5, 96)},
+        {"value_dim": 33},
+        {"key_cache": some(3, 2, BLOCK_SIZE * 64)},
+        {"value_cache": some(3, 4, BLOCK_SIZE * 32)},
+        {"block_tables": ints([[0, 1]])},  # fewer requests than context_lens has
+        {"block_tables": torch.tensor([[0, 1], [2, 0]])},
+        {"block_tables": ints([[0, 9, 1, 9], [2, 9, 0, 9]])[:, ::2]},
+        {"block_tables": ints([0, 1])},
+        {"query_start": ints([0, 2])},
+        {"query_start": torch.tensor([0, 2, 5])},
+        {"context_lens": ints([9])},
+        {"context_lens": torch.tensor([9, 3])},
+        {"sinks": some(3)},
+        {"query": some(5, 4, 24).to("meta")},
+    ],
+    ids=lambda wrong: "-".join(map(str, wrong)),
+)
+def test_what_the_attending_kernel_would_read_amiss_raises(wrong: dict[str, Any]) -> None:
+    assert paged_attention(**ATTENDED, scale=1.0).shape == (5, 4, 12)
+    with pytest.raises(ValueError, match=r"."):
+        paged_attention(**ATTENDED | wrong, scale=1.0)

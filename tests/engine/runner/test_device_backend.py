@@ -27,10 +27,12 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.mixers import device_pages
 from myserve.engine.mixers.attention import dense_attention
+from myserve.engine.mixers.attention_pass import ATTENTION_NAME, register_attention
 from myserve.engine.mixers.device_pages import FLASH_BLOCK, Heads, find_flash
 from myserve.engine.runner import device_backend as backends
 from myserve.engine.runner import self_test
 from myserve.engine.runner.device_backend import DeviceBackend, device_backend, heads_of
+from myserve.engine.runner.model_structure import observe
 from myserve.engine.scheduling.request import Request
 from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.steps import fixed_rows
@@ -125,7 +127,7 @@ def open_engine(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Eng
 
 def on_pages(model: Any) -> DeviceBackend:
     """All of a GPU's way."""
-    made = device_backend(heads_of(model), CPU, flash_on_a_cpu)
+    made = device_backend(heads_of(observe(model).calls, model.dtype), CPU, flash_on_a_cpu)
     return replace(made, recorder=Reruns, settings=(FIXED_ROWS,))
 
 
@@ -364,7 +366,7 @@ def test_how_flash_is_called_is_found_out() -> None:
 @pytest.mark.parametrize(
     ("heads", "varlen", "reason"),
     [
-        (HEADS, None, "knows no pages"),
+        (HEADS, None, "takes no pages"),
         (replace(HEADS, dtype=torch.float32), flash_on_a_cpu, "float32"),
         (replace(HEADS, head_dim=20), flash_on_a_cpu, "heads of 20"),
         (replace(HEADS, head_dim=512), flash_on_a_cpu, "heads of 512"),
@@ -390,7 +392,10 @@ def test_a_library_is_taken_by_its_signature(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("arch", ["gemma2", "gpt_oss"])
 def test_what_a_model_asks_of_attention_is_read_off_it(arch: str, load: Callable[..., Any]) -> None:
-    heads = heads_of(load(arch, torch.bfloat16))
+    register_attention()
+    model = load(arch, torch.bfloat16)
+    model.set_attn_implementation(ATTENTION_NAME)
+    heads = heads_of(observe(model).calls, model.dtype)
     assert (heads.heads, heads.kv_heads, heads.head_dim, heads.dtype) == (4, 2, 8, torch.bfloat16)
     assert (bool(heads.softcap), heads.sinks) == (arch == "gemma2", arch == "gpt_oss")
 

@@ -1,17 +1,26 @@
+<<<<<<< HEAD
 """The self-test finds a model whose rows show in each other, by threads, odd rows or odd widths; by ours none do.
 
 Each case is one that was served as batch-invariant, or was not, when activations were PyTorch's: the control takes our
 activations out.
 """
+=======
+"""The self-test refuses a model whose steps do not give its own logits: prefilled, decoded, beyond a window, scored."""
+>>>>>>> 754fe44 (Caches by attention call, windows read off masks, whole checkpoints: a model is observed at load)
 
 from __future__ import annotations
 
 from collections.abc import Callable
+<<<<<<< HEAD
+=======
+from dataclasses import replace
+>>>>>>> 754fe44 (Caches by attention call, windows read off masks, whole checkpoints: a model is observed at load)
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+<<<<<<< HEAD
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import SMALL, trained_tokenizer
@@ -62,3 +71,86 @@ def test_control_pytorchs_do_not(
     monkeypatch.setattr(patch, "install_activations", lambda model: 0)
     monkeypatch.setattr(patch, "fuse_gates", lambda model: None)
     assert not invariant(arch, hidden, width)
+=======
+
+from myserve.engine.config import EngineConfig
+from myserve.engine.engine import Engine
+from myserve.engine.mixers import attention
+from myserve.engine.runner import model_runner, self_test
+from myserve.errors import UnsupportedModelError
+
+CONFIG = EngineConfig(num_blocks=16)
+WINDOW = 24  # of the tiny models; longer prompts than the first of the self-test need not see it
+
+
+def test_beyond_a_window_a_longer_prompt_is_run(make_engine: Callable[..., Engine]) -> None:
+    runner = make_engine("gemma3_text", num_blocks=16).runner
+    assert self_test.prove_beyond_windows(runner, 384) == WINDOW + self_test.BEYOND
+    assert self_test.prove_beyond_windows(make_engine("llama", num_blocks=16).runner, 384) == 0
+
+
+def test_what_would_take_too_long_is_not_run(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_test, "MOST_WORK", 0)
+    assert self_test.prove_beyond_windows(make_engine("gemma3_text", num_blocks=16).runner, 384) == 0
+
+
+@pytest.mark.parametrize("arch", ["mistral", "gemma2", "gpt_oss"])
+def test_control_a_window_that_is_dropped_is_found_out(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    honest = model_runner.observe
+
+    def without_windows(model: Any) -> Any:
+        structure = honest(model)
+        return replace(structure, calls=tuple(replace(call, window=0) for call in structure.calls))
+
+    monkeypatch.setattr(model_runner, "observe", without_windows)
+    with pytest.raises(UnsupportedModelError, match="other logits run beyond its window than alone"):
+        Engine.from_pretrained(str(tiny_model(arch)), CONFIG)
+
+
+def test_control_a_decode_that_forgets_its_prompt_is_found_out(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefills are right; keys that were stored in another step are not found."""
+    honest = attention.paged_attention
+
+    def forgets(query: torch.Tensor, keys: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if query.shape[0] == 1:
+            options["window"] = 1
+        return honest(query, keys, *args, **options)
+
+    monkeypatch.setattr(attention, "paged_attention", forgets)
+    with pytest.raises(UnsupportedModelError, match="other logits decoded than alone"):
+        Engine.from_pretrained(str(tiny_model("llama")), CONFIG)
+
+
+def test_control_keys_that_are_not_stored_are_found_out(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = attention.store_kv
+
+    def stores_prompts_alone(key: torch.Tensor, *args: Any) -> None:
+        if key.shape[0] > 1:
+            honest(key, *args)
+
+    monkeypatch.setattr(attention, "store_kv", stores_prompts_alone)
+    with pytest.raises(UnsupportedModelError, match="other logits"):
+        Engine.from_pretrained(str(tiny_model("llama")), CONFIG)
+
+
+def test_whatever_a_model_raises_is_one_sentence(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a\nlong\nstory")
+
+    monkeypatch.setattr(attention, "store_kv", breaks)
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaForCausalLM fails in the self-test \(ZeroDivision"
+    ) as caught:
+        Engine.from_pretrained(str(tiny_model("llama")), CONFIG)
+    assert "\n" not in str(caught.value)
+>>>>>>> 754fe44 (Caches by attention call, windows read off masks, whole checkpoints: a model is observed at load)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import trained_tokenizer
+from myserve.core.grammar import Grammar
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.mixers import attention
 from myserve.errors import RequestError, UnsupportedModelError
+from runs import run_one
 
 SMALL = EngineConfig(num_blocks=8)
 
@@ -104,3 +108,46 @@ def test_what_exactness_was_found_is_told(make_engine: Callable[..., Engine]) ->
     )
     assert (on["mode"], on["rows_are_independent"]) == ("on", True)
     assert (off["mode"], off["rows_are_independent"]) == ("off", False)
+
+
+@pytest.mark.parametrize(
+    ("named", "ids"),
+    [
+        (2, (2,)),
+        ([2, 49155], (2,)),
+        ([2, 7, 2], (2, 7)),
+        (-1, (2,)),  # the tokenizer's
+        ([], (2,)),
+        (None, (2,)),
+        ([-1, 384], (2,)),
+        ([383], (383,)),
+    ],
+)
+def test_ids_that_cannot_be_drawn_end_nothing(
+    tiny_model: Callable[[str], Path], tmp_path: Path, named: object, ids: tuple[int, ...]
+) -> None:
+    folder = with_eos(tiny_model("llama"), tmp_path / "copy", named)
+    engine = Engine.from_pretrained(str(folder), SMALL)
+    try:
+        assert engine.eos_token_ids == ids
+        completion = run_one(engine, [5, 6, 7], max_tokens=40, seed=1, grammar=Grammar("regex", "[ab]{2,4}"))
+        assert completion.finish_reason == "stop" and set(completion.text) <= set("ab")
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("named", ["</s>", [2, "x"], [[2]], True, 2.5])
+def test_what_is_no_id_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path, named: object) -> None:
+    folder = with_eos(tiny_model("llama"), tmp_path / "copy", named)
+    with pytest.raises(UnsupportedModelError, match="eos_token_id") as caught:
+        Engine.from_pretrained(str(folder), SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def with_eos(model: Path, folder: Path, named: object) -> Path:
+    """A copy whose config and generation config name these EOS ids."""
+    shutil.copytree(model, folder)
+    for file in ("config.json", "generation_config.json"):
+        described = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(described | {"eos_token_id": named}))
+    return folder

@@ -113,3 +113,28 @@ def test_a_header_that_lies_is_refused(folder: Path) -> None:
         (folder / "model-1.safetensors").write_bytes(data)
         with pytest.raises(BadSnapshotError, match="torn"):
             FolderSnapshot(folder)
+
+
+@pytest.mark.parametrize("more", [b"x", b"\0" * 64])
+def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path, more: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3), "b": torch.ones(2)}, path)
+    FolderSnapshot(tmp_path).close()
+    path.write_bytes(path.read_bytes() + more)
+    with pytest.raises(BadSnapshotError, match=f"{len(more)} bytes behind its last tensor"):
+        FolderSnapshot(tmp_path)
+
+
+@pytest.mark.parametrize("places", [[(0, 12), (16, 24)], [(0, 12), (8, 16)], [(4, 16), (16, 24)]])
+def test_tensors_that_do_not_lie_side_by_side_are_refused(
+    tmp_path: Path, places: list[tuple[int, int]]
+) -> None:
+    """With holes between them, or over each other: bytes that no checksum of tensors sees."""
+    header = {
+        name: {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
+        for name, (begin, end) in zip("ab", places, strict=True)
+    }
+    raw = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(places[-1][1]))
+    with pytest.raises(BadSnapshotError, match="does not fit"):
+        FolderSnapshot(tmp_path)

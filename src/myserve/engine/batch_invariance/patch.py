@@ -66,6 +66,11 @@ class ExactLinear(nn.Module):
         self.out_features, self.in_features = packed.out_features, packed.in_features
         self._shared: tuple[SharedInput, int] | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without values: some models look at the weight's dtype or shape (Hunyuan's router)."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.packed.dtype, device="meta")
+
     def share(self, shared: SharedInput, part: int) -> None:
         """From now on this layer is a part of a larger product."""
         self._shared = shared, part
@@ -152,14 +157,19 @@ def _join_products(model: nn.Module, files: huge_pages.FilePages) -> int:
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     for parent in model.modules():
         for name, module in parent.named_children():
-            if isinstance(module, nn.Linear | Conv1D):
+            if is_linear(module):
                 yield parent, name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing more: Phi-3.5-MoE's router is one that also chooses experts."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def is_router(module: nn.Module) -> bool:
     """A module of its own that holds a matrix and is none of the kinds that are known to."""
     weight = module._parameters.get("weight")
-    known = isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    known = is_linear(module) or isinstance(module, nn.Embedding)
     return weight is not None and weight.dim() == 2 and not known
 
 

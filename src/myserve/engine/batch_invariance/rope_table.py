@@ -50,7 +50,9 @@ def look_up_angles(model: Any, positions: int) -> int:
     Where the angles depend on the longest context of a call (dynamic NTK, LongRoPE), they become those of `positions`
     for everyone, as vLLM has it: with at most `unscaled_length`, those that transformers has for short texts.
     """
-    found: list[Any] = [module for module in model.modules() if _is_rotary(module)]
+    found: list[Any] = [
+        module for module in model.modules() if _is_rotary(module) and _gives_angles(module, model)
+    ]
     for module in found:
         module.forward = MethodType(_looked_up(module, positions, model.dtype, model.device), module)
     return len(found)
@@ -63,6 +65,16 @@ def _is_rotary(module: Any) -> bool:
         ["x", "position_ids"],
         ["x", "position_ids", "layer_type"],
     )
+
+
+def _gives_angles(module: Any, model: Any) -> bool:
+    """Whether it gives cosines and sines: DeepSeek-V2's gives complex numbers, and stays as it is."""
+    x = torch.empty(0, dtype=model.dtype, device=model.device)
+    types = module.rope_type if isinstance(module.rope_type, dict) else [None]
+    more = [layer for layer in types if layer][:1]
+    with torch.no_grad():
+        angles = module.forward(x, torch.zeros(1, 1, dtype=torch.int64, device=model.device), *more)
+    return isinstance(angles, tuple)
 
 
 def _looked_up(module: Any, positions: int, dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:

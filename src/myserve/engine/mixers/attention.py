@@ -1,23 +1,18 @@
-"""Paged attention in one fixed order, for prefill and decode alike.
+"""Paged attention in one fixed order, for prefill and decode alike: the door to kernels that work on raw memory.
 
-On a CPU it is our own kernel (`kernels`); elsewhere PyTorch's, over plain pages (`pages`).
-transformers calls `paged_forward`, which finds what it needs in a keyword of the model's own call:
-
-    register_attention()
-    model.set_attn_implementation(ATTENTION_NAME)
-    model(input_ids, position_ids=position_ids, use_cache=False, paged=context)
+A kernel is given addresses, and cannot know what lies there. So every tensor is compared here with what the kernel will
+read and write of it: device, dtype, shape and strides. What does not fit raises ValueError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from myserve.engine.kernels.attend import BLOCK_SIZE, TILE_ROWS, attend_kernel, padded_head_dim
 from myserve.engine.kernels.lanes import LANES, PARTITION
@@ -26,29 +21,32 @@ from myserve.engine.kernels.store import store_kernel
 from myserve.engine.kernels.tiles import tile_configuration
 from myserve.engine.memory import huge_pages
 
-ATTENTION_NAME = "myserve_paged"  # what a model's `attn_implementation` says
+__all__ = [
+    "PagedContext", "Pages", "allocate_layer", "bytes_per_block", "dense_attention", "paged_attention", "store_kv",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class PagedContext:
-    """Where the packed tokens of one step lie in the cache: the same for every layer but the tensors.
+    """Where the packed tokens of one step lie in the cache.
 
     Rows of different requests follow each other without padding, and a request's rows are the last positions of its
-    context. Rows behind the last request's belong to nobody; on a CPU they come out as zeros.
+    context. Rows behind the last request's are padding rows; on a CPU they come out as zeros.
     """
 
-    layers: Sequence[tuple[Tensor, Tensor]]  # (K, V) of each layer, as `allocate_layer` or `pages` makes them
+    # (K, V) for each call of attention in a forward pass, as `allocate_layer` or `DevicePages.allocate` makes them
+    layers: Sequence[tuple[Tensor, Tensor]]
     slot_mapping: Tensor  # [T] int64: block * block size + offset of each token; -1: not kept
     block_tables: Tensor  # [R, max_blocks] int32
     query_start: Tensor  # [R + 1] int32: request r owns the rows query_start[r] .. query_start[r + 1]
     context_lens: Tensor  # [R] int32: keys of each request, its new ones included
-    pages: Pages | None = None  # who stores and attends; None: our CPU kernels
+    pages: Pages | None = None  # stores and attends; None: our CPU kernels
     # of a context on a device: the same numbers, to be looked at without waiting
     on_host: PagedContext | None = None
 
 
 class Pages(Protocol):
-    """A cache that is not our kernels': see `pages.DevicePages`."""
+    """A cache that is not our kernels': see `device_pages.DevicePages`."""
 
     def store(
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
@@ -56,17 +54,17 @@ class Pages(Protocol):
 
     def attend(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, *, scale: float,
-        window: int, softcap: float, sinks: Tensor | None,
+        window: int, softcap: float, sinks: Tensor | None, value_dim: int | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
 def allocate_layer(
     num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """K and V of one layer, zeroed, [num_blocks, ...]: `cache[b]` is block b, so that a block is copied as a row.
+    """Return K and V of one layer, zeroed, [num_blocks, ...]: `cache[b]` is block b, so a block is copied as a row.
 
     A block is [num_kv_heads, BLOCK_SIZE * dim] in the kernel's own order, dim in whole tiles; bfloat16 stays, all else
-    is kept in float32.
+    is kept in float32. `head_dim`: the wider of keys and values (`store_kv`).
 
     >>> [tuple(t.shape) for t in allocate_layer(10, 2, 8, torch.bfloat16)]
     [(10, 2, 1024), (10, 2, 1024)]
@@ -76,7 +74,7 @@ def allocate_layer(
 
 
 def bytes_per_block(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """What a block of one layer takes, K and V together, in bytes.
+    """Return what a block of one layer takes, K and V together, in bytes.
 
     >>> bytes_per_block(8, 128, torch.bfloat16) // 1024
     128
@@ -91,8 +89,19 @@ def _cpu_cache_dtype(dtype: torch.dtype) -> torch.dtype:
 def store_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """Writes new keys and values [T, Hkv, D] to their slots [T]."""
-    key, value = (_rows(x, key_cache.dtype) for x in (key, value))
+    """Write new keys [T, Hkv, Dk] and values [T, Hkv, Dv] to their slots [T] int64; slot -1 is not written.
+
+    Where keys and values differ in width (multi-head latent attention), the narrower is filled with zeros: they add
+    nothing to a score, and `paged_attention` drops their columns. Raises ValueError for what does not fit the cache.
+    """
+    if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
+        raise ValueError(
+            f"keys {tuple(key.shape)} and values {tuple(value.shape)} must be [T, Hkv, D] of the same T and Hkv"
+        )
+    width = max(key.shape[2], value.shape[2])
+    _check_cache(key_cache, value_cache, key.shape[1], width)
+    _check_ints("slot_mapping", slot_mapping, torch.int64, (key.shape[0],))
+    key, value = (_rows(x, width, key_cache.dtype) for x in (key, value))
     tokens, heads, head_dim = key.shape
     size = key.element_size()
     store_kernel(key.dtype)(
@@ -116,18 +125,33 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    value_dim: int | None = None,
 ) -> Tensor:
-    """softmax(scale * q k^T) v over each request's own pages, causal; query and result [T, H, D], sums in float32.
+    """Return softmax(scale * q k^T) v over each request's own pages, causal; query [T, H, Dk], result [T, H, Dv].
 
-    `window`: a query sees its own position and the `window - 1` before it (0: all). `softcap` c: scores become
-    c * tanh(score / c) (Gemma 2). `sinks` [H]: a score a head that takes weight and gives none (gpt-oss).
-    A row's bits depend on its query and its keys alone: not on the other rows, on how its context came into the
+    Sums are in float32. `window`: a query sees its own position and the `window - 1` before it (0: all). `softcap` c:
+    scores become c * tanh(score / c) (Gemma 2). `sinks` [H]: a score a head that takes weight and gives none (gpt-oss).
+    `value_dim`: Dv, where it is not Dk. block_tables [R, max_blocks], query_start [R + 1] and context_lens [R] are
+    int32. A row's bits depend on its query and its keys alone: not on the other rows, on how its context came into the
     cache, on `context_lens` of others, nor on the number of threads.
+    Raises ValueError for what the kernel would read or write amiss.
     """
-    rows = _rows(query, key_cache.dtype)
+    if query.dim() != 3 or block_tables.dim() != 2:
+        raise ValueError(f"query {tuple(query.shape)} must be [T, H, D], block_tables [R, max_blocks]")
+    value_dim = query.shape[2] if value_dim is None else value_dim
+    width, requests = max(query.shape[2], value_dim), block_tables.shape[0]
+    kv_heads = key_cache.shape[1]
+    _check_cache(key_cache, value_cache, kv_heads, width)
+    _check_ints("block_tables", block_tables[:1], torch.int32, (min(1, requests), block_tables.shape[1]))
+    _check_ints("query_start", query_start, torch.int32, (requests + 1,))
+    _check_ints("context_lens", context_lens, torch.int32, (requests,))
+    rows = _rows(query, width, key_cache.dtype)
     tokens, heads, head_dim = rows.shape
-    kv_heads, size = key_cache.shape[1], rows.element_size()
-    group = heads // kv_heads
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [{heads}], one for each head, and are {tuple(sinks.shape)}")
+    group, size = heads // kv_heads, rows.element_size()
     out = torch.empty(tokens, heads, head_dim, dtype=rows.dtype)
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     work = tokens * heads * head_dim * block_tables.shape[1] * BLOCK_SIZE  # at most
@@ -145,17 +169,45 @@ def paged_attention(
         requests=len(context_lens), kv_heads=kv_heads, group=group, head_dim=head_dim,
         window=window, tiles=tiles.ctypes.data, scale=scale, softcap=softcap,
     )  # fmt: skip
-    return out.to(query.dtype)
+    return out[..., :value_dim].to(query.dtype)
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the cache's element type, each [D] contiguous: all that the kernel asks of strides."""
+def _check_cache(key_cache: Tensor, value_cache: Tensor, kv_heads: int, width: int) -> None:
+    """Raise ValueError unless both are the cache of a layer of so many heads of that width."""
+    block = BLOCK_SIZE * int(padded(width))
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.dim() != 3 or cache.shape[1:] != (kv_heads, block) or not cache.is_contiguous():
+            raise ValueError(
+                f"{name} is {tuple(cache.shape)}, and {kv_heads} heads of {width} need [blocks, {kv_heads}, {block}]"
+            )
+        if cache.device.type != "cpu" or cache.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"{name} is {cache.dtype} on {cache.device}; kernels read bfloat16 or float32 on a CPU"
+            )
+    if key_cache.dtype != value_cache.dtype or key_cache.shape != value_cache.shape:
+        raise ValueError(f"key_cache is {key_cache.dtype} {tuple(key_cache.shape)}, value_cache another")
+
+
+def _check_ints(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or x.device.type != "cpu":
+        wanted = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; {wanted} {shape} side by side is read"
+        )
+
+
+def _rows(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """In the cache's element type and width, each [D] contiguous: all that the kernel asks of strides."""
+    if x.device.type != "cpu":
+        raise ValueError(f"rows on {x.device} cannot be read by a kernel of the CPU")
     x = x.detach().to(dtype)
+    if x.shape[-1] != width:
+        return F.pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _scratch_bytes(group: int, head_dim: int) -> int:
-    """What a thread needs: addresses; a row's peak, alpha, 16 sums, query, out, weights, scores; a block of V."""
+    """Return the bytes of a thread: addresses; peaks, alphas, 16 sums, query, out, weights, scores; a block of V."""
     rows = -(-max(1, TILE_ROWS // group) * group // 16) * 16
     dim = padded_head_dim(head_dim)
     floats = rows * (2 + LANES + 2 * dim + PARTITION // 2 + PARTITION) + 16 * dim
@@ -172,7 +224,7 @@ def dense_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention by its definition, in the inputs' own precision: query [H, Q, D], the last Q of key [Hkv, K, D].
+    """Compute attention by its definition, in the inputs' precision: query [H, Q, D], the last Q of key [Hkv, K, D].
 
     >>> x = torch.eye(2).reshape(1, 2, 2)
     >>> dense_attention(x, x, x, scale=1.0)[0, 0]
@@ -191,49 +243,3 @@ def dense_attention(
         scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, queries, 1)], dim=-1)
     weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights[..., :keys].to(value.dtype) @ value
-
-
-def paged_forward(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    paged: PagedContext,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: stores this layer's keys and values, then attends.
-
-    query [1, H, T, D], key and value [1, Hkv, T, D]; gives [1, T, H, D].
-    """
-    key_cache, value_cache = paged.layers[_layer_index(module)]
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    options: dict[str, Any] = {
-        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "window": sliding_window or 0,
-        "softcap": softcap or 0.0,
-        "sinks": s_aux,
-    }
-    if paged.pages is not None:
-        paged.pages.store(key, value, key_cache, value_cache, paged.slot_mapping)
-        return paged.pages.attend(query, key_cache, value_cache, paged, **options)[None], None
-    store_kv(key, value, key_cache, value_cache, paged.slot_mapping)
-    tables, starts, lens = paged.block_tables, paged.query_start, paged.context_lens
-    return paged_attention(query, key_cache, value_cache, tables, starts, lens, **options)[None], None
-
-
-def _layer_index(module: torch.nn.Module) -> int:
-    index = module.layer_idx
-    assert isinstance(index, int), f"{type(module).__name__} does not know its layer"
-    return index
-
-
-def register_attention() -> None:
-    """Makes `attn_implementation="myserve_paged"` known to transformers; no mask is built for it."""
-    AttentionInterface.register(ATTENTION_NAME, paged_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)

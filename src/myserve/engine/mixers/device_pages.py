@@ -1,7 +1,7 @@
 """The cache as plain pages, for devices that our kernels do not run on: PyTorch stores, and PyTorch attends.
 
 Where it can, by the flash attention that PyTorch brings (`varlen_attn`), which reads pages where they lie. What it can
-is found out by calling it: its signature, and what it says of pages, differ from one release and one GPU to the next.
+is found out by calling it: its signature, and what it does with pages, differ from one release and one GPU to the next.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from myserve.engine.mixers.attention import PagedContext, dense_attention
 
+__all__ = [
+    "FLASH_BLOCK", "PLAIN_BLOCK", "DevicePages", "Flash", "Heads", "VarlenAttention", "find_flash",
+    "gathered_attention", "library_attention",
+]  # fmt: skip
+
 log = logging.getLogger(__name__)
 
-FLASH_BLOCK = 256  # FlashAttention 2 takes pages of multiples of it, and says so: "divisible by 256"
+FLASH_BLOCK = 256  # FlashAttention 2 takes pages of multiples of it, by its own message: "divisible by 256"
 PLAIN_BLOCK = 32  # where requests are gathered, any size does
 MOST_DIM = 256
 # of attention over random numbers of size 1 in bfloat16; what is wrong differs by whole numbers
@@ -33,14 +39,16 @@ VarlenAttention = Callable[..., Any]
 class Flash:
     """PyTorch's `varlen_attn` over pages, in one order whatever is beside a row.
 
-    Three things make it so. `num_splits=1`: a context is never cut (elsewise the cut depends on the batch, and
+    Three things make it so. `num_splits=1`: a context is never cut (otherwise the cut depends on the batch, and
     FlashAttention 2 leaves rows unwritten: pytorch issue 194167). `max_q` is never 1, for there FlashAttention 2 lays
     query heads out as rows. `max_k` is what a table has room for, not what is in it, for a window that reaches further
     than `max_k` is no window to it, and another kernel.
     """
 
     varlen: VarlenAttention
-    key_starts: bool  # whether it wants cu_seq_k, which pages give no meaning to; FlashAttention 3 refuses it
+    key_starts: (
+        bool  # whether cu_seq_k is given, which has no meaning with pages; FlashAttention 3 refuses it
+    )
 
     def __call__(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, *, scale: float,
@@ -75,38 +83,45 @@ class DevicePages:
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """K and V of one layer, [num_blocks + 1, block_size, num_kv_heads, head_dim]; the last block is nobody's."""
+        """Return K and V of one layer, [num_blocks + 1, block_size, num_kv_heads, head_dim].
+
+        The last block is for padding rows.
+        """
         shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
         return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
 
     def store(
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """New keys and values [T, Hkv, D] to their slots [T]; slot -1, of rows of nobody, is the last block's last.
+        """Write new keys and values [T, Hkv, D] to their slots [T]; slot -1, of padding rows, is the last block's last.
 
-        To leave such rows out, a device would have to be asked which they are.
+        To leave padding rows out, the host would have to wait for the device. Raises ValueError for other shapes.
         """
         for new, cache in ((key, key_cache), (value, value_cache)):
-            cache.flatten(0, 1)[slot_mapping] = new.to(cache.dtype)
+            if new.shape[1] != cache.shape[2] or new.shape[2] > cache.shape[3]:
+                raise ValueError(f"{tuple(new.shape)} does not fit pages of {tuple(cache.shape)}")
+            cache.flatten(0, 1)[slot_mapping] = F.pad(new, (0, cache.shape[3] - new.shape[2])).to(cache.dtype)
 
     def attend(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, *, scale: float,
-        window: int, softcap: float, sinks: Tensor | None,
+        window: int, softcap: float, sinks: Tensor | None, value_dim: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """As `attention.paged_attention`; what rows of nobody get is not defined."""
+        """Attend as `attention.paged_attention` does; what padding rows get is not defined."""
         if self.flash is not None and not softcap and sinks is None:
             return self.flash(query, key_cache, value_cache, context, scale=scale, window=window)
         options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return gathered_attention(query, key_cache, value_cache, context, options)
+        value_dim = query.shape[2] if value_dim is None else value_dim
+        keys, values = key_cache[..., : query.shape[2]], value_cache[..., :value_dim]
+        return gathered_attention(query, keys, values, context, options)
 
 
 def gathered_attention(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, options: dict[str, Any]
 ) -> Tensor:
-    """Request by request, never padded: what flash attention does not do."""
+    """Attend request by request, never padded: for what flash attention does not do."""
     known = context.on_host or context
     starts, lens = known.query_start.tolist(), known.context_lens.tolist()
-    size, out = key_cache.shape[1], torch.zeros_like(query)
+    size, out = key_cache.shape[1], query.new_zeros(*query.shape[:2], value_cache.shape[3])
     for r, length in enumerate(lens):
         rows = slice(starts[r], starts[r + 1])
         if starts[r] == starts[r + 1]:
@@ -120,7 +135,7 @@ def gathered_attention(
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What attention is to be done on."""
+    """The heads that attention is to be done on."""
 
     heads: int
     kv_heads: int
@@ -128,12 +143,13 @@ class Heads:
     dtype: torch.dtype
     softcap: float = 0.0
     sinks: bool = False
+    uniform: bool = True  # every layer has these heads, and values are as wide as keys
 
 
 def find_flash(
     heads: Heads, device: torch.device, varlen: VarlenAttention | None
 ) -> tuple[Flash | None, str]:
-    """What attends on a device over the pages of such heads, and how it is called, with the reason if it is not flash.
+    """Return the flash attention for such heads, or None; and its name for the report, or the reason why not.
 
     `varlen`: what `library_attention` found.
     """
@@ -148,7 +164,7 @@ def find_flash(
 
 
 def library_attention() -> VarlenAttention | None:
-    """PyTorch's `varlen_attn`, if it knows of pages: it does from 2.12 on."""
+    """Return PyTorch's `varlen_attn` if it takes pages: it does from 2.12 on."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -158,11 +174,13 @@ def library_attention() -> VarlenAttention | None:
 
 def _why_not(heads: Heads, varlen: VarlenAttention | None) -> str | None:
     if varlen is None:
-        return f"varlen_attn of PyTorch {torch.__version__} knows no pages"
+        return f"varlen_attn of PyTorch {torch.__version__} takes no pages"
     if heads.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention does not compute in {str(heads.dtype).removeprefix('torch.')}"
     if heads.head_dim > MOST_DIM or heads.head_dim % 8:
         return f"flash attention has no heads of {heads.head_dim}"
+    if not heads.uniform:
+        return "flash attention is tried for one width of heads alone"
     if heads.softcap:
         return "varlen_attn caps no scores"
     return "varlen_attn has no sinks" if heads.sinks else None

@@ -1,16 +1,17 @@
-"""What differs from device to device, in one place: who attends over which pages, who records, what is tried."""
+"""What differs from device to device, in one place: which attention over which pages, what records, what is tried."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from myserve.engine.kernels.attend import BLOCK_SIZE
 from myserve.engine.mixers import attention
+from myserve.engine.mixers.attention_pass import AttentionCall
 from myserve.engine.mixers.device_pages import (
     FLASH_BLOCK,
     PLAIN_BLOCK,
@@ -24,6 +25,16 @@ from myserve.engine.steps.cuda_graphs import Graphs
 from myserve.engine.steps.fixed_rows import FIXED_ROWS, keep_sums_whole
 from myserve.engine.steps.recorder import Recorder
 from myserve.engine.steps.recordings import MOST_REQUESTS, Record
+
+__all__ = ["CPU", "DeviceBackend", "LayerShape", "backend_for", "device_backend", "heads_of", "layer_shapes"]
+
+
+class LayerShape(NamedTuple):
+    """The keys and values that one call of attention keeps."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +51,19 @@ class DeviceBackend:
     # how many rows each forward pass has, to be tried in order; 0: as many as there are
     settings: tuple[int, ...]
 
-    def allocate_layer(
-        self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """K and V of one layer, zeroed; `cache[b]` is block b."""
+    def allocate_layer(self, num_blocks: int, shape: LayerShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return K and V of one layer, zeroed; `cache[b]` is block b. Both have the wider of the two widths."""
+        width = max(shape.key_dim, shape.value_dim)
         if self.pages is None:
-            return attention.allocate_layer(num_blocks, num_kv_heads, head_dim, dtype)
-        return self.pages.allocate(num_blocks, self.block_size, num_kv_heads, head_dim, dtype, self.device)
+            return attention.allocate_layer(num_blocks, shape.kv_heads, width, dtype)
+        return self.pages.allocate(num_blocks, self.block_size, shape.kv_heads, width, dtype, self.device)
 
-    def bytes_per_block(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Of one layer, K and V together."""
+    def bytes_per_block(self, shape: LayerShape, dtype: torch.dtype) -> int:
+        """Return the bytes of a block of one layer, K and V together."""
+        width = max(shape.key_dim, shape.value_dim)
         if self.pages is None:
-            return attention.bytes_per_block(num_kv_heads, head_dim, dtype)
-        return 2 * self.block_size * num_kv_heads * head_dim * dtype.itemsize
+            return attention.bytes_per_block(shape.kv_heads, width, dtype)
+        return 2 * self.block_size * shape.kv_heads * width * dtype.itemsize
 
 
 CPU = DeviceBackend(
@@ -66,18 +77,20 @@ CPU = DeviceBackend(
 )
 
 
-def backend_for(model: Any, device: torch.device, *, exact: bool) -> DeviceBackend:
-    """Of a loaded model. `exact`: also sets, for the process, what sums on a GPU need."""
+def backend_for(
+    calls: Sequence[AttentionCall], dtype: torch.dtype, device: torch.device, *, exact: bool
+) -> DeviceBackend:
+    """Return the backend of a model that attends so. `exact`: also sets, for the process, what sums on a GPU need."""
     if device.type == "cpu":
         return CPU
     if exact and device.type == "cuda":
         keep_sums_whole()
     varlen = library_attention() if device.type == "cuda" else None
-    return device_backend(heads_of(model), device, varlen)
+    return device_backend(heads_of(calls, dtype), device, varlen)
 
 
 def device_backend(heads: Heads, device: torch.device, varlen: VarlenAttention | None) -> DeviceBackend:
-    """Of a device that our kernels do not run on. Where nothing is gathered, steps can be recorded."""
+    """Return the backend of a device without our kernels. Where nothing is gathered, steps can be recorded."""
     flash, found = find_flash(heads, device, varlen)
     return DeviceBackend(
         device=device,
@@ -90,22 +103,25 @@ def device_backend(heads: Heads, device: torch.device, varlen: VarlenAttention |
     )
 
 
-def heads_of(model: Any) -> Heads:
-    """What a model's attention is on, by its config and its parameters."""
-    config = model.config
+def heads_of(calls: Sequence[AttentionCall], dtype: torch.dtype) -> Heads:
+    """Return what a model's attention is on; of layers that differ, the first's, and that they do."""
+    first = calls[0]
+    shapes = {(call.heads, call.kv_heads, call.key_dim, call.value_dim) for call in calls}
     return Heads(
-        heads=config.num_attention_heads,
-        kv_heads=kv_heads(config),
-        head_dim=head_size(config),
-        dtype=model.dtype,
-        softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
-        sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
+        heads=first.heads,
+        kv_heads=first.kv_heads,
+        head_dim=first.key_dim,
+        dtype=dtype,
+        softcap=max(call.softcap for call in calls),
+        sinks=any(call.sinks for call in calls),
+        uniform=len(shapes) == 1 and first.key_dim == first.value_dim,
     )
 
 
-def kv_heads(hf_config: Any) -> int:
-    return int(getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads)
+def layer_shapes(calls: Sequence[AttentionCall]) -> list[LayerShape]:
+    """Return what each call of attention keeps.
 
-
-def head_size(hf_config: Any) -> int:
-    return int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads)
+    >>> layer_shapes([AttentionCall(torch.nn.Identity(), 4, 2, 24, 12, 0)])
+    [LayerShape(kv_heads=2, key_dim=24, value_dim=12)]
+    """
+    return [LayerShape(call.kv_heads, call.key_dim, call.value_dim) for call in calls]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +12,9 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.memory import huge_pages
 from myserve.engine.memory.device import free_memory
 from myserve.engine.memory.prefault import HUGE_PAGE
-from myserve.engine.runner.device_backend import DeviceBackend, head_size, kv_heads
+from myserve.engine.runner.device_backend import DeviceBackend, LayerShape
+
+__all__ = ["KVCache"]
 
 AHEAD = 2048  # tokens, for whose blocks memory lies ready
 
@@ -26,15 +27,19 @@ class KVCache:
     """
 
     def __init__(
-        self, hf_config: Any, dtype: torch.dtype, backend: DeviceBackend, config: EngineConfig
+        self,
+        shapes: Sequence[LayerShape],
+        longest: int,
+        dtype: torch.dtype,
+        backend: DeviceBackend,
+        config: EngineConfig,
     ) -> None:
+        """`shapes`: of the keys and values of each call of attention. `longest`: positions the model was made for."""
         self.device, self.block_size, self.pages = backend.device, backend.block_size, backend.pages
-        heads, head_dim = kv_heads(hf_config), head_size(hf_config)
-        num_layers = hf_config.num_hidden_layers
-        size = num_layers * backend.bytes_per_block(heads, head_dim, dtype)
-        self.num_blocks = config.num_blocks or _affordable_blocks(size, hf_config, backend, config)
+        size = sum(backend.bytes_per_block(shape, dtype) for shape in shapes)
+        self.num_blocks = config.num_blocks or _affordable_blocks(size, longest, backend, config)
         self.layers: list[tuple[Tensor, Tensor]] = [
-            backend.allocate_layer(self.num_blocks, heads, head_dim, dtype) for _ in range(num_layers)
+            backend.allocate_layer(self.num_blocks, shape, dtype) for shape in shapes
         ]
         self.num_bytes = self.num_blocks * size
         self._ready = 0 if self.device.type == "cpu" else self.num_blocks  # whose memory lies ready
@@ -67,11 +72,8 @@ class KVCache:
             values[targets] = values[sources]
 
 
-def _affordable_blocks(size: int, hf_config: Any, backend: DeviceBackend, config: EngineConfig) -> int:
+def _affordable_blocks(size: int, longest: int, backend: DeviceBackend, config: EngineConfig) -> int:
     """As many blocks as the budget pays for; never more than `max_num_seqs` full contexts could use."""
     budget = config.kv_cache_bytes or int(config.kv_cache_share * free_memory(backend.device))
-    longest = (
-        config.max_model_len or getattr(hf_config, "max_position_embeddings", 0) or hf_config.n_positions
-    )
-    useful = config.max_num_seqs * -(-longest // backend.block_size)
+    useful = config.max_num_seqs * -(-(config.max_model_len or longest) // backend.block_size)
     return max(1, min(budget // size, useful))

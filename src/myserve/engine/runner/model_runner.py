@@ -22,10 +22,12 @@ from myserve.engine.batch_invariance.rope_table import look_up_angles, unscaled_
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints.factory import MaskAhead
 from myserve.engine.memory import prefault
+from myserve.engine.mixers.attention_pass import attending
 from myserve.engine.outputs import PromptLogprob
-from myserve.engine.runner.device_backend import DeviceBackend, backend_for
+from myserve.engine.runner.device_backend import DeviceBackend, backend_for, layer_shapes
 from myserve.engine.runner.kv_cache import KVCache
 from myserve.engine.runner.logit_rows import LogitRows, keep_rows
+from myserve.engine.runner.model_structure import observe
 from myserve.engine.runner.routed_experts import RoutedExperts, RoutingCapture
 from myserve.engine.scheduling.request import Request
 from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
@@ -46,6 +48,8 @@ from myserve.engine.steps.recordings import (
     shape_of_decode,
 )
 from myserve.engine.weights.loader import LoadedModel
+
+__all__ = ["ModelRunner", "StepResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +80,31 @@ class ModelRunner:
         self.model = loaded.model
         self.device = loaded.device
         exact = config.exact == "on"
-        self.backend = backend or backend_for(loaded.model, loaded.device, exact=exact)
-        self.settings = self.backend.settings if exact else (0,)  # for `use_rows`, in order of their cost
-        made = make_exact(loaded.model, mode=config.exact if self.backend.packs else "off")
+        packs = loaded.device.type == "cpu" if backend is None else backend.packs
+        made = make_exact(loaded.model, mode=config.exact if packs else "off")
         prefault.give_back()  # before the cache asks how much memory is free
+        self.structure = observe(loaded.model)
+        calls, dtype = self.structure.calls, loaded.model.dtype
+        self.backend = backend or backend_for(calls, dtype, loaded.device, exact=exact)
+        self.settings = self.backend.settings if exact else (0,)  # for `use_rows`, in order of their cost
         self.exact_report = replace(made, mode=config.exact, attention=self.backend.attention)
         self._own_experts = experts_implementation(loaded.model)
         self.routed_experts = RoutedExperts(loaded.model)
-        self.kv_cache = KVCache(loaded.model.config, loaded.model.dtype, self.backend, config)
+        self.kv_cache = KVCache(layer_shapes(calls), loaded.max_model_len, dtype, self.backend, config)
         size = self.kv_cache.block_size
-        usual = unscaled_length(loaded.model.config) or loaded.max_model_len
+        usual = unscaled_length(loaded.model.config.get_text_config(decoder=True)) or loaded.max_model_len
         self.max_model_len = min(
             loaded.max_model_len, self.kv_cache.num_blocks * size, config.max_model_len or usual
         )
         self._max_blocks = -(-self.max_model_len // size)
+        self.num_weights = loaded.num_weights
         look_up_angles(loaded.model, self.max_model_len)
         self.use_rows(self.settings[0])
         self.sampler = Sampler()
         self._masks = MaskAhead()
         self._rows: dict[Request, RowState] = {}
         self._scored: dict[Request, list[PromptLogprob]] = {}
-        self._alternatives: dict[Request, int] = {}  # prompt_logprobs=k of those who asked
+        self._alternatives: dict[Request, int] = {}  # prompt_logprobs=k of the requests that asked
 
     def use_rows(self, rows: int) -> None:
         """From now on every forward pass has so many rows (`fixed_rows`); 0: as many as a step has."""
@@ -140,7 +148,7 @@ class ModelRunner:
     def close(self) -> None:
         """End the thread that computes masks, and let go of the weights and of the cache."""
         self._masks.close()
-        for memory in ("model", "kv_cache", "recorded_steps", "routed_experts"):
+        for memory in ("model", "structure", "kv_cache", "recorded_steps", "routed_experts"):
             vars(self).pop(memory, None)  # the second time too
 
     @torch.inference_mode()
@@ -183,22 +191,25 @@ class ModelRunner:
 
     def _forward(self, batch: Batch, *, replay: bool) -> tuple[Tensor, LogitRows, RoutingCapture]:
         wanted = self._wanted_positions(batch)
-        with keep_rows(self.model, self._fixed_rows) as rows, self._listening_for(batch) as heard:
+        with (
+            keep_rows(self.model, self.structure.body, self._fixed_rows) as rows,
+            self._capturing(batch) as captured,
+        ):
             logits = self.forward(batch, wanted, replay=replay)  # [len(wanted), V]
         self.kv_cache.copy(batch.copies)
-        return logits, rows, heard
+        return logits, rows, captured
 
     def _score_and_draw(
-        self, batch: Batch, logits: Tensor, rows: LogitRows, heard: RoutingCapture
+        self, batch: Batch, logits: Tensor, rows: LogitRows, captured: RoutingCapture
     ) -> StepResult:
         wanted = self._wanted_positions(batch)
         row_of = {position: row for row, position in enumerate(wanted)}
-        scored, failed = self._score_prompts(batch, rows, heard)
+        scored, failed = self._score_prompts(batch, rows, captured)
         drawing = _drawing_positions(batch)
         began = time.perf_counter()
         draws = self._draw(batch, logits, [row_of[position] for position in drawing])
         sampling = time.perf_counter() - began
-        routed = self._routing_of_draws(batch, heard.rows(drawing))
+        routed = self._routing_of_draws(batch, captured.rows(drawing))
         return StepResult(draws, routed, scored, failed, sampling)
 
     def forward(self, batch: Batch, wanted: list[int], *, replay: bool = True) -> Tensor:
@@ -206,7 +217,7 @@ class ModelRunner:
 
         They may lie in memory that the next call writes again.
         """
-        replay = replay and not any(self._is_listened_to(part.request) for part in batch.scheduled)
+        replay = replay and not any(self._needs_hooks(part.request) for part in batch.scheduled)
         if self._fixed_rows:
             parts = list(groups(batch.scheduled, wanted, self._fixed_rows))
             if len(parts) > 1:  # a copy of each, for they lie in the same memory
@@ -225,21 +236,21 @@ class ModelRunner:
         inputs.fill(scheduled, wanted)
         return self._run_model(inputs)[: len(wanted)]
 
-    def _is_listened_to(self, request: Request) -> bool:
-        """Whether something hears what its forward pass says on its way, which a replay does not say."""
+    def _needs_hooks(self, request: Request) -> bool:
+        """Whether hooks take something from its forward pass, which a replay does not call."""
         if request in self._scored:
             return True
         return self.routed_experts.shape is not None and self._asks_routing(request)
 
     def _run_model(self, inputs: StepInputs) -> Tensor:
         """Logits [wanted, V]."""
-        out = self.model(
-            input_ids=inputs.ids,
-            position_ids=inputs.positions,
-            use_cache=False,
-            logits_to_keep=inputs.wanted,
-            paged=inputs.context,
-        )
+        with attending(inputs.context, self.structure.calls):
+            out = self.model(
+                input_ids=inputs.ids,
+                position_ids=inputs.positions,
+                use_cache=False,
+                logits_to_keep=inputs.wanted,
+            )
         logits: Tensor = out.logits[0]
         return logits
 
@@ -248,8 +259,8 @@ class ModelRunner:
         drawing = sorted(set(_drawing_positions(batch)))
         return drawing or [batch.num_tokens - 1]  # a model cannot be asked for no logits
 
-    def _listening_for(self, batch: Batch) -> AbstractContextManager[RoutingCapture]:
-        return self.routed_experts.listening(
+    def _capturing(self, batch: Batch) -> AbstractContextManager[RoutingCapture]:
+        return self.routed_experts.capturing(
             any(self._asks_routing(part.request) for part in batch.scheduled)
         )
 
@@ -264,7 +275,7 @@ class ModelRunner:
         ]
 
     def _score_prompts(
-        self, batch: Batch, rows: LogitRows, heard: RoutingCapture
+        self, batch: Batch, rows: LogitRows, captured: RoutingCapture
     ) -> tuple[dict[Request, tuple[PromptLogprob, ...]], dict[Request, Exception]]:
         complete: dict[Request, tuple[PromptLogprob, ...]] = {}
         failed: dict[Request, Exception] = {}
@@ -272,7 +283,7 @@ class ModelRunner:
         for part in batch.scheduled:
             if part.request in self._scored and part.start < part.request.num_prompt_tokens:
                 try:
-                    self._score_prompt(part, rows.from_row(start), heard.from_row(start))
+                    self._score_prompt(part, rows.from_row(start), captured.from_row(start))
                 except Exception as error:
                     raise_if_of_the_device(error)
                     failed[part.request] = failure_of(error, "scoring its prompt")
@@ -281,7 +292,7 @@ class ModelRunner:
             start += part.count
         return complete, failed
 
-    def _score_prompt(self, part: ScheduledTokens, logits: LogitRows, heard: RoutingCapture) -> None:
+    def _score_prompt(self, part: ScheduledTokens, logits: LogitRows, captured: RoutingCapture) -> None:
         """Score the prompt's tokens by `logits` [count, V]: row i gives the logprob of token i + 1.
 
         The rows behind the prompt's end score nothing.
@@ -294,7 +305,7 @@ class ModelRunner:
             scores = prompt_logprobs(rows, targets, self._alternatives[request])
             routed: Sequence[bytes | None] = [None] * len(targets)
             if self._asks_routing(request):
-                routed = heard.from_row(first - part.start).rows(range(len(targets)))
+                routed = captured.from_row(first - part.start).rows(range(len(targets)))
             gathered.extend(
                 PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs, experts, scored.rank)
                 for scored, experts in zip(scores, routed, strict=True)

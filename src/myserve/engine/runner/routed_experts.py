@@ -1,6 +1,6 @@
-"""Which experts each row of a forward pass went to: heard where a layer's experts are called, kept only when asked for.
+"""Which experts each row of a forward pass went to: captured where a layer's experts are called, only when asked for.
 
-Listening at the experts, and not at the routers, hears what was really used, whatever a model's router is like.
+A capture at the experts, and not at the routers, has what was really used, whatever a model's router is like.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from myserve.core.transfer import upload
 from myserve.engine.outputs import RoutingShape
 
+__all__ = ["RoutedExperts", "RoutingCapture", "moe_layers", "routing_shape"]
+
 
 def moe_layers(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """Each layer's block with the module in it that holds the experts, as transformers builds them, in order."""
+    """Return each layer's block with the module in it that holds the experts, as transformers builds them, in order."""
     return [
         (block, child)
         for block in model.modules()
@@ -27,7 +29,7 @@ def moe_layers(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 
 def routing_shape(model: Any) -> RoutingShape | None:
-    """The form of this model's routing; None for a dense one."""
+    """Return the shape of this model's routing; None for a dense one."""
     layers = moe_layers(model)
     experts_per_token = getattr(model.config, "num_experts_per_tok", None)
     if not layers or experts_per_token is None:
@@ -36,19 +38,19 @@ def routing_shape(model: Any) -> RoutingShape | None:
 
 
 class RoutedExperts:
-    """Hears the experts of one model's layers, for as long as a forward pass that someone wants to know about."""
+    """Captures the routing of one model's layers during the forward passes whose requests ask for it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.shape = routing_shape(model)
         self._experts = [experts for _, experts in moe_layers(model)]
 
     @contextmanager
-    def listening(self, wanted: bool) -> Iterator[RoutingCapture]:
-        """What the forward passes inside this block use. Where it is not wanted, the model is not touched at all."""
-        heard = RoutingCapture(self.shape if wanted else None)
-        hooks = [m.register_forward_pre_hook(heard.take) for m in self._experts] if wanted else []
+    def capturing(self, wanted: bool) -> Iterator[RoutingCapture]:
+        """Capture what the forward passes inside this block use; where it is not wanted, the model is not touched."""
+        captured = RoutingCapture(self.shape if wanted else None)
+        hooks = [m.register_forward_pre_hook(captured.take) for m in self._experts] if wanted else []
         try:
-            yield heard
+            yield captured
         finally:
             for hook in hooks:
                 hook.remove()
@@ -63,17 +65,17 @@ class RoutingCapture:
         self._layers: list[Tensor] = []
 
     def take(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A layer's experts are called with hidden states [T, D], expert ids [T, k] and their weights."""
+        """Keep the expert ids [T, k], the second argument of a layer's experts: states [T, D] are the first."""
         self._layers.append(args[1])
 
     def from_row(self, first: int) -> RoutingCapture:
-        """The rows from `first` on."""
+        """Return the rows from `first` on."""
         rest = RoutingCapture(self._shape, self._first + first)
         rest._layers = self._layers
         return rest
 
     def rows(self, wanted: Sequence[int]) -> list[bytes] | list[None]:
-        """The packed rows `wanted`, each as bytes; None for each where nobody asked."""
+        """Return the packed rows `wanted`, each as bytes; None for each where no request asked."""
         if self._shape is None or not wanted:
             return [None] * len(wanted)
         size = self._shape.num_moe_layers

@@ -1,66 +1,99 @@
-"""Two questions to a model before it serves: can it be packed at all, and do its rows depend on their company?
+"""A self-test of the loaded model, on this machine: steps give its own logits, and rows are batch-invariant.
 
-Reading a config answers only for what someone thought of, and tests answer only for the machines they ran on; this
-asks the loaded model, on this machine.
+Reading a config answers only for what its reader thought of, and tests answer only for the machines they ran on. What
+is compared: prefilled in company, prefilled and decoded alone, and beyond the longest window, with the model's plain
+forward and with each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from myserve.engine.mixers.attention import ATTENTION_NAME
+from myserve.engine.mixers.attention_pass import ATTENTION_NAME
 from myserve.engine.runner.model_runner import ModelRunner
 from myserve.engine.scheduling.request import Request
 from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
-from myserve.errors import UnsupportedModelError
+from myserve.errors import MyserveError, UnsupportedModelError
+
+__all__ = ["choose_batch_invariant_mode", "is_batch_invariant"]
+
+log = logging.getLogger(__name__)
 
 # Of requests that share a step, a short one behind a long one, whose keys would show in it. Together, and the first
 # alone, they fill one recording, which is proved by that.
 LENGTHS = (30, 2)
-DECODED = 2  # tokens of the first that are decoded, too: recorded, and replayed and compared
+DECODED = 2  # last tokens of a prompt that are decoded, too: recorded, and replayed and compared
+# Rows of the steps that prefill the first alone: one and few and odd ones, for where a library's vectors end its
+# functions give an element other bits (sigmoid, GELU), and a step of one row is all end.
+PIECES = (1, 4)
 CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: libraries change at powers of two
 # Libraries share elementwise work out among threads from 32,768 elements for each on, and treat the last elements of a
 # share in another way. Odd numbers of threads cut between the elements of a vector.
 CUTTING_THREADS = (3, 7)
 SHARED_ELEMENTS = 7 * 32768
-LOGITS_AT_ONCE = (
-    1 << 24
-)  # that are compared of such a step: beyond, every second row's, every third's and so on
+# Logits that are compared of such a step: beyond, every second row's, every third's and so on.
+LOGITS_AT_ONCE = 1 << 24
 SINGLES = 7  # requests of one token, decoded together: an odd number of rows
-# correlation of logits: rounding costs a few thousandths, a wrong mask or position nearly all of it
-AGREEMENT = 0.9
+# Correlation of a sequence's logits with the plain forward's. In half precision rounding costs a few thousandths, and
+# an expert chosen otherwise at a tie much of a row; a wrong mask or position costs nearly all of it.
+AGREEMENT = {torch.float32: 0.99}
+AGREEMENT_HALF = 0.9
+BEYOND = 16  # tokens of a prompt beyond the longest window
+CHUNK = 256  # rows of a step that prefills it
+# What the proof beyond a window may cost: multiply-adds of one forward pass over the prompt, a second or so of a CPU.
+MOST_WORK = 2e11
+# What configs call lengths beyond which attention changes.
+LENGTH_NAMES = ("sliding_window", "attention_chunk_size", "window_size", "local_attention_window")
 
 
 def choose_batch_invariant_mode(runner: ModelRunner, vocab_size: int) -> bool:
     """Set the runner to the first mode whose rows are found batch-invariant; return whether there is one.
 
-    Where there is none, the first mode stays, which costs the least. Raises `UnsupportedModelError`.
+    Where there is none, the first mode stays, which costs the least. Raises UnsupportedModelError for a model whose
+    steps do not give its own logits.
     """
-    for rows in runner.settings:
-        runner.use_rows(rows)
-        if is_batch_invariant(runner, vocab_size):
-            return True
+    try:
+        for number, rows in enumerate(runner.settings):
+            runner.use_rows(rows)
+            if number == 0:
+                prove_beyond_windows(runner, vocab_size)
+            if is_batch_invariant(runner, vocab_size):
+                return True
+    except MyserveError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or ["no reason given"]
+        raise UnsupportedModelError(
+            f"{type(runner.model).__name__} fails in the self-test ({type(error).__name__}: {lines[0][:200]}); serve "
+            "another model, or report this one"
+        ) from error
     runner.use_rows(runner.settings[0])
     return False
 
 
 @torch.inference_mode()
 def is_batch_invariant(runner: ModelRunner, vocab_size: int) -> bool:
-    """Whether every row has the same bits in company and alone, prefilled whole and token by token.
+    """Return whether every row has the same bits in company and alone, prefilled whole and token by token.
 
-    Raises UnsupportedModelError unless packed logits are those of the model's own forward, but for rounding.
+    Raises UnsupportedModelError unless packed and decoded logits are the model's own, but for rounding.
     """
     prompts = _prompts(runner, vocab_size)
+    own = _own_logits(runner.model, prompts)
     packed = _packed_logits(runner, prompts)
-    _compare(runner, packed, _own_logits(runner.model, prompts))
-    alone = [_packed_logits(runner, [prompt])[0] for prompt in prompts]
-    decoded = _decoded_logits(runner, prompts[0][:DECODED])
-    same = all(map(torch.equal, packed, alone)) and torch.equal(decoded, packed[0][:DECODED])
+    _compare(runner, "packed", packed, own)
+    alone = [
+        _logits_alone(runner, prompts[0]),
+        *(_packed_logits(runner, [prompt])[0] for prompt in prompts[1:]),
+    ]
+    _compare(runner, "decoded", [alone[0][-DECODED:]], [own[0][-DECODED:]])
+    same = all(map(torch.equal, packed, alone))
     if not runner.backend.packs:
         return same and _crowds_leave_alone(runner, prompts[0], alone[0], vocab_size)
     return (
@@ -68,6 +101,28 @@ def is_batch_invariant(runner: ModelRunner, vocab_size: int) -> bool:
         and _odd_rows_leave_alone(runner, prompts[0], alone[0])
         and _thread_cuts_leave_alone(runner, prompts[0], alone[0])
     )
+
+
+@torch.inference_mode()
+def prove_beyond_windows(runner: ModelRunner, vocab_size: int) -> int:
+    """Compare a prompt longer than every window, in chunks and decoded, with the own forward; return its length.
+
+    What a window hides was read off the model's masks at any length (`attention_observer`); this runs it. 0: no
+    window, or one so long that a run would take longer than a start may: `MOST_WORK`.
+    Raises UnsupportedModelError where the logits differ.
+    """
+    config = runner.model.config.get_text_config(decoder=True)
+    named = [value for name in LENGTH_NAMES if isinstance(value := getattr(config, name, None), int)]
+    room = min(runner.max_model_len, runner.kv_cache.num_blocks * runner.kv_cache.block_size)
+    work = runner.num_weights
+    fitting = [n for n in {*named, runner.structure.longest_window} if 0 < n <= room - BEYOND]
+    lengths = [n + BEYOND for n in fitting if (n + BEYOND) * work <= MOST_WORK]
+    if not lengths:
+        return 0
+    prompt = _tokens(max(lengths), vocab_size, 3)
+    own = _own_logits(runner.model, [prompt], last=BEYOND)
+    _compare(runner, "run beyond its window", [_logits_alone(runner, prompt, last=BEYOND)], own)
+    return len(prompt)
 
 
 def _crowds_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor, vocab_size: int) -> bool:
@@ -114,29 +169,43 @@ def _unrecorded(runner: ModelRunner, threads: int) -> Iterator[None]:
         steps.usable = usable
 
 
-def _compare(runner: ModelRunner, packed: list[Tensor], own: list[Tensor]) -> None:
-    agreement = min(_correlation(a, b) for a, b in zip(packed, own, strict=True))
-    if not agreement > AGREEMENT:
+def _compare(runner: ModelRunner, how: str, ours: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+    """Raise UnsupportedModelError unless each sequence's logits [T, V] agree."""
+    agreement = min(_correlation(a, b) for a, b in zip(ours, own, strict=True))
+    if not agreement > AGREEMENT.get(runner.model.dtype, AGREEMENT_HALF):
         raise UnsupportedModelError(
-            f"{type(runner.model).__name__} gives other logits packed than alone (correlation {agreement:.3f}): it "
-            "keeps state, masks or positions of its own, so its requests cannot be batched unpadded"
+            f"{type(runner.model).__name__} gives other logits {how} than alone (correlation {agreement:.3f}): it "
+            "keeps state, masks or positions of its own, so its requests cannot be batched; serve another model"
         )
 
 
 def _prompts(runner: ModelRunner, vocab_size: int) -> list[list[int]]:
     """As many as the cache has blocks for; each fits one."""
     lengths = LENGTHS[: runner.kv_cache.num_blocks]
-    return [[(17 + 31 * i + 7 * r) % vocab_size for i in range(n)] for r, n in enumerate(lengths)]
+    return [_tokens(n, vocab_size, number) for number, n in enumerate(lengths)]
 
 
-def _decoded_logits(runner: ModelRunner, prompt: list[int]) -> Tensor:
-    """One token a step, as it is decoded."""
-    request = Request(id="check", prompt_token_ids=prompt, max_tokens=1, block_table=[0])
-    rows = []
-    for position in range(len(prompt)):
+def _tokens(count: int, vocab_size: int, number: int) -> list[int]:
+    return [(17 + 31 * i + 7 * number) % vocab_size for i in range(count)]
+
+
+def _logits_alone(runner: ModelRunner, prompt: list[int], last: int | None = None) -> Tensor:
+    """The logits of the last rows (None: of all), prefilled in pieces but for the last two, which are decoded.
+
+    The blocks are counted from the end: nothing that was stored in another run stands where it is read.
+    """
+    cache = runner.kv_cache
+    request = Request(id="self-test", prompt_token_ids=prompt, max_tokens=1)
+    request.block_table = [cache.num_blocks - 1 - i for i in range(-(-len(prompt) // cache.block_size))]
+    first, prefilled, rows = len(prompt) - (last or len(prompt)), len(prompt) - DECODED, []
+    starts = [start for start in accumulate((0, *PIECES)) if start < prefilled]
+    starts += range(starts[-1] + CHUNK, prefilled, CHUNK)
+    for start, end in pairwise([*starts, *range(max(0, prefilled), len(prompt) + 1)]):
         batch = Batch()
-        batch.add(ScheduledTokens(request, position, 1))
-        rows.append(runner.forward(batch, [0]).clone())
+        batch.add(ScheduledTokens(request, start, end - start))
+        wanted = list(range(max(0, first - start), end - start)) or [end - start - 1]
+        logits = runner.forward(batch, wanted).clone()
+        rows += [logits] if end > first else []
     return torch.cat(rows)
 
 
@@ -146,7 +215,7 @@ def _packed_logits(runner: ModelRunner, prompts: list[list[int]], stride: int = 
     blocks = iter(range(runner.kv_cache.num_blocks))
     wanted: list[int] = []
     for number, prompt in enumerate(prompts):
-        request = Request(id=f"check-{number}", prompt_token_ids=prompt, max_tokens=1)
+        request = Request(id=f"self-test-{number}", prompt_token_ids=prompt, max_tokens=1)
         request.block_table = [next(blocks) for _ in range(0, len(prompt), runner.kv_cache.block_size)]
         wanted += range(batch.num_tokens, batch.num_tokens + len(prompt), stride)
         batch.add(ScheduledTokens(request, 0, len(prompt)))
@@ -154,12 +223,14 @@ def _packed_logits(runner: ModelRunner, prompts: list[list[int]], stride: int = 
     return list(torch.split(logits, [-(-len(prompt) // stride) for prompt in prompts]))
 
 
-def _own_logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
-    """transformers' own forward and attention, one sequence at a time."""
+def _own_logits(model: Any, prompts: list[list[int]], last: int = 0) -> list[Tensor]:
+    """transformers' own forward and attention, one sequence at a time; of the `last` rows, 0: of all."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         return [
-            model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits[0]
+            model(
+                input_ids=torch.tensor([prompt], device=model.device), use_cache=False, logits_to_keep=last
+            ).logits[0]
             for prompt in prompts
         ]
     finally:

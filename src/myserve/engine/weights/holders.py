@@ -1,8 +1,8 @@
 """Where each weight lives in a model that serves, and how it gets new values: made beside the old, then put in place.
 
-What a model holds beside its parameters is derived from them: packed products, routers, experts. Whoever derives
-something new from a weight must say so here; `tests/engine/test_weights.py` compares an updated model of every kind
-with a fresh one.
+What a model holds beside its parameters is derived from them: packed products, routers, experts. Code that derives
+something new from a weight must be listed here; `tests/engine/weights/test_prepare.py` compares an updated model of
+every kind with a fresh one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.patch import ExactLinear, ExactWeight, packed_experts
 
+__all__ = ["Holder", "Install", "Values", "holders"]
+
 Install = Callable[[], None]  # cannot fail: it puts in place what is there already
 Values = Mapping[str, Tensor]  # by the names of `WeightNames`
 
@@ -30,7 +32,7 @@ class Holder:
 
 
 def holders(model: nn.Module) -> Iterator[Holder]:
-    """All of a model, exact or not. Tied weights come once for each of their names."""
+    """Yield all holders of a model, exact or not. Tied weights come once for each of their names."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         special: set[str] = set()
@@ -74,7 +76,7 @@ def _router(module: Any, weight: str, bias: str) -> Holder:
         plain = values.get(weight, old.as_subclass(Tensor))
         exact = ExactWeight.of(_own(plain, like=old), new_bias)
         installs: list[Install] = [lambda: setattr(module, "weight", exact)]
-        return installs + _plain_deeds(module, "bias", values.get(bias))
+        return installs + _plain_installs(module, "bias", values.get(bias))
 
     return Holder((weight, bias), prepare)
 
@@ -92,16 +94,16 @@ def _experts(module: Any, attribute: str, prefix: str, name: str) -> Holder:
             assert biases is not None
             packed = [p.with_bias(b) for p, b in zip(old, biases, strict=True)]
         installs: list[Install] = [lambda: setattr(module, attribute, packed)]
-        return installs + _plain_deeds(module, f"{name}_bias", values.get(bias))
+        return installs + _plain_installs(module, f"{name}_bias", values.get(bias))
 
     return Holder((weight, bias), prepare)
 
 
 def _plain(module: nn.Module, name: str, full_name: str) -> Holder:
-    return Holder((full_name,), lambda values: _plain_deeds(module, name, values[full_name]))
+    return Holder((full_name,), lambda values: _plain_installs(module, name, values[full_name]))
 
 
-def _plain_deeds(module: nn.Module, name: str, value: Tensor | None) -> list[Install]:
+def _plain_installs(module: nn.Module, name: str, value: Tensor | None) -> list[Install]:
     """The parameter or buffer stays the object that it is, for tied ones are one object; its memory is exchanged."""
     if value is None:
         return []
@@ -115,5 +117,5 @@ def _plain_deeds(module: nn.Module, name: str, value: Tensor | None) -> list[Ins
 
 
 def _own(value: Tensor, *, like: Tensor) -> Tensor:
-    """A copy where `like` lives: whoever gave the value may change it afterwards."""
+    """A copy on the device of `like`: the caller may change the value afterwards."""
     return torch.empty_like(like, memory_format=torch.contiguous_format).copy_(value).detach()

@@ -1,26 +1,34 @@
-"""A model from a path or a hub id, ready for packed batches; what cannot run so is refused with the reason."""
+"""A model from a path or a hub id, ready for packed batches; one that cannot run so is refused with the reason."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from myserve.engine.batch_invariance import vml_warmup
 from myserve.engine.config import EngineConfig
 from myserve.engine.kernels.warm import warm
-from myserve.engine.mixers import attention
+from myserve.engine.mixers.attention_pass import ATTENTION_NAME, register_attention
+from myserve.engine.weights.loading_report import judge
 from myserve.engine.weights.plan import WeightNames
-from myserve.errors import UnsupportedModelError
+from myserve.errors import BadCheckpointError, UnsupportedModelError
+
+__all__ = ["LoadedModel", "load", "resolve_device"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in eval mode on its device, with its tokenizer and what generation needs to know of it."""
+    """A model in eval mode on its device, with its tokenizer and the facts that generation needs."""
 
     model: Any  # transformers' PreTrainedModel; its own annotations do not survive strict checking
     tokenizer: Any
@@ -29,16 +37,23 @@ class LoadedModel:
     vocab_size: int  # of the logits: padded vocabularies are wider than the tokenizer's
     device: torch.device
     weight_names: WeightNames
+    num_weights: int  # numbers that a token is multiplied with: all but those of the embedding and the head
     casts: bool  # an explicit dtype: what has another is rounded to it, now and in every update
 
 
 def load(model: str, config: EngineConfig) -> LoadedModel:
-    """Load `model` with our attention in place of its own."""
+    """Load `model`, a path or hub id, with our attention in place of its own.
+
+    Raises UnsupportedModelError for a model that cannot be batched, BadCheckpointError for weights that are not whole.
+    """
     vml_warmup.initialize()
-    attention.register_attention()
+    register_attention()
     device = torch.device(resolve_device(config.device))
-    hf_config = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    hf_config = _read_config(model, config.trust_remote_code)
+    text_config = hf_config.get_text_config(decoder=True)
     refuse_what_cannot_be_packed(hf_config)
+    refuse_what_cannot_be_packed(text_config)
+    longest = context_length(text_config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if device.type == "cpu":  # while weights are read and packed: both leave Python to others
         half = torch.bfloat16 in (dtype, hf_config.dtype)
@@ -47,33 +62,78 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
         tokenizer_coming = beside.submit(
             AutoTokenizer.from_pretrained, model, trust_remote_code=config.trust_remote_code
         )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=attention.ATTENTION_NAME,
-        )
+        loaded = _load_weights(model, dtype, config.trust_remote_code)
         tokenizer = tokenizer_coming.result()
-    if not getattr(loaded, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{type(loaded).__name__} does not take its attention from transformers' AttentionInterface, so its "
-            "requests cannot be batched exactly; models of the Llama, Qwen, Mistral, Gemma, GPT-2, OLMo and MoE "
-            "kinds do"
-        )
     loaded = loaded.eval().requires_grad_(False).to(device)
+    head = loaded.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{type(loaded).__name__} has no output layer over a vocabulary")
+    vocab_size = head.weight.shape[0]
     return LoadedModel(
         model=loaded,
         tokenizer=tokenizer,
-        eos_token_ids=eos_token_ids(loaded, tokenizer),
-        max_model_len=context_length(hf_config),
-        vocab_size=loaded.get_output_embeddings().weight.shape[0],
+        eos_token_ids=eos_token_ids(loaded, tokenizer, vocab_size),
+        max_model_len=longest,
+        vocab_size=vocab_size,
         device=device,
         weight_names=WeightNames.of(loaded),
+        num_weights=_num_weights(loaded),
         casts=config.dtype != "auto",
     )
 
 
+def _read_config(model: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise BadCheckpointError(
+            f"config.json of {model} is no config of its model: {reason[:300]}"
+        ) from error
+
+
+def _load_weights(model: str, dtype: Any, trust_remote_code: bool) -> Any:
+    """The model of transformers, every weight of it from the checkpoint."""
+    load_causal: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        loaded, report = load_causal(
+            model,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+        )
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise
+        # its classes of attention stand in a table of its own: GPT-J, GPT-Neo, Falcon
+        raise UnsupportedModelError(
+            f"{model} is of a kind that does not take its attention from transformers' AttentionInterface, so its "
+            "requests cannot be batched; models of the Llama, Qwen, Mistral, Gemma, GPT-2, OLMo and MoE kinds do"
+        ) from error
+    except SafetensorError as error:
+        raise BadCheckpointError(f"a file of {model} cannot be read as safetensors: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            wrong = "have other shapes than its config.json says"
+        elif "conversion of the weights" in str(error):
+            wrong = "are not whole: what becomes one tensor of the model (the experts of a layer) has parts missing"
+        else:
+            raise
+        raise BadCheckpointError(
+            f"weights of {model} {wrong}; transformers' report above names them"
+        ) from error
+    judge(loaded, report)
+    return loaded
+
+
+def _num_weights(model: Any) -> int:
+    ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in ends)
+
+
 def resolve_device(device: str) -> str:
+    """Return "cuda" or "cpu" for "auto", and any other name as it is."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,19 +154,44 @@ def refuse_what_cannot_be_packed(config: Any) -> None:
         )
 
 
-def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every EOS id of the generation config; the tokenizer's where the config names none."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    if named is None:
-        named = tokenizer.eos_token_id
-    if named is None:
-        return ()
-    return tuple(named) if isinstance(named, list | tuple) else (int(named),)
+def eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Return every EOS id of the generation config, the model's config, or the tokenizer: of the first that has one.
+
+    Ids that the model cannot draw (-1, or beyond its vocabulary) are left out with a warning. Raises
+    BadCheckpointError for what is no id.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for source, named in (
+        ("generation_config.json", getattr(model.generation_config, "eos_token_id", None)),
+        ("config.json", getattr(config, "eos_token_id", None)),
+        ("the tokenizer", tokenizer.eos_token_id),
+    ):
+        ids = _token_ids(named, source)
+        known = tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))
+        if len(known) < len(set(ids)):
+            wrong = sorted(set(ids) - set(known))
+            log.warning(
+                "eos_token_id of %s names %s, of a vocabulary of %d: left out", source, wrong, vocab_size
+            )
+        if known:
+            return known
+    log.warning("no end-of-sequence token is known: completions end by max_tokens and stop strings alone")
+    return ()
+
+
+def _token_ids(named: Any, source: str) -> list[int]:
+    """One id or several."""
+    ids = list(named) if isinstance(named, list | tuple) else [] if named is None else [named]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise BadCheckpointError(f"eos_token_id of {source} must be an id or a list of ids, and is {named!r}")
+    return ids
 
 
 def context_length(config: Any) -> int:
-    """How many positions the model was made for."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+    """Return how many positions the model was made for. Raises UnsupportedModelError where its config has no number."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
         if length := getattr(config, name, None):
             return int(length)
-    raise UnsupportedModelError(f"the config of {config.model_type} does not say how long a context may be")
+    raise UnsupportedModelError(
+        f"the config of {config.model_type} has no number for how long a context may be"
+    )

@@ -15,6 +15,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from myserve.engine.weights.snapshot import TensorInfo
 from myserve.errors import BadSnapshotError
 
+__all__ = ["LoadPlan", "WeightGroup", "WeightNames", "make_plan"]
+
 
 @dataclass(frozen=True, slots=True)
 class WeightNames:
@@ -25,7 +27,7 @@ class WeightNames:
 
     @classmethod
     def of(cls, model: nn.Module) -> WeightNames:
-        """Read off a model as it was loaded, before `make_exact`.
+        """Return the names of a model as it was loaded, before `make_exact`.
 
         >>> WeightNames.of(nn.Linear(3, 2)).infos["weight"].shape
         (2, 3)
@@ -38,7 +40,7 @@ class WeightNames:
         return cls(infos, [frozenset(names) for names in names_of.values() if len(names) > 1])
 
     def twins(self, name: str) -> frozenset[str]:
-        """All names of the tensor that has this name."""
+        """Return all names of the tensor that has this name."""
         return next((names for names in self.tied if name in names), frozenset([name]))
 
 
@@ -46,7 +48,7 @@ class WeightNames:
 class WeightGroup:
     """Tensors of a snapshot that together make one or several weights: mostly one that makes one, as it is.
 
-    A checkpoint's experts are a tensor each, and stacked in the model; transformers' own converters say how.
+    A checkpoint's experts are a tensor each, and stacked in the model; transformers' own converters describe how.
     """
 
     target: str
@@ -55,7 +57,7 @@ class WeightGroup:
     patterns: list[str] = field(default_factory=list)  # of the converter, a source each
 
     def make(self, read: Callable[[str], Tensor], model: Any) -> dict[str, Tensor]:
-        """The weights, by name."""
+        """Return the weights, by name."""
         if self.converter is None:
             return {self.target: read(self.sources[0])}
         converter: Any = deepcopy(self.converter)
@@ -75,11 +77,11 @@ class LoadPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights that are to change. Tied ones count under each name: an embedding stays beside its product."""
+        """Bytes of all weights that change; tied ones under each name: an embedding stays beside its product."""
         return sum(self.names.infos[name].num_bytes for name in self.needed_by(self.names.infos))
 
     def needed_by(self, names: Iterable[str]) -> dict[str, dict[str, WeightGroup]]:
-        """Of these weights those that are to change, with the groups that make them: tied ones under any name."""
+        """Return those of these weights that change, with the groups that make them: tied ones under any name."""
         needed = {
             n: {t: self.group_of[t] for t in sorted(self.names.twins(n) & self.group_of.keys())}
             for n in names
@@ -90,7 +92,7 @@ class LoadPlan:
 def make_plan(
     tensors: Mapping[str, TensorInfo], model: Any, names: WeightNames, *, partial: bool, may_cast: bool
 ) -> LoadPlan:
-    """Raises BadSnapshotError for a name, shape or dtype that is not the model's, and for what is missing.
+    """Plan how a snapshot becomes the model's weights. Raises BadSnapshotError for what does not fit or is missing.
 
     `partial`: only some of the weights are there. `may_cast`: another floating dtype is rounded to the model's.
     """

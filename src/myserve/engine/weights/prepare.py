@@ -18,6 +18,8 @@ from myserve.engine.weights.plan import LoadPlan, WeightNames, make_plan
 from myserve.engine.weights.snapshot import Checksum, Snapshot, open_snapshot
 from myserve.errors import BadSnapshotError, NotEnoughMemoryError, RequestError
 
+__all__ = ["MODES", "Mode", "Prepared", "Source", "UpdateOptions", "WeightReport", "prepare"]
+
 Mode = Literal["drain", "keep", "abort"]
 Source = str | Path | Mapping[str, Tensor]
 MODES = ("drain", "keep", "abort")
@@ -25,7 +27,7 @@ MODES = ("drain", "keep", "abort")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateOptions:
-    """How new weights come in.
+    """Options of an update: in which order requests and weights go.
 
     >>> UpdateOptions(mode="later")
     Traceback (most recent call last):
@@ -47,14 +49,14 @@ class UpdateOptions:
 
 @dataclass(frozen=True, slots=True)
 class WeightReport:
-    """What an update did. Durations in seconds."""
+    """The result of an update. Durations in seconds."""
 
     weight_version: int
     checksum: str
     num_tensors: int  # of the snapshot
     num_bytes: int
     prepare_duration: float  # reading, checking, packing: the old weights serve meanwhile
-    drain_duration: float  # until who was in flight had finished
+    drain_duration: float  # until requests in flight had finished
     pause_duration: float  # in which no step ran
     num_aborted: int
 
@@ -70,7 +72,7 @@ class Prepared:
     duration: float
 
     def install(self) -> None:
-        """Put them in place. Pointers change, and joined products are copied into the memory that they share."""
+        """Put the new weights in place: pointers change, joined products are copied into the memory they share."""
         for install in self.installs:
             install()
 
@@ -78,7 +80,7 @@ class Prepared:
 def prepare(
     source: Source, model: Any, names: WeightNames, *, partial: bool, checksum: str | None, may_cast: bool
 ) -> Prepared:
-    """Read, check and pack. Raises BadSnapshotError, or NotEnoughMemoryError where the memory is not enough.
+    """Read, check and pack new weights. Raises BadSnapshotError, NotEnoughMemoryError.
 
     Takes as much memory as the weights that change (tied ones under each of their names), and one tensor more.
     """

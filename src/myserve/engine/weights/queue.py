@@ -14,6 +14,8 @@ from myserve.engine.scheduling.scheduler import Scheduler
 from myserve.engine.weights.prepare import Prepared, Source, UpdateOptions, WeightReport
 from myserve.errors import EngineError, RequestError
 
+__all__ = ["Stage", "Swapper", "WeightUpdate", "WeightUpdates"]
+
 Stage = Literal["preparing", "draining", "done", "failed"]
 
 
@@ -28,14 +30,14 @@ class WeightUpdate:
 
     @property
     def stage(self) -> Stage:
-        """Where it stands. Requests are served in all of them."""
+        """The part of its way that it is in. Requests are served in all of them."""
         if self._report.done():
             return "failed" if self._report.exception() is not None else "done"
         return "draining" if self._checked.done() else "preparing"
 
     @property
     def error(self) -> BaseException | None:
-        """Why it failed, if it did."""
+        """The exception that it failed with, if it did."""
         return self._report.exception() if self._report.done() else None
 
     def result(self, timeout: float | None = None) -> WeightReport:
@@ -46,7 +48,7 @@ class WeightUpdate:
         return asyncio.shield(asyncio.wrap_future(self._report)).__await__()
 
     async def checked(self) -> None:
-        """Until the weights are read and found good: from then on the swap cannot fail. Raises what `result` does."""
+        """Wait until the weights are found good: from then on the swap cannot fail. Raises what `result` does."""
         await asyncio.shield(asyncio.wrap_future(self._checked))
 
     # ---- for the engine
@@ -59,14 +61,14 @@ class WeightUpdate:
         self._report.set_result(report)
 
     def fail(self, error: BaseException) -> None:
-        """Idempotent."""
+        """End it with an error; what has ended stays as it is."""
         for future in (self._checked, self._report):
             if not future.done():
                 future.set_exception(error)
 
 
 class Swapper(Protocol):
-    """What an engine does for an update, on its own thread, between two steps."""
+    """The engine's part of an update, on its own thread, between two steps."""
 
     scheduler: Scheduler
 
@@ -92,7 +94,7 @@ class WeightUpdates:
 
     @property
     def refuses_requests(self) -> bool:
-        """Whether an update that says it is draining wants nobody to wait: from that moment, not from the next step."""
+        """Whether new requests are refused: from the moment an update is told as draining, not from the next step."""
         update = self._current
         return update is not None and update.options.refuse_new and update.stage == "draining"
 
@@ -111,7 +113,7 @@ class WeightUpdates:
         self._queue.put(update)
 
     def close(self, error: BaseException) -> None:
-        """The engine has ended: every update that has not fails with `error`."""
+        """Fail every update that has not ended with `error`: the engine has ended."""
         with self._lock:
             self._closed_by = error
             unfinished, self._open = self._open, set()
@@ -157,7 +159,7 @@ class WeightUpdates:
             self._swap = swap
 
     def advance(self, engine: Swapper) -> None:
-        """Swap where there is something to swap and nobody is left to wait for. Called between any two steps."""
+        """Swap if weights are ready and no request must finish first. Called between any two steps."""
         if self._swap is None:
             return
         if self._swap.advance(engine):
@@ -175,7 +177,7 @@ class _Swap:
         self._num_aborted = 0
 
     def advance(self, engine: Swapper) -> bool:
-        """True once it is done."""
+        """Go on; return True once it is done."""
         mode, now = self.update.options.mode, time.monotonic()
         if self._began is None:
             self._began = now

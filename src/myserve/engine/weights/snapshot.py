@@ -1,4 +1,4 @@
-"""New weights as they come: a folder of safetensors, or a trainer's state dict. Read here, judged elsewhere.
+"""New weights as they come: a folder of safetensors, or a trainer's state dict; read here, and judged by `plan`.
 
 Files are read by `read`, never mapped: a mapped file that is cut short while it is read ends the process with SIGBUS.
 Each tensor is read once, so what was checked is what is used.
@@ -20,6 +20,11 @@ from torch import Tensor
 
 from myserve.errors import BadSnapshotError
 
+__all__ = [
+    "DTYPES", "INDEX", "Checksum", "FolderSnapshot", "Snapshot", "StateDictSnapshot", "TensorInfo", "open_snapshot",
+    "weights_checksum",
+]  # fmt: skip
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -30,7 +35,7 @@ MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor before its values are read."""
+    """A tensor's dtype and shape, known before its values are read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -46,7 +51,7 @@ class Snapshot(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
     def read(self, name: str) -> Tensor:
-        """The values, contiguous, on the CPU."""
+        """Return the values, contiguous, on the CPU."""
         ...
 
     def close(self) -> None: ...
@@ -142,13 +147,19 @@ class FolderSnapshot:
             places = {n: _described(e) for n, e in header.items() if n != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadSnapshotError(f"{path.name} is torn or no safetensors: its header is broken") from error
-        for name, (info, begin, end) in places.items():
+        reached = 0  # the format has tensors side by side, from the header to the end of the file
+        for name, (info, begin, end) in sorted(places.items(), key=lambda place: place[1][1:]):
             if name in self.tensors:
                 raise BadSnapshotError(f"{name} stands in two files")
-            if begin < 0 or end - begin != info.num_bytes or 8 + length + end > size:
+            if begin != reached or end - begin != info.num_bytes or 8 + length + end > size:
                 raise BadSnapshotError(f"{path.name} is torn: {name} does not fit it")
             self.tensors[name] = info
             self._places[name] = _Place(file, 8 + length + begin)
+            reached = end
+        if 8 + length + reached != size:
+            raise BadSnapshotError(
+                f"{path.name} has {size - 8 - length - reached} bytes behind its last tensor: it is torn, or another's"
+            )
 
 
 def _read_into(file: FileIO, memory: memoryview) -> int:
@@ -165,7 +176,7 @@ def _described(entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
 
 
 def open_snapshot(source: str | Path | Mapping[str, Tensor]) -> Snapshot:
-    """A folder, or a state dict."""
+    """Open a folder of safetensors, or a state dict, for reading."""
     return StateDictSnapshot(source) if isinstance(source, Mapping) else FolderSnapshot(source)
 
 
@@ -194,7 +205,7 @@ class Checksum:
 
 
 def weights_checksum(source: str | Path | Mapping[str, Tensor]) -> str:
-    """The checksum of a folder of safetensors or of a state dict, as an update returns and checks it.
+    """Return the checksum of a folder of safetensors or of a state dict, as an update returns and checks it.
 
     >>> weights_checksum({"w": torch.ones(2, 3)})[:15]
     'sha256:b705b2db'

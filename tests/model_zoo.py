@@ -1,0 +1,180 @@
+"""Tiny models of kinds that differ in how they attend, cache, route or end, each for what it does unlike Llama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["REFUSED", "SERVED"]
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+_MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_MOE = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
+_GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_OPT = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "init_std": 0.2,
+}
+_GPT2 = {
+    "vocab_size": 384,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# name -> (type, config). Served: as transformers has them.
+SERVED: dict[str, tuple[str, dict[str, Any]]] = {
+    # keys and values of different widths
+    "deepseek_v3": ("deepseek_v3", _SMALL | _MLA | _MOE | _GROUPS),
+    "minicpm3": ("minicpm3", _SMALL | _MLA),
+    # angles as complex numbers
+    "deepseek_v2": ("deepseek_v2", _SMALL | _MLA | _MOE | _GROUPS),
+    # heads of other numbers and widths in layers with a window
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        _SMALL
+        | _MOE
+        | _GROUPS
+        | {"head_dim": 16, "v_head_dim": 12, "swa_head_dim": 16, "swa_v_head_dim": 12, "sliding_window": 24}
+        | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        _SMALL
+        | {"head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 0}
+        | {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384},
+    ),
+    # layers that attend to another layer's keys
+    "gemma4-shared": (
+        "gemma4_text",
+        _SMALL
+        | {"head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+        | {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384},
+    ),
+    # a window that stands in the mask alone
+    "qwen2_moe-window": (
+        "qwen2_moe",
+        _SMALL
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 8}
+        | {"num_experts_per_tok": 2, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
+    ),
+    "phimoe-window": ("phimoe", _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
+    # attends twice in a layer; runs layers several times
+    "diffllama": ("diffllama", _SMALL),
+    "hrm_text": ("hrm_text", _SMALL | {"num_hidden_layers": 4}),
+    # the head follows another module than the one its class names
+    "opt": ("opt", _OPT | {"word_embed_proj_dim": 32}),
+    "opt-projected": ("opt", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    # does not hand keywords down to its layers
+    "nemotron": ("nemotron", _SMALL | {"head_dim": 8}),
+    # one key head for all queries
+    "gpt_bigcode": ("gpt_bigcode", _GPT2),
+    # its router reads its weight's dtype
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", _SMALL | {"head_dim": 8, "num_experts": 4, "moe_topk": 2}),
+    # layer norms, partial rotary angles, parallel residuals, biases, GELU
+    "gpt_neox": ("gpt_neox", {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
+    "phi": ("phi", _SMALL),
+    "stablelm": ("stablelm", _SMALL | {"qk_layernorm": True, "use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", _SMALL | {"sliding_window": 24}),
+    "cohere": ("cohere", _SMALL | {"use_qk_norm": True}),
+    # factors on embeddings, residuals, scores and logits
+    "granite": (
+        "granite",
+        _SMALL
+        | {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+        | {"attention_multiplier": 0.0156},
+    ),
+    # angles and scores that change beyond the first context
+    "llama-yarn": ("llama", _SMALL | {"head_dim": 8, "rope_parameters": _YARN | {"attention_factor": 1.0}}),
+    "ministral3": (
+        "ministral3",
+        _SMALL | {"head_dim": 8, "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
+        | {"llama_4_scaling_beta": 0.1, "beta_fast": 32.0, "beta_slow": 1.0}},
+    ),
+    # layers without positions among layers with a window
+    "exaone4": ("exaone4", _SMALL | {"head_dim": 8, "sliding_window": 24, "sliding_window_pattern": 2}),
+    "smollm3": ("smollm3", _SMALL),
+    # text and pictures: the text is served
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": _SMALL | {"head_dim": 8, "sliding_window": 24, "query_pre_attn_scalar": 8},
+            "vision_config": {
+                "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 28, "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
+}  # fmt: skip
+# name -> (type, config, a word of the refusal)
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gptj": ("gptj", _GPT2 | {"n_inner": 32, "rotary_dim": 8}, "AttentionInterface"),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "vocab_size": 384,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "max_position_embeddings": 256,
+        }
+        | {"attention_types": [[["global", "local"], 1]], "window_size": 24},
+        "AttentionInterface",
+    ),
+    "falcon": (
+        "falcon",
+        {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "AttentionInterface",
+    ),
+    "bloom": ("bloom", {"vocab_size": 384, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "context may be"),
+    "doge": ("doge", _SMALL, "a mask of its own"),
+    "mamba": (
+        "mamba",
+        {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+        "linear_attention",
+    ),
+    "llama4_text": (
+        "llama4_text",
+        _SMALL | {"head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 24},
+        "chunked_attention",
+    ),
+}
