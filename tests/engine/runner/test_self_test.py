@@ -1,32 +1,28 @@
-<<<<<<< HEAD
-"""The self-test finds a model whose rows show in each other, by threads, odd rows or odd widths; by ours none do.
+"""The self-test finds rows that show in each other, and a model whose steps do not give its own logits.
 
+Prefilled, decoded, beyond a window; by threads, odd rows or odd widths.
 Each case is one that was served as batch-invariant, or was not, when activations were PyTorch's: the control takes our
 activations out.
 """
-=======
-"""The self-test refuses a model whose steps do not give its own logits: prefilled, decoded, beyond a window, scored."""
->>>>>>> 754fe44 (Caches by attention call, windows read off masks, whole checkpoints: a model is observed at load)
 
 from __future__ import annotations
 
 from collections.abc import Callable
-<<<<<<< HEAD
-=======
 from dataclasses import replace
->>>>>>> 754fe44 (Caches by attention call, windows read off masks, whole checkpoints: a model is observed at load)
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-<<<<<<< HEAD
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import SMALL, trained_tokenizer
 from myserve.engine.batch_invariance import patch
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
+from myserve.engine.mixers import attention
+from myserve.engine.runner import model_runner, self_test
+from myserve.errors import UnsupportedModelError
 
 # Architecture, hidden size, width of the MLP: all in float32.
 CASES = [
@@ -71,13 +67,7 @@ def test_control_pytorchs_do_not(
     monkeypatch.setattr(patch, "install_activations", lambda model: 0)
     monkeypatch.setattr(patch, "fuse_gates", lambda model: None)
     assert not invariant(arch, hidden, width)
-=======
 
-from myserve.engine.config import EngineConfig
-from myserve.engine.engine import Engine
-from myserve.engine.mixers import attention
-from myserve.engine.runner import model_runner, self_test
-from myserve.errors import UnsupportedModelError
 
 CONFIG = EngineConfig(num_blocks=16)
 WINDOW = 24  # of the tiny models; longer prompts than the first of the self-test need not see it
@@ -153,4 +143,3 @@ def test_whatever_a_model_raises_is_one_sentence(
     ) as caught:
         Engine.from_pretrained(str(tiny_model("llama")), CONFIG)
     assert "\n" not in str(caught.value)
->>>>>>> 754fe44 (Caches by attention call, windows read off masks, whole checkpoints: a model is observed at load)
