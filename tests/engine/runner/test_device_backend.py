@@ -83,6 +83,8 @@ def flash_on_a_cpu(
 class Reruns:
     """Stands in for CUDA graphs: the same forward pass again, on what its inputs then hold, into the same memory."""
 
+    ahead = None  # nothing is recorded ahead of use, as with graphs
+
     def __init__(self) -> None:
         self.replayed = 0
         self._out: Tensor | None = None
