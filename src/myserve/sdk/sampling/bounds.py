@@ -7,11 +7,10 @@ from typing import Any
 
 from myserve.sdk.request import SampleRequest
 
-__all__ = ["MAX_CHARS_PER_TOKEN", "max_rows", "max_stream_bytes"]
+__all__ = ["max_rows", "max_stream_bytes"]
 
-MAX_CHARS_PER_TOKEN = 1024  # no vocabulary that is served has a token as long
 _BASE_BYTES = 4 * 2**20
-# A token's chunk: names, ids, logprobs in two forms, its routing (128 layers of 16 experts are 5.5 kB).
+# A token's chunk: text, names, ids, logprobs in two forms, its routing (128 layers of 16 experts are 5.5 kB).
 _BYTES_PER_ROW = 16 * 2**10
 _BYTES_PER_ALTERNATIVE = 512
 # The support of an untruncated draw is the vocabulary: 262,144 ids of seven characters.

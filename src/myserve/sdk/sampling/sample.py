@@ -5,14 +5,14 @@ Nothing that a server sends is taken on trust: every length, id, seed, logprob a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
 from myserve.sdk.errors import AttemptFailed, Failure, SamplingError
 from myserve.sdk.request import SampleRequest
 from myserve.sdk.retry import TOKENS_OF_PROGRESS
-from myserve.sdk.sampling.bounds import MAX_CHARS_PER_TOKEN, max_rows
+from myserve.sdk.sampling.bounds import max_rows
 from myserve.sdk.sampling.versions import VersionLog
 from myserve.sdk.transport.chunks import ChoiceChunk, RawOutputChunk, TokenEntry
 from myserve.sdk.types import LOGPROB_ROUNDING, Alternative, SampledCompletion, SampleDelta
@@ -36,7 +36,6 @@ class Sample:
         self.error: SamplingError | None = None
         self._prompt_ids = list(request.prompt_token_ids)
         self._max_rows = max_rows(request)
-        self._max_chars = MAX_CHARS_PER_TOKEN * (self._max_rows + 1)
         self._expected_seed: int | None = None
         self._clear()
 
@@ -44,7 +43,6 @@ class Sample:
         self.ids: list[int] = []
         self.finish_reason: str | None = None
         self._texts: list[str] = []
-        self._num_chars = 0
         # as they came: columns are taken from them once, at the end
         self._entries: list[TokenEntry] = []
         self._now: float | None = None  # when the newest ids came
@@ -121,9 +119,10 @@ class Sample:
         ids = choice.token_ids if choice.token_ids is not None else choice.ids()
         if choice.text:
             self._texts.append(choice.text)
-            self._num_chars += len(choice.text)
         if (logprobs := choice.logprobs) is not None:
             self._entries += logprobs.entries()
+            if len(self._entries) > self._max_rows:
+                raise self._overflow()
         if ids:
             if now != self._now:
                 self._now = now
@@ -132,9 +131,8 @@ class Sample:
                 self._versions.feed(len(self.ids), self._version)
                 self._version = choice.weight_version
             self.ids += ids
-        most = self._max_rows
-        if len(self.ids) > most or len(self._entries) > most or self._num_chars > self._max_chars:
-            raise self._overflow()
+            if len(self.ids) > self._max_rows:
+                raise self._overflow()
         if choice.weight_version_spans is not None:
             self._versions.feed(len(self.ids), self._version)
             if not self._versions.correct(choice.weight_version_spans):
@@ -157,9 +155,9 @@ class Sample:
         return False
 
     def _overflow(self) -> AttemptFailed:
+        # The text without ids is bounded by the stream's bytes: bounds.max_stream_bytes.
         rows = max(len(self.ids), len(self._entries))
-        what = f"{rows} tokens" if rows > self._max_rows else f"{self._num_chars} characters of text"
-        return _broken(f"{what} came, and max_tokens is {self.request.max_tokens}")
+        return _broken(f"{rows} tokens came, and max_tokens is {self.request.max_tokens}")
 
     def _feed_raw(self, raw: RawOutputChunk) -> None:
         if raw.completion_token_ids is not None:
@@ -197,10 +195,11 @@ class Sample:
         if len(ids) > self.request.max_tokens:
             raise _broken(f"{len(ids)} tokens came, and max_tokens is {self.request.max_tokens}")
         num_rows = len(prompt_ids) + len(ids) - 1 if echo else len(ids)
-        self._check_entries(ids)
         entries = self._entries
         logprobs = self._logprobs(num_rows) if self.request.logprobs else None
         sampling = [entry.sampling_logprob for entry in entries[-len(ids) :]] if ids else []
+        if entries:
+            self._check_entries(ids, sampling)
         kept = [entry.kept for entry in entries if entry.kept is not None]
         self._versions.feed(len(self.ids), self._version)
         self.completion = SampledCompletion(
@@ -228,14 +227,18 @@ class Sample:
         )
         return self.completion
 
-    def _check_entries(self, ids: list[int]) -> None:
-        """Raise for entries of other tokens than `ids`, and for logprobs above 0."""
-        named = [entry.token_id for entry in self._entries[-len(ids) :]] if ids else []
-        if len(named) == len(ids) and None not in named and named != ids:
+    def _check_entries(self, ids: list[int], sampling: list[float | None]) -> None:
+        """Raise for entries of other tokens than `ids`, and for logprobs above 0. Lists, for this is a token's cost."""
+        entries = self._entries
+        named = [entry.token_id for entry in entries[-len(ids) :]] if ids else []
+        if named != ids and len(named) == len(ids) and None not in named:
             raise _broken("its logprobs are of other tokens than its ids")
-        values = (value for entry in self._entries for value in (entry.logprob, entry.sampling_logprob))
-        tops = (top.logprob for entry in self._entries for top in entry.top_logprobs or ())
-        if not (_are_probabilities(values) and _are_probabilities(tops)):
+        values = [*[entry.logprob for entry in entries], *sampling]
+        if None in values:
+            values = [value for value in values if value is not None]
+        if self.request.top_logprobs is not None:
+            values += [top.logprob for entry in entries for top in entry.top_logprobs or ()]
+        if values and max(values) > LOGPROB_ROUNDING:  # type: ignore[type-var,operator]  # no None is left
             raise _broken("a logprob is above 0")
 
     def _logprobs(self, num_rows: int) -> list[float]:
@@ -300,10 +303,6 @@ class Sample:
         if len(routing) == completion_len:
             return routing  # with echo, the prompt's rows come only where they are asked for
         return self._rows("routing", routing, num_rows)
-
-
-def _are_probabilities(logprobs: Iterable[float | None]) -> bool:
-    return all(value is None or value <= LOGPROB_ROUNDING for value in logprobs)
 
 
 def _difference(got: Sequence[int], sent: Sequence[int]) -> str:

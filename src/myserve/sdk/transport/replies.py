@@ -41,10 +41,11 @@ async def events_of(reply: Reply, max_bytes: int = _STREAM_BYTES) -> AsyncIterat
         if num_bytes > max_bytes:
             raise _too_long(max_bytes)
         events = decoder.feed_data(data)
-        # Read on to the end all the same: the connection can then be used again.
-        ended, is_done = is_done, is_done or _DONE in events
-        if events and (ended or (is_done and events.pop() != _DONE)):
-            raise AttemptFailed(Failure("protocol", "events came after the end of the stream"))
+        if events and (is_done or _DONE in events):
+            # Read on to the end all the same: the connection can then be used again.
+            if is_done or events.pop() != _DONE or _DONE in events:
+                raise AttemptFailed(Failure("protocol", "events came after the end of the stream"))
+            is_done = True
         yield events
     if not is_done:
         raise AttemptFailed(Failure("transport", "the stream ended before it was done"))
