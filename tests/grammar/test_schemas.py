@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from datetime import date, datetime
 from typing import Any
@@ -139,3 +140,36 @@ def test_every_schema_inside_is_walked() -> None:
 def test_look_around_is_refused_and_named(pattern: str) -> None:
     with pytest.raises(RequestError, match="look"):
         COMPILER.compile(Grammar.json_schema({"type": "string", "pattern": pattern}))
+
+
+def random_text(schema: Any, seed: int) -> str:
+    """A text of the grammar by a random walk over bytes, closed when it gets long."""
+    rng, matcher, text = random.Random(seed), COMPILER.compile(Grammar.json_schema(schema)), b""
+    while not matcher.is_stopped():
+        mask = matcher.compute_bitmask()
+        if len(text) > 120 and matcher.is_accepting():
+            break
+        token = rng.choice([i for i in range(EOS + 1) if mask[i >> 3] >> (i & 7) & 1])
+        if token == EOS:
+            break
+        assert matcher.consume_token(token)
+        text += bytes([token])
+    return text.decode()
+
+
+@pytest.mark.parametrize(
+    "kind", ["date", "time", "date-time", "email", "hostname", "ipv4", "ipv6", "uuid", "duration"]
+)
+def test_whatever_a_format_admits_its_validator_does(kind: str) -> None:
+    schema = {"type": "string", "format": kind}
+    judge = jsonschema_rs.validator_for(schema, validate_formats=True)
+    for seed in range(60):
+        value = json.loads(random_text(schema, seed))
+        assert judge.is_valid(value), (kind, value)
+
+
+def test_ordinary_addresses_are_admitted() -> None:
+    for text in ("a@b.co", "first.last+tag@mail-01.example.org"):
+        assert admits({"type": "string", "format": "email"}, text)
+    for text in ("localhost", "api.example-site.com"):
+        assert admits({"type": "string", "format": "hostname"}, text)

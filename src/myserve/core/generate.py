@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from myserve.core.sampling import SamplerCfg, sample_next
 
+__all__ = ["Step", "greedy_generate", "sample_generate"]
+
 
 class Step(TypedDict, total=False):
     """One row's token at one step, as the original specification's payload has it."""
@@ -16,9 +18,6 @@ class Step(TypedDict, total=False):
     id: int
     logprob: float
     top_logprobs: list[tuple[int, float]]
-
-
-__all__ = ["Step", "greedy_generate", "sample_generate"]
 
 
 @torch.inference_mode()

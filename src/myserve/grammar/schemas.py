@@ -34,7 +34,18 @@ _DATE = (
 )
 _HOURS = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = rf"{_HOURS}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:Z|[+-]{_HOURS})"  # no leap seconds: most have none
-FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+# Within the lengths of RFC 1035 and 5321, and no "--", which means something to validators of international names.
+_LABEL = "[A-Za-z0-9]{1,30}(?:-[A-Za-z0-9]{1,30})?"
+_HOST = rf"(?:{_LABEL}\.){{0,3}}[A-Za-z]{{1,24}}"
+_LOCAL = r"[A-Za-z0-9_+-]{1,31}(?:\.[A-Za-z0-9_+-]{1,31})?"
+_EMAIL = rf"{_LOCAL}@(?:{_LABEL}\.){{1,3}}[A-Za-z]{{2,24}}"
+FORMATS = {
+    "date": f"^{_DATE}$",
+    "time": f"^{_TIME}$",
+    "date-time": f"^{_DATE}T{_TIME}$",
+    "email": f"^{_EMAIL}$",
+    "hostname": f"^{_HOST}$",
+}
 
 
 def shared_schema(source: str) -> str:
