@@ -39,6 +39,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         page_of = PAGES.get(target, target.removeprefix("docs/"))
         if target not in PAGES and not target.startswith("docs/"):
             return match[0]  # a file that the site does not have: MkDocs says so
-        return match[1] + posixpath.relpath(page_of, posixpath.dirname(place) or ".") + (match[3] or "") + match[4]
+        return (
+            match[1]
+            + posixpath.relpath(page_of, posixpath.dirname(place) or ".")
+            + (match[3] or "")
+            + match[4]
+        )
 
     return _LINK.sub(relink, markdown)

@@ -1,4 +1,4 @@
-"""What a trainer needs of a batch of samples and no more: a shared prompt once, logits where tokens were drawn.
+"""A trainer's batch computes a shared prompt once, and logits only where completion tokens were drawn.
 
 Padded, each sample brings its prompt again and has logits at every place. Eight answers of three tokens to a prompt of
 twenty are 184 rows so, and 36 here.
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     Routing = Tensor | np.ndarray[Any, Any]
 
+__all__ = ["completion_logits"]
+
 
 def completion_logits(
     model: PreTrainedModel,
@@ -33,14 +35,17 @@ def completion_logits(
     *,
     routing: Sequence[Routing] | None = None,
 ) -> Tensor:
-    """The logits before every token of the completions, one after the other: [sum of C, V], with gradients.
+    """Return the logits that every completion token was drawn from, sample after sample: [sum of C, V], with gradients.
 
-    `model` is an `exact_forward` model; `prompts` and `completions` are token ids, a prompt for each completion. Equal
-    prompts are computed once, forward and backward. Every row has the bits that the engine had when it drew the token:
-    `exact_logprobs` turns them into the server's own numbers. `routing`, for a mixture of experts: each sample's
-    [P + C, L, k], as `aligned_routing` gives it and `replay_routing` means it.
+    `model` is an `exact_forward` model; `prompts` and `completions` are token ids, a prompt of P > 0 tokens for each
+    completion of C. Equal prompts are computed once, forward and backward. Every row has the bits that the engine had
+    when it drew the token: `exact_logprobs` turns them into the server's own numbers. `routing`, for a mixture of
+    experts: each sample's expert ids [P + C, L, k] (or without the last row), as `aligned_routing` gives them and
+    `replay_routing` takes them.
 
-    Raises RequestError for what does not fit, UnsupportedModelError for a model that keeps a state between tokens.
+    Raises `RequestError` for a model that `exact_forward` has not made exact, for prompts, completions or routing whose
+    lengths do not fit, and for routing under gradient checkpointing; `UnsupportedModelError` for a model that keeps a
+    state between tokens.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> from myserve import exact_forward
@@ -68,7 +73,7 @@ def completion_logits(
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Packed rows: each distinct prompt, then its completions but for their last tokens, which nobody reads."""
+    """Packed rows: each distinct prompt, then its completions but for their last tokens, from which none is drawn."""
 
     token_ids: list[int]  # [T]
     position_ids: list[int]  # [T]
@@ -100,7 +105,7 @@ class _Layout:
         return packed
 
     def _add(self, sample: int, start: int, tokens: Sequence[int], before: list[range]) -> range:
-        """A span of a sample's tokens from place `start` on; gives its rows."""
+        """Add a span of a sample's tokens from place `start` on, and return its rows."""
         rows = range(len(self.token_ids), len(self.token_ids) + len(tokens))
         if rows:
             places = range(start, start + len(tokens))
@@ -119,14 +124,14 @@ class _Layout:
 
 
 def _identity(prompt: Sequence[int], routing: Routing | None) -> Hashable:
-    """Prompts that may share their rows: the same tokens, and where experts are replayed the same of those."""
+    """Return a key that is equal for prompts that may share rows: equal tokens and, where given, equal experts."""
     if routing is None:
         return tuple(prompt)
     return tuple(prompt), torch.as_tensor(routing[: len(prompt)]).numpy().tobytes()
 
 
 def _packed_routing(layout: _Layout, routing: Sequence[Routing] | None) -> Tensor | None:
-    """[T, L, k]: of each packed row."""
+    """Return the routing of each packed row, [T, L, k]."""
     if routing is None:
         return None
     rows = [torch.as_tensor(routing[sample][place]) for sample, place in layout.sources]

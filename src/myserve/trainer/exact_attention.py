@@ -1,6 +1,6 @@
-"""Attention in a trainer: forward by the engine's kernel, backward by PyTorch, on packed rows.
+"""Attention in a trainer runs forward by the engine's kernel and backward by PyTorch, on packed rows.
 
-A sequence asks with rows of its own and sees a context, which may begin with rows of another: a prompt that many
+A sequence has query rows of its own and sees a context, which may begin with rows of another: a prompt that many
 completions share has its keys and values computed once, as in the engine's cache.
 """
 
@@ -18,12 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from myserve.engine.kernels.attend import BLOCK_SIZE
 from myserve.engine.mixers.attention import allocate_layer, dense_attention, paged_attention, store_kv
 
+__all__ = ["TRAINER_NAME", "Spans", "register_exact_attention"]
+
 _WINDOW = "_myserve_window"  # the attribute of a mask
 TRAINER_NAME = "myserve_trainer"  # attention and experts, as a model's config says them
 
 
 def register_exact_attention() -> None:
-    """Makes `attn_implementation="myserve_trainer"` known to transformers."""
+    """Make `attn_implementation="myserve_trainer"` known to transformers."""
     AttentionInterface.register(TRAINER_NAME, _attention_forward)
     AttentionMaskInterface.register(TRAINER_NAME, _real_rows)
 
@@ -54,7 +56,7 @@ def _real_rows(
 class Spans:
     """Packed rows [T] cut into sequences: S spans behind one another, each the last rows of a context of its own.
 
-    The same for every layer, so what the kernel wants to know of it is computed once.
+    All layers share one, so what the kernel needs of it is computed once.
 
     >>> prompt_and_token = Spans([2, 1], [torch.tensor([0, 1]), torch.tensor([0, 1, 2])])
     >>> [(rows.tolist(), contexts.tolist()) for rows, contexts in prompt_and_token.by_shape]
@@ -69,12 +71,12 @@ class Spans:
 
     @classmethod
     def of_whole(cls, lengths: Sequence[int]) -> Spans:
-        """Every sequence sees itself."""
+        """Return the spans of sequences that see themselves alone, of `lengths` rows each."""
         return cls(lengths, torch.split(torch.arange(sum(lengths)), list(lengths)))
 
     @cached_property
     def blocks(self) -> tuple[Tensor, Tensor, int]:
-        """Of a cache for one layer: the slot of each context row, the table [S, blocks] int32, how many blocks."""
+        """The cache of one layer: the slot of each context row, the table [S, blocks] int32, how many blocks."""
         counts = [-(-len(context) // BLOCK_SIZE) for context in self.contexts]
         starts = torch.tensor([0, *counts]).cumsum(0)
         sizes = torch.tensor([len(context) for context in self.contexts])
@@ -113,7 +115,7 @@ def _attention_forward(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, T, D], key and value [B, Hkv, T, D]; gives [B, T, H, D].
+    """Attend: query [B, H, T, D], key and value [B, Hkv, T, D]; gives [B, T, H, D].
 
     The rows are those of `spans`, packed [1, T]; or whole sequences, padded, attention_mask [B, T] or None.
     """

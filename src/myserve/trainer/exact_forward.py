@@ -1,7 +1,7 @@
-"""A plain transformers model in a trainer, with the engine's arithmetic: the same logits, bit for bit, and gradients.
+"""A trainer's transformers model computes with the engine's kernels: the server's logits, bit for bit, with gradients.
 
-The forward pass of every product and of attention is the engine's kernel; the backward pass is the usual one, by
-PyTorch. Parameters, state dict and optimizer stay what they are.
+The forward pass of every matrix product, norm, activation and of attention is the engine's; the backward pass is the
+usual one, by PyTorch. Parameters, state dict and optimizer stay what they are.
 """
 
 from __future__ import annotations
@@ -27,17 +27,30 @@ from myserve.engine.batch_invariance.patch import is_router
 from myserve.engine.batch_invariance.rope_table import look_up_angles
 from myserve.trainer.exact_attention import TRAINER_NAME, register_exact_attention
 
+__all__ = ["exact_forward", "exact_linear"]
+
 
 def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -> PreTrainedModel:
-    """Makes a CPU model of transformers compute, in place, exactly as the engine does on a CPU; returns it.
+    """Make a CPU model compute, in place, exactly as the engine does on a CPU, and return it.
 
-    `model(input_ids, attention_mask, position_ids)` of any padded batch then gives at every real position the logits
-    that the engine had there, bit for bit, prefilled or decoded; and they have gradients. A padded batch needs
-    `position_ids` that count real tokens only when it is padded on the left. Dropout, where a model has any, must be
-    off: the engine has none. For the logits of sampled completions alone, `completion_logits` costs much less.
+    `model(input_ids, attention_mask, position_ids)`, all [B, T], then gives logits [B, T, V] that at every real
+    position are the engine's bit for bit, whether it prefilled or decoded the token, on any number of rows and
+    threads; and they have gradients. Batches may be padded on either side; where they are on the left, `position_ids`
+    must count real tokens alone. Dropout must be off (`model.eval()`): the engine has none. For the logits of sampled
+    completions alone, `completion_logits` costs much less; `exact_logprobs` turns logits into the server's logprobs.
 
-    `max_model_len`: the engine's, which it needs to know where rotary angles depend on it: LongRoPE (Phi-3.5) served
-    with longer contexts than it was first trained on. For all other models it changes nothing.
+    `max_model_len`: the engine's, in tokens. It matters where RoPE depends on the longest context (LongRoPE as in
+    Phi-3.5, dynamic NTK), and changes nothing for other models.
+
+    Raises `ValueError` where a parameter is not on the CPU, and in the forward pass `RequestError` for a position
+    beyond `max_model_len`, where that was given.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> size = dict(vocab_size=8, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = exact_forward(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **size)))
+    >>> pair, alone = model(torch.tensor([[1, 2, 3], [4, 5, 6]])).logits, model(torch.tensor([[4, 5, 6]])).logits
+    >>> torch.equal(pair[1], alone[0])
+    True
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise ValueError("exact_forward computes by kernels that run on a CPU alone; move the model there")
@@ -68,7 +81,7 @@ def _replace_forward(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> N
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` with the engine's bits: x [..., K], weight [N, K], bias [N].
+    """Return `F.linear(x, weight, bias)` with the engine's bits: x [..., K], weight [N, K], bias [N]; [..., N].
 
     >>> w = torch.ones(2, 3, requires_grad=True)
     >>> exact_linear(torch.ones(1, 3), w).sum().backward()
@@ -140,7 +153,7 @@ class _Activation(torch.autograd.Function):
 
 
 class _ExactProducts(TorchFunctionMode):
-    """Routers call `F.linear` themselves."""
+    """Answers `F.linear`, which routers call themselves, by `exact_linear`."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -159,7 +172,10 @@ def _with_exact_products(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """`exact.exact_experts_forward`, with gradients: the same sums in the same order."""
+    """Compute as `patch.exact_experts_forward` does, in its order of sums, with gradients.
+
+    hidden_states [T, D], top_k_index and top_k_weights [T, k]; gives [T, D].
+    """
     parts = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=torch.float32)
     for expert in sorted(set(top_k_index.flatten().tolist())):
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)

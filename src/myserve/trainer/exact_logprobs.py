@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from myserve.core.logprobs import normalisers
 
+__all__ = ["exact_logprobs"]
+
 
 def exact_logprobs(
     logits: Tensor,
@@ -19,12 +21,15 @@ def exact_logprobs(
     temperature: float = 1.0,
     kept: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """Log-softmax of `logits` [N, V] at `token_ids` [N], as float32 [N].
+    """Return the log-softmax of `logits` [N, V] at `token_ids` [N] (int64): float32 [N], in nats, with gradients.
 
     With the logits of an `exact_forward` model these are, bit for bit, the server's logprobs; with the `temperature`
-    of the draw, its sampling logprobs. `kept` gives each row's support where the draw was truncated (top-p, top-k,
-    min-p; ask the server for `kept`): the distribution is then the one over the support, which every token drawn is in.
-    (PyTorch's own `log_softmax` differs from itself in the last bit, with the number of rows and threads.)
+    of the draw (above 0), its sampling logprobs. `kept` gives each row's support, token ids, where the draw was
+    truncated (top-p, top-k, min-p; the server answers `kept` when asked): the distribution is then the one over the
+    support, and a token outside of it has -inf. PyTorch's own `log_softmax` differs in last bits with the number of
+    rows and threads.
+
+    Raises `IndexError` or `RuntimeError`, PyTorch's own, for token ids outside of the vocabulary.
 
     >>> logits = torch.zeros(2, 4, requires_grad=True)
     >>> exact_logprobs(logits, torch.tensor([1, 2]), kept=[[1], [2, 3]]).exp().tolist()

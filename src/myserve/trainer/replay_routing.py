@@ -1,4 +1,4 @@
-"""A plain transformers mixture of experts in a trainer, sent to the experts that the engine used (R3).
+"""A mixture of experts in a trainer computes with the experts that the engine used: rollout routing replay (R3).
 
 The router's own code runs, and only its choice is replaced: where it calls `topk`, the scores of the given experts
 are gathered. So they are normalised as the model normalises them, and gradients flow into the router as always.
@@ -23,6 +23,8 @@ from myserve.errors import RequestError, UnsupportedModelError
 if TYPE_CHECKING:
     import numpy as np
 
+__all__ = ["OWN_CHOICE", "replay_routing"]
+
 OWN_CHOICE = -1  # in place of an expert's id: the model chooses for this token, as for padding
 
 
@@ -30,7 +32,7 @@ OWN_CHOICE = -1  # in place of an expert's id: the model chooses for this token,
 def replay_routing(
     model: PreTrainedModel, routing: Tensor | np.ndarray[Any, Any]
 ) -> Iterator[PreTrainedModel]:
-    """Inside the block, `model` uses the experts of `routing` instead of choosing its own.
+    """Make `model` use the experts of `routing` instead of choosing its own, inside the block; yield the model.
 
     `routing`: integer expert ids [B, T, L, k], or [T, L, k] for one sequence or rows packed behind one another: for
     each token that the model is given, padding included, and each of its L layers with experts, the k experts used
@@ -41,8 +43,17 @@ def replay_routing(
     `backward` inside too. It goes with `exact_forward`, with any dtype and device, and leaves nothing behind. Routers
     under `torch.compile` are not supported.
 
-    Raises RequestError for ids that do not fit the model (on entering) or the batch (in the forward pass),
-    UnsupportedModelError for a model without routers that choose by one `topk`.
+    Raises `RequestError` for ids that do not fit the model (on entering) or the batch (in the forward pass),
+    `UnsupportedModelError` for a model without routers that choose by one `topk`. Source: Rollout Routing Replay,
+    arXiv:2510.11370.
+
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> size = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> config = AutoConfig.for_model("mixtral", num_local_experts=4, num_key_value_heads=2, **size)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> with replay_routing(model, torch.tensor([[[0, 1]], [[2, 3]], [[-1, -1]]])):  # 3 tokens, 1 layer, 2 experts
+    ...     model(torch.tensor([[5, 6, 7]])).logits.shape
+    torch.Size([1, 3, 8])
     """
     shape, routers = _shape_and_routers(model)
     ids = _checked(routing, shape)  # [N, L, k]

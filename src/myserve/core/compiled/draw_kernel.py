@@ -33,6 +33,8 @@ from myserve.core.compiled.scalar_math import (
     uniform,
 )
 
+__all__ = ["WORK_ROWS", "best_rows", "draw_rows", "mask_rows", "normalise_rows", "race"]
+
 WORK_ROWS = 2 + SPARE_ROWS  # of memory that a thread needs for a draw: fresh memory costs more than the draw
 
 

@@ -12,6 +12,8 @@ from numba import njit
 from myserve.core.compiled import draw_kernel
 from myserve.core.compiled.fingerprint import fingerprint
 
+__all__ = ["COMPILED", "SOURCES", "Kernel", "best_rows", "draw_rows", "kept", "mask_rows", "normalise_rows"]
+
 COMPILED = Path(__file__).parent
 SOURCES = (COMPILED, *(COMPILED.parent / f"{module}.py" for module in ("noise", "numerics", "transfer")))
 

@@ -18,6 +18,20 @@ from myserve.core.numerics import MASS_ONE
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 
+__all__ = [
+    "SCORES_A_THREAD",
+    "SMALLEST_NORMAL",
+    "CompiledDraw",
+    "available",
+    "best_tokens",
+    "covers",
+    "draw",
+    "knows",
+    "mask_",
+    "normalise",
+    "warm_up",
+]
+
 SMALLEST_NORMAL = 2.0**-126
 SCORES_A_THREAD = 1 << 18  # scores that are worth waking another thread for
 

@@ -6,6 +6,8 @@ import zlib
 from functools import cache
 from pathlib import Path
 
+__all__ = ["fingerprint"]
+
 
 @cache
 def fingerprint(*sources: Path) -> int:

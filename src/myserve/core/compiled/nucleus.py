@@ -23,6 +23,26 @@ from myserve.core.compiled.scalar_math import (
     lowest_bit,
 )
 
+__all__ = [
+    "BUCKETS",
+    "FIRST_GUESS",
+    "MARGIN",
+    "SAMPLED",
+    "SPARE_ROWS",
+    "best_scores",
+    "edge_among",
+    "guess_edge",
+    "mass_from",
+    "masses_of",
+    "nucleus_edge",
+    "place_scores",
+    "scores_between",
+    "scores_from",
+    "sort_best",
+    "truncate",
+    "wide_nucleus_edge",
+]
+
 BUCKETS = 2048  # of distances below the largest score, BUCKETS_PER_UNIT to 1; the last one takes all the rest
 BUCKETS_PER_UNIT, LAST_BUCKET = np.float32(64.0), np.float32(BUCKETS - 1)
 FIRST_GUESS = 64  # scores to try a nucleus with, before the whole row is looked at

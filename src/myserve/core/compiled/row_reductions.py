@@ -24,6 +24,18 @@ from myserve.core.compiled.scalar_math import (
     largest_of_block,
 )
 
+__all__ = [
+    "block_maxima",
+    "drop_masked",
+    "exponentials",
+    "largest_score",
+    "mass_of",
+    "only_masks",
+    "scale",
+    "weigh",
+    "weigh_few",
+]
+
 
 @compiled
 def largest_score(scores: Any) -> Any:

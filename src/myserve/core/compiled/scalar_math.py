@@ -14,6 +14,27 @@ from numba.extending import intrinsic
 
 from myserve.core import noise, numerics
 
+__all__ = [
+    "ATANH",
+    "BLOCK",
+    "HALF_WORD",
+    "INFINITY_BITS",
+    "LARGEST_UNIFORM",
+    "ROUNDS",
+    "UNDERFLOW",
+    "WORD",
+    "Function",
+    "block_between",
+    "compiled",
+    "exp",
+    "largest_of_block",
+    "lowest_bit",
+    "neg_log1m",
+    "philox",
+    "power_of_two",
+    "uniform",
+]
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -1,4 +1,4 @@
-"""Fewer passes over the same numbers: norms, rotary angles, the gate, and products that share their input.
+"""Norms, RoPE, gates and products of one input are fused: fewer passes over memory, and the bits stay.
 
 What is replaced is recognised by what it computes, never by a model's name: a norm by trying it, the gate by its one
 line of source, the rotary function by comparing bits. What is not recognised stays as transformers wrote it.
@@ -20,6 +20,17 @@ from myserve.engine.batch_invariance import pointwise
 from myserve.engine.batch_invariance.activations import activation_of
 from myserve.engine.batch_invariance.linear import JoinedWeights
 
+__all__ = [
+    "NormKind",
+    "SharedInput",
+    "fuse_gates",
+    "fuse_norms",
+    "fuse_rotary",
+    "gate_activation",
+    "norm_kind",
+    "products_of_one_input",
+]
+
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _GATE_SOURCE = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 _ROTARY = "apply_rotary_pos_emb"
@@ -33,7 +44,7 @@ class NormKind:
     rounds_first: bool
 
     def reference(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """In tensor operations, as models spell it out."""
+        """Return the norm of x [..., D] in tensor operations, as models spell it out; weight [D]."""
         normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
         if self.rounds_first:
             return weight * normed.to(x.dtype)
@@ -44,7 +55,7 @@ _KINDS = (NormKind(0.0, True), NormKind(0.0, False), NormKind(1.0, False))  # Ll
 
 
 def norm_kind(module: nn.Module) -> tuple[NormKind, float] | None:
-    """Which RMS norm a module is, and its epsilon; None for everything else.
+    """Return which RMSNorm a module is, and its epsilon; None for everything else.
 
     >>> norm_kind(nn.LayerNorm(4)) is None
     True
@@ -82,7 +93,7 @@ def gate_activation(module: nn.Module) -> str | None:
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Replaces the forward of every RMS norm; how many there were."""
+    """Replace the forward of every RMSNorm; return how many there were."""
     modules: list[Any] = list(model.modules())
     found = [(module, known) for module in modules if (known := norm_kind(module)) is not None]
     for module, known in found:
@@ -114,7 +125,7 @@ def _gate_forward(name: str) -> Callable[[Any, Tensor], Tensor]:
 
 
 class SharedInput:
-    """Products of one x, made together when the first is asked for; the others find theirs waiting."""
+    """Products of one x, computed together when the first is asked for and kept for the others."""
 
     def __init__(self, joined: JoinedWeights) -> None:
         self._joined, self._parts = joined, joined.parts
@@ -122,7 +133,7 @@ class SharedInput:
         self._made: list[Tensor] = []
 
     def product(self, part: int, x: Tensor) -> Tensor:
-        """Of one part; x is compared by identity, so that a model that calls in another way is only slower."""
+        """Return one part's product [..., N] of x [..., K]; another x than the first part's is multiplied alone."""
         if part == 0:
             self._x, self._made = x, self._joined(x)
         elif self._x is not x:
@@ -134,7 +145,7 @@ class SharedInput:
 
 
 def products_of_one_input(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """The linear layers of a module that multiply the same x, by their names in it."""
+    """Yield the linear layers of a module that multiply one x, by their names in it."""
     for module in model.modules():
         for names in _SHARED_INPUTS:
             layers = [getattr(module, name, None) for name in names]
@@ -143,7 +154,7 @@ def products_of_one_input(model: nn.Module) -> Iterator[tuple[nn.Module, list[st
 
 
 def fuse_rotary(model: nn.Module) -> None:
-    """Puts our kernel before the rotary function of the files that the model's classes come from.
+    """Put our kernel before the RoPE function of the files that the model's classes come from.
 
     The function is a global of a file of transformers, so a trainer's model in this process finds ours too: where
     there are gradients to keep, or another shape, it goes on to the old one, and the bits are the same.

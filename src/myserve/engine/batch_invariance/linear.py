@@ -1,4 +1,4 @@
-"""A linear layer whose rows do not see each other, by construction, at the speed of the memory.
+"""A linear layer is batch-invariant by construction: a row's sums do not depend on how many rows there are.
 
 The libraries' matrix products choose their order of summation by the number of rows: oneDNN's bfloat16 on AMX has one
 for up to 32 rows and others above, float32 in `F.linear` changes at 2, 16 and 129. (Random inputs hardly show it: few
@@ -20,6 +20,8 @@ from myserve.engine.kernels.gemm import PANEL, ROWS, linear_kernel
 from myserve.engine.kernels.launch import this_thread, threads_for
 from myserve.engine.kernels.tiles import tile_configuration
 from myserve.engine.memory import huge_pages
+
+__all__ = ["JoinedWeights", "PackedWeight", "multiply_each", "packed_shape"]
 
 _TILES = [tile_configuration(rows) for rows in range(1, 17)]
 _TILE_ADDRESSES = [tiles.ctypes.data for tiles in _TILES]
@@ -43,7 +45,7 @@ class PackedWeight:
         self.bias = self._padded_bias(bias)
 
     def with_bias(self, bias: Tensor) -> PackedWeight:
-        """The same weight, shared, with another bias."""
+        """Return a product with this weight, shared, and another bias [N]."""
         other = copy(self)
         other.bias = self._padded_bias(bias)
         return other
@@ -55,17 +57,17 @@ class PackedWeight:
         return columns
 
     def copy_(self, other: PackedWeight) -> None:
-        """Takes the values of another of the same shape, in the same memory: who joined this weight has them too."""
+        """Take the values of another of equal shape, in place: a joined product that holds this weight has them too."""
         self.weight.copy_(other.weight)
         self.bias.copy_(other.bias)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The type of the packed weight, in which it is multiplied: bfloat16 or float32."""
         return self.weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N], in x's dtype."""
+        """Multiply x [..., K]; gives [..., N], in x's dtype."""
         out = torch.empty((*x.shape[:-1], self.out_features), dtype=self.dtype)
         self._multiply(self._rows(x), out)
         return out if out.dtype == x.dtype else out.to(x.dtype)
@@ -123,13 +125,13 @@ class JoinedWeights:
             part.bias = bias  # a view, so that a new value of one is a new value of all
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """x [..., K] to one [..., N] for each part, in x's dtype: views into the rows of the whole."""
+        """Multiply x [..., K]; gives one [..., N] for each part, in x's dtype: views into the rows of the whole."""
         out = self._joined(x)
         return [out.narrow(-1, s, n) for s, n in zip(self._starts, self._widths, strict=True)]
 
 
 def multiply_each(weights: Sequence[PackedWeight], x: Tensor, counts: Sequence[int]) -> Tensor:
-    """The first counts[0] rows of x [R, K] by the first weight, the next by the next: [R, N], in x's dtype.
+    """Multiply the first counts[0] rows of x [R, K] by the first weight, the next by the next: [R, N], in x's dtype.
 
     >>> weights = [PackedWeight(torch.eye(2)), PackedWeight(2 * torch.eye(2))]
     >>> multiply_each(weights, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), [1, 2])
@@ -148,7 +150,7 @@ def multiply_each(weights: Sequence[PackedWeight], x: Tensor, counts: Sequence[i
 
 
 def packed_shape(weight: Tensor) -> tuple[int, ...]:
-    """[N, K] in groups of 16 columns: float32 [N / 16, K, 16]; bfloat16 [N / 16, K / 2, 16, 2], K in whole tiles.
+    """Return the shape of a packed [N, K]: float32 [N / 16, K, 16]; bfloat16 [N / 16, K / 2, 16, 2], K in whole tiles.
 
     >>> packed_shape(torch.zeros(70, 40)), packed_shape(torch.zeros(70, 40, dtype=torch.bfloat16))
     ((8, 40, 16), (8, 32, 16, 2))

@@ -1,10 +1,10 @@
-"""Makes a model's rows independent of each other: a token's numbers are a function of its own sequence, bit for bit.
+"""Makes a model batch-invariant: a token's numbers are a function of its own sequence, bit for bit.
 
 What mixes rows in a transformer is the libraries' matrix products, which sum in an order that the number of rows
 decides. Here every one of them becomes a `PackedWeight`: linear layers, routers, the experts of a mixture. Attention
-is `attention`'s; norms, gates and rotary angles are made one pass each (`fusion`). What is left works on one row at a
-time already; `packing_check` runs the loaded model in company and alone, so that this need not be
-believed.
+is `mixers.attention`'s; activations are our kernels (`activations`); norms, gates and RoPE are made one pass each
+(`fusion`). What is left works on one row at a time already; `runner.self_test` runs the loaded model batched and alone,
+so that this need not be believed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,24 @@ from myserve.engine.batch_invariance.linear import JoinedWeights, PackedWeight, 
 from myserve.engine.kernels.tiles import bfloat16_unit
 from myserve.engine.memory import huge_pages
 
+__all__ = [
+    "EXPERTS_NAME",
+    "ExactLinear",
+    "ExactReport",
+    "ExactWeight",
+    "exact_experts_forward",
+    "has_experts",
+    "is_router",
+    "make_exact",
+    "packed_experts",
+]
+
 EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
 
 
 @dataclass(frozen=True, slots=True)
 class ExactReport:
-    """What was done to a model, for the log and for `/version`.
+    """Reports how a model was made batch-invariant, for the log and for `/version`.
 
     >>> ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0).as_dict()["mode"]
     'off'
@@ -72,11 +84,11 @@ class ExactLinear(nn.Module):
         return torch.empty(self.out_features, self.in_features, dtype=self.packed.dtype, device="meta")
 
     def share(self, shared: SharedInput, part: int) -> None:
-        """From now on this layer is a part of a larger product."""
+        """Make this layer a part of a joined product."""
         self._shared = shared, part
 
     def replace(self, packed: PackedWeight) -> None:
-        """New values; a part of a joined product keeps its place."""
+        """Take new values; a part of a joined product keeps its place."""
         if self._shared is None:
             self.packed = packed
         else:
@@ -113,7 +125,7 @@ class ExactWeight(Tensor):
 
 
 def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactReport:
-    """Replaces, in place, all of a CPU model's matrix products; `mode="off"` leaves the library's.
+    """Replace, in place, all of a CPU model's matrix products; `mode="off"` leaves the library's.
 
     A layer's own weight is freed as soon as it is packed, its pages of the checkpoint's file too, so that a model needs
     little more than its weights while it is prepared; embeddings tied to the output layer stay beside its packed copy.
@@ -140,7 +152,7 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
 
 
 def _join_products(model: nn.Module, files: huge_pages.FilePages) -> int:
-    """Makes one product of those that multiply the same x; how many layers that were."""
+    """Join products that multiply one x; return how many layers that were."""
     found = list(products_of_one_input(model))
     for parent, names in found:
         layers: list[Any] = [getattr(parent, name) for name in names]
@@ -167,7 +179,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_router(module: nn.Module) -> bool:
-    """A module of its own that holds a matrix and is none of the kinds that are known to."""
+    """Return whether a module holds a matrix and is none of the kinds that are known to: a router."""
     weight = module._parameters.get("weight")
     known = is_linear(module) or isinstance(module, nn.Embedding)
     return weight is not None and weight.dim() == 2 and not known
@@ -181,7 +193,7 @@ def _pack_router(module: nn.Module) -> int:
 
 
 def has_experts(module: nn.Module) -> bool:
-    """Experts as transformers holds them: three-dimensional weights, and a forward that looks itself up."""
+    """Return whether a module is transformers' experts: weights [E, N, K], and a forward that is looked up by name."""
     return hasattr(module, "_is_expert_parallel") and "down_proj" in module._parameters
 
 
@@ -206,7 +218,7 @@ def packed_experts(weights: Tensor, biases: Tensor | None, *, is_transposed: boo
 def exact_experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Each expert takes its tokens at once; a token's experts are summed in its own order, best first, in float32.
+    """Compute a mixture: an expert takes its tokens at once; a token's experts are summed best first, in float32.
 
     hidden_states [T, D], top_k_index and top_k_weights [T, k]; gives [T, D].
     """

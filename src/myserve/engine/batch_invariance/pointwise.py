@@ -1,7 +1,7 @@
-"""RMS norm, rotary angles, SiLU and its gate, rows by index, by kernels of our own; CPU, bfloat16 or float32.
+"""RMSNorm, RoPE, activations and their gates, sums and row lookup by our kernels; CPU, bfloat16 or float32.
 
 Each gives the bits of the tensor operations that a model of transformers spells out, but for the order of a norm's sum
-and the exponential of SiLU, which PyTorch leaves to its libraries.
+and for activations, which PyTorch computes otherwise at the end of a thread's share (`activations`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from myserve.engine.kernels.pointwise import (
     rotate_kernel,
 )
 
+__all__ = ["activation", "add", "gather", "is_ours", "rms_norm", "rotate"]
+
 
 def is_ours(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: on a CPU, all of one element type that they know."""
+    """Return whether the kernels take these: on a CPU, all of one element type, bfloat16 or float32."""
     dtype = tensors[0].dtype
     return dtype in (torch.bfloat16, torch.float32) and all(
         x.dtype == dtype and x.device.type == "cpu" for x in tensors
@@ -31,7 +33,7 @@ def is_ours(*tensors: Tensor) -> bool:
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_first: bool = True
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, in float32; x [..., D], weight [D].
+    """Return x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, in float32; x [..., D], weight [D].
 
     `rounds_first`: what is multiplied by the weight has been rounded to x's type (Llama), or not (Gemma, OLMo 2).
 
@@ -50,7 +52,7 @@ def rms_norm(
 
 
 def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding of the halves: query [H, T, D], key [Hkv, T, D], cosine and sine [T, D].
+    """Apply RoPE by halves: query [H, T, D], key [Hkv, T, D], cosine and sine [T, D].
 
     >>> x = torch.tensor([[[1.0, 2.0]]])
     >>> rotate(x, x, torch.zeros(1, 2), torch.ones(1, 2))[0]
@@ -99,7 +101,7 @@ def activation(name: str, x: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b of one shape, both contiguous."""
+    """Return a + b, of one shape [..., D], both contiguous."""
     out = torch.empty(a.shape, dtype=a.dtype)
     width = a.shape[-1]
     rows = a.numel() // width
@@ -110,7 +112,9 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gather(table: Tensor, indices: Tensor) -> Tensor:
-    """table[indices]: [N, D] by [...] int64 to [..., D]; both contiguous. An index out of range gives a row of NaN.
+    """Return table[indices]: [N, D] by [...] int64 to [..., D]; both contiguous.
+
+    An index out of range gives a row of NaN.
 
     >>> gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 0, 2]))
     tensor([[3., 4.],

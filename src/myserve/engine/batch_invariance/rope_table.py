@@ -1,4 +1,4 @@
-"""Rotary angles looked up by position: what a model computes anew in every step, computed once for every position."""
+"""RoPE angles are computed once for every position and looked up in each step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from myserve.engine.batch_invariance import pointwise
 from myserve.engine.memory import huge_pages
 from myserve.errors import RequestError
 
+__all__ = ["CHUNK", "look_up_angles", "unscaled_length"]
+
 log = logging.getLogger(__name__)
 
 CHUNK = 4096  # positions computed at once
@@ -23,7 +25,7 @@ _FOLLOWS_THE_LONGEST = {"dynamic", "longrope"}
 
 
 def unscaled_length(config: Any) -> int | None:
-    """Up to which context a LongRoPE model has the angles of short texts; None for all others.
+    """Return up to which context a LongRoPE model has the angles of short texts; None for all others.
 
     Beyond it every position has other angles. So it is what is served unless someone asks for more.
     """
@@ -45,7 +47,7 @@ def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def look_up_angles(model: Any, positions: int) -> int:
-    """Gives every rotary embedding of a model a table of `positions` rows; how many there were.
+    """Give every rotary embedding of a model a table of `positions` rows; return how many there were.
 
     Where the angles depend on the longest context of a call (dynamic NTK, LongRoPE), they become those of `positions`
     for everyone, as vLLM has it: with at most `unscaled_length`, those that transformers has for short texts.

@@ -8,6 +8,8 @@ from numba import carray, njit
 from myserve.engine.kernels.lanes import BLOCK_SIZE, LANES, PARTITION, scale_lanes, view
 from myserve.engine.kernels.tiles import multiply_tiles
 
+__all__ = ["copy_keys", "mix_by_tiles", "scale_rows", "scores_by_tiles"]
+
 Address = int  # of a byte
 
 

@@ -35,6 +35,8 @@ from myserve.engine.kernels.lanes import (
 )  # fmt: skip
 from myserve.engine.kernels.tiles import bfloat16_unit
 
+__all__ = ["mix", "multiply", "multiply_pairs"]
+
 _HALVES = ir.VectorType(BFLOAT, 32)
 
 

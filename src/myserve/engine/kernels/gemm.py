@@ -15,6 +15,8 @@ from numba import carray, njit
 
 from myserve.engine.kernels.dots import multiply, multiply_pairs
 from myserve.engine.kernels.lanes import (
+    BFLOAT16_BY_LANES,
+    FLOAT32,
     LANES,
     add_and_round,
     next_item,
@@ -25,6 +27,8 @@ from myserve.engine.kernels.lanes import (
 )
 from myserve.engine.kernels.launch import Kernel, fingerprint
 from myserve.engine.kernels.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles
+
+__all__ = ["LINEAR", "MOST_PAIR_ROWS", "PAIRS_AT_ONCE", "PANEL", "ROWS", "SWEEP_BYTES", "linear_kernel"]
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
 ROWS = 32  # of a thread's scratch [ROWS, PANEL]
@@ -85,7 +89,7 @@ def _panel_by_pairs(a: Any, panel: int, following: int, first: int, last: int, s
 
     So memory is busy while rows are multiplied, however many there are.
     """
-    kind = np.uint16(0)
+    kind = BFLOAT16_BY_LANES
     group = a.inner * LANES * 2
     weight = a.weight + 4 * panel * group
     to_following = 4 * group * (following - panel)
@@ -134,7 +138,7 @@ def _multiply_pairs(
 
 @njit(error_model="numpy")
 def _panel_by_tiles(a: Any, panel: int, first: int, last: int, scratch: Address) -> None:
-    kind = np.uint16(0)
+    kind = BFLOAT16_BY_LANES
     group = a.inner * LANES * 2
     weight = a.weight + 4 * panel * group
     whole = first + (last - first) // 16 * 16
@@ -202,7 +206,7 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
         item = next_item(a)
         while item < _items(a) and source >= 0:
             panel, first, last = _share(a, item)
-            _panel_by_lanes(a, np.float32(0), panel, first, last, scratch)
+            _panel_by_lanes(a, FLOAT32, panel, first, last, scratch)
             item = next_item(a)
 
     def linear_lanes(p: Any) -> None:
@@ -211,7 +215,7 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
         item = next_item(a)
         while item < _items(a) and source >= 0:
             panel, first, last = _share(a, item)
-            _panel_by_lanes(a, np.uint16(0), panel, first, last, scratch)
+            _panel_by_lanes(a, BFLOAT16_BY_LANES, panel, first, last, scratch)
             item = next_item(a)
 
     def linear_pairs(p: Any) -> None:

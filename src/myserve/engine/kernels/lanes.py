@@ -12,10 +12,34 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+__all__ = [
+    "BFLOAT",
+    "BLOCK_SIZE",
+    "LANES",
+    "PARTITION",
+    "add_and_round",
+    "by_pairs",
+    "by_tiles",
+    "divide_and_round",
+    "is_half",
+    "lane_sum",
+    "next_item",
+    "next_thread",
+    "scale_lanes",
+    "size_of",
+    "softmax_step",
+    "stays_half",
+    "sum_of_squares",
+    "uses_tiles",
+    "view",
+    "widen",
+]
 
 LANES = 16  # 64 bytes: a cache line
 PARTITION = 64  # keys per step of the online softmax; the partition always starts at key 0
@@ -44,19 +68,26 @@ _BFloat._create_instance()
 BFLOAT: IR = _BFloat()
 
 
-def is_half(kind: Any) -> bool:
-    """What a kernel computes with is told by the type of a value, so that it is decided as it is compiled.
+# A kernel's `kind`: its element type and what multiplies. Numba compiles a function anew for each type of an argument,
+# so each kind is a zero of a type of its own, whose value is never looked at.
+FLOAT32 = np.float32(0)
+BFLOAT16_BY_LANES = np.uint16(0)  # widened to float32 lanes
+BFLOAT16_BY_TILES = np.int16(0)  # AMX
+BFLOAT16_BY_PAIRS = np.int8(0)  # AVX-512's dot products of pairs
 
-    float32; or bfloat16, as float32 lanes (uint16), by AMX tiles (int16), by dot products of pairs (int8).
-    """
+
+def is_half(kind: Any) -> bool:
+    """Return whether a kind's elements are bfloat16; `kind` is its Numba type, as a kernel is compiled."""
     return bool(kind != types.float32)
 
 
 def by_pairs(kind: Any) -> bool:
+    """Return whether dot products of pairs multiply."""
     return bool(kind == types.int8)
 
 
 def by_tiles(kind: Any) -> bool:
+    """Return whether AMX tiles multiply."""
     return bool(kind == types.int16)
 
 

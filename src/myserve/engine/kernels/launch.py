@@ -25,13 +25,25 @@ from numba import cfunc, from_dtype, types
 
 from myserve.core.compiled.fingerprint import fingerprint as source_fingerprint
 
+__all__ = [
+    "Kernel",
+    "KernelScratch",
+    "Launch",
+    "Workspace",
+    "enter",
+    "fingerprint",
+    "recording",
+    "this_thread",
+    "threads_for",
+]
+
 _TICKETS = ("next_thread", "next_item")  # what every record begins with; taken by `lanes`
 _REALS = {"scale", "softcap", "eps", "offset"}
 _RECORD_BYTES = 512
 
 
 def fingerprint() -> int:
-    """Of the sources that this package's kernels are compiled from; every entry point holds it."""
+    """Return a checksum of the sources that this package's kernels are compiled from; every entry point holds it."""
     return source_fingerprint(Path(__file__).parent)
 
 
@@ -48,7 +60,7 @@ class Kernel:
         self.address: int = self._function.address
 
     def __call__(self, threads: int, **values: float) -> None:
-        """Runs on `threads` threads of torch's team, without the GIL; its bits do not tell how many there were."""
+        """Run on `threads` threads of torch's team, without the GIL; the result does not depend on their number."""
         workspace = this_thread()
         self.fill(workspace.record, values)
         if workspace.launches is not None:
@@ -59,7 +71,7 @@ class Kernel:
         enter(self.address, workspace.record_address, threads)
 
     def fill(self, record: Any, values: dict[str, float]) -> None:
-        """Writes fresh tickets and every field."""
+        """Write fresh tickets and every field into a record."""
         assert len(values) == len(self.fields), set(values) ^ set(self.fields)
         struct.pack_into("2q", record, 0, 0, 0)
         self._layout.pack_into(record, 8 * len(_TICKETS), *[values[name] for name in self.fields])
@@ -96,7 +108,7 @@ class KernelScratch:
         self._size = self._address = 0
 
     def address(self, size: int) -> int:
-        """Of at least `size` bytes, at a cache line."""
+        """Return the address of at least `size` bytes, at a cache line."""
         if self._size < size:
             self._size = max(size, 2 * self._size)
             self._buffers.append(bytearray(self._size + 64))
@@ -120,7 +132,7 @@ class Workspace(threading.local):
         self.memory = KernelScratch()
 
     def scratch(self, size: int) -> int:
-        """The address of at least `size` bytes, at a cache line."""
+        """Return the address of at least `size` bytes, at a cache line."""
         return self.memory.address(size)
 
 
@@ -146,7 +158,7 @@ def recording(scratch: KernelScratch, *, runs: bool = True) -> Iterator[list[Any
 
 
 def enter(kernel: int, record: int, threads: int) -> None:
-    """Every thread of a team calls the function at one address with the record at another."""
+    """Have every thread of a team call the function at one address with the record at another."""
     team = _team() if threads > 1 else None
     if team is None:
         _alone(kernel)(record)
@@ -169,5 +181,5 @@ def _team() -> Any:
 
 
 def threads_for(work: int) -> int:
-    """One thread below some tens of microseconds of work: waking a second costs more than it saves."""
+    """Return how many threads to use: one below some tens of microseconds of work, for waking another costs more."""
     return torch.get_num_threads() if work > 1 << 17 else 1

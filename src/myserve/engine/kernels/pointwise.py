@@ -1,8 +1,8 @@
-"""What stands between a model's products, row by row: RMS norm, rotary angles, the gate, sums.
+"""RMSNorm, RoPE, sums and row lookup: each row is computed from its own operands alone, in one pass.
 
 Plain loops: the compiler makes vectors of them, and may, for each result comes from its own operands alone. The one sum
 there is, a norm's, is written out in lanes. Every operation rounds as the model's own sequence of tensor operations
-does, so that fusing changes no bit; the exponential is ours, and the trainer's too (`exact_forward`).
+does, so that fusing changes no bit. Activations are `activations`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,25 @@ from numba.extending import intrinsic
 
 from myserve.engine.kernels.lanes import _F32, _I32, IR, next_item, size_of, sum_of_squares, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
+
+__all__ = [
+    "ADD",
+    "GATHER",
+    "NORM",
+    "ROTATE",
+    "ROWS",
+    "add_kernel",
+    "as_bits",
+    "as_float",
+    "element_kind",
+    "fused",
+    "gather_kernel",
+    "norm_kernel",
+    "rotate_kernel",
+    "rounded",
+    "warm",
+    "wide",
+]
 
 ROWS = 4  # of an item of work
 

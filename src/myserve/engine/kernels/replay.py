@@ -15,6 +15,8 @@ from numba.extending import intrinsic
 from myserve.engine.kernels.lanes import _I32, _I64, IR, _at, _offset, next_item, next_thread, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
 
+__all__ = ["REPLAY", "SPINS", "replay_kernel"]
+
 # `launches` is the address of [count, 4] int64: kernel, record, threads, whether the next one must wait for it. The
 # record's own ticket `next_item` counts arrivals at the barriers.
 REPLAY = ("launches", "count", "team_size", "give_way")

@@ -13,6 +13,8 @@ from myserve.engine.kernels.attend import BLOCK_SIZE, padded
 from myserve.engine.kernels.lanes import next_item, size_of, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
 
+__all__ = ["STORE", "TOKENS", "store_kernel"]
+
 TOKENS = 256  # that one work item writes
 
 Kind = Any  # a value whose type is an element's: uint16 (bfloat16's bits) or float32
@@ -74,7 +76,7 @@ def _is_block(slots: Any, token: int, end: int) -> bool:
 
 @njit(error_model="numpy")
 def _store(a: Record, element: Kind) -> None:
-    """One thread's share of (head, some tokens): keys and values to their slots; negative slots are nobody's."""
+    """One thread's share of (head, some tokens): keys and values to their slots; negative ones are padding rows'."""
     slots = carray(view(a.slots, np.int64(0)), a.tokens)
     shares = (a.tokens + TOKENS - 1) // TOKENS
     whole = size_of(element) == 2 and a.head_dim % 32 == 0 and (a.key_token | a.key_head) % 4 == 0

@@ -18,10 +18,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from myserve.engine.kernels.lanes import _I32, _I64, IR, _at, _bytes, _prefetch
+from myserve.engine.kernels.lanes import _I64, IR, _at, _bytes, _prefetch
+
+__all__ = ["Unit", "bfloat16_unit", "get_tiles", "multiply_tiles", "set_tiles", "tile_configuration"]
 
 _I8 = ir.IntType(8)
-_PAIRS = ir.VectorType(_I32, 16)
 
 Unit = Literal["tiles", "pairs", "lanes"]
 
@@ -130,6 +131,3 @@ def tile_configuration(rows: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     config[48:54] = rows
     config[54:56] = 16
     return config
-
-
-FULL_TILES = tile_configuration(16)

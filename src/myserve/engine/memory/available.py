@@ -1,4 +1,4 @@
-"""How much memory could be taken now: what the machine has left or, if that is less, what a container's limit does."""
+"""Free memory is what the machine has left or, if that is less, what a container's limit leaves."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import psutil
 
+__all__ = ["CGROUPS", "OWN_CGROUPS", "V1", "V2", "free_host_memory"]
+
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 class _Names(NamedTuple):
-    """Of the files of one version of Linux' control groups."""
+    """Names of files of one version of Linux' control groups."""
 
     limit: str
     usage: str
@@ -25,7 +27,7 @@ V2 = _Names("memory.max", "memory.current", "inactive_file")
 
 
 def free_host_memory() -> int:
-    """Bytes of the machine's memory that could be taken now without hurting anyone, or being killed for it."""
+    """Return how many bytes could be taken now without swapping, or being killed for it."""
     return min([int(psutil.virtual_memory().available), *_left_by_limits(CGROUPS, OWN_CGROUPS)])
 
 

@@ -6,9 +6,11 @@ import torch
 
 from myserve.engine.memory.available import free_host_memory
 
+__all__ = ["free_memory"]
+
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of `device` that could be taken now without hurting anyone, or being killed for it."""
+    """Return how many bytes of `device` could be taken now without swapping, or being killed for it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_memory()

@@ -20,9 +20,11 @@ from torch import Tensor
 from myserve.engine.memory import prefault
 from myserve.engine.memory.prefault import HUGE_PAGE
 
+__all__ = ["FilePages", "touch", "zeros"]
+
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU, at a cache line at least; the system hands the pages out when they are first written.
+    """Return zeros on the CPU, at a cache line at least; the system hands the pages out when they are first written.
 
     >>> zeros((2, 3), torch.bfloat16).sum()
     tensor(0., dtype=torch.bfloat16)
@@ -44,7 +46,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def touch(x: Tensor) -> None:
-    """Writes to every page of a contiguous tensor, which keeps its values: its memory is handed out now."""
+    """Write to every page of a contiguous tensor, which keeps its values: its memory is handed out now."""
     x.view(torch.uint8).flatten().numpy()[:: mmap.PAGESIZE] |= 0
 
 

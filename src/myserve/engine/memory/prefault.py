@@ -20,6 +20,8 @@ from typing import Any
 
 from myserve.engine.memory.available import free_host_memory
 
+__all__ = ["HUGE_PAGE", "SHARE", "Reserve", "begin", "checkpoint_files", "give_back", "take"]
+
 log = logging.getLogger(__name__)
 
 HUGE_PAGE = 1 << 21

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from myserve.engine.steps.recorder import NotRecordableError
 
+__all__ = ["WARM_UPS", "GraphRecording", "Graphs"]
+
 WARM_UPS = 3  # libraries choose and allocate in their first calls, which a capture must not see
 
 

@@ -23,6 +23,17 @@ from myserve.engine.batch_invariance.patch import has_experts
 from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.steps.inputs import Shape
 
+__all__ = [
+    "FIXED_EXPERTS",
+    "FIXED_ROWS",
+    "experts_implementation",
+    "fixed_experts_forward",
+    "fixed_shape",
+    "groups",
+    "keep_sums_whole",
+    "use_experts",
+]
+
 log = logging.getLogger(__name__)
 
 FIXED_ROWS = 64

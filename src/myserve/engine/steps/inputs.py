@@ -13,6 +13,8 @@ from torch import Tensor
 from myserve.engine.mixers.attention import PagedContext, Pages
 from myserve.engine.scheduling.scheduler import ScheduledTokens
 
+__all__ = ["Cache", "Layers", "Shape", "Staging", "StepInputs", "Take"]
+
 Take = Callable[[int, torch.dtype], Tensor]  # so many numbers of a type, zeroed
 Layers = Sequence[tuple[Tensor, Tensor]]  # (K, V) of each
 

@@ -1,4 +1,4 @@
-"""What a recording is made of: runs of kernel launches, tensor operations made again, and which of them matter."""
+"""A recording is runs of kernel launches and tensor operations to be made again, without those that are dead."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from myserve.engine.kernels.launch import Launch, enter
 from myserve.engine.kernels.replay import replay_kernel
+
+__all__ = ["Launches", "Operation", "parts", "storage", "without_dead_calls"]
 
 
 @dataclass(slots=True)
@@ -89,7 +91,7 @@ def storage(x: Tensor) -> int:
 
 
 def without_dead_calls(calls: list[Launch | Operation], out: Tensor) -> list[Launch | Operation]:
-    """Without the operations whose results nobody reads: neither `out`, nor a later call that matters.
+    """Return the calls without operations whose results are never read: neither `out`, nor a later call that matters.
 
     A launch reads what lies at the numbers of its record; one that happens to look like an address keeps a call too
     many. Launches and what works in place always matter.
@@ -118,7 +120,7 @@ def _holds(result: Tensor, addresses: set[int]) -> bool:
 
 
 def parts(calls: list[Launch | Operation]) -> list[Launches | Operation]:
-    """Neighbouring launches as one."""
+    """Return the calls with neighbouring launches joined into one."""
     made: list[Launches | Operation] = []
     pending: list[Launch] = []
     for call in calls:

@@ -25,6 +25,8 @@ from myserve.engine.batch_invariance import pointwise
 from myserve.engine.kernels.launch import KernelScratch, recording
 from myserve.engine.steps.launches import Operation, parts, without_dead_calls
 
+__all__ = ["PAGE", "NotRecordableError", "Pool", "Recorder", "Recording"]
+
 PAGE = 4096  # bytes
 
 _aten = torch.ops.aten

@@ -14,6 +14,22 @@ from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.steps.inputs import Shape, StepInputs
 from myserve.engine.steps.recorder import NotRecordableError
 
+__all__ = [
+    "LARGEST",
+    "LARGEST_DECODE",
+    "MOST_REQUESTS",
+    "MOST_ROWS",
+    "RECORDINGS_AT_START",
+    "STEPS_BETWEEN_RECORDINGS",
+    "Forward",
+    "Recorded",
+    "RecordedSteps",
+    "Shapes",
+    "likely_shapes",
+    "shape_for",
+    "shape_of_decode",
+]
+
 log = logging.getLogger(__name__)
 
 MOST_REQUESTS = 64  # beyond, what Python adds to a step no longer shows
@@ -54,7 +70,7 @@ class Record(Protocol):
 
 
 def shape_for(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape | None:
-    """The recording that has room for a step; None where the step is too large for any.
+    """Return the shape of the recording that has room for a step; None where the step is too large for any.
 
     A decode has its very number of requests: there, a row more costs. Where prompts come in, a multiple of 32 rows
     does, which is what a full chunk has anyway.
@@ -79,7 +95,7 @@ def likely_shapes() -> Iterator[Shape]:
 
 
 def shape_of_decode(scheduled: Sequence[ScheduledTokens], wanted: int) -> Shape | None:
-    """The same for decodes alone: on a GPU what Python adds to a prompt's step does not show."""
+    """Return `shape_for` of a step of decodes alone: on a GPU what Python adds to a prompt's step does not show."""
     shape = shape_for(scheduled, wanted)
     return shape if shape is not None and shape.rows == shape.requests else None
 
