@@ -1,4 +1,4 @@
-"""A hook of MkDocs: pages that lie outside docs/ (the README, the ledger …) become pages of the site, links included."""
+"""A hook of MkDocs: pages that lie outside docs/ (README, ledger) become pages of the site, links included."""
 
 from __future__ import annotations
 

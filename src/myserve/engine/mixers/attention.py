@@ -174,7 +174,7 @@ def paged_attention(
 
 def _check_cache(key_cache: Tensor, value_cache: Tensor, kv_heads: int, width: int) -> None:
     """Raise ValueError unless both are the cache of a layer of so many heads of that width."""
-    block = BLOCK_SIZE * int(padded(width))
+    block = BLOCK_SIZE * padded_head_dim(width)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.dim() != 3 or cache.shape[1:] != (kv_heads, block) or not cache.is_contiguous():
             raise ValueError(
