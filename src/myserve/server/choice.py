@@ -1,4 +1,4 @@
-"""One choice of an answer, as far as it has come: what answers are made of, and what traces tell."""
+"""A choice of an answer, as far as it has come; answers and traces are made of these."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from myserve.engine.outputs import Delta, PromptLogprob, RequestMetrics, TokenOutput
 
+__all__ = ["Choice"]
+
 
 @dataclass(slots=True)
 class Choice:
-    """What one choice has gained so far. `index` counts over all prompts of the request."""
+    """The texts and tokens of one choice so far. `index` counts over all prompts of the request."""
 
     index: int
     prompt: int  # which of the request's prompts
@@ -32,7 +34,7 @@ class Choice:
 
     @property
     def sampled(self) -> list[TokenOutput]:
-        """Every token that was drawn, in order: what usage counts."""
+        """Return every token that was drawn, in order: what usage counts."""
         return self.tokens + self.stop_tokens
 
     @property

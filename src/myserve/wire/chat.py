@@ -10,11 +10,13 @@ from myserve.wire.base import Integer, WireModel
 from myserve.wire.fields import MAX_MESSAGES, MAX_TOOLS, GenerationRequest
 from myserve.wire.structured import Tool, ToolChoice
 
+__all__ = ["ChatCompletionRequest", "ChatMessage", "ContentPart", "Role"]
+
 Role = Literal["developer", "system", "user", "assistant", "tool"]
 
 
 class ContentPart(WireModel):
-    """A piece of a message. Text is the only kind that a language model without eyes and ears reads.
+    """A piece of a message. Text is the only kind that a text-only language model reads.
 
     >>> ContentPart(type="text", text="hi").as_text()
     'hi'
@@ -37,7 +39,7 @@ class ContentPart(WireModel):
 
 
 class ChatMessage(WireModel):
-    """One turn. Only an assistant's content may be null (it may have called tools and said nothing).
+    """One turn. Only an assistant's content may be null (it may have called tools alone).
 
     >>> parts = (ContentPart(type="text", text="a"), ContentPart(type="text", text="b"))
     >>> ChatMessage(role="user", content=parts).text

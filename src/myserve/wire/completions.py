@@ -9,6 +9,8 @@ from pydantic import Discriminator, Field, Tag
 from myserve.wire.base import Integer
 from myserve.wire.fields import GenerationRequest, TokenIds
 
+__all__ = ["CompletionRequest", "Prompt"]
+
 
 def _kind(prompt: object) -> str | None:
     """Which of the four forms this is, by its first element: trying all would read a long prompt thrice."""

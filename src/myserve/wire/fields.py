@@ -12,6 +12,17 @@ from myserve.wire.base import Integer, WireModel
 from myserve.wire.peers import REFUSED, Refused
 from myserve.wire.structured import Choices, ResponseFormat, Schema, StructuredOutputs
 
+__all__ = [
+    "MAX_MESSAGES",
+    "MAX_STOP_STRINGS",
+    "MAX_TOOLS",
+    "GenerationRequest",
+    "SamplingFields",
+    "StreamOptions",
+    "TokenIds",
+    "check_stream_options",
+]
+
 # How many of a thing one request may have. Validation stops at the first that is wrong or one too many, so what a
 # body costs is bounded by its size; `docs/operations.md` has the table.
 MAX_STOP_STRINGS = 16
@@ -43,7 +54,7 @@ class StreamOptions(WireModel):
 
 
 class SamplingFields(WireModel):
-    """What one may say about the draw, on any route. Ranges are `SamplingParams`' to check."""
+    """The fields about a draw, on any route. Ranges are `SamplingParams`' to check."""
 
     n: Annotated[Integer, Field(ge=1, le=128)] | None = None
     # length and stopping
@@ -98,7 +109,7 @@ class SamplingFields(WireModel):
 
 
 class GenerationRequest(SamplingFields):
-    """What one may say about a generation, whatever its prompt."""
+    """The fields about a generation, whatever its prompt."""
 
     REFUSED: ClassVar[Mapping[str, Refused]] = REFUSED
 

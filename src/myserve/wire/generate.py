@@ -12,6 +12,8 @@ from myserve.wire.completions import CompletionRequest
 from myserve.wire.fields import SamplingFields, StreamOptions, TokenIds, check_stream_options
 from myserve.wire.peers import REFUSED, Refused
 
+__all__ = ["GenerateRequest", "GenerateSampling"]
+
 
 class GenerateSampling(SamplingFields):
     """vLLM's `SamplingParams`, and ours. `logprobs`: so many alternatives of each token, 0 for the token alone."""

@@ -23,7 +23,7 @@ class Refused:
 # Accepted and without effect on the answer. They steer billing, tracking and placement at a provider, or are numbers
 # of a method that is refused (or off) itself.
 HARMLESS: Mapping[str, frozenset[str]] = {
-    "who asks, and for what": frozenset(
+    "names of the caller, for accounts and logs": frozenset(
         [
             "user",
             "safety_identifier",

@@ -1,9 +1,11 @@
-"""What a request cost, under the names that Fireworks' client reads: in the body and in the headers."""
+"""A request's costs, under the names that Fireworks' client reads, in the body and in the headers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+
+__all__ = ["PerfMetrics"]
 
 HEADER_PREFIX = "fireworks-"
 

@@ -1,4 +1,4 @@
-"""What goes back, as typed dicts: a dict is what is sent, so no object is built per token in vain."""
+"""Answers are typed dicts: a dict is what is sent, so no object is built for a token in vain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,30 @@ from typing_extensions import TypedDict  # pydantic reads no other before Python
 
 from myserve.wire.token_arrays import TokenArrays
 
-# abort: new weights ended it, at their sender's wish
+__all__ = [
+    "ChatChoice",
+    "ChatChunk",
+    "ChatChunkChoice",
+    "ChatCompletion",
+    "ChatDelta",
+    "ChatLogprobs",
+    "ChoiceExtras",
+    "Completion",
+    "CompletionChoice",
+    "ErrorResponse",
+    "FinishReason",
+    "GenerateChoice",
+    "Generated",
+    "LegacyLogprobs",
+    "Message",
+    "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
+    "TopLogprob",
+    "Usage",
+]
+
+# abort: new weights ended it, as their sender asked
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
@@ -38,7 +61,7 @@ class TokenLogprob(TypedDict):
     logprob: float | None  # None only for the first token of an echoed prompt
     top_logprobs: list[TopLogprob]
     token_id: int
-    sampling_logprob: NotRequired[float | None]  # not for prompt tokens: nobody drew them
+    sampling_logprob: NotRequired[float | None]  # not for prompt tokens: they were not drawn
     text_offset: NotRequired[int]  # in characters, completions only
     token_id_logprobs: NotRequired[list[dict[str, Any]]]
     sampling_mask: NotRequired[dict[str, Any]]

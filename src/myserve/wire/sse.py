@@ -1,4 +1,4 @@
-"""Server-sent events, both ways: what `encode_event` writes, `SSEDecoder` reads, however cut."""
+"""Server-sent events in both directions: what `encode_event` writes, `SSEDecoder` reads, however cut."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from typing import Any, NamedTuple
 
 import orjson
+
+__all__ = ["DONE", "DONE_DATA", "KEEP_ALIVE", "SSEDecoder", "ServerSentEvent", "encode_event"]
 
 DONE_DATA = "[DONE]"
 DONE = b"data: [DONE]\n\n"
@@ -37,7 +39,7 @@ class ServerSentEvent(NamedTuple):
 
 
 def encode_event(data: str | bytes, event: str | None = None) -> bytes:
-    r"""One event, ready for the socket. Data of several lines becomes several `data:` fields.
+    r"""Return one event, ready for the socket. Data of several lines becomes several `data:` fields.
 
     >>> encode_event('{"a": 1}')
     b'data: {"a": 1}\n\n'

@@ -1,4 +1,4 @@
-"""What a request may say about the form of its answer: OpenAI's `response_format` and tools, vLLM's own names."""
+"""The form of an answer: OpenAI's `response_format` and tools, vLLM's `structured_outputs`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from pydantic import Field, model_validator
 
 from myserve.wire.base import WireModel
 
+__all__ = [
+    "Choices",
+    "Function",
+    "NamedTool",
+    "ResponseFormat",
+    "Schema",
+    "StructuredOutputs",
+    "Tool",
+    "ToolChoice",
+]
+
 Schema = dict[str, Any] | bool
 MAX_CHOICES = 20_000
 Choices = Annotated[tuple[str, ...], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
 
 
 class JsonSchema(WireModel):
-    """OpenAI's `response_format.json_schema`. `strict` says nothing that we do not do anyway."""
+    """OpenAI's `response_format.json_schema`. `strict` has no effect: every schema is kept to."""
 
     schema_: Annotated[Schema, Field(alias="schema")]
     name: str | None = None
@@ -69,7 +80,7 @@ class StructuredOutputs(WireModel):
 
 
 class Function(WireModel):
-    """What a tool is called, what it is for, and the JSON schema of its arguments."""
+    """A tool's name, its description, and the JSON schema of its arguments."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None

@@ -9,13 +9,23 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
+__all__ = [
+    "Alternatives",
+    "TokenArrays",
+    "decode_floats",
+    "decode_ints",
+    "encode_floats",
+    "encode_ints",
+    "encode_rows",
+]
+
 NO_TOKEN = -1  # pads a row of alternatives; its logprob is NaN
 
 Alternatives = Sequence[tuple[int, float]]
 
 
 class TokenArrays(TypedDict):
-    """`count` tokens. Ids are int32, logprobs float32 with NaN where there is none (nobody drew a prompt's tokens).
+    """`count` tokens. Ids are int32, logprobs float32 with NaN where there is none (a prompt's tokens were not drawn).
 
     Alternatives are [count, k], row by row, best first; routing [count, moe layers, experts per token], in its own
     dtype.
@@ -49,13 +59,13 @@ def encode_floats(values: Sequence[float]) -> str:
 
 
 def decode_ints(text: str) -> tuple[int, ...]:
-    """What `encode_ints` wrote; `numpy.frombuffer(b64decode(text), "<i4")` says the same."""
+    """Return what `encode_ints` wrote; `numpy.frombuffer(b64decode(text), "<i4")` is the same."""
     data = b64decode(text, validate=True)
     return struct.unpack(f"<{len(data) // 4}i", data)
 
 
 def decode_floats(text: str) -> tuple[float, ...]:
-    """What `encode_floats` wrote; `numpy.frombuffer(b64decode(text), "<f4")` says the same."""
+    """Return what `encode_floats` wrote; `numpy.frombuffer(b64decode(text), "<f4")` is the same."""
     data = b64decode(text, validate=True)
     return struct.unpack(f"<{len(data) // 4}f", data)
 

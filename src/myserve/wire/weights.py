@@ -1,4 +1,4 @@
-"""New weights over the wire: our own route's words, and Fireworks' hot load."""
+"""New weights over the wire: our own route, and Fireworks' hot load."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from myserve.wire.base import WireModel
+
+__all__ = [
+    "HOT_LOAD",
+    "WEIGHTS",
+    "HotLoadRequest",
+    "HotLoadState",
+    "LoadingState",
+    "Mode",
+    "Replica",
+    "Stage",
+    "Version",
+    "WeightsReport",
+    "WeightsRequest",
+]
 
 WEIGHTS = "/v1/weights"
 HOT_LOAD = "/hot_load/v1/models/hot_load"
@@ -36,7 +50,7 @@ class WeightsRequest(WireModel):
 
 
 class WeightsReport(TypedDict):
-    """What became of it. Durations in seconds."""
+    """The result of an update. Durations in seconds."""
 
     model: str
     identity: str

@@ -13,9 +13,9 @@ from myserve.server.parsing.tool_calls import (
     HERMES,
     LLAMA3_JSON,
     Arguments,
+    CallPiece,
     CallReader,
     CallStart,
-    ScheduledTokens,
     Text,
     ToolStyle,
 )
@@ -54,7 +54,7 @@ CASES: list[tuple[ToolStyle, str, list[object]]] = [
 def read(style: ToolStyle, parts: list[str]) -> list[object]:
     """Texts joined, calls as (name, arguments)."""
     reader = CallReader(style, NAMES)
-    pieces: list[ScheduledTokens] = [piece for part in parts for piece in reader.feed(part)]
+    pieces: list[CallPiece] = [piece for part in parts for piece in reader.feed(part)]
     seen: list[object] = []
     for piece in [*pieces, *reader.end()]:
         match piece:

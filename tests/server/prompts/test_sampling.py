@@ -10,7 +10,7 @@ from myserve.core.params import SamplingParams
 from myserve.errors import RequestError
 from myserve.server.models.echo import CharacterBytes, CharacterTokenizer
 from myserve.server.prompts.codec import Codec
-from myserve.server.prompts.sampling import chat_params, completion_params, prompt_seed
+from myserve.server.prompts.sampling import chat_params, completion_params, seed_of_prompt
 from myserve.wire.chat import ChatCompletionRequest, ChatMessage
 from myserve.wire.completions import CompletionRequest
 
@@ -132,6 +132,6 @@ def test_refusals_of_completions(fields: dict[str, Any], param: str) -> None:
 
 def test_prompts_of_one_request_have_seeds_of_their_own() -> None:
     """The obvious rule, seed + position, gives two requests with neighbouring seeds the same samples."""
-    seeds = [prompt_seed(seed, position) for seed in range(50) for position in range(50)]
+    seeds = [seed_of_prompt(seed, position) for seed in range(50) for position in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert len({seed + position for seed in range(50) for position in range(50)}) < len(seeds)

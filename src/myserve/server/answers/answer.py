@@ -1,4 +1,4 @@
-"""What chat and completions answers have in common: usage, metrics, our fields beside OpenAI's."""
+"""The parts that answers in all dialects share: usage, metrics, our fields beside OpenAI's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from myserve.server.prompts.sampling import top_logprobs_of
 from myserve.wire.fields import GenerationRequest
 from myserve.wire.perf_metrics import PerfMetrics
 from myserve.wire.responses import ChoiceExtras, FinishReason, Usage
+
+__all__ = ["ActiveAnswer", "finish_reason_of", "usage_of", "weight_version_spans"]
 
 R = TypeVar("R", bound=GenerationRequest)
 
@@ -50,12 +52,12 @@ class ActiveAnswer(Generic[R]):
 
     @property
     def returns_ids(self) -> bool:
-        """Then every sampled token is listed, the one that ended it too: ids and logprobs align."""
+        """Return whether every sampled token is listed, the one that ended it too, so that ids and logprobs align."""
         asked = self.request
         return bool(asked.return_token_ids or asked.raw_output or asked.include_routing_matrix)
 
     def perf_metrics(self, choices: Sequence[Choice]) -> PerfMetrics:
-        """The request's costs; of several choices the slowest one's durations."""
+        """Return the request's costs; of several choices the slowest one's durations."""
         each = [choice.metrics for choice in choices]
         return PerfMetrics(
             prompt_tokens=_prompt_tokens(choices),
@@ -83,7 +85,7 @@ class ActiveAnswer(Generic[R]):
         last: bool,
         echoed: Sequence[int] = (),
     ) -> ChoiceExtras:
-        """Our fields of a chunk that has these tokens. A whole choice is its first chunk and its last.
+        """Return our fields of a chunk that has these tokens. A whole choice is its first chunk and its last.
 
         `echoed` are the prompt's ids that the answer begins with.
         """
@@ -94,7 +96,7 @@ class ActiveAnswer(Generic[R]):
         }
 
     def _first_extras(self, choice: Choice) -> ChoiceExtras:
-        """What is known before the first token; a stream says it at once: a cut one can be resumed."""
+        """Return what is known before the first token; a stream has it at once, so that a cut one can be resumed."""
         extras: ChoiceExtras = {"seed": choice.seed}
         if self.request.return_token_ids:
             extras["prompt_token_ids"] = list(choice.prompt_token_ids)
@@ -146,8 +148,7 @@ class ActiveAnswer(Generic[R]):
 
 
 def _versions_so_far(choice: Choice, tokens: Sequence[TokenOutput]) -> ChoiceExtras:
-    """Who made a chunk's tokens: now, and not with the last chunk alone, for a cut stream is resumed, perhaps by other
-    weights."""
+    """Return which weights made a chunk's tokens: a cut stream is resumed, perhaps by others, so every chunk has it."""
     if not tokens:
         return {}
     last = tokens[-1].weight_version
@@ -157,7 +158,7 @@ def _versions_so_far(choice: Choice, tokens: Sequence[TokenOutput]) -> ChoiceExt
 
 
 def usage_of(choices: Sequence[Choice]) -> Usage:
-    """Every prompt once, however many choices it has; every sampled token, the last ones too."""
+    """Count every prompt once, however many choices it has, and every sampled token, the last ones too."""
     sampled = sum(len(choice.sampled) for choice in choices)
     prompt = _prompt_tokens(choices)
     return {
@@ -178,7 +179,7 @@ def finish_reason_of(choice: Choice, *, has_called: bool = False) -> FinishReaso
 
 
 def weight_version_spans(tokens: Sequence[TokenOutput]) -> list[dict[str, int]]:
-    """Runs of tokens that one version of the weights made, as half-open intervals.
+    """Return the runs of tokens that one version of the weights made, as half-open intervals.
 
     The keys and values of a run were made with it, those before stayed as they were; in a run that says `recomputed`,
     all before it were made anew by its version (the request had been preempted).
@@ -198,7 +199,7 @@ def weight_version_spans(tokens: Sequence[TokenOutput]) -> list[dict[str, int]]:
 
 
 def _by_prompt(choices: Sequence[Choice]) -> Mapping[int, Choice]:
-    """The first choice of each prompt."""
+    """Return the first choice of each prompt."""
     return {choice.prompt: choice for choice in reversed(choices)}
 
 

@@ -1,4 +1,4 @@
-"""A chunk's numbers in a few base64 strings: for who trains on millions of tokens and reads none."""
+"""A chunk's numbers in a few base64 strings, for training on millions of tokens whose text is not read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from myserve.engine.outputs import PromptLogprob, TokenOutput
 from myserve.wire.token_arrays import TokenArrays, encode_floats, encode_ints, encode_rows
 
+__all__ = ["token_arrays"]
+
 
 def token_arrays(echoed: Sequence[PromptLogprob], sampled: Sequence[TokenOutput], k: int) -> TokenArrays:
-    """Echoed prompt tokens, then sampled ones; with `k` > 0, so many alternatives of each.
+    """Return echoed prompt tokens, then sampled ones; with `k` > 0, so many alternatives of each.
 
     >>> token_arrays((), [TokenOutput(7, -0.5, -0.25)], 0)
     {'count': 1, 'token_id': 'BwAAAA==', 'logprob': 'AAAAvw==', 'sampling_logprob': 'AACAvg=='}

@@ -1,4 +1,4 @@
-"""One request on the engine: a stream for each of its prompts, read whole or as it comes, aborted if left."""
+"""A request on the engine is a stream for each of its prompts, read whole or as it comes, and aborted when left."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from myserve.server.models.models import ServedModel
 from myserve.server.models.served_engine import ServedStream
 from myserve.server.observe import traces
 from myserve.server.observe.logs import note
-from myserve.server.prompts.sampling import prompt_seed
+from myserve.server.prompts.sampling import seed_of_prompt
 from myserve.wire.fields import GenerationRequest
+
+__all__ = ["Generation", "params_of_prompts"]
 
 
 class Generation:
-    """All choices of one request: n for each prompt, numbered prompt by prompt.
+    """Hold all choices of one request: n for each prompt, numbered prompt by prompt.
 
     Raises what `Engine.submit` raises; then nothing is left running.
     """
@@ -79,12 +81,12 @@ class Generation:
             stream.abort()
 
     def cut(self, error: MyserveError) -> None:
-        """Stop, and let who reads the events know why."""
+        """Stop, and raise `error` in the reader of the events."""
         self._cut_by = error
         self.abort()
 
     async def events(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
-        """Each delta with its choice, already added to it, as they come. Raises when a choice failed."""
+        """Yield each delta with its choice, already added to it, as they come. Raises when a choice failed."""
         try:
             async with aclosing(_merged(self._streams)) as deltas:
                 async for position, delta in deltas:
@@ -120,7 +122,7 @@ class Generation:
             raise self._cut_by
 
     def _costs(self) -> list[RequestMetrics]:
-        """What each choice has cost, those that were left too."""
+        """Return what each choice has cost, those that were left too."""
         return [stream.metrics(index) for stream in self._streams for index in range(self._n)]
 
     async def finish(self) -> list[Choice]:
@@ -135,12 +137,12 @@ class Generation:
 
 
 def params_of_prompts(params: SamplingParams, count: int) -> list[SamplingParams]:
-    """The same parameters for each prompt, with a seed of its own where a seed was given."""
-    return [replace(params, seed=prompt_seed(params.seed, position)) for position in range(count)]
+    """Return the parameters of each prompt: equal but for the seed, where one was given."""
+    return [replace(params, seed=seed_of_prompt(params.seed, position)) for position in range(count)]
 
 
 async def _merged(streams: Sequence[ServedStream]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The deltas of all streams in the order of their coming."""
+    """Yield the deltas of all streams in the order in which they come."""
     if len(streams) == 1:
         async for delta in streams[0]:
             yield 0, delta

@@ -1,4 +1,4 @@
-"""Tokens as the wire shows them: their text, their true bytes, and the numbers that belong to them."""
+"""A token on the wire has its text, its true bytes, and the numbers that belong to it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, Literal
 from myserve.engine.outputs import PromptLogprob, RoutingShape, TokenOutput
 from myserve.engine.token_bytes import TokenBytes
 from myserve.wire.responses import LegacyLogprobs, TokenLogprob, TopLogprob
+
+__all__ = ["TextOffsets", "TokenWriter", "as_base64", "legacy"]
 
 
 class TokenWriter:
@@ -35,11 +37,11 @@ class TokenWriter:
         self._shown: dict[int, tuple[str, list[int]]] = {}  # the likeliest alternatives come again and again
 
     def text(self, token_id: int) -> str:
-        """A token alone; half a character shows as U+FFFD, which is why there are bytes."""
+        """Return a token's text alone; half a character is U+FFFD, which is why there are bytes."""
         return self._show(token_id)[0]
 
     def bytes_in_text(self, token_id: int) -> list[int] | None:
-        """What the token adds to the text, or None for one that the text leaves out."""
+        """Return the bytes that a token adds to the text, or None for one that the text leaves out."""
         return None if token_id in self._hidden else self._show(token_id)[1]
 
     def _show_here(self, token_id: int, text_bytes: bytes | None) -> tuple[str, list[int] | None]:
@@ -59,7 +61,7 @@ class TokenWriter:
         return shown
 
     def entry(self, token: TokenOutput, *, in_text: bool = True) -> TokenLogprob:
-        """One sampled token. `in_text` is False for what ended the completion and was cut off with it."""
+        """Return a sampled token's entry. `in_text` is False for what ended the completion and was cut off with it."""
         text, raw = self._show_here(token.token_id, token.text_bytes if in_text else None)
         entry: TokenLogprob = {
             "token": text,
@@ -84,7 +86,7 @@ class TokenWriter:
         return entry
 
     def prompt_entry(self, token: PromptLogprob, top: int, text_bytes: bytes | None = None) -> TokenLogprob:
-        """One echoed prompt token: scored, not sampled. The first has no logprob, with nothing before it."""
+        """Return an echoed prompt token's entry: scored, not sampled; the first has no logprob."""
         text, raw = self._show_here(token.token_id, text_bytes)
         entry: TokenLogprob = {
             "token": text,
@@ -146,7 +148,7 @@ class TextOffsets:
 
 
 def legacy(entries: Sequence[TokenLogprob], *, processed: bool = False) -> LegacyLogprobs:
-    """The completions route's four lists, of entries that have their offsets.
+    """Return the completions route's four lists, of entries that have their offsets.
 
     Alternatives are a dict by text there: the k likeliest and the token itself, so up to k + 1, as OpenAI has them.
     Of several with the same text (halves of characters) the token itself has the text, else the likeliest; the others
@@ -191,5 +193,5 @@ def _finite(value: float) -> float | None:
 
 
 def _finite_pairs(pairs: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
-    """What is out of the support is not listed; JSON has no -inf."""
+    """Return the pairs within the support: JSON has no -inf."""
     return [(i, value) for i, value in pairs if math.isfinite(value)]

@@ -1,10 +1,12 @@
-"""One chunk for several tokens: what a stream's JSON costs is a chunk's envelope, not its tokens."""
+"""Several tokens share a chunk, for what a stream's JSON costs is a chunk's envelope, not its tokens."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from myserve.engine.outputs import Delta
+
+__all__ = ["DeltaPacer", "merged"]
 
 
 class DeltaPacer:
@@ -27,7 +29,7 @@ class DeltaPacer:
         self._held: Delta | None = None
 
     def take(self, delta: Delta) -> Delta | None:
-        """All that is held, with `delta`, if it is to be sent now."""
+        """Return all that is held, with `delta`, if it is to be sent now."""
         if self._held is not None:
             delta = merged(self._held, delta)
         waits = self._begun and delta.finish_reason is None and len(delta.tokens) < self._interval
@@ -37,7 +39,7 @@ class DeltaPacer:
 
 
 def merged(first: Delta, then: Delta) -> Delta:
-    """Two deltas of one choice as one."""
+    """Return two deltas of one choice as one."""
     return replace(
         then,
         text=first.text + then.text,

@@ -1,4 +1,4 @@
-"""How many bytes an answer has, before it is written: refused where it is too large, written elsewhere where large."""
+"""An answer's bytes are counted before it is written: too large is refused, large is written in a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that end when the client goes away: events as they come, or one body."""
+"""An answer ends when its client disconnects: events as they come, or one body."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ from starlette.types import Receive, Scope, Send
 
 from myserve.server.errors import TooSlowError, error_body, status_of
 from myserve.wire.sse import DONE, KEEP_ALIVE, encode_event
+
+__all__ = [
+    "KEEP_ALIVE_SECONDS",
+    "LOOP_SECONDS",
+    "MOST_UNSENT",
+    "WRITTEN_INLINE_BYTES",
+    "Chunk",
+    "ClientGoneError",
+    "EventStream",
+    "json_response",
+    "to_json",
+    "to_json_in_slices",
+    "unless_gone",
+]
 
 log = logging.getLogger("myserve.server")
 
@@ -32,11 +46,11 @@ MOST_UNSENT = 64 << 20  # bytes of one stream that wait for its client
 
 
 class ClientGoneError(Exception):
-    """Nobody is left to answer."""
+    """The client has disconnected."""
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """Compact UTF-8, with null where a number is not finite. orjson: a logprobs chunk takes 1 µs, json's 35."""
+    """Return compact UTF-8, with null where a number is not finite. orjson: a logprobs chunk takes 1 µs, json's 35."""
     return orjson.dumps(value)
 
 
@@ -65,7 +79,7 @@ def json_response(value: Mapping[str, Any] | bytes, headers: Mapping[str, str] |
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects before it is there."""
+    """Return the result of `work`, which is cancelled when the client disconnects before it is there."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -121,7 +135,7 @@ class EventStream(Response):
 
 
 async def _bursts(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The events, those that come at the same time as one: a step of n choices is one write, not n."""
+    """Yield the events, those that come at the same time as one: a step of n choices is one write, not n."""
     ready: list[bytes] = []
     unsent = 0
     woken = asyncio.Event()

@@ -1,4 +1,4 @@
-"""How one request's answer is written in one dialect of HTTP: whole, or event by event."""
+"""A dialect of HTTP is a plan, which reads a request, and a writer, which writes its answer whole or as events."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AnswerWriter(ABC, Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request asks of the engine, prompt by prompt, and what writes its answer."""
+    """The draws that a request asks for, prompt by prompt, and the writer of their answer."""
 
     prompts: Sequence[Sequence[int]]
     params: Sequence[SamplingParams]

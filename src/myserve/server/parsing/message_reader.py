@@ -1,4 +1,4 @@
-"""One choice's text as OpenAI's message: what was thought, what is said, what is called. Whole or as it comes."""
+"""A choice's text becomes OpenAI's message: thought, content and tool calls, whole or as it comes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import uuid
 from collections.abc import Sequence
 
 from myserve.server.parsing.thinking import ThinkingReader
-from myserve.server.parsing.tool_calls import Arguments, CallReader, CallStart, ScheduledTokens, Text
+from myserve.server.parsing.tool_calls import Arguments, CallPiece, CallReader, CallStart, Text
 from myserve.wire.responses import ChatDelta, Message, ToolCall, ToolCallDelta
+
+__all__ = ["AnswerReader"]
 
 
 class AnswerReader:
@@ -26,11 +28,11 @@ class AnswerReader:
         return self._num_calls > 0
 
     def feed(self, text: str, *, last: bool) -> ChatDelta:
-        """What the message gains with this text; `last`: nothing comes behind it."""
+        """Return what the message gains with this text; `last`: nothing comes behind it."""
         if self._thinking is None and self._calls is None:
             return {"content": text}
         thought, said = self._split(text, last)
-        pieces: list[ScheduledTokens] = [Text(said)] if said else []
+        pieces: list[CallPiece] = [Text(said)] if said else []
         if self._calls is not None:
             pieces = [*self._calls.feed(said), *(self._calls.end() if last else ())]
         change: ChatDelta = {}
@@ -43,7 +45,7 @@ class AnswerReader:
         return change
 
     def whole(self, text: str) -> Message:
-        """The message of a whole text: what the deltas of a stream add up to."""
+        """Return the message of a whole text: what the deltas of a stream add up to."""
         change = self.feed(text, last=True)
         calls: list[ToolCall] = []
         for delta in change.get("tool_calls", ()):
@@ -68,7 +70,7 @@ class AnswerReader:
             thought, said = thought + rest[0], said + rest[1]
         return thought, said
 
-    def _call_deltas(self, pieces: Sequence[ScheduledTokens]) -> list[ToolCallDelta]:
+    def _call_deltas(self, pieces: Sequence[CallPiece]) -> list[ToolCallDelta]:
         deltas: list[ToolCallDelta] = []
         for piece in pieces:
             if isinstance(piece, CallStart):

@@ -1,4 +1,4 @@
-"""A thinking model's text as two, thought and answer. Line breaks at the marks belong to the marks."""
+"""A thinking model's text is split in two, thought and answer; line breaks at the marks belong to the marks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from enum import Enum
 
 from myserve.server.parsing.marks import held_back
+
+__all__ = ["ThinkingReader", "thinking_tokens"]
 
 START, END = "<think>", "</think>"
 
@@ -31,12 +33,12 @@ class ThinkingReader:
         self._at_start = True  # of the thought: line breaks are the mark's
 
     def feed(self, text: str) -> tuple[str, str]:
-        """(thought, answer) that are known now that this has come."""
+        """Return (thought, answer), as far as they are known with this text."""
         self._buffer += text
         return self._read(final=False)
 
     def end(self) -> tuple[str, str]:
-        """What was held back."""
+        """Return what was held back."""
         return self._read(final=True)
 
     def _read(self, *, final: bool) -> tuple[str, str]:
@@ -53,7 +55,7 @@ class ThinkingReader:
         return thought, answer
 
     def _enter(self, final: bool) -> bool:
-        """Whether it is known by now if it thinks."""
+        """Return whether it is known by now if there is a thought."""
         start = self._buffer.lstrip()
         if start.startswith(START):
             self._buffer, self._part = start[len(START) :], _Part.THOUGHT
@@ -79,7 +81,7 @@ class ThinkingReader:
 
 
 def thinking_tokens(tokens: Sequence[bytes], *, begun: bool) -> int:
-    """How many of a completion's tokens were spent on its thought, the marks among them.
+    """Return how many of a completion's tokens were spent on its thought, the marks among them.
 
     >>> thinking_tokens([b"<th", b"ink>", b"Hm.", b"</think>", b"Yes"], begun=False)
     4

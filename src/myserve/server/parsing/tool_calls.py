@@ -14,6 +14,19 @@ from enum import Enum
 
 from myserve.server.parsing.marks import held_back
 
+__all__ = [
+    "HERMES",
+    "LLAMA3_JSON",
+    "STYLES",
+    "TOOL_STYLES",
+    "Arguments",
+    "CallPiece",
+    "CallReader",
+    "CallStart",
+    "Text",
+    "ToolStyle",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -30,12 +43,12 @@ class Arguments:
     text: str
 
 
-ScheduledTokens = Text | CallStart | Arguments
+CallPiece = Text | CallStart | Arguments
 
 
 @dataclass(frozen=True, slots=True)
 class ToolStyle:
-    """How a family of models writes a call: `begin`, an object with name and arguments, `end`.
+    """The form in which a family of models writes a call: `begin`, an object with name and arguments, `end`.
 
     Without a `begin`, calls stand at the start of the answer and nowhere else.
     """
@@ -47,12 +60,12 @@ class ToolStyle:
     key: str  # of the arguments
 
     def header(self, function: str) -> str:
-        """The text of a call before its arguments, as a trained model writes it."""
+        """Return the text of a call before its arguments, as a trained model writes it."""
         return f'{self.begin}{{"name": {json.dumps(function)}, "{self.key}": '
 
     @property
     def footer(self) -> str:
-        """The text behind them."""
+        """Return the text behind the arguments."""
         return "}" + self.end
 
 
@@ -92,18 +105,18 @@ class CallReader:
         self._may_call = True  # without a `begin`: only text of calls has come
         self._after_call = False
         self._json = _Braces()
-        self._pieces: list[ScheduledTokens] = []
+        self._pieces: list[CallPiece] = []
 
-    def feed(self, text: str) -> list[ScheduledTokens]:
-        """What is known now that this has come."""
+    def feed(self, text: str) -> list[CallPiece]:
+        """Return the pieces that are known with this text."""
         self._buffer += text
         return self._read(final=False)
 
-    def end(self) -> list[ScheduledTokens]:
-        """What was held back."""
+    def end(self) -> list[CallPiece]:
+        """Return what was held back."""
         return self._read(final=True)
 
-    def _read(self, *, final: bool) -> list[ScheduledTokens]:
+    def _read(self, *, final: bool) -> list[CallPiece]:
         steps = {
             _ReaderState.OUTSIDE: self._outside,
             _ReaderState.HEADER: self._header,
@@ -170,11 +183,11 @@ class CallReader:
 
     def _may_become_call(self, body: str) -> bool:
         if self._begin:
-            return True  # its end will come, and tell
+            return True  # its end decides
         compact = re.sub(r"\s", "", body)
         return any(b.startswith(compact) or compact.startswith(b) for b in _BEGINNINGS)
 
-    def _whole_call(self, body: str) -> list[ScheduledTokens] | None:
+    def _whole_call(self, body: str) -> list[CallPiece] | None:
         """Return a call whose parts stand in another order than models write them; its arguments as they stand."""
         try:
             parts = _raw_parts(body)
@@ -262,7 +275,7 @@ _DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
 
 
 class _Braces:
-    """Where a JSON object ends: counts braces outside of strings."""
+    """Find where a JSON object ends, by counting braces outside of strings."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -270,7 +283,7 @@ class _Braces:
         self.is_closed = False
 
     def read(self, text: str) -> int:
-        """How many characters of `text` belong to the object."""
+        """Return how many characters of `text` belong to the object."""
         for position, character in enumerate(text):
             if self._in_string:
                 if self._escaped:

@@ -1,4 +1,4 @@
-"""From the wire's words to `SamplingParams`: names and forms change here, values never."""
+"""A request's fields become `SamplingParams`: names and forms change here, values never."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.fields import GenerationRequest
 
+__all__ = [
+    "MAX_TOP_LOGPROBS",
+    "chat_params",
+    "completion_params",
+    "generate_params",
+    "lists_tokens",
+    "seed_of_prompt",
+    "top_logprobs_of",
+    "wants_logprobs",
+    "work_of_params",
+]
+
 MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat goes on to the end of the context
 
@@ -26,7 +38,7 @@ _SAME = (
 
 
 def chat_params(request: ChatCompletionRequest, codec: Codec) -> SamplingParams:
-    """What a chat request asks of the sampler.
+    """Return what a chat request asks of the sampler.
 
     Raises `RequestError` for what no single field can be blamed for: two limits that differ, alternatives
     without logprobs.
@@ -44,7 +56,7 @@ def chat_params(request: ChatCompletionRequest, codec: Codec) -> SamplingParams:
 
 
 def completion_params(request: CompletionRequest, codec: Codec, *, room: int) -> SamplingParams:
-    """What a completion request asks of the sampler; see `scores_only` for `max_tokens` 0.
+    """Return what a completion request asks of the sampler; see `scores_only` for `max_tokens` 0.
 
     `room` is what the context leaves to the longest prompt: a default never makes a request too long.
     """
@@ -62,7 +74,7 @@ def completion_params(request: CompletionRequest, codec: Codec, *, room: int) ->
 
 
 def generate_params(request: CompletionRequest, codec: Codec) -> SamplingParams:
-    """What the token route asks of the sampler: to the end of the context unless a limit is sent, as vLLM does."""
+    """Return what the token route asks of the sampler: without a limit to the end of the context, as in vLLM."""
     return _params(request, codec, max_tokens=request.max_tokens)
 
 
@@ -86,17 +98,17 @@ def wants_logprobs(request: GenerationRequest) -> bool:
 
 
 def lists_tokens(request: GenerationRequest) -> bool:
-    """Whether the answer has an entry for each token: routing stands there too, so it brings them."""
+    """Return whether the answer has an entry for each token: routing stands there too, so it brings them."""
     return wants_logprobs(request) or bool(request.include_routing_matrix and not request.token_arrays)
 
 
-def prompt_seed(seed: int | None, position: int) -> int | None:
-    """The seed of the prompt at `position` in one request's list.
+def seed_of_prompt(seed: int | None, position: int) -> int | None:
+    """Return the seed of the prompt at `position` in one request's list.
 
     The first has the request's own. The others have theirs from it, so that a prompt that stands twice in a
     list is sampled twice; the choice says which seed it had.
 
-    >>> prompt_seed(7, 0), prompt_seed(None, 3), prompt_seed(7, 1) == prompt_seed(8, 0)
+    >>> seed_of_prompt(7, 0), seed_of_prompt(None, 3), seed_of_prompt(7, 1) == seed_of_prompt(8, 0)
     (7, None, False)
     """
     if seed is None or position == 0:
@@ -122,7 +134,7 @@ def _params(
 
 
 def top_logprobs_of(request: GenerationRequest) -> int:
-    """How many alternatives beside each token; completions may say so in `logprobs` itself."""
+    """Return how many alternatives beside each token; completions may have it in `logprobs` itself."""
     asked = getattr(request, "logprobs", None)
     legacy = asked if isinstance(asked, int) and not isinstance(asked, bool) else None
     if legacy is not None and request.top_logprobs not in (None, legacy):
@@ -138,7 +150,7 @@ def top_logprobs_of(request: GenerationRequest) -> int:
 
 
 def _by_id(bias: dict[str, float]) -> dict[int, float]:
-    """JSON's keys are strings; these must be token ids."""
+    """Return the bias by id: JSON's keys are strings, and these must be token ids."""
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) < 20):
             raise RequestError(f"logit_bias: keys must be token ids, got {key[:40]!r}", param="logit_bias")
@@ -146,7 +158,7 @@ def _by_id(bias: dict[str, float]) -> dict[int, float]:
 
 
 def _bad_words(words: tuple[str, ...], codec: Codec) -> tuple[tuple[int, ...], ...]:
-    """Each word at the start of a text and after a space: these are different tokens."""
+    """Return the ids of each word at the start of a text and after a space: these are different tokens."""
     if "" in words:
         raise RequestError("bad_words must not hold an empty string", param="bad_words")
     spellings = (

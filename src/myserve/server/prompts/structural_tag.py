@@ -10,6 +10,8 @@ from typing import Any
 from myserve.core.grammar import Grammar
 from myserve.errors import RequestError
 
+__all__ = ["TEXT", "Format", "structural_tag"]
+
 Format = dict[str, Any]
 
 TEXT = "/(.|\\n)*/"

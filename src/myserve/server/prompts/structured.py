@@ -1,4 +1,4 @@
-"""From the wire's many words for the form of an answer to one `Grammar`."""
+"""The wire's many fields for the form of an answer become one `Grammar`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from myserve.server.prompts.structural_tag import structural_tag
 from myserve.wire.fields import SamplingFields
 from myserve.wire.structured import ResponseFormat, StructuredOutputs
 
+__all__ = ["Named", "grammar_of"]
+
 Named = tuple[str, Grammar]
 
 
 def grammar_of(request: SamplingFields) -> Grammar | None:
-    """What the request wants its text to be; None: anything. Raises RequestError for two wishes, or an empty one.
+    """Return what the text must be; None: anything. Raises RequestError for two forms at once, or an empty one.
 
     >>> grammar_of(SamplingFields(guided_regex="a|b")).source
     'a|b'
@@ -25,15 +27,15 @@ def grammar_of(request: SamplingFields) -> Grammar | None:
     ...
     myserve.errors.RequestError: regex and choice both say what the text must be: send one
     """
-    wishes = list(_wishes(request))
-    if len(wishes) > 1:
+    forms = list(_forms(request))
+    if len(forms) > 1:
         raise RequestError(
-            f"{wishes[0][0]} and {wishes[1][0]} both say what the text must be: send one", param=wishes[1][0]
+            f"{forms[0][0]} and {forms[1][0]} both say what the text must be: send one", param=forms[1][0]
         )
-    return wishes[0][1] if wishes else None
+    return forms[0][1] if forms else None
 
 
-def _wishes(request: SamplingFields) -> Iterator[Named]:
+def _forms(request: SamplingFields) -> Iterator[Named]:
     if request.response_format is not None:
         yield from _of_response_format(request.response_format)
     if request.structured_outputs is not None:
@@ -79,7 +81,7 @@ def _maybe(name: str, kind: str, value: Any) -> Iterator[Named]:
 
 
 def _schema(value: Any) -> Grammar:
-    """A schema as an object, or as the text of one."""
+    """Return the grammar of a schema, given as an object or as the text of one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

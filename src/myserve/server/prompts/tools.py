@@ -1,4 +1,4 @@
-"""What a request's tools ask for: which of them may be called, and the grammar where a call is forced."""
+"""A request's tools decide which may be called, and the grammar where a call is forced."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from myserve.server.parsing.tool_calls import ToolStyle
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.structured import NamedTool, Schema, Tool
 
+__all__ = ["MAX_TOOLS", "callable_tools", "checked_tools", "constrained"]
+
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 # What may stand beside empty properties in a schema that admits no others.
 _OF_NO_PROPERTIES = frozenset(
@@ -23,7 +25,7 @@ MAX_TOOLS = 128  # OpenAI's own limit
 
 
 def checked_tools(request: ChatCompletionRequest, style: ToolStyle | None) -> tuple[Tool, ...]:
-    """The tools that the model is told of. Raises RequestError."""
+    """Return the tools that the prompt shows. Raises RequestError."""
     tools = request.tools or ()
     names = [tool.function.name for tool in tools]
     if len(tools) > MAX_TOOLS:
@@ -48,7 +50,7 @@ def checked_tools(request: ChatCompletionRequest, style: ToolStyle | None) -> tu
 
 
 def callable_tools(request: ChatCompletionRequest, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
-    """Those that it may call."""
+    """Return the tools that may be called."""
     return () if request.tool_choice == "none" else tools
 
 
@@ -59,7 +61,7 @@ def constrained(
     style: ToolStyle | None,
     reasoning: Reasoning | None,
 ) -> SamplingParams:
-    """The parameters with the grammar that the tools ask for; a thought is outside of it.
+    """Return the parameters with the grammar that the tools ask for; a thought is outside of it.
 
     Where a call is wanted, the answer's own form has no say. Where one may be made, the answer is either.
     """
@@ -96,7 +98,7 @@ def _grammar(
 
 
 def _calls_in_text(tools: Sequence[Tool], style: ToolStyle, *, one: bool) -> Grammar:
-    """Free text, in which whatever begins like a call goes on as one."""
+    """Return the grammar of free text, in which whatever begins like a call goes on as one."""
     if not style.begin:
         raise RequestError(
             f"this model writes calls in the style {style.name}, in which a call cannot be told from text as it "
@@ -113,7 +115,7 @@ def _calls_in_text(tools: Sequence[Tool], style: ToolStyle, *, one: bool) -> Gra
 
 
 def _calls(tools: Sequence[Tool], style: ToolStyle, begin: str) -> str:
-    """Lark's rules of one call: any of these tools."""
+    """Return Lark's rules of one call, of any of these tools."""
     lines = ["call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
         header = begin + style.header(tool.function.name)[len(style.begin) :]

@@ -1,4 +1,4 @@
-"""A request's body, bounded in size and parsed as what the route takes; the models that it may name."""
+"""A request's body is bounded in size, and parsed as the model that its route takes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from myserve.server.errors import BodyTooLargeError, TooSlowError
 from myserve.server.models.models import Models
 from myserve.server.settings import Settings
 from myserve.wire.parse import parse_request
+
+__all__ = ["SCHEMAS", "documented", "models_of", "read_request", "settings_of"]
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -35,7 +37,7 @@ def models_of(request: Request) -> Models:
 
 
 async def read_request(request: Request, kind: type[R]) -> R:
-    """The body as a `kind`, whatever its content type says. Raises RequestError."""
+    """Return the body as a `kind`, whatever its content type. Raises RequestError."""
     settings = settings_of(request)
     try:
         async with asyncio.timeout(settings.client_timeout):

@@ -155,7 +155,7 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         return self.request.skip_special_tokens is not False
 
     def _echoed(self, choice: Choice) -> Sequence[int]:
-        """The prompt's ids that the answer begins with."""
+        """Return the prompt's ids that the answer begins with."""
         ids = choice.prompt_token_ids
         if self.request.echo_last is not None:
             return ids[max(0, len(ids) - self.request.echo_last) :]
@@ -196,7 +196,7 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         return entries
 
     def _logprobs(self, entries: list[TokenLogprob]) -> LegacyLogprobs | ChatLogprobs | None:
-        """A number in `logprobs` asks for the four lists; `true`, or routing alone, for chat's form."""
+        """Return the four lists for a number in `logprobs`; chat's form for `true`, or for routing alone."""
         if not lists_tokens(self.request):
             return None
         is_legacy = wants_logprobs(self.request) and self.request.logprobs is not True

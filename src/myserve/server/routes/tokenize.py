@@ -20,6 +20,8 @@ from myserve.wire.fields import MAX_MESSAGES, MAX_TOOLS, TokenIds
 from myserve.wire.peers import REFUSED, Refused
 from myserve.wire.structured import Tool
 
+__all__ = ["DetokenizeRequest", "TokenizeRequest", "router"]
+
 router = APIRouter()
 
 

@@ -22,6 +22,8 @@ from myserve.wire.weights import (
     WeightsRequest,
 )
 
+__all__ = ["router"]
+
 router = APIRouter()
 
 SOURCE_URL = "x-fireworks-hot-load-source-url"
@@ -52,7 +54,7 @@ async def update_weights(http: Request) -> Response:
 
 @router.get(WEIGHTS)
 async def show_weights(http: Request) -> Response:
-    """The state of every loaded model's weights."""
+    """Return the state of every loaded model's weights."""
     models = models_of(http)
     loaded = {name: model for name in models.names if (model := models.if_loaded(name)) is not None}
     return json_response({"models": {name: replica_of(model) for name, model in loaded.items()}})
@@ -84,7 +86,7 @@ async def hot_load(http: Request) -> Response:
 
 @router.get(HOT_LOAD, openapi_extra=documented(answer=HotLoadState))
 async def show_hot_load(http: Request) -> Response:
-    """Where the last hot load stands."""
+    """Return where the last hot load stands."""
     return json_response(_state(await _model_of(http)))
 
 
