@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Torch's CPU threads spin at barriers by default; two processes that do so on a small machine stall each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo grpo serve test check bench clean
+.PHONY: install demo grpo serve test check coverage docs wheel bench clean
 
 install: .venv/installed ## make .venv with everything, exact versions
 
@@ -35,6 +35,16 @@ check: install ## formatting, lint, types, the laws of the house
 
 test: check ## check, then all tests
 	$(BIN)/python -m pytest
+
+coverage: install ## all tests, and which lines no test reached: by module, below 100 %
+	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m coverage html -q -d build/coverage
+
+docs: install ## the pages as a site in build/site; a link that leads nowhere ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+wheel: install ## the wheel in empty environments: the SDK alone, then with [server] (needs the package registry)
+	$(BIN)/python -m tools.wheel --server
 
 bench: install ## ours and the peers at hand, ratios in one run
 	$(BIN)/python -m benchmarks
