@@ -122,9 +122,8 @@ def main() -> None:
         wheel = build(folder)
         check_contents(wheel)
         check_sdk(wheel, folder)
-        print(
-            f"{wheel.name}, {wheel.stat().st_size / 2**20:.1f} MiB: the SDK alone works ({time.monotonic() - began:.0f} s)"
-        )
+        size = wheel.stat().st_size / 2**20
+        print(f"{wheel.name}, {size:.1f} MiB: the SDK alone works ({time.monotonic() - began:.0f} s)")
         if "--server" in sys.argv[1:]:
             check_server(wheel, folder)
             print(f"with [server], `myserve serve` answers ({time.monotonic() - began:.0f} s)")
