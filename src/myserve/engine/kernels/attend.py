@@ -37,7 +37,7 @@ from myserve.engine.kernels.lanes import BLOCK_SIZE as BLOCK_SIZE
 from myserve.engine.kernels.launch import Kernel, fingerprint
 from myserve.engine.kernels.tiles import Unit, bfloat16_unit, get_tiles, set_tiles
 
-__all__ = ["ATTEND", "BLOCK_SIZE", "TILE_ROWS", "attend_kernel", "padded"]
+__all__ = ["ATTEND", "BLOCK_SIZE", "TILE_ROWS", "attend_kernel", "padded", "padded_head_dim"]
 
 TILE_ROWS = 32  # query rows (positions x heads of the group) that one work item carries over its keys
 
