@@ -396,9 +396,9 @@ class Engine:
 
     # ---- between the threads
 
-    def _post(self, deed: Callable[[], None]) -> None:
+    def _post(self, task: Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append(deed)
+            self._inbox.append(task)
             self._wake.notify()
 
     def _reserve(self, n: int) -> None:

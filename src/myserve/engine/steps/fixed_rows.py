@@ -1,7 +1,7 @@
 """Every forward pass with the same number of rows: each kernel of each library sees one shape, and has one order.
 
 Libraries choose the order of a sum by the shape: matrix products by their rows (cuBLAS, MKL, oneDNN), on a GPU means
-too. A step's rows are therefore cut into groups of one size, the last filled up with rows of nobody. A row's position
+too. A step's rows are therefore cut into groups of one size, the last filled up with padding rows. A row's position
 in a group, and what the others hold, change none of its bits; `packing_check` asks whether that is so here.
 
 Decodes lose nothing by it where up to 64 rows cost what one does: as long as weights come from memory. A prefill reads

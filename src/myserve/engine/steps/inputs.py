@@ -128,7 +128,7 @@ class StepInputs:
         )
 
     def fill(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int]) -> None:
-        """A step's scheduled, packed; what room they leave becomes rows of nobody and requests without rows."""
+        """A step's scheduled, packed; what room they leave becomes padding rows and requests without rows."""
         if self.host is None or self.staging is None:
             self._write(scheduled, wanted)
             return
