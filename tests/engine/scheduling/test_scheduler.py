@@ -118,7 +118,7 @@ def test_a_step_with_streams_holds_as_many_prompt_tokens_as_their_pace_allows() 
     )
     scheduler.add(request(arrival=0, max_tokens=20))
     for prompt_tokens, seconds in ((100, 1.0), (0, 0.1)):
-        scheduler.pace.observe(1, prompt_tokens, seconds)
+        scheduler.step_costs.observe(1, prompt_tokens, seconds)
     run(scheduler)
     scheduler.add(request(arrival=1, prompt_len=300, cache_root="1"))
     # a prompt token costs 0.01 s and a decode 0.1: 0.9 of the speed of 200 tokens needs 60 of them

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from myserve.engine.scheduling.blocks import BlockPool
-from myserve.engine.scheduling.pace import Pace
 from myserve.engine.scheduling.request import Event, Request, State
+from myserve.engine.scheduling.step_costs import StepCosts
 from myserve.engine.scheduling.waiting import WaitingRequests
 
 __all__ = ["AGEING", "Batch", "Limits", "ScheduledTokens", "Scheduler"]
@@ -52,8 +52,8 @@ class Batch:
 class Limits:
     """The limits of a step.
 
-    `prefill_chunk` bounds the prompt tokens of a step in which others decode; `pace` takes fewer where they would slow
-    the running streams down, by `target_inter_token_latency` or by its own measure.
+    `prefill_chunk` bounds the prompt tokens of a step in which others decode; `step_costs` takes fewer where they
+    would slow the running streams down, by `target_inter_token_latency` or by its own measure.
     """
 
     max_num_seqs: int
@@ -75,7 +75,7 @@ class Scheduler:
         self.pool = pool
         self.limits = limits
         self.running: list[Request] = []  # kept sorted by Request.order
-        self.pace = Pace(limits.target_inter_token_latency)
+        self.step_costs = StepCosts(limits.target_inter_token_latency)
         self.waiting = WaitingRequests()
         self.held: dict[Request, None] = {}
         self.num_preemptions = 0
@@ -223,11 +223,11 @@ class Scheduler:
         return True
 
     def _prompt_budget(self, batch: Batch) -> int:
-        """Prompt tokens of this step: all that is left of it where nothing decodes, else what `pace` allows."""
+        """Prompt tokens of this step: all that is left of it where nothing decodes, else what `step_costs` allows."""
         left = self.limits.max_num_batched_tokens - batch.num_tokens
         if not batch.num_tokens:
             return left
-        return min(left, self.pace.prompt_tokens(batch.num_tokens, self.limits.prefill_chunk))
+        return min(left, self.step_costs.prompt_tokens(batch.num_tokens, self.limits.prefill_chunk))
 
     def _urgency(self, now: float) -> Callable[[Request], tuple[int, float, tuple[int, int, int]]]:
         """Shortest remaining prompt first; each second of waiting counts as AGEING tokens less."""
@@ -355,7 +355,7 @@ class Scheduler:
         Returns the requests that ended, and why: "stop", "length", or "error" for a row that failed.
         """
         decodes = sum(1 for part in batch.scheduled if part.count == 1)
-        self.pace.observe(decodes, batch.num_prefill_tokens, now - batch.planned)
+        self.step_costs.observe(decodes, batch.num_prefill_tokens, now - batch.planned)
         for part in batch.scheduled:
             if not part.request.is_finished:
                 part.request.num_computed_tokens += part.count

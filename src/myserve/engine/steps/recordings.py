@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from myserve.engine.scheduling.pace import padded_rows
 from myserve.engine.scheduling.scheduler import ScheduledTokens
+from myserve.engine.scheduling.step_costs import padded_rows
 from myserve.engine.steps.inputs import Shape, StepInputs
 from myserve.engine.steps.recorder import NotRecordableError
 

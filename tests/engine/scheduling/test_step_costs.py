@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from myserve.engine.scheduling.pace import PROMPT_SPEED, SLOWDOWN, Pace, padded_rows
+from myserve.engine.scheduling.step_costs import PROMPT_SPEED, SLOWDOWN, StepCosts, padded_rows
 
 BASE, PER_TOKEN = 0.045, 0.0029  # eight streams of a 0.6B model on two cores
 
 
-def learned(target: float | None = None, base: float = BASE, per_token: float = PER_TOKEN) -> Pace:
-    pace = Pace(target)
-    pace.observe(0, 100, 100 * per_token)
-    pace.observe(8, 0, base)
-    return pace
+def learned(target: float | None = None, base: float = BASE, per_token: float = PER_TOKEN) -> StepCosts:
+    costs = StepCosts(target)
+    costs.observe(0, 100, 100 * per_token)
+    costs.observe(8, 0, base)
+    return costs
 
 
 def seconds(tokens: int, base: float = BASE, per_token: float = PER_TOKEN) -> float:
@@ -51,15 +51,15 @@ def test_the_rows_fill_a_recording(decodes: int) -> None:
 
 
 def test_one_slow_step_is_no_lesson_and_twenty_are() -> None:
-    pace, usual = learned(0.3), learned(0.3).prompt_tokens(8, 256)
-    pace.observe(8, 100, 60.0)
-    assert pace.prompt_tokens(8, 256) >= usual / 2
+    costs, usual = learned(0.3), learned(0.3).prompt_tokens(8, 256)
+    costs.observe(8, 100, 60.0)
+    assert costs.prompt_tokens(8, 256) >= usual / 2
     for _ in range(20):
-        pace.observe(8, 100, seconds(100, per_token=0.02))
-    assert pace.prompt_tokens(8, 256) <= 24
+        costs.observe(8, 100, seconds(100, per_token=0.02))
+    assert costs.prompt_tokens(8, 256) <= 24
 
 
 def test_unknown_numbers_of_streams_cost_what_the_nearest_known_do() -> None:
-    pace = learned(0.2)
-    pace.observe(60, 0, 0.15)
-    assert pace.prompt_tokens(50, 256) < pace.prompt_tokens(9, 256)
+    costs = learned(0.2)
+    costs.observe(60, 0, 0.15)
+    assert costs.prompt_tokens(50, 256) < costs.prompt_tokens(9, 256)

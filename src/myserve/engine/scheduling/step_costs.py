@@ -5,7 +5,7 @@ Pure arithmetic: seconds come in as numbers, no clock is read.
 
 from __future__ import annotations
 
-__all__ = ["Pace", "padded_rows"]
+__all__ = ["StepCosts", "padded_rows"]
 
 # Without a target, a stream that decodes beside a prompt is slowed to this many times its own pace ...
 SLOWDOWN = 3.0
@@ -18,19 +18,19 @@ MAX_SURPRISE = (
 )
 
 
-class Pace:
+class StepCosts:
     """Learns what decodes and prompt tokens cost on this machine; bounds a step's prompt tokens by time.
 
     `target`: seconds between two tokens of a running stream; None: as `SLOWDOWN` and `PROMPT_SPEED` have it.
 
-    >>> pace = Pace()
-    >>> pace.prompt_tokens(decodes=8, most=256)  # nothing is known yet
+    >>> costs = StepCosts()
+    >>> costs.prompt_tokens(decodes=8, most=256)  # nothing is known yet
     256
-    >>> pace.observe(decodes=0, prompt_tokens=256, seconds=0.74)
-    >>> pace.observe(decodes=8, prompt_tokens=0, seconds=0.045)
-    >>> pace.prompt_tokens(decodes=8, most=256)
+    >>> costs.observe(decodes=0, prompt_tokens=256, seconds=0.74)
+    >>> costs.observe(decodes=8, prompt_tokens=0, seconds=0.045)
+    >>> costs.prompt_tokens(decodes=8, most=256)
     88
-    >>> Pace(target=0.1).prompt_tokens(8, 256)
+    >>> StepCosts(target=0.1).prompt_tokens(8, 256)
     256
     """
 
