@@ -193,3 +193,17 @@ def test_a_busy_model_records_one_shape_in_fifty_steps(tiny_model: Callable[[str
         known = set(steps._steps)
     assert len(made_at) >= 3, "the control: it does record"
     assert all(later - earlier >= 50 for earlier, later in pairwise(made_at))
+
+
+def test_an_error_while_recording_ahead_is_nobodys_request(
+    tiny_model: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = make_runner(tiny_model("llama"), "float32")
+    fails = runner.model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
+    runner.kv_cache.make_ready = lambda _: False  # type: ignore[method-assign]
+    while runner.prepare_while_idle(0):
+        pass
+    assert "ZeroDivisionError" in caplog.text and not runner.recorded_steps._steps
+    fails.remove()
+    decode(runner, 2, seed=1)
+    assert runner.recorded_steps._steps, "a step that runs is still recorded"

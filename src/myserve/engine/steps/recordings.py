@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from myserve.core.isolation import raise_if_of_the_device
 from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.scheduling.step_costs import padded_rows
 from myserve.engine.steps.inputs import Shape, StepInputs
@@ -151,6 +152,11 @@ class RecordedSteps:
             self._steps[shape] = inputs, self._record_pass.ahead(lambda: self._forward(inputs))
         except NotRecordableError as reason:
             self._give_up(str(reason))
+        except Exception as error:
+            raise_if_of_the_device(error)
+            # no request has asked for this shape: the step that does will raise, and fail its own
+            log.warning("shapes are not recorded ahead: %r", error)
+            self._ahead = iter(())
         return True
 
     def clear(self) -> None:
