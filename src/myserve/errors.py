@@ -103,7 +103,7 @@ class NotEnoughMemoryError(EngineError):
 
 
 class WeightsLoadingError(EngineError):
-    """New weights are about to be swapped in, and whoever asked for them wants nobody to wait. Try again soon."""
+    """New weights are about to be swapped in, and their update refuses new requests meanwhile. Try again soon."""
 
     retry_after = 1.0  # seconds
 

@@ -31,6 +31,6 @@ def failure_of(error: Exception, doing: str) -> Exception:
 
 
 def raise_if_of_the_device(error: Exception) -> None:
-    """Raise `error` again if the accelerator reports it: then no later step can be trusted, whoever's row it was."""
+    """Raise `error` again if the accelerator reports it: then no later step can be trusted, whichever row it was."""
     if isinstance(error, torch.AcceleratorError):
         raise error

@@ -68,7 +68,7 @@ class GenerateRequest(WireModel):
         check_stream_options(self.stream, self.stream_options)
 
     def as_completion(self, model: str) -> CompletionRequest:
-        """The same request as the completions route knows it; tokens are named by their ids."""
+        """Return this request as the completions route knows it; tokens are named by their ids."""
         asked: dict[str, Any] = {
             name: getattr(self.sampling_params, name) for name in GenerateSampling.model_fields
         }

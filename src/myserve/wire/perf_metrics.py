@@ -44,7 +44,7 @@ class PerfMetrics:
         return {name.replace("_", "-"): value for name, value in values if value is not None}
 
     def to_headers(self) -> dict[str, str]:
-        """The same as response headers, with the prefix."""
+        """Return the metrics as response headers, with the prefix."""
         return {HEADER_PREFIX + name: str(value) for name, value in self.to_dict().items()}
 
     @classmethod

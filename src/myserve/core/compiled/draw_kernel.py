@@ -167,7 +167,7 @@ def draw_rows(
             if top_k[b] > 0 or top_p < 1.0 or min_p > 0.0:
                 total = truncate(scores, weights, largest, total, top_k[b], top_p, min_p, spare)
             token = race(weights, keys[b])
-            if token >= len(scores):  # nobody arrived: there was no token to draw
+            if token >= len(scores):  # no token arrived: there was none to draw
                 tokens[b] = -1
                 continue
             floats[b, 1], floats[b, 3], masses[b, 1] = largest, scores[token], total

@@ -145,7 +145,7 @@ def _reduce(b: IR, name: str, vector: IR, *start: IR) -> IR:
 
 
 def _largest_lane(b: IR, vector: IR) -> IR:
-    """Of lanes that are no NaN: LLVM's own reduction looks for them at every turn."""
+    """Take the maximum of lanes that are no NaN: LLVM's own reduction looks for them at every turn."""
     for distance in (8, 4, 2, 1):
         other = ir.Constant(_IVEC, [lane ^ distance for lane in range(LANES)])
         swapped = b.shuffle_vector(vector, ir.Constant(_VEC, ir.Undefined), other)
@@ -350,7 +350,7 @@ def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
 
 @intrinsic
 def sum_of_squares(ctx: Any, kind: Any, source: Any, count: Any) -> Any:
-    """Of `count` elements: lane by lane, the lanes first to last, then what is left over."""
+    """Sum the squares of `count` elements: lane by lane, the lanes first to last, then what is left over."""
     packed = is_half(kind)
     size = 2 if packed else 4
 

@@ -81,7 +81,7 @@ def _replay(a: Record) -> None:
             next_item(a)
             arrivals += team
             _wait(a, arrivals)
-        if me == 0:  # for the next time; nobody takes this launch's tickets any more
+        if me == 0:  # for the next time; no thread takes this launch's tickets any more
             tickets = carray(view(launches[i, 1], np.int64(0)), 2)
             tickets[:] = 0
 

@@ -62,7 +62,7 @@ class FilePages:
         self._mapped = list(_unwritten_files())
 
     def let_go(self, x: Tensor) -> None:
-        """The pages that hold `x` alone; whoever looks at it again has them read again."""
+        """Drop the pages that hold `x` alone from this process; reading `x` again reads the file again."""
         start, end = x.data_ptr(), x.data_ptr() + x.nbytes
         if x.device.type != "cpu" or not any(low <= start and end <= high for low, high in self._mapped):
             return

@@ -31,7 +31,7 @@ SHARE = 0.8  # of the free memory; a checkpoint that is larger will be short of 
 class Reserve:
     """A region that is filled with zeros from front to back, and handed out in pieces from front to back.
 
-    Each piece goes back to the system when nobody looks at it any more. (Rejected: `MADV_POPULATE_WRITE`, which keeps
+    Each piece goes back to the system when nothing refers to it any more. (Rejected: `MADV_POPULATE_WRITE`, which keeps
     the process's map of memory locked for as long as the system takes, and imports change that map all the time.)
     """
 
@@ -71,7 +71,7 @@ class Reserve:
         return buffer
 
     def give_back(self) -> int:
-        """What nobody has taken, to the system; how many bytes that were."""
+        """Return what was not taken to the system; gives its bytes."""
         with self._changed:
             left, self._size = self._size - self._used, self._used
             self._changed.wait_for(lambda: self._writing is None)
@@ -155,7 +155,7 @@ def _read_ahead(files: list[Path]) -> Iterator[None]:
 
 
 def _map(size: int) -> int:
-    """Of pages that are huge where the system has them, at the begin of one."""
+    """Map `size` bytes from the begin of a huge page, in huge pages where the system has them; returns the address."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     address = _libc().mmap(None, size + HUGE_PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if address == ctypes.c_void_p(-1).value:

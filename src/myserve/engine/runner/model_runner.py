@@ -225,7 +225,7 @@ class ModelRunner:
         return self._logits(batch.scheduled, wanted, replay=replay)
 
     def _logits(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int], *, replay: bool) -> Tensor:
-        """Of one forward pass, recorded or not."""
+        """Return the logits of one forward pass, recorded or not."""
         recorded = self.recorded_steps.logits(scheduled, wanted) if replay else None
         if recorded is not None:
             return recorded

@@ -33,7 +33,7 @@ class ModelStructure:
 
     @property
     def longest_window(self) -> int:
-        """Of all calls; 0 where none has one."""
+        """The largest over all calls; 0 where none has one."""
         return max((call.window for call in self.calls), default=0)
 
 

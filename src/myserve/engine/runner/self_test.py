@@ -238,6 +238,6 @@ def _own_logits(model: Any, prompts: list[list[int]], last: int = 0) -> list[Ten
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:  # [T, V] each
-    """Of all logits of a sequence, each row about its own mean."""
+    """Correlate all logits of a sequence, each row about its own mean."""
     a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (a, b))
     return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30))

@@ -3,7 +3,7 @@
 A block is *held* while some request counts on it, and *free* otherwise. A free block may still be *cached*: its
 content is named and can be taken up again until the block is handed out for something else (least recently used
 first). Names are exact, not hashes: a content's name is looked up by (name of the content before it, its tokens),
-so two different prefixes can never be mistaken for one another, whoever chose their tokens.
+so two different prefixes can never be mistaken for one another, whatever their tokens are.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class StepCosts:
         return min(most, rows - decodes)
 
     def _seconds_of_decodes(self, decodes: int) -> float:
-        """Of the nearest number that was seen; 0 where none was."""
+        """Return the estimate for the nearest number that was seen; 0 where none was."""
         if not decodes or not self._decode:
             return 0.0
         kind = decodes.bit_length()

@@ -67,7 +67,7 @@ def _inside(wanted: Sequence[int], first: int, size: int) -> list[int]:
 
 
 def fixed_shape(size: int, wanted: int) -> Shape:
-    """A group's; the output layer runs on all rows or, where nobody wants one, on one: it cannot run on none."""
+    """Return a group's shape. The output layer runs on all rows or, where none is wanted, on one: never on none."""
     return Shape(size, size, size if wanted else 1)
 
 

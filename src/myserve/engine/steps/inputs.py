@@ -42,7 +42,7 @@ class Shape:
 
 
 class Staging:
-    """Where a step is written for a device to read: pinned memory, and one copy that nobody waits for."""
+    """Pinned memory in which a step is written for a device to read, and one copy to it that no thread waits for."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -108,7 +108,7 @@ class StepInputs:
         return inputs
 
     def cut(self, shape: Shape) -> StepInputs:
-        """The same memory with room for less."""
+        """Return inputs over the same memory, with room for less."""
         context, host = self.context, None if self.host is None else self.host.cut(shape)
         return StepInputs(
             self.ids[:, : shape.rows],
@@ -156,7 +156,7 @@ class StepInputs:
         owner = np.repeat(np.arange(len(scheduled)), counts)  # [T]
         position = np.arange(ends[-1]) + (first - ends + counts)[owner]
         rows = int(ends[-1])
-        for tensor, values, nobody in (
+        for tensor, values, padding in (
             (
                 self.ids[0],
                 [t for p in scheduled for t in p.request.token_ids[p.start : p.start + p.count]],
@@ -171,10 +171,10 @@ class StepInputs:
         ):
             array = tensor.numpy()
             array[:rows] = values
-            array[rows:] = nobody
+            array[rows:] = padding
         picked = self.wanted.numpy()
         picked[: len(wanted)] = wanted
-        picked[len(wanted) :] = 0  # row 0 once more: nobody looks
+        picked[len(wanted) :] = 0  # row 0 once more: its logits are not read
 
 
 def _zeros(count: int, dtype: torch.dtype) -> Tensor:

@@ -75,7 +75,7 @@ class Pool:
             self._blocks.append(block)
             self._offer(block)
         address = self._free[size].pop()
-        # PyTorch tells nobody when a storage dies; but a storage made from a buffer holds the buffer.
+        # PyTorch does not tell when a storage dies; but a storage made from a buffer holds the buffer.
         buffer = (ctypes.c_char * size).from_address(address)
         weakref.finalize(buffer, self._release, size, address, self._recording)
         return torch.frombuffer(buffer, dtype=dtype, count=max(count, 1))[:count].view(shape)
@@ -116,7 +116,7 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
 
 
 def _by_a_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The same bits by a kernel of ours, which replays without Python; None for what we have none for."""
+    """Run an operation by a kernel of ours, which has its bits and replays without Python; None where there is none."""
     if func is _aten.add.Tensor and not kwargs and _adds_like_with_like(*args):
         return pointwise.add(*args)
     if func is _aten.embedding.default and _has_rows(*args[:2]):

@@ -45,7 +45,7 @@ class HttpMeters:
 
 
 class LoopWatchdog:
-    """Measures how late the event loop runs what is due: while something blocks it, nobody is answered.
+    """Measures how late the event loop runs what is due: while something blocks it, no request is answered.
 
     Every 50 ms a callback is due, and its lateness in seconds goes into `lag`. A block of 3 s is one value of 3 s.
     """
