@@ -37,7 +37,7 @@ def test_every_step_is_on_policy_to_the_last_bit_and_the_policy_moves(unbroken):
     assert rows[0]["kl_to_start"] == 0 < rows[2]["kl_to_start"]
     assert rows[3]["sampled"] != rows[0]["sampled"]
     assert len((unbroken / "rollouts-0001.jsonl").read_text().splitlines()) == 1 + 4 * 4
-    assert (unbroken / "curve.svg").read_text().startswith("<svg")
+    assert "<svg" in (unbroken / "curve.svg").read_text()
 
 
 @pytest.mark.timeout(300)  # two starts of a server, on whatever machine
@@ -110,7 +110,7 @@ def test_a_trainer_that_is_not_exact_shows_it(embedded_url):
 
 
 def test_the_asynchronous_loop_bounds_staleness_and_loses_nothing(tmp_path, embedded_url, weights_dir):
-    import compare_curves
+    from compare_curves import points
     from grpo_async import AsyncConfig, train
 
     fields = {
@@ -127,7 +127,7 @@ def test_the_asynchronous_loop_bounds_staleness_and_loses_nothing(tmp_path, embe
     assert 0 < max(row["stale_max"] for row in rows[:4]) <= 2
     journals = [path.read_text().splitlines() for path in sorted(folder.glob("rollouts-*"))]
     assert [len(lines) for lines in journals] == [1 + 4 * 4] * 4
-    assert compare_curves.chart({"a": folder, "b": folder}).count("<polyline") == 2
+    assert [step for step, _ in points(folder)] == [row["step"] for row in rows if "sampled" in row]
     folder = asyncio.run(train(AsyncConfig(run=str(tmp_path / "sync"), staleness=0, **fields)))
     assert {row["stale_max"] for row in curve(folder)[:4]} == {0}
 

@@ -125,9 +125,9 @@ def test_only_who_asks_is_told_and_only_then_is_the_model_listened_to(
     engine = make_engine("qwen3_moe")
     forward, hooks = engine.runner.forward, []
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **options: Any) -> Any:
         hooks.append(sum(len(module._forward_pre_hooks) for module in engine.runner.model.modules()))
-        return forward(*args)
+        return forward(*args, **options)
 
     monkeypatch.setattr(engine.runner, "forward", watched)
     other = SamplingParams(max_tokens=6, seed=2, prompt_logprobs=0)
