@@ -34,7 +34,7 @@ check: install ## formatting, lint, types, the laws of the house
 	$(BIN)/lint-imports --no-logo
 
 test: check ## check, then all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 coverage: install ## all tests, and which lines no test reached: by module, below 100 %
 	$(BIN)/python -m pytest --cov --cov-report=term
