@@ -11,7 +11,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from myserve.cli.console import err, fail
 from myserve.errors import MyserveError
 from myserve.options import Option
 from myserve.server.settings import OPTIONS, Settings
+
+if TYPE_CHECKING:
+    from myserve.engine.memory.prefault import Reserve
 
 __all__ = ["serve"]
 
@@ -83,12 +86,12 @@ def serve(model: str | None = None, config: str | None = None, **given: Any) -> 
         settings = Settings.read(asked if model is None else {**asked, "model": (model,)}, file=config)
         # before the imports: a taken port is known at once
         listener = _listen(settings.host, settings.port)
-        _ask_for_memory(settings)
+        reserve = _ask_for_memory(settings)
     except MyserveError as error:
         fail(str(error))
     except ModuleNotFoundError as error:
         fail(f"{NEEDS_SERVER}  (missing: {error.name})")
-    _run(settings, listener)
+    _run(settings, listener, reserve)
 
 
 # typer reads a command's parameters from its signature
@@ -125,7 +128,7 @@ def _url_host(host: str) -> str:
     return f"[{host.strip('[]')}]" if ":" in host else host
 
 
-def _ask_for_memory(settings: Settings) -> None:
+def _ask_for_memory(settings: Settings) -> Reserve | None:
     """Prefault memory for the first model's packed weights while Python imports what packs them; not for a GPU."""
     engine = settings.engine
     on_cpu = engine.device == "cpu" or (engine.device == "auto" and not has_gpu())
@@ -133,7 +136,8 @@ def _ask_for_memory(settings: Settings) -> None:
     if settings.preload and on_cpu and as_saved and not settings.force_echo:
         from myserve.engine.memory import prefault
 
-        prefault.begin(settings.models[settings.preload[0]])
+        return prefault.begin(settings.models[settings.preload[0]])
+    return None
 
 
 def has_gpu() -> bool:
@@ -141,7 +145,7 @@ def has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
-def _run(settings: Settings, listener: socket.socket) -> None:
+def _run(settings: Settings, listener: socket.socket, reserve: Reserve | None) -> None:
     try:
         from myserve.server.app import create_app
         from myserve.server.edge.graceful import GracefulServer
@@ -153,7 +157,7 @@ def _run(settings: Settings, listener: socket.socket) -> None:
     err.print(f"[bold]myserve[/]  [dim]{', '.join(settings.preload or ())}[/]  at [bold]{url}[/]")
     logs.configure(settings.log_level, settings.log_format)
     try:
-        server = GracefulServer(app := create_app(settings))
+        server = GracefulServer(app := create_app(settings, reserve))
     except MyserveError as error:
         fail(str(error))
     if host not in ("127.0.0.1", "::1") and settings.api_keys_file is None:

@@ -17,7 +17,7 @@ from myserve.core.isolation import failure_of, raise_if_of_the_device
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints.factory import Constraints
-from myserve.engine.memory import prefault
+from myserve.engine.memory.prefault import Reserve
 from myserve.engine.meters import EngineLoad, EngineMeters
 from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
 from myserve.engine.progress import phase
@@ -53,14 +53,18 @@ class Engine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, config: EngineConfig, backend: DeviceBackend | None = None
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        backend: DeviceBackend | None = None,
+        reserve: Reserve | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = loaded.tokenizer
         with ThreadPoolExecutor(1) as beside:  # a table of Python objects, while weights are packed
             token_bytes = beside.submit(TokenBytes, loaded.tokenizer, loaded.vocab_size)
             with phase("packing the weights"):
-                self.runner = ModelRunner(loaded, config, backend)
+                self.runner = ModelRunner(loaded, config, backend, reserve)
         self.token_bytes = token_bytes.result()
         with phase("checking that a request's tokens do not depend on its batch"):
             self._independent = choose_batch_invariant_mode(self.runner, loaded.vocab_size)
@@ -98,14 +102,21 @@ class Engine:
         self._queue = QueueBound(config.max_queue, config.max_num_seqs)  # under the lock
 
     @classmethod
-    def from_pretrained(cls, model: str, config: EngineConfig | None = None) -> Engine:
-        """Load a path or hub id, in the calling thread. Raises UnsupportedModelError for what cannot be batched."""
+    def from_pretrained(
+        cls, model: str, config: EngineConfig | None = None, reserve: Reserve | None = None
+    ) -> Engine:
+        """Load a path or hub id, in the calling thread. Raises UnsupportedModelError for what cannot be batched.
+
+        `reserve`: memory for its weights that another thread fills already (`prefault.begin`); what is left of it is
+        given back here, whether the model loads or not.
+        """
         try:
             with phase(f"reading the weights of {model}"):
                 loaded = load(model, config := config or EngineConfig())
-            return cls(loaded, config)
+            return cls(loaded, config, reserve=reserve)
         finally:
-            prefault.give_back()
+            if reserve is not None:
+                reserve.give_back()
 
     # ---- for callers
 

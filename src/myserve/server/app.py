@@ -6,19 +6,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from myserve.engine.memory.prefault import Reserve
 from myserve.errors import MyserveError
 from myserve.server import pages
 from myserve.server.answers.streaming import ClientGoneError
 from myserve.server.edge.access import Access, AccessControl
 from myserve.server.edge.edge import Edge
 from myserve.server.errors import error_response, http_error_response, status_of
-from myserve.server.models.models import Models
+from myserve.server.models.models import Models, load_model
 from myserve.server.observe.http_meters import HttpMeters, LoopWatchdog
 from myserve.server.observe.traces import Traces
 from myserve.server.routes import chat, completions, generate, health, metrics, tokenize, weights
@@ -44,11 +46,11 @@ SERVED_INSTEAD = {
 }
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, reserve: Reserve | None = None) -> FastAPI:
     """Return an ASGI application that serves what `settings` say, by default what the environment says.
 
     Models load with the lifespan or, where none is run, when a request first names them. Raises RequestError for files
-    of keys that hold none.
+    of keys that hold none. `reserve`: memory that a command has asked for ahead of the first model (`prefault.begin`).
 
     >>> app = create_app(Settings(models={"mine": "models/mine"}))
     >>> app.state.models.names
@@ -64,7 +66,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
-    app.state.models = Models(settings)
+    app.state.models = Models(settings, partial(load_model, reserve=reserve))
     # set by a command that ends when a model does not load
     app.state.on_load_failure = None
     for family in (chat, completions, generate, tokenize, weights, health, metrics, pages):

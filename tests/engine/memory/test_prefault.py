@@ -8,12 +8,12 @@ import mmap
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from myserve.embedded import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.memory import huge_pages, prefault
@@ -24,12 +24,6 @@ from myserve.server.settings import Settings
 serve = importlib.import_module("myserve.cli.serve")  # the package has a command of this name
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is reserved elsewhere")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
-    yield
-    prefault.give_back()
 
 
 def resident() -> int:
@@ -100,12 +94,13 @@ def test_what_is_given_back_is_filled_no_further() -> None:
 
 
 def test_a_tensor_comes_from_what_was_begun(tmp_path: Path) -> None:
-    prefault.begin(checkpoint(tmp_path, 4 * HUGE_PAGE))
-    one, two, beyond = (huge_pages.zeros((HUGE_PAGE, 2), torch.uint8) for _ in range(3))
+    reserve = prefault.begin(checkpoint(tmp_path, 4 * HUGE_PAGE))
+    assert reserve is not None
+    one, two, beyond = (huge_pages.zeros((HUGE_PAGE, 2), torch.uint8, reserve) for _ in range(3))
     assert two.data_ptr() == one.data_ptr() + 2 * HUGE_PAGE
     assert not bool(one.any()) and not bool(beyond.any())
     two[:], part = 7, two[-1]
-    prefault.give_back()
+    reserve.give_back()
     del one, two
     assert part.tolist() == [7, 7]
 
@@ -123,21 +118,37 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
 def test_nothing_is_asked_for_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = checkpoint(tmp_path, 4 * HUGE_PAGE)
     monkeypatch.setattr(prefault, "free_host_memory", lambda: 5 * HUGE_PAGE - 1)
-    prefault.begin(model)
-    assert prefault.take(1) is None
+    assert prefault.begin(model) is None
     monkeypatch.setattr(prefault, "free_host_memory", lambda: 5 * HUGE_PAGE)
-    prefault.begin(model)
-    assert prefault.take(1) is not None
+    reserve = prefault.begin(model)
+    assert reserve is not None and reserve.take(1) is not None
+    reserve.give_back()
 
 
 def test_a_model_that_does_not_load_leaves_nothing_reserved(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
-    prefault.begin(checkpoint(tmp_path, 4 * HUGE_PAGE))
+    reserve = prefault.begin(checkpoint(tmp_path, 4 * HUGE_PAGE))
+    assert reserve is not None
     with pytest.raises(UnsupportedModelError):
-        Engine.from_pretrained(str(tmp_path))
-    assert prefault.take(1) is None
+        Engine.from_pretrained(str(tmp_path), reserve=reserve)
+    assert reserve.take(1) is None
+
+
+def test_a_models_weights_are_packed_into_the_reserve_and_the_rest_goes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    take = Reserve.take
+    monkeypatch.setattr(Reserve, "take", lambda self, size: (taken.append(size), take(self, size))[1])
+    monkeypatch.setattr(huge_pages, "HUGE_PAGE", 1 << 12)  # the embedded model's weights count as large
+    model = str(embedded_model_path())
+    reserve = prefault.begin(model)
+    assert reserve is not None
+    engine = Engine.from_pretrained(model, EngineConfig(num_blocks=8), reserve)
+    assert taken and reserve.take(1) is None
+    engine.shutdown()
 
 
 @pytest.mark.parametrize(

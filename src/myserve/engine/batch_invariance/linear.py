@@ -20,6 +20,7 @@ from myserve.engine.kernels.gemm import PANEL, ROWS, linear_kernel
 from myserve.engine.kernels.launch import this_thread, threads_for
 from myserve.engine.kernels.tiles import tile_configuration
 from myserve.engine.memory import huge_pages
+from myserve.engine.memory.prefault import Reserve
 
 __all__ = ["JoinedWeights", "PackedWeight", "multiply_each", "packed_shape"]
 
@@ -35,10 +36,17 @@ class PackedWeight:
     tensor([[2., 3., 4.]])
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, place: Tensor | None = None) -> None:
-        """`place`: where the packed weight goes, of `packed_shape` and its type."""
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        place: Tensor | None = None,
+        reserve: Reserve | None = None,
+    ) -> None:
+        """`place`: where the packed weight goes, of `packed_shape` and its type; None: memory of `reserve`, or new."""
         self.out_features, self.in_features = weight.shape
-        self.weight = _packed(weight.detach(), place)
+        self.weight = _packed(weight.detach(), place, reserve)
         self._inner = self.weight.shape[1] * (2 if self.dtype == torch.bfloat16 else 1)
         self._scratch_bytes = 64 * (3 + -(-4 * (ROWS * PANEL + 4 * self._inner) // 64))
         self._kernel = linear_kernel(self.dtype)
@@ -106,10 +114,10 @@ class JoinedWeights:
     tensor([[3., 3., 3.]])
     """
 
-    def __init__(self, weights: list[tuple[Tensor, Tensor | None]]) -> None:
+    def __init__(self, weights: list[tuple[Tensor, Tensor | None]], reserve: Reserve | None = None) -> None:
         shapes = [packed_shape(weight) for weight, _ in weights]
         groups = [shape[0] for shape in shapes]
-        whole = huge_pages.zeros((sum(groups), *shapes[0][1:]), _packed_dtype(weights[0][0]))
+        whole = huge_pages.zeros((sum(groups), *shapes[0][1:]), _packed_dtype(weights[0][0]), reserve)
         places = torch.split(whole, groups)
         self.parts = [
             PackedWeight(weight, bias, place=place)
@@ -166,9 +174,11 @@ def _packed_dtype(weight: Tensor) -> torch.dtype:
     return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
 
 
-def _packed(weight: Tensor, place: Tensor | None) -> Tensor:  # [N, K] -> packed_shape
+def _packed(
+    weight: Tensor, place: Tensor | None, reserve: Reserve | None
+) -> Tensor:  # [N, K] -> packed_shape
     shape, half = packed_shape(weight), weight.dtype == torch.bfloat16
-    packed = huge_pages.zeros(shape, _packed_dtype(weight)) if place is None else place
+    packed = huge_pages.zeros(shape, _packed_dtype(weight), reserve) if place is None else place
     weight = weight if half else weight.float()
     groups, inner = shape[0], shape[1] * (2 if half else 1)
     padding = (0, inner - weight.shape[1], 0, 16 * groups - weight.shape[0])

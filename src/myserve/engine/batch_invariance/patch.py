@@ -30,6 +30,7 @@ from myserve.engine.batch_invariance.fusion import (
 from myserve.engine.batch_invariance.linear import JoinedWeights, PackedWeight, multiply_each
 from myserve.engine.kernels.tiles import bfloat16_unit
 from myserve.engine.memory import huge_pages
+from myserve.engine.memory.prefault import Reserve
 
 __all__ = [
     "EXPERTS_NAME",
@@ -110,9 +111,9 @@ class ExactWeight(Tensor):
     packed: PackedWeight
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> ExactWeight:
+    def of(cls, weight: Tensor, bias: Tensor | None, reserve: Reserve | None = None) -> ExactWeight:
         exact = weight.detach().as_subclass(cls)
-        exact.packed = PackedWeight(weight, bias)
+        exact.packed = PackedWeight(weight, bias, reserve=reserve)
         return exact
 
     @classmethod
@@ -124,22 +125,26 @@ class ExactWeight(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
-def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactReport:
+def make_exact(
+    model: nn.Module, *, mode: Literal["on", "off"] = "on", reserve: Reserve | None = None
+) -> ExactReport:
     """Replace, in place, all of a CPU model's matrix products; `mode="off"` leaves the library's.
 
     A layer's own weight is freed as soon as it is packed, its pages of the checkpoint's file too, so that a model needs
     little more than its weights while it is prepared; embeddings tied to the output layer stay beside its packed copy.
+    `reserve`: memory for the packed weights that is filled already.
     """
     if mode == "off":
         return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0)
-    experts = sum(_pack_experts(module) for module in list(model.modules()) if has_experts(module))
-    routers = sum(_pack_router(module) for module in list(model.modules()) if is_router(module))
+    experts = sum(_pack_experts(module, reserve) for module in list(model.modules()) if has_experts(module))
+    routers = sum(_pack_router(module, reserve) for module in list(model.modules()) if is_router(module))
     files = huge_pages.FilePages()
-    linears = _join_products(model, files)
+    linears = _join_products(model, files, reserve)
     for parent, name, module in list(_linears(model)):
         transposed = isinstance(module, Conv1D)
         weight = module.weight.T if transposed else module.weight
-        setattr(parent, name, ExactLinear(PackedWeight(weight, module.bias), is_transposed=transposed))
+        packed = PackedWeight(weight, module.bias, reserve=reserve)
+        setattr(parent, name, ExactLinear(packed, is_transposed=transposed))
         files.let_go(module.weight)
         linears += 1
     install_activations(model)
@@ -151,12 +156,12 @@ def make_exact(model: nn.Module, *, mode: Literal["on", "off"] = "on") -> ExactR
     return ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=norms)
 
 
-def _join_products(model: nn.Module, files: huge_pages.FilePages) -> int:
+def _join_products(model: nn.Module, files: huge_pages.FilePages, reserve: Reserve | None) -> int:
     """Join products that multiply one x; return how many layers that were."""
     found = list(products_of_one_input(model))
     for parent, names in found:
         layers: list[Any] = [getattr(parent, name) for name in names]
-        joined = JoinedWeights([(layer.weight, layer.bias) for layer in layers])
+        joined = JoinedWeights([(layer.weight, layer.bias) for layer in layers], reserve)
         shared = SharedInput(joined)
         for part, (name, packed) in enumerate(zip(names, joined.parts, strict=True)):
             exact = ExactLinear(packed)
@@ -185,10 +190,10 @@ def is_router(module: nn.Module) -> bool:
     return weight is not None and weight.dim() == 2 and not known
 
 
-def _pack_router(module: nn.Module) -> int:
+def _pack_router(module: nn.Module, reserve: Reserve | None) -> int:
     weight, bias = module._parameters.pop("weight"), module._parameters.get("bias")
     assert weight is not None
-    module.weight = ExactWeight.of(weight, bias)
+    module.weight = ExactWeight.of(weight, bias, reserve)
     return 1
 
 
@@ -197,22 +202,26 @@ def has_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and "down_proj" in module._parameters
 
 
-def _pack_experts(module: Any) -> int:
+def _pack_experts(module: Any, reserve: Reserve | None) -> int:
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    module.packed_up, module.packed_down = (_pack_each(module, name) for name in (up, "down_proj"))
+    module.packed_up, module.packed_down = (_pack_each(module, name, reserve) for name in (up, "down_proj"))
     module.config._experts_implementation = EXPERTS_NAME
     return 1
 
 
-def _pack_each(module: Any, name: str) -> list[PackedWeight]:
+def _pack_each(module: Any, name: str, reserve: Reserve | None) -> list[PackedWeight]:
     weights, biases = module._parameters.pop(name), module._parameters.get(f"{name}_bias")
-    return packed_experts(weights, biases, is_transposed=module.is_transposed)
+    return packed_experts(weights, biases, is_transposed=module.is_transposed, reserve=reserve)
 
 
 # weights [E, N, K] or [E, K, N], biases [E, N]
-def packed_experts(weights: Tensor, biases: Tensor | None, *, is_transposed: bool) -> list[PackedWeight]:
+def packed_experts(
+    weights: Tensor, biases: Tensor | None, *, is_transposed: bool, reserve: Reserve | None = None
+) -> list[PackedWeight]:
     weights = weights.transpose(1, 2) if is_transposed else weights
-    return [PackedWeight(w, None if biases is None else biases[e]) for e, w in enumerate(weights)]
+    return [
+        PackedWeight(w, None if biases is None else biases[e], reserve=reserve) for e, w in enumerate(weights)
+    ]
 
 
 def exact_experts_forward(

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from myserve.engine.memory import prefault
-from myserve.engine.memory.prefault import HUGE_PAGE
+from myserve.engine.memory.prefault import HUGE_PAGE, Reserve
 
 __all__ = ["FilePages", "touch", "zeros"]
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, reserve: Reserve | None = None) -> Tensor:
     """Return zeros on the CPU, at a cache line at least; the system hands the pages out when they are first written.
+
+    A large tensor is taken from `reserve`, whose pages are there already, as long as that has room.
 
     >>> zeros((2, 3), torch.bfloat16).sum()
     tensor(0., dtype=torch.bfloat16)
@@ -33,7 +34,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if size < HUGE_PAGE:
         memory = np.zeros(size + 64, np.uint8)
         start = -memory.ctypes.data % 64
-    elif (taken := prefault.take(size)) is not None:
+    elif reserve is not None and (taken := reserve.take(size)) is not None:
         memory, start = np.frombuffer(taken, np.uint8), 0
     else:
         # Anonymous and private: shared memory gets no huge pages. The whole lives as long as a tensor looks at it.

@@ -20,7 +20,7 @@ from typing import Any
 
 from myserve.engine.memory.available import free_host_memory
 
-__all__ = ["HUGE_PAGE", "SHARE", "Reserve", "begin", "checkpoint_files", "give_back", "take"]
+__all__ = ["HUGE_PAGE", "SHARE", "Reserve", "begin", "checkpoint_files"]
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +71,13 @@ class Reserve:
         return buffer
 
     def give_back(self) -> int:
-        """Return what was not taken to the system; gives its bytes."""
+        """Return what was not taken to the system, and how many bytes that were: 0 the second time."""
         with self._changed:
             left, self._size = self._size - self._used, self._used
             self._changed.wait_for(lambda: self._writing is None)
         if left:
             _unmap(self._address + self._used, left)
+            log.info("of memory asked for ahead of the weights, %d MiB go back", left >> 20)
         return left
 
     def _cut(self, size: int) -> int | None:
@@ -90,38 +91,21 @@ class Reserve:
             return begin
 
 
-_reserve: Reserve | None = None  # this process's
+def begin(model: str) -> Reserve | None:
+    """Start to fill a reserve for the checkpoint in a folder or in the hub's cache, and to read its files.
 
-
-def begin(model: str) -> None:
-    """Starts to fill a reserve for the checkpoint in a folder or in the hub's cache, and to read its files.
-
-    Nothing happens where there is none, where memory is short, and elsewhere than on Linux.
+    None, and nothing happens, where there is no checkpoint, where memory is short, and elsewhere than on Linux.
     """
-    global _reserve
     files = checkpoint_files(model)
     size = sum(file.stat().st_size for file in files)
     if sys.platform != "linux" or not 0 < size <= SHARE * free_host_memory():
-        return
+        return None
     try:
-        _reserve = Reserve(size)
+        reserve = Reserve(size)
     except MemoryError:
-        return
-    threading.Thread(target=_fill, args=(_reserve, files), name="myserve-reserve", daemon=True).start()
-
-
-def take(size: int) -> Any:
-    """As `Reserve.take`, of what was begun; None where there is nothing."""
-    reserve = _reserve
-    return None if reserve is None else reserve.take(size)
-
-
-def give_back() -> None:
-    """The model has what it needs, or will not: the rest is the system's again."""
-    global _reserve
-    reserve, _reserve = _reserve, None
-    if reserve is not None:
-        log.info("of memory asked for ahead of the weights, %d MiB go back", reserve.give_back() >> 20)
+        return None
+    threading.Thread(target=_fill, args=(reserve, files), name="myserve-reserve", daemon=True).start()
+    return reserve
 
 
 def checkpoint_files(model: str) -> list[Path]:

@@ -21,7 +21,7 @@ from myserve.engine.batch_invariance.patch import make_exact
 from myserve.engine.batch_invariance.rope_table import look_up_angles, unscaled_length
 from myserve.engine.config import EngineConfig
 from myserve.engine.constraints.factory import MaskAhead
-from myserve.engine.memory import prefault
+from myserve.engine.memory.prefault import Reserve
 from myserve.engine.mixers.attention_pass import attending
 from myserve.engine.outputs import PromptLogprob
 from myserve.engine.runner.device_backend import DeviceBackend, backend_for, layer_shapes
@@ -72,17 +72,22 @@ class ModelRunner:
     """Runs one model. Keeps, for each live request, its sampling state, and the prompt logprobs gathered so far."""
 
     def __init__(
-        self, loaded: LoadedModel, config: EngineConfig, backend: DeviceBackend | None = None
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        backend: DeviceBackend | None = None,
+        reserve: Reserve | None = None,
     ) -> None:
-        """`backend`: how to compute; None: as the model's device asks for."""
+        """`backend`: how to compute; None: as the model's device asks for. `reserve`: memory for its packed weights."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.model = loaded.model
         self.device = loaded.device
         exact = config.exact == "on"
         packs = loaded.device.type == "cpu" if backend is None else backend.packs
-        made = make_exact(loaded.model, mode=config.exact if packs else "off")
-        prefault.give_back()  # before the cache asks how much memory is free
+        made = make_exact(loaded.model, mode=config.exact if packs else "off", reserve=reserve)
+        if reserve is not None:  # before the cache asks how much memory is free
+            reserve.give_back()
         self.structure = observe(loaded.model)
         calls, dtype = self.structure.calls, loaded.model.dtype
         self.backend = backend or backend_for(calls, dtype, loaded.device, exact=exact)

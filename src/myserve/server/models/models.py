@@ -17,6 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from myserve.engine.memory.prefault import Reserve
 from myserve.errors import ModelNotFoundError, MyserveError
 from myserve.server.errors import EngineRestartingError, ModelLoadError
 from myserve.server.models.echo import EchoEngine
@@ -228,8 +229,11 @@ class Models:
         return "restarting" if comes_back else "dead"
 
 
-def load_model(path: str, settings: Settings) -> ServedModel:
-    """Load the engine of a folder or hub id, or an echo where `force_echo` is set, in the calling thread."""
+def load_model(path: str, settings: Settings, reserve: Reserve | None = None) -> ServedModel:
+    """Load the engine of a folder or hub id, or an echo where `force_echo` is set, in the calling thread.
+
+    `reserve`: memory that was asked for ahead; the first model that loads takes of it, and gives the rest back.
+    """
     engine: Any
     if settings.force_echo:
         engine = EchoEngine()
@@ -241,7 +245,7 @@ def load_model(path: str, settings: Settings) -> ServedModel:
         # a log is no terminal
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        engine = Engine.from_pretrained(path, settings.engine)
+        engine = Engine.from_pretrained(path, settings.engine, reserve)
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
     style = ChatStyle.of(engine.tokenizer, settings.tool_style)
