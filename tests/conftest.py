@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -97,6 +100,20 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "odd_starcoder2": ("starcoder2", {"intermediate_size": 100}),
     "wide_moe": ("qwen3_moe", {"num_experts": 300, "num_experts_per_tok": 4, "moe_intermediate_size": 8}),
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `own_process` in a fresh process: it measures memory, which others of this one take."""
+    if pyfuncitem.get_closest_marker("own_process") is None or "MYSERVE_OWN_PROCESS" in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = os.environ | {"MYSERVE_OWN_PROCESS": "1"}
+    run = subprocess.run(
+        command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    return True
 
 
 @cache

@@ -44,6 +44,7 @@ def test_touched_memory_is_there_and_keeps_its_values() -> None:
     assert x[5] == 7 and int(x.count_nonzero()) == 1
 
 
+@pytest.mark.own_process
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_the_cache_behind_the_blocks_in_use_lies_ready_and_no_more() -> None:
     shapes = [LayerShape(kv_heads=4, key_dim=64, value_dim=64)] * 2
@@ -59,6 +60,7 @@ def test_the_cache_behind_the_blocks_in_use_lies_ready_and_no_more() -> None:
     assert not any(bool(tensor.any()) for layer in cache.layers for tensor in layer)
 
 
+@pytest.mark.own_process
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked, and tells")
 def test_a_large_tensor_is_marked_for_huge_pages_until_it_is_gone() -> None:
     def marked() -> int:
@@ -85,6 +87,7 @@ def resident_file_pages() -> int:
     return int(status.partition("RssFile:")[2].split()[0])
 
 
+@pytest.mark.own_process
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked, and tells")
 def test_a_files_pages_are_given_back_and_can_be_read_again(tmp_path: Path) -> None:
     values = torch.randn(1 << 21)  # 8 MiB

@@ -46,6 +46,7 @@ def checkpoint(folder: Path, size: int) -> str:
     return str(folder)
 
 
+@pytest.mark.own_process
 def test_what_is_filled_is_there_and_goes_back_piece_by_piece() -> None:
     before = resident()
     made = filled(16 * HUGE_PAGE)
