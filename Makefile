@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Torch's CPU threads spin at barriers by default; two processes that do so on a small machine stall each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo grpo serve test check coverage docs wheel bench clean
+.PHONY: install demo grpo serve test check clients coverage docs wheel bench clean
 
 install: .venv/installed ## make .venv with everything, exact versions
 
@@ -36,6 +36,9 @@ check: install ## formatting, lint, types, the laws of the house
 test: check ## check, then all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+clients: install ## other clients' packages, in .venv-clients, against our server (CLIENTS=--optional: if they can be had)
+	$(BIN)/python -m tools.clients $(CLIENTS)
+
 coverage: install ## all tests, and which lines no test reached: by module, below 100 %
 	$(BIN)/python -m pytest --cov --cov-report=term
 	$(BIN)/python -m coverage html -q -d build/coverage
@@ -50,4 +53,4 @@ bench: install ## ours and the peers at hand, ratios in one run
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-clients build dist

@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 def cases(
-    model: str, *, max_model_len: int, max_body_bytes: int = 64 << 20, max_queue: int = 4096
+    model: str, *, max_model_len: int, max_body_bytes: int = 16 << 20, max_queue: int = 4096
 ) -> Iterator[Case]:
     """Yield the largest request of each bound: bytes, values, strings, objects, fields, choices, the answer."""
 
@@ -38,8 +38,12 @@ def cases(
     text = "a " * (max_body_bytes // 2 - 1024)
     yield case("bytes of a prompt", COMPLETIONS, prompt=text)
     yield case("bytes of a message", CHAT, messages=[{"role": "user", "content": text}])
-    # /tokenize has no context to be measured by: what it is given, it tokenizes, for so long
-    yield case("a MiB to tokenize", TOKENIZE, prompt="a " * (1 << 19))
+    yield case(
+        "bytes of many messages", CHAT, messages=[{"role": "user", "content": text[: len(text) // 520]}] * 512
+    )
+    yield case("bytes of many prompts", COMPLETIONS, prompt=[text[: len(text) // 520]] * 512)
+    yield case("bytes to tokenize", TOKENIZE, prompt=text)
+    yield case("characters to tokenize", TOKENIZE, prompt="a " * max(4 * max_model_len, 1 << 15))
     yield case("ids of a prompt", COMPLETIONS, prompt=[5] * 499_000)
     yield case("prompts", COMPLETIONS, prompt=["a"] * 131_000)
     yield case("prompts of a full queue", COMPLETIONS, prompt=[[5, 6]] * max_queue)
@@ -48,6 +52,8 @@ def cases(
     yield case("wrong values", COMPLETIONS, prompt="a", bad_words=[1] * 400_000)
     yield case("bad_words", COMPLETIONS, prompt="a", bad_words=[f"word {i}" for i in range(1024)])
     yield case("logit_bias", COMPLETIONS, prompt="a", logit_bias={str(i): 1 for i in range(300)})
+    allowed = {"allowed_token_ids": [5, 6] * 200_000, "n": 64, "max_tokens": 8}
+    yield case("allowed_token_ids", COMPLETIONS, prompt="a", **allowed)
     yield case("stop", COMPLETIONS, prompt="a", stop=["x" * 4096] * 16, max_tokens=32)
     function = {
         "name": "f",

@@ -18,14 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import ROOT, Peer
+from benchmarks.scenarios import Planned
 from myserve.bench.figures import Figures, RequestTimes, figures
-from myserve.bench.load import BenchError, ServerFeatures, Target
+from myserve.bench.load import Arrival, BenchError, ServerFeatures, Target
 from myserve.bench.workload import SAMPLING, Prompt, Workload, id_prompts
 
-# Above the tokenizer's bytes and its special tokens, below the model's vocabulary.
-PROMPT_IDS = range(1000, 150_000)
 _LETTERS = string.ascii_lowercase  # of which the benchmark's tokenizer makes a token each
+_RICHEST = ServerFeatures(True, {"ignore_eos": True, "stream_options": {"include_usage": True}})
 START_TIMEOUT_S = 900.0  # vLLM compiles for two minutes on a quiet machine
+
+
+def prompt_ids(vocab_size: int) -> range:
+    """Return ids above a tokenizer's bytes and its special tokens, and below those that follow a vocabulary.
+
+    >>> prompt_ids(151_936), prompt_ids(2048)
+    (range(1000, 150000), range(512, 2048))
+    """
+    return range(min(1000, vocab_size // 4), min(150_000, vocab_size))
 
 
 class Contender:
@@ -35,6 +44,7 @@ class Contender:
         self.name = peer.name
         self._peer = peer
         self._model = str(model)  # what all of them call it: some take no other name
+        self._ids = prompt_ids(json.loads((model / "config.json").read_text("utf-8"))["vocab_size"])
         self._log = ROOT / f"{peer.name}.log"
         port = _free_port()
         self._url = f"http://127.0.0.1:{port}"
@@ -66,12 +76,35 @@ class Contender:
         """Run once. One seed gives every contender the same prompts, as ids or as text of as many tokens."""
         try:
             if self._peer.prompts == "stdin":
-                return self._run_on_stdin(workload, id_prompts(workload, PROMPT_IDS, seed))
+                return self._run_on_stdin(workload, id_prompts(workload, self._ids, seed))
             return asyncio.run(self._run_over_http(workload, seed))
         except BenchError:
             if self._process.poll() is not None:
                 raise self._died() from None
             raise
+
+    def play(self, planned: Sequence[Planned], seed: int) -> list[RequestTimes]:
+        """Send each request at its moment; return their times in the same order. Greedy."""
+        draw = random.Random(seed)
+        arrivals = [
+            Arrival(one.at, draw.choices(self._ids, k=one.prompt_len), one.output_len) for one in planned
+        ]
+        if self._peer.prompts == "stdin":
+            return self._traces_from_stdin(arrivals, n=1, sampling="greedy")
+        if self._peer.prompts != "ids":
+            raise BenchError(f"{self.name} takes text alone")
+        return asyncio.run(self._play_over_http(arrivals))
+
+    def sampling_seconds(self) -> tuple[float, float] | None:
+        """Return the seconds that ours has spent in steps so far, and of those in the sampler; None for a peer."""
+        if not self.name.startswith("ours"):
+            return None
+        with urllib.request.urlopen(self._url + "/metrics", timeout=60) as answer:
+            lines = [line.rpartition(" ") for line in answer.read().decode().splitlines()]
+        values = {
+            name.partition("{")[0]: float(value) for name, _, value in lines if not name.startswith("#")
+        }
+        return values["myserve:step_seconds_total"], values["myserve:sampling_seconds_total"]
 
     def peak_memory_gib(self) -> float | None:
         """Return the largest resident size so far, of all its processes together; None where it is not known."""
@@ -96,10 +129,7 @@ class Contender:
         target = Target(self._url, self._model)
         try:
             if self._peer.prompts == "ids":
-                extras = {"ignore_eos": True, "stream_options": {"include_usage": True}}
-                return await target.run(
-                    workload, id_prompts(workload, PROMPT_IDS, seed), ServerFeatures(True, extras)
-                )
+                return await target.run(workload, id_prompts(workload, self._ids, seed), _RICHEST)
             if workload.sampling == "logprobs":
                 raise BenchError(f"{self.name} gives no logprobs")
             # Without `n` and `ignore_eos`: n requests then, and an end token once in 150,000.
@@ -109,19 +139,35 @@ class Contender:
         finally:
             await target.aclose()
 
-    def _run_on_stdin(self, workload: Workload, prompts: Sequence[Prompt]) -> Figures:
-        assert self._process.stdin is not None
-        asked = {"prompts": prompts, "output_len": workload.output_len, "n": workload.n}
-        line = json.dumps(asked | {"sampling": SAMPLING[workload.sampling]})
+    async def _play_over_http(self, arrivals: Sequence[Arrival]) -> list[RequestTimes]:
+        target = Target(self._url, self._model)
         try:
-            self._process.stdin.write(line.encode() + b"\n")
+            return await target.play(arrivals, _RICHEST)
+        finally:
+            await target.aclose()
+
+    def _run_on_stdin(self, workload: Workload, prompts: Sequence[Prompt]) -> Figures:
+        arrivals = [Arrival(0.0, prompt, workload.output_len) for prompt in prompts]
+        traces = self._traces_from_stdin(arrivals, n=workload.n, sampling=workload.sampling)
+        return figures(traces, requests=workload.streams)
+
+    def _traces_from_stdin(self, arrivals: Sequence[Arrival], *, n: int, sampling: str) -> list[RequestTimes]:
+        assert self._process.stdin is not None
+        asked = {
+            "prompts": [arrival.prompt for arrival in arrivals],
+            "output_lens": [arrival.output_len for arrival in arrivals],
+            "at": [arrival.at for arrival in arrivals],
+            "n": n,
+            "sampling": SAMPLING[sampling],
+        }
+        try:
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
-        traces = [
+        return [
             RequestTimes(**{**trace, "times": tuple(trace["times"])}) for trace in self._read_line()["traces"]
         ]
-        return figures(traces, requests=workload.streams)
 
     def _read_line(self) -> dict[str, Any]:
         """Return the next line that is JSON: libraries print lines of their own."""

@@ -32,12 +32,18 @@ def entry(
         return "\n".join(lines)
     lines += [f"Machine: {comparison.machine}", "", f"Command: `{comparison.command}`", ""]
     columns = header(contenders)
-    lines += [_line(columns), _line(["---"] * len(columns))]
-    lines += [_line(cells(row, contenders)) for row in comparison.rows()]
+    if rows := comparison.rows():
+        lines += [_line(columns), _line(["---"] * len(columns))]
+        lines += [_line(cells(row, contenders)) for row in rows]
     lines += [
         "",
         *(f"{line[0]}, ms: {_named(contenders, line[2:])}" for line in comparison.cold_rows(contenders)),
     ]
+    if scenarios := comparison.scenario_rows(contenders):
+        lines += ["", _line(["scenario", "unit", *contenders]), _line(["---"] * (2 + len(contenders)))]
+        lines += [_line(line) for line in scenarios]
+    if comparison.rate is not None:
+        lines += ["", f"Poisson arrivals: {comparison.rate:.3f} requests a second."]
     lines += ["", f"CPU in use by others when a run began: {comparison.busy:.0%} at most."]
     facts = [("ready after, s", comparison.ready_s), ("peak memory, GiB", comparison.peak_gib)]
     lines += ["", *(f"{label}: {_listed(values)}" for label, values in facts if values)]

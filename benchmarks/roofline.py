@@ -5,12 +5,14 @@ python -m benchmarks.roofline
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.model import SHAPE
 from myserve.bench.workload import Workload
@@ -79,41 +81,58 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# The benchmark's model in numbers. Each weight of a linear is read once a step and multiplied once a token.
-_HEADS = (SHAPE["num_attention_heads"] + SHAPE["num_key_value_heads"]) * SHAPE["head_dim"]
-_LAYER = SHAPE["hidden_size"] * (2 * _HEADS + 3 * SHAPE["intermediate_size"])
-BODY_WEIGHTS = int(SHAPE["num_hidden_layers"] * _LAYER)
-HEAD_WEIGHTS = int(SHAPE["hidden_size"] * SHAPE["vocab_size"])
-BYTES_PER_WEIGHT = 2
-KV_BYTES_PER_TOKEN = int(
-    SHAPE["num_hidden_layers"] * 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * BYTES_PER_WEIGHT
-)
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """A dense model in numbers. Each weight of a linear is read once a step and multiplied once a token."""
+
+    body_weights: int
+    head_weights: int
+    kv_bytes_per_token: int
+    bytes_per_weight: int = 2
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ModelSize:
+        """Return the size that a `config.json` tells, of a model with gated layers and equal heads in all of them."""
+        heads, kv_heads, width = (
+            config[name] for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+        )
+        dim = config.get("head_dim") or width // heads
+        layer = width * (2 * (heads + kv_heads) * dim + 3 * config["intermediate_size"])
+        layers = config["num_hidden_layers"]
+        return cls(layers * layer, width * config["vocab_size"], layers * 2 * kv_heads * dim * 2)
+
+    @classmethod
+    def of_folder(cls, model: Path) -> ModelSize:
+        return cls.of(json.loads((model / "config.json").read_text("utf-8")))
 
 
-def least_ms_per_step(machine: Machine, rows: int, context: int) -> float:
+RANDOM = ModelSize.of(SHAPE)  # the model that is made here
+
+
+def least_ms_per_step(machine: Machine, rows: int, context: int, size: ModelSize = RANDOM) -> float:
     """Return ms for a decode step of `rows` requests with `context` tokens each: memory or arithmetic, the slower.
 
     >>> machine = Machine("x", 2, 24, read_gb_s=28.0, bf16_gflop_s=450.0, f32_gflop_s=200.0)
     >>> [round(least_ms_per_step(machine, rows, 160)) for rows in (1, 8, 32)]
     [43, 48, 85]
     """
-    weights = BODY_WEIGHTS + HEAD_WEIGHTS
-    read = BYTES_PER_WEIGHT * weights + KV_BYTES_PER_TOKEN * rows * context
+    weights = size.body_weights + size.head_weights
+    read = size.bytes_per_weight * weights + size.kv_bytes_per_token * rows * context
     return 1e3 * max(read / (machine.read_gb_s * 1e9), 2 * weights * rows / (machine.bf16_gflop_s * 1e9))
 
 
-def most_prefill_tokens_per_s(machine: Machine) -> float:
+def most_prefill_tokens_per_s(machine: Machine, size: ModelSize = RANDOM) -> float:
     """Return the rate of the linear layers alone at the GEMM peak; attention comes on top."""
-    return machine.bf16_gflop_s * 1e9 / (2 * BODY_WEIGHTS)
+    return machine.bf16_gflop_s * 1e9 / (2 * size.body_weights)
 
 
-def bound(machine: Machine, workload: Workload, field: str) -> float:
+def bound(machine: Machine, workload: Workload, field: str, size: ModelSize = RANDOM) -> float:
     """Return the best value of a figure that this machine allows."""
     prefill_tokens = workload.streams * workload.prompt_len
-    prefill_s = prefill_tokens / most_prefill_tokens_per_s(machine)
+    prefill_s = prefill_tokens / most_prefill_tokens_per_s(machine, size)
     if field == "prefill_tokens_per_s":
         return prefill_tokens / prefill_s
-    step = least_ms_per_step(machine, workload.choices, workload.prompt_len + workload.output_len // 2)
+    step = least_ms_per_step(machine, workload.choices, workload.prompt_len + workload.output_len // 2, size)
     if field == "ms_per_step":
         return step
     seconds = prefill_s + step / 1e3 * (workload.output_len - 1)

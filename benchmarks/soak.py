@@ -1,6 +1,6 @@
 """Twice the capacity with random aborts: nothing leaks, nothing sticks, and every answer is the one it gives alone.
 
-    python -m benchmarks.soak [--minutes 10] [--model FOLDER] [--seed 0]
+    python -m benchmarks.soak [--minutes 10] [--model FOLDER] [--quantize int8] [--speculation 4] [--seed 0]
 
 The engine has room for 16 requests and blocks for about half of their contexts, so that it often preempts; 32 are
 kept in flight. Ends with status 1 where anything is not as it should be.
@@ -102,11 +102,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--model", default=None, help="a folder; default: the embedded model")
+    parser.add_argument("--quantize", choices=("off", "int8"), default="off")
+    parser.add_argument("--speculation", default="auto", help="auto, off, or drafted tokens a step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    engine = Engine.from_pretrained(
-        options.model or str(embedded_model_path()), EngineConfig(num_blocks=48, max_num_seqs=16)
+    config = EngineConfig(
+        num_blocks=48, max_num_seqs=16, quantize=options.quantize, speculation=options.speculation
     )
+    engine = Engine.from_pretrained(options.model or str(embedded_model_path()), config)
     tally = Tally()
     asyncio.run(soak(engine, 60 * options.minutes, random.Random(options.seed), tally))
     engine.scheduler.check_integrity()
@@ -116,6 +119,7 @@ def main() -> None:
     print(
         f"{tally.finished} answers equal to their own alone, {len(tally.wrong)} not; {tally.aborted} aborted; "
         f"{engine.scheduler.num_preemptions} preemptions; idle {idle}; {pool!r}\n"
+        f"drafts: {engine.meters.drafts}\n"
         f"memory, GiB: {' '.join(f'{gib:.2f}' for gib in tally.memory)}"
     )
     sys.exit(bool(tally.wrong) or not idle or not tally.finished)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from myserve.cli.client import ServerClient
 from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler, FixedConcurrencyController
-from myserve.sdk.plotting import COLOURS, check_chart_path, drawn
+from myserve.sdk.display.plotting import COLOURS, check_chart_path, drawn
 from myserve.wire.perf_metrics import PerfMetrics
 
 FIXED = (16, 64, 128, 256)

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from myserve.sdk.plotting import line_plot
+from myserve.sdk.display.plotting import line_plot
 
 
 def points(run: Path) -> list[tuple[float, float]]:

@@ -16,7 +16,7 @@ from grpo import Config, Correction, train
 from support.serving import Server
 
 from myserve.embedded import embedded_model_path
-from myserve.sdk.plotting import line_plot
+from myserve.sdk.display.plotting import line_plot
 
 LAST = 5  # steps whose rewards count as the end
 

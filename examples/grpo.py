@@ -34,6 +34,8 @@ from myserve.sdk.mismatch.measure import measure
 from tools.embedded_model.evaluate import accuracy
 
 Correction = Literal["kept", "mass", "none"]
+Quantize = Literal["off", "int8"]
+CHOICES = {"correction": get_args(Correction), "quantize": get_args(Quantize)}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Config:
     exam_every: int = 5
     exam: int = 812  # held-out sums asked
     replay: bool = False  # a mixture of experts: the trainer uses the experts that the server used
+    quantize: Quantize = "off"  # int8 rollouts, and a trainer with their bits (docs/quantization.md)
     seed: int = 7
     resume: bool = False
 
@@ -139,12 +142,13 @@ async def train(config: Config) -> Path:
     """Run all steps; return the folder with the curve."""
     folder = folder_to_resume if config.resume else new_folder
     run = folder(Path(config.run), asdict(config))
-    policy = Policy(config.model, config.learning_rate, replay=config.replay)
+    policy = Policy(config.model, config.learning_rate, replay=config.replay, quantize=config.quantize)
     held_out = [(question(pair), str(sum(pair))) for pair in HELD_OUT[: config.exam]]
     window = AdaptiveConcurrencyController(initial_window=64)
     weights_dir = Path(config.weights_dir or run / "weights")
     policy.save(weights_dir / "step-0000")
-    with Server(config.model, weights_dir, config.url) as server, Curve(run, config.steps) as curve:
+    options = ("--quantize", config.quantize)
+    with Server(config.model, weights_dir, config.url, options) as server, Curve(run, config.steps) as curve:
         sampler = DeploymentSampler(server.url, server.name, "", policy.tokenizer, window)
         for step in range(config.steps + 1):
             figures: dict[str, float] = {}
@@ -175,8 +179,7 @@ def parse_args(kind: type[C], arguments: Sequence[str] | None = None) -> C:
             parser.add_argument(name, action="store_true")
         else:
             words = {"default": default, "help": f"default: {default}"}
-            choices = get_args(Correction) if field.name == "correction" else None
-            parser.add_argument(name, type=type(default), choices=choices, **words)
+            parser.add_argument(name, type=type(default), choices=CHOICES.get(field.name), **words)
     return kind(**vars(parser.parse_args(arguments)))
 
 

@@ -50,13 +50,14 @@ async def train(config: AsyncConfig) -> Path:
     if config.resume:
         raise RunError("an asynchronous run cannot be gone on with: what is in flight depends on the clock")
     run = new_folder(Path(config.run), asdict(config))
-    policy = Policy(config.model, config.learning_rate, replay=config.replay)
+    policy = Policy(config.model, config.learning_rate, replay=config.replay, quantize=config.quantize)
     held_out = [(question(pair), str(sum(pair))) for pair in HELD_OUT[: config.exam]]
     window = AdaptiveConcurrencyController(initial_window=64)
     weights_dir = Path(config.weights_dir or run / "weights")
     policy.save(weights_dir / "step-0000")
     started: deque[asyncio.Task[list[Completions]]] = deque()
-    with Server(config.model, weights_dir, config.url) as server, Curve(run, config.steps) as curve:
+    options = ("--quantize", config.quantize)
+    with Server(config.model, weights_dir, config.url, options) as server, Curve(run, config.steps) as curve:
         sampler = DeploymentSampler(server.url, server.name, "", policy.tokenizer, window)
         await server.load(sampler, 0)
         for step in range(config.steps + 1):

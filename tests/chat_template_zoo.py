@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from tokenizer_zoo import KINDS
+
 CALL = (
     '{% for call in m.tool_calls %}<tool_call>{"name": "{{ call.function.name }}", "arguments": '
     "{{ call.function.arguments | tojson }}}</tool_call>{% endfor %}"
@@ -146,3 +151,16 @@ FAMILIES = {
         has_tools=False,
     ),
 }
+
+
+def family_tokenizer(name: str, base: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of a kind with a family's control tokens and template."""
+    structure = FAMILIES[name]
+    fast: PreTrainedTokenizerFast = KINDS[base]()
+    fast.add_tokens([AddedToken(word, normalized=False) for word in structure.words])
+    special = [AddedToken(token, normalized=False, special=True) for token in structure.special]
+    fast.add_tokens(special, special_tokens=True)
+    if structure.bos is not None:
+        fast.bos_token = structure.bos
+    fast.chat_template = structure.template
+    return fast

@@ -154,6 +154,12 @@ def make_tiny_model(arch: str, folder: Path, *, seed: int = 0, dtype: torch.dtyp
     return folder
 
 
+@pytest.fixture(autouse=True)
+def every_engine_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No self-test is taken over from another engine: tests break kernels, and what is broken must be found."""
+    monkeypatch.setattr("myserve.engine.runner.kept_self_test.cache_folder", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_model("llama")` is a folder with a two-layer random model, made once a session."""

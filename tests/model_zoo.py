@@ -96,6 +96,13 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 8}
         | {"num_experts_per_tok": 2, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
     ),
+    # builds a mask of a window of 0, which no layer uses
+    "qwen2_moe": (
+        "qwen2_moe",
+        _SMALL
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 8}
+        | {"num_experts_per_tok": 2, "use_sliding_window": False},
+    ),
     "phimoe-window": ("phimoe", _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
     # attends twice in a layer; runs layers several times
     "diffllama": ("diffllama", _SMALL),
@@ -103,6 +110,13 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     # the head follows another module than the one its class names
     "opt": ("opt", _OPT | {"word_embed_proj_dim": 32}),
     "opt-projected": ("opt", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    # flattens what was attended by `view`; gates it
+    "afmoe": (
+        "afmoe",
+        _SMALL
+        | {"head_dim": 8, "sliding_window": 24, "moe_intermediate_size": 16, "num_experts": 8}
+        | {"num_experts_per_tok": 2, "num_shared_experts": 1, "num_dense_layers": 1, "n_group": 1, "topk_group": 1},
+    ),
     # does not hand keywords down to its layers
     "nemotron": ("nemotron", _SMALL | {"head_dim": 8}),
     # one key head for all queries
@@ -142,6 +156,21 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
                 "image_size": 28, "patch_size": 14,
             },
             "mm_tokens_per_image": 4,
+        },
+    ),
+    # and sound, whose part knows no sdpa
+    "gemma4": (
+        "gemma4",
+        {
+            "text_config": _SMALL
+            | {"head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 2, "num_kv_shared_layers": 0}
+            | {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+            | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384},
+            "vision_config": {
+                "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 16,
+            },
+            "audio_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
         },
     ),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import dataclass, field
 
 from myserve.core.params import SamplingParams
@@ -59,11 +60,38 @@ class Asked:
     prompt: list[int]
     params: SamplingParams
     n: int = 1
+    adapter: str | None = None
+
+
+def mixed_requests(count: int, seed: int = 0, max_tokens: int = 24) -> list[Asked]:
+    """Requests with nothing in common: lengths from 1 to 90 tokens, and every parameter that shapes a draw."""
+    rng = random.Random(seed)
+    asked = []
+    for i in range(count):
+        params = SamplingParams(
+            max_tokens=rng.randint(1, max_tokens),
+            seed=rng.getrandbits(64),
+            ignore_eos=True,
+            noise=rng.choice(["counter", "counter", "torch"]),
+            temperature=rng.choice([0.0, 0.3, 0.7, 1.0, 1.0, 1.7]),
+            top_k=rng.choice([None, None, 1, 5, 50]),
+            top_p=rng.choice([1.0, 1.0, 0.3, 0.9, 0.95]),
+            min_p=rng.choice([0.0, 0.0, 0.05]),
+            typical_p=rng.choice([1.0, 1.0, 0.8]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+            presence_penalty=rng.choice([0.0, 0.0, -0.4]),
+            top_logprobs=rng.choice([0, 3]),
+            kept=rng.random() < 0.2,
+            logit_bias={rng.randrange(384): 3.0} if i % 5 == 0 else {},
+        )
+        asked.append(Asked([rng.randrange(384) for _ in range(rng.randint(1, 90))], params))
+    return asked
 
 
 def run(engine: Engine, asked: list[Asked]) -> list[list[Completion]]:
     async def all_at_once() -> list[list[Completion]]:
-        streams = [engine.submit(a.prompt, a.params, SubmitOptions(n=a.n)) for a in asked]
+        streams = [engine.submit(a.prompt, a.params, SubmitOptions(n=a.n, adapter=a.adapter)) for a in asked]
         return list(await asyncio.gather(*(collect(stream) for stream in streams)))
 
     return asyncio.run(all_at_once())

@@ -25,7 +25,9 @@ DATA = Path(__file__).with_name("peer_fields.json")
 CLASSES = {
     "chat": ("ChatCompletionRequest", "ChatRequest"),
     "completions": ("CompletionRequest",),
-    "generate": ("GenerateParameters", "SamplingParams", "GenerateReqInput"),
+    "generate": ("GenerateParameters", "SamplingParams"),
+    "native": ("GenerateReqInput",),
+    "native_sampling": ("SamplingParams",),
     "stream_options": ("StreamOptions",),
 }
 

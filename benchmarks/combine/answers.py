@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
-from benchmarks.combine.cases import Case
+__all__ = ["Answer", "AnsweredChoice", "Sendable", "ask"]
 
-__all__ = ["Answer", "AnsweredChoice", "ask"]
+
+class Sendable(Protocol):
+    """A request to one of the three routes."""
+
+    @property
+    def path(self) -> str: ...
+
+    def body(self, *, stream: bool) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -58,10 +65,13 @@ def _entries(logprobs: dict[str, Any] | None) -> list[Any]:
     if "content" in logprobs:
         return list(logprobs["content"])
     names = ("tokens", "token_logprobs", "top_logprobs")
-    return list(zip(*(logprobs[name] for name in names if logprobs.get(name) is not None), strict=True))
+    return [
+        list(row)
+        for row in zip(*(logprobs[name] for name in names if logprobs.get(name) is not None), strict=True)
+    ]
 
 
-async def ask(session: aiohttp.ClientSession, case: Case, *, stream: bool) -> Answer:
+async def ask(session: aiohttp.ClientSession, case: Sendable, *, stream: bool) -> Answer:
     """Send a case and read its whole answer."""
     async with session.post(case.path, json=case.body(stream=stream)) as reply:
         body = await reply.text()

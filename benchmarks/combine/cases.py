@@ -49,7 +49,8 @@ _OF_THE_ORIGINAL = (
     "presence_penalty",
     "frequency_penalty",
 )
-_LARGEST = {"n": 128, "sample_index": 2**31 - 1, "top_logprobs": 20}  # of the routes, below the engine's
+# of the routes, below the engine's; a prompt is scored from its beginning, as the judges read it
+_LARGEST = {"n": 128, "sample_index": 2**31 - 1, "top_logprobs": 20, "prompt_logprob_start": 0}
 _HUGE = (2**31, 2**62, 2**63, 2**64, 2**70, 10**30)  # beyond the range of most fields
 
 
@@ -183,4 +184,8 @@ _FORMS: dict[str, Any] = {
     ),
     "choice": _words,
 }
-_ONLY_ON = {"echo": ("completions",), "stream_interval": ("chat", "completions")}
+_ONLY_ON = {
+    "echo": ("completions",),
+    "stream_interval": ("chat", "completions"),
+    "prompt_logprob_start": ("generate",),
+}

@@ -192,8 +192,7 @@ def _params(app: FastAPI, case: Case) -> SamplingParams:
     if case.route == "chat":
         return chat_params(ChatCompletionRequest.model_validate_json(body), model.codec)
     if case.route == "generate":
-        return generate_params(
-            GenerateRequest.model_validate_json(body).as_completion(case.model), model.codec
-        )
+        request = GenerateRequest.model_validate_json(body)
+        return generate_params(request, request.as_completion(case.model), model.codec)
     room = model.engine.max_model_len - len(case.prompt)
     return completion_params(CompletionRequest.model_validate_json(body), model.codec, room=room)

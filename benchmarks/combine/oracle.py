@@ -126,6 +126,7 @@ def is_of_the_original(params: SamplingParams, case: Case) -> bool:
         "logprob_token_ids",
         "kept",
         "routed_experts",
+        "ranks",
         "prompt_logprobs",
     )
     asked = {name: getattr(params, name) for name in reports} | known

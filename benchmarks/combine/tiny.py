@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["EOS", "MODELS", "VOCAB_SIZE", "make_models"]
+__all__ = ["EOS", "MODELS", "VOCAB_SIZE", "byte_level_tokenizer", "make_models"]
 
 VOCAB_SIZE, EOS = 320, 2
 CONTEXT = 128
@@ -37,7 +37,7 @@ MODELS = {"dense": ("llama", _DENSE), "moe": ("qwen3_moe", _DENSE | _MOE)}
 
 def make_models(folder: Path) -> dict[str, Path]:
     """Write each of MODELS below `folder`, as `save_pretrained` does; return where."""
-    tokenizer = _tokenizer()
+    tokenizer = byte_level_tokenizer()
     made = {}
     for name, (architecture, shape) in MODELS.items():
         torch.manual_seed(0)
@@ -48,7 +48,8 @@ def make_models(folder: Path) -> dict[str, Path]:
     return made
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Train one of VOCAB_SIZE tokens, complete over bytes."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -16,8 +16,8 @@ from myserve.core.rows import RowState
 from myserve.core.sampling import Sampled, Sampler
 from myserve.engine.engine import Engine
 from myserve.engine.outputs import TokenOutput
+from myserve.engine.scheduling.batch import Batch, ScheduledTokens
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
 
 Numbers = tuple[int, float, float]  # token id, logprob, sampling_logprob
 STEP = 100  # tokens of a forward

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from benchmarks.model import NAME
 
 ROOT = Path(__file__).parents[2] / ".bench"
 
@@ -38,15 +41,23 @@ class Peer:
     def folder(self) -> Path:
         return ROOT / self.name
 
-    @property
-    def is_installed(self) -> bool:
-        return (self.folder / "installed").exists()
+    def is_installed(self, model: Path) -> bool:
+        """Return whether it is there, and `model` in its form."""
+        return self._mark(model).exists()
 
     def install_into_folder(self, model: Path) -> None:
-        """Installs it; a step that was interrupted is done again."""
+        """Install it, and convert `model`; a step that was interrupted is done again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.install(self.folder, model)
-        (self.folder / "installed").touch()
+        self._mark(model).touch()
+
+    def _mark(self, model: Path) -> Path:
+        return self.folder / f"installed{suffix(model)}"
+
+
+def suffix(model: Path) -> str:
+    """Return what a converted model's name ends with: nothing for the model that is made here."""
+    return "" if model.name == NAME else f"-{zlib.crc32(str(model.resolve()).encode()):08x}"
 
 
 def make_venv(folder: Path, *requirements: str, options: tuple[str, ...] = ()) -> Path:

@@ -1,4 +1,4 @@
-"""llama.cpp's own server, built for this CPU from the sources that llama-cpp-python ships; GGUF in bf16."""
+"""llama.cpp's own server, built for this CPU from the sources that llama-cpp-python ships; GGUF in bf16 and Q8_0."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from benchmarks.peers import Launch, Peer, run
+from benchmarks.peers import ROOT, Launch, Peer, run, suffix
 
 VERSION = "0.3.36"
 CMAKE = (
@@ -39,17 +39,36 @@ def install(folder: Path, model: Path) -> None:
     run("cmake", "-S", source, "-B", folder / "build", *CMAKE)
     jobs = str(os.cpu_count())
     run("cmake", "--build", folder / "build", "--target", "llama-server", "--parallel", jobs)
-    convert = (sys.executable, "-c", CONVERT, source, model)
-    run(*convert, "--outtype", "bf16", "--outfile", folder / "model.gguf")
+    _convert(source, model, folder / f"model{suffix(model)}.gguf", "bf16")
+
+
+def install_q8(folder: Path, model: Path) -> None:
+    """Convert for the server of the first, which is built where it is not there."""
+    if not PEER.is_installed(model):
+        PEER.install_into_folder(model)
+    source = PEER.folder / "source" / "vendor" / "llama.cpp"
+    _convert(source, model, folder / f"model{suffix(model)}.gguf", "q8_0")
+
+
+def _convert(source: Path, model: Path, out: Path, kind: str) -> None:
+    run(sys.executable, "-c", CONVERT, source, model, "--outtype", kind, "--outfile", out)
 
 
 def launch(folder: Path, model: Path, port: int) -> Launch:
-    server = str(folder / "build" / "bin" / "llama-server")
+    server = str(ROOT / "llamacpp" / "build" / "bin" / "llama-server")
     # One pool of KV for all slots; no reuse of prompts, which differ anyhow.
-    slots = ["--parallel", "32", "--ctx-size", "16384", "--kv-unified", "--no-cache-prompt"]
+    slots = ["--parallel", "64", "--ctx-size", "24576", "--kv-unified", "--no-cache-prompt"]
     threads = ["--threads", str(os.cpu_count())]
-    command = [server, "--model", str(folder / "model.gguf"), "--alias", str(model), "--no-webui"]
+    command = [
+        server,
+        "--model",
+        str(folder / f"model{suffix(model)}.gguf"),
+        "--alias",
+        str(model),
+        "--no-webui",
+    ]
     return Launch([*command, "--host", "127.0.0.1", "--port", str(port), *slots, *threads])
 
 
 PEER = Peer("llamacpp", install, launch)
+Q8 = Peer("llamacpp-q8", install_q8, launch)

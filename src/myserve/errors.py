@@ -6,6 +6,7 @@ Nothing here knows HTTP: `server/errors.py` turns these into status codes.
 from __future__ import annotations
 
 __all__ = [
+    "BadAdapterError",
     "BadSnapshotError",
     "ConstraintError",
     "ContextLengthError",
@@ -76,6 +77,13 @@ class BadSnapshotError(RequestError):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="bad_snapshot")
+
+
+class BadAdapterError(RequestError):
+    """An adapter that cannot be this model's, or is of a kind that is not served. Nothing was changed."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="bad_adapter")
 
 
 class EngineError(MyserveError, RuntimeError):

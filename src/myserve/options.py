@@ -115,8 +115,8 @@ class Option:
             return _bool_from(value)
         # YAML 1.1 reads a bare on or off as a truth value
         if isinstance(value, bool):
-            if {"on", "off"} <= set(self.choices):
-                return "on" if value else "off"
+            if (word := "on" if value else "off") in self.choices:
+                return word
             raise RequestError(f"must be {_A_KIND[self.kind]}, got {value!r}")
         if self.is_bytes:
             return bytes_from(value)
@@ -217,7 +217,7 @@ def check_options(instance: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where values come from: their raw values by field name, and what a field is called there."""
+    """Hold one source of values: their raw values by field name, and what a field is called there."""
 
     values: Mapping[str, object]
     called: Mapping[str, str]

@@ -18,6 +18,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from typer.testing import CliRunner, Result
 
+from myserve.bench.figures import RequestTimes
+from myserve.bench.load import Arrival, ServerFeatures, Target
 from myserve.cli import app as command
 from myserve.server.app import create_app
 from myserve.server.settings import Settings
@@ -73,6 +75,23 @@ def test_a_run_against_our_server(ours: str, tmp_path: Path) -> None:
     assert prefill["inter_token_p50"] is None, "one token has none after it"
     assert prefill["prefill_tokens_per_s"] * prefill["wall_s"] == pytest.approx(40, rel=0.05)
     assert ElementTree.parse(chart).getroot().tag.endswith("svg")
+
+
+def test_requests_come_at_moments_of_their_own(ours: str) -> None:
+    """Each is sent at its time, whether the ones before it have ended or not, and has its own lengths."""
+    features = ServerFeatures(True, {"ignore_eos": True, "stream_options": {"include_usage": True}})
+    arrivals = [Arrival(0.0, list(range(20, 40)), 40), Arrival(0.3, list(range(50, 60)), 3)]
+
+    async def play() -> list[RequestTimes]:
+        target = Target(ours, "tiny")
+        try:
+            return await target.play(arrivals, features)
+        finally:
+            await target.aclose()
+
+    first, second = asyncio.run(play())
+    assert [(t.prompt_tokens, t.tokens) for t in (first, second)] == [(20, 40), (10, 3)]
+    assert second.started - first.started >= 0.29
 
 
 def plain_server(asked: list[dict[str, object]], events: list[str], knows: Set[str] = frozenset()) -> FastAPI:

@@ -65,7 +65,7 @@ def test_it_finds_the_row_without_a_token(
     monkeypatch.setattr(behaviour, "keep_top_n_sigma", measured_from_the_untruncated_maximum)
     if not isolated:
         monkeypatch.setattr(Sampler, "sample", without_isolation)
-    report = run(tmp_path, seed=14, requests=400, most=1)
+    report = run(tmp_path, seed=4, requests=400, most=1)
     assert any({"typical_p", "top_n_sigma"} <= asked(finding).keys() for finding in report.findings)
     assert any("a fault of the server" in finding.words for finding in report.findings)
     assert any("the engine is dead" in finding.words for finding in report.findings) != isolated
@@ -86,7 +86,7 @@ def test_it_finds_a_number_without_a_range(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(params, "check_ranges", all_but_top_k)
     monkeypatch.setattr(Sampler, "sample", without_isolation)
-    report = run(tmp_path, seed=14, requests=400, most=1)
+    report = run(tmp_path, seed=4, requests=400, most=1)
     assert any("top_k" in asked(finding) for finding in report.findings)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from benchmarks.contender import PROMPT_IDS, _texts
+from benchmarks.contender import _texts, prompt_ids
 from benchmarks.model import VOCAB_SIZE, _write_tokenizer
 from myserve.bench.workload import Workload
 
@@ -18,6 +18,6 @@ def test_a_text_prompt_has_as_many_tokens_as_asked_and_outputs_are_never_held_ba
     assert len(tokenizer) == VOCAB_SIZE
     for text in _texts(Workload(3, 128, 1), seed=1):
         assert len(tokenizer(text)["input_ids"]) == 128
-    for token_id in random.Random(2).sample(PROMPT_IDS, 500):
+    for token_id in random.Random(2).sample(prompt_ids(VOCAB_SIZE), 500):
         assert tokenizer.decode([token_id]).isascii()
     assert tokenizer.decode([tokenizer("é")["input_ids"][0]]) == "\ufffd", "the control: half a character"

@@ -63,10 +63,10 @@ def names(url: str) -> list[str]:
 
 def test_the_command_has_every_declared_option() -> None:
     command: Any = typer.main.get_command(app)
-    flags = {flag for param in command.commands["serve"].params for flag in param.opts}
+    flags = {flag for param in command.get_command(None, "serve").params for flag in param.opts}
     assert {declared.flag for declared in OPTIONS.values() if declared.name != "model"} <= flags
     assert {"--config", "--cors-origin", "--no-prefix-caching"} <= flags | {
-        flag for param in command.commands["serve"].params for flag in param.secondary_opts
+        flag for param in command.get_command(None, "serve").params for flag in param.secondary_opts
     }
 
 
@@ -125,6 +125,8 @@ def test_a_start_says_what_it_does(level: str, shown: bool) -> None:
         level,
         "--log-format",
         "json",
+        "--self-test",
+        "always",
     ]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None

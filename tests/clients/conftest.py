@@ -1,18 +1,16 @@
 """A server for clients by their own packages: one of ours with tools, or the one that MYSERVE_TEST_URL names.
 
 The packages want other versions than ours and are not installed with us, so each test is skipped where its own is
-missing. To run them all, in an environment of their own, against a server that runs elsewhere:
+missing. `make clients` makes an environment for them, .venv-clients, and runs them all against a server of this one.
+Against a server that runs elsewhere, whose model's chat template has tools in the style of Hermes:
 
-    python -m venv clients
-    clients/bin/pip install pytest openai instructor litellm langchain-openai "pydantic-ai-slim[openai]"
-    MYSERVE_TEST_URL=http://localhost:8000 MYSERVE_TEST_MODEL=NAME clients/bin/python -m pytest \
+    MYSERVE_TEST_URL=http://localhost:8000 MYSERVE_TEST_MODEL=NAME .venv-clients/bin/python -m pytest \
         --confcutdir tests/clients -c /dev/null tests/clients
-
-The model's chat template must have tools in the style of Hermes.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -47,5 +45,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("clients") / "model"
     shutil.copytree(request.getfixturevalue("tiny_model")("qwen3"), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    # a token is about a character here, and pydantic-ai explains a schema at length
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     with run_server(Settings(models={"tiny": str(folder)})) as running:
         yield Served(running.url + "/v1", "tiny")

@@ -46,6 +46,9 @@ class BrokenConstraint:
 
     def append(self, token_id: int) -> None: ...
 
+    def forced_token_ids(self) -> list[int]:
+        return []
+
 
 def make_rows(make_row: Callable[..., RowState], **of_the_sick: Any) -> list[RowState]:
     rows = [make_row(seed=b, completion=(4, 9), vocab=VOCAB, **ask) for b, ask in enumerate(ASKS)]
@@ -101,8 +104,8 @@ def no_token_left(monkeypatch: pytest.MonkeyPatch, rows: list[RowState]) -> None
         left[[b for b, p in enumerate(params) if p is rows[SICK].params]] = -torch.inf
         return left
 
-    def lost(raw: Tensor, edited: Tensor, some: Any) -> Any:
-        drawn = draw(raw, edited, some)
+    def lost(raw: Tensor, edited: Tensor, some: Any, places: Any = None) -> Any:
+        drawn = draw(raw, edited, some, places)
         return drawn._replace(
             tokens=[-1 if row is rows[SICK] else t for row, t in zip(some, drawn.tokens, strict=True)]
         )

@@ -19,13 +19,14 @@ ACCEPTED: dict[str, list[object]] = {
     "min_tokens": [0, 5],
     "stop": [(), ("a",), tuple(str(i) for i in range(16))],
     "stop_token_ids": [(), (0, 7)],
+    "shown_special_ids": [(), (0, 7)],
     "ignore_eos": [True],
     "include_stop_str_in_output": [True],
     "skip_special_tokens": [False],
     "allowed_token_ids": [None, (3,)],
     "bad_words_ids": [(), ((1,), (2, 3))],
     "grammar": [None, Grammar.json_object(), Grammar("regex", "a")],
-    "reasoning": [None, Reasoning(), Reasoning(budget=0, begun=True)],
+    "reasoning": [None, Reasoning(), Reasoning(budget=0, starts_inside=True)],
     "logit_bias": [{}, {5: -100.0}, {5: 100}],
     "repetition_penalty": [1.0, 1e-6, 100.0],
     "frequency_penalty": [-2.0, 2.0, 0],
@@ -43,7 +44,10 @@ ACCEPTED: dict[str, list[object]] = {
     "logprob_token_ids": [(), (9,)],
     "kept": [True],
     "routed_experts": [True],
+    "ranks": [True],
     "prompt_logprobs": [None, 0, 1024],
+    "prompt_logprob_start": [0, 7],
+    "prompt_logprob_token_ids": [(), ((5, 6),), ((5,), (6,))],
 }
 
 REFUSED: dict[str, list[object]] = {
@@ -51,6 +55,7 @@ REFUSED: dict[str, list[object]] = {
     "min_tokens": [-1, None, 2**31, 1.0],
     "stop": ["a", ("",), ("a",) * 17, (1,)],
     "stop_token_ids": [(-1,), (2**31,), [1], (1.0,)],
+    "shown_special_ids": [(-1,), [1], (1.0,)],
     "allowed_token_ids": [(), (-1,)],
     "bad_words_ids": [((),), ((-1,),)],
     "grammar": ["[a-z]", {"type": "object"}],
@@ -80,15 +85,18 @@ REFUSED: dict[str, list[object]] = {
     "skip_special_tokens": [None],
     "kept": [1],
     "routed_experts": [[]],
+    "ranks": [1],
     "top_logprobs": [-1, 1025, True, 2**64],
     "logprobs_mode": ["cooked"],
     "logprob_token_ids": [(-1,)],
     "prompt_logprobs": [-1, 1025, 2**64],
+    "prompt_logprob_start": [-1, 2**31],
+    "prompt_logprob_token_ids": [((-1,),), ((1,), (2, 3))],
 }
 
 
 def test_every_field_is_in_these_tables() -> None:
-    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    names = {field.name for field in dataclasses.fields(SamplingParams) if field.init}
     assert names == set(ACCEPTED)
     assert names == set(REFUSED)
 

@@ -121,6 +121,24 @@ def test_compiled_and_tensor_draws_are_the_same_bits(
     assert compiled == [step(Sampler(compiled=False), logits, again) for _ in range(2)]
 
 
+@pytest.mark.parametrize("vocab", [1, 63, 4_999, 20_011])
+@pytest.mark.usefixtures("two_threads")
+def test_bfloat16_scores_are_drawn_from_as_the_float32_that_they_are(make_row: MakeRow, vocab: int) -> None:
+    """Rows that nothing else looks at are widened where they are drawn from; all others beforehand."""
+    plain = [mix for mix in MIXES if set(mix) <= {"temperature", "top_k", "top_p", "min_p", "kept"}]
+    for mixes in ([mix for mix in plain if "kept" not in mix], plain):
+        rows, again = (
+            [make_row(vocab=vocab, seed=b, **mix) for b, mix in enumerate(mixes)] for _ in range(2)
+        )
+        logits = logits_for(len(rows), vocab).to(torch.bfloat16)
+        if vocab > 2:
+            logits[1::2, 1] = -torch.inf
+            logits[:, 2] = logits.amax(-1)  # a tie at the top
+        sampler = Sampler()
+        assert step(sampler, logits, rows) == step(Sampler(compiled=False), logits.float(), again)
+        assert (sampler._raw._memory is None) == (mixes is not plain), "the control: what is copied"
+
+
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 @pytest.mark.parametrize(
     "change", [{}, {"logit_bias": {5: 1.5}}, {"temperature": 0.8}, {"top_p": 0.8}], ids=str
@@ -485,3 +503,40 @@ def test_sample_next_casts_so_that_a_cold_half_precision_row_stays_finite() -> N
 def test_sampler_cfg_is_validated_as_sampling_params_are() -> None:
     with pytest.raises(RequestError, match="top_p"):
         SamplerCfg(top_p=2.0)
+
+
+def test_a_large_batch_of_scores_takes_no_fresh_memory_each_step(make_row: MakeRow) -> None:
+    """Beyond 32 MB the C library gives memory back at once: each step would fault in its scores page by page."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "RUSAGE_THREAD"):
+        pytest.skip("no faults of one thread are counted here")
+    B, V = 64, 152_064  # 39 MB as float32
+    logits, sampler = torch.zeros(B, V, dtype=torch.bfloat16), Sampler()
+    rows = [make_row(vocab=V, temperature=0.0) for _ in range(B)]
+
+    def faults(work: Callable[[], object]) -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        work()
+        return int(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+    for _ in range(2):
+        sampler.sample(logits, rows)
+    control = faults(lambda: logits.to(torch.float32))
+    if control < 1000:
+        pytest.skip("this system hands memory out in huge pages, or keeps it")
+    assert faults(lambda: sampler.sample(logits, rows)) < control / 4
+
+
+def test_named_ids_of_a_prompt_are_scored_row_by_row() -> None:
+    """In chunks too, against log-softmax in float64; a row's own ids, none of another's."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(150, 40, generator=generator) * 4
+    targets = torch.randint(40, (150,), generator=generator).tolist()
+    named = torch.randint(40, (150, 3), generator=generator).tolist()
+    wanted = torch.log_softmax(logits.double(), -1)
+    for row, scored in enumerate(prompt_logprobs(logits, targets, 2, named)):
+        assert [i for i, _ in scored.token_id_logprobs] == named[row]
+        for token_id, value in scored.token_id_logprobs:
+            assert value == pytest.approx(float(wanted[row, token_id]), abs=1e-5)
+        assert scored.rank == 1 + int((logits[row] > logits[row, targets[row]]).sum())
+    assert prompt_logprobs(logits, targets)[0].token_id_logprobs == ()

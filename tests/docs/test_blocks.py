@@ -1,4 +1,4 @@
-"""The blocks of the README and of the quickstart run, as they stand, against a real server."""
+"""The blocks of the README, the quickstart and two pages run, as they stand, against a real server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = [
     pytest.param(language, code, id=f"{page}-{number}")
-    for page in ("README.md", "docs/quickstart.md")
+    for page in ("README.md", "docs/quickstart.md", "docs/questions.md", "docs/sessions.md", "docs/agents.md")
     for number, (language, code) in enumerate(
         re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     )

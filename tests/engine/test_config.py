@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from myserve.engine.config import EngineConfig
+from myserve.engine.config import MOST_SEQS, EngineConfig
 from myserve.errors import RequestError
 
 
@@ -12,7 +12,7 @@ from myserve.errors import RequestError
     ("name", "value"),
     [("dtype", "fp16"), ("exact", "maybe"), ("threads", 0), ("max_num_seqs", 0), ("prefill_chunk", 0), ("max_queue", 0),
      ("max_model_len", 0), ("kv_cache_bytes", 0), ("kv_cache_share", 0.0), ("kv_cache_share", 1.5), ("num_blocks", 0),
-     ("kv_cache_share", float("nan")), ("max_num_batched_tokens", 64)],
+     ("kv_cache_share", float("nan")), ("max_num_batched_tokens", 1)],
 )  # fmt: skip
 def test_what_is_out_of_range_is_named(name: str, value: object) -> None:
     with pytest.raises(RequestError, match=name) as caught:
@@ -42,3 +42,11 @@ def test_a_cache_of_so_many_bytes_is_not_larger(tiny_model) -> None:
         engine.shutdown()
         assert wanted // 2 < sizes[-1] <= wanted
     assert sizes[0] < sizes[1]
+
+
+def test_a_step_holds_more_tokens_than_requests_decode_in_it() -> None:
+    """A prompt could wait for ever otherwise; a number that nobody asked for makes room."""
+    with pytest.raises(RequestError, match="max_num_batched_tokens"):
+        EngineConfig(max_num_seqs=64, max_num_batched_tokens=64)
+    assert EngineConfig(max_num_batched_tokens=64).most_seqs == 63
+    assert EngineConfig().most_seqs == MOST_SEQS

@@ -242,9 +242,9 @@ def test_a_nan_row_fails_alone(make_engine: MakeEngine, monkeypatch: pytest.Monk
     plain = run_one(engine, PROMPT, max_tokens=8, seed=5)
     sample = engine.runner.sampler.sample
 
-    def spoil_one(logits: torch.Tensor, rows: Any) -> Any:
+    def spoil_one(logits: torch.Tensor, rows: Any, places: Any) -> Any:
         sick = [i for i, row in enumerate(rows) if row.params.seed == 666 and row.num_completion_tokens == 3]
-        logits = logits.clone()
+        logits = logits[places].clone()
         logits[sick] = float("nan")
         return sample(logits, rows)
 
@@ -272,7 +272,7 @@ def test_what_cannot_be_asked_is_refused_and_says_why(make_engine: MakeEngine) -
 
     for prompt, params, error, words in [
         ([], {}, RequestError, "the prompt has no tokens"),
-        ([384], {}, RequestError, "token id 384; this model's ids are 0 to 383"),
+        ([384], {}, RequestError, "token id 384, which is out of vocabulary: this model's ids are 0 to 383"),
         ([-1], {}, RequestError, "token id -1"),
         ([5.0], {}, RequestError, "the prompt must be integers"),
         ("text", {}, RequestError, "the prompt must be integers"),

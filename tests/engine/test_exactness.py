@@ -17,7 +17,8 @@ from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
-from runs import Asked, Completion, collect, run
+from myserve.engine.scheduling.step_costs import StepCosts
+from runs import Asked, Completion, collect, mixed_requests, run
 
 MakeEngine = Callable[..., Engine]
 MODELS = [
@@ -31,32 +32,6 @@ MODELS = [
     ("mixtral", "float32"),
 ]
 each_model = pytest.mark.parametrize(("arch", "dtype"), MODELS, ids=lambda value: str(value))
-
-
-def mixed_requests(count: int, seed: int = 0, max_tokens: int = 24) -> list[Asked]:
-    """Requests with nothing in common: lengths from 1 to 90 tokens, and every parameter that shapes a draw."""
-    rng = random.Random(seed)
-    asked = []
-    for i in range(count):
-        params = SamplingParams(
-            max_tokens=rng.randint(1, max_tokens),
-            seed=rng.getrandbits(64),
-            ignore_eos=True,
-            noise=rng.choice(["counter", "counter", "torch"]),
-            temperature=rng.choice([0.0, 0.3, 0.7, 1.0, 1.0, 1.7]),
-            top_k=rng.choice([None, None, 1, 5, 50]),
-            top_p=rng.choice([1.0, 1.0, 0.3, 0.9, 0.95]),
-            min_p=rng.choice([0.0, 0.0, 0.05]),
-            typical_p=rng.choice([1.0, 1.0, 0.8]),
-            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
-            frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
-            presence_penalty=rng.choice([0.0, 0.0, -0.4]),
-            top_logprobs=rng.choice([0, 3]),
-            kept=rng.random() < 0.2,
-            logit_bias={rng.randrange(384): 3.0} if i % 5 == 0 else {},
-        )
-        asked.append(Asked([rng.randrange(384) for _ in range(rng.randint(1, 90))], params))
-    return asked
 
 
 def everything(completion: Completion) -> list[tuple[object, ...]]:
@@ -96,6 +71,24 @@ def test_whole_is_chunked_at_ragged_sizes(arch: str, dtype: str, make_engine: Ma
             prefill_chunk=chunk,
         )
         assert together(ragged, asked) == whole
+
+
+@each_model
+def test_planned_by_a_clock_is_planned_by_any_other(
+    arch: str, dtype: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many prompt tokens share a step follows from measured seconds, which no two runs have in common."""
+    asked = mixed_requests(12, seed=4)
+    usual = together(make_engine(arch, dtype=dtype, prefix_caching=False), asked)
+    rng, parts = random.Random(5), list[int]()
+
+    def tokens_in(costs: StepCosts, seconds: float, context: int, most: int) -> int:
+        parts.append(rng.randint(0, most))
+        return parts[-1]
+
+    monkeypatch.setattr(StepCosts, "tokens_in", tokens_in)
+    assert together(make_engine(arch, dtype=dtype, prefix_caching=False), asked) == usual
+    assert len(parts) > len(asked), "the control: prompts were cut, or had to wait"
 
 
 @each_model
@@ -208,8 +201,8 @@ def test_control_the_comparison_sees_one_bit(
     before = together(engine, asked)
     sample = engine.runner.sampler.sample
 
-    def nudged(logits: Any, rows: Any) -> Any:
-        return sample(logits.float().nextafter(logits.float() + 1), rows)
+    def nudged(logits: Any, rows: Any, places: Any) -> Any:
+        return sample(logits.float().nextafter(logits.float() + 1), rows, places)
 
     monkeypatch.setattr(engine.runner.sampler, "sample", nudged)
     assert together(engine, asked) != before

@@ -11,9 +11,9 @@ import torch
 from myserve.core.grammar import Grammar
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
-from myserve.engine import engine as engine_module
 from myserve.engine.constraints.grammar import GrammarConstraint
 from myserve.engine.engine import Engine
+from myserve.engine.requests import results
 from myserve.engine.requests.detokenizer import Detokenizer
 from myserve.engine.runner import model_runner
 from myserve.errors import RequestFailedError
@@ -79,19 +79,19 @@ def in_the_forward_pass(engine: Engine, patch: Patch) -> None:
 def in_scoring_the_prompt(engine: Engine, patch: Patch) -> None:
     scores = model_runner.prompt_logprobs
 
-    def broken(logits: Any, targets: list[int], k: int = 0) -> Any:
-        return fault() if targets[0] == SICK[1] else scores(logits, targets, k)
+    def broken(logits: Any, targets: list[int], *others: Any) -> Any:
+        return fault() if targets[0] == SICK[1] else scores(logits, targets, *others)
 
     patch.setattr(model_runner, "prompt_logprobs", broken)
 
 
 def in_reporting(engine: Engine, patch: Patch) -> None:
-    outcome = engine_module.outcome_of
+    outcome = results.outcome_of
 
     def broken(request: Any, *args: Any, **options: Any) -> Any:
         return fault() if request.prompt_token_ids == SICK else outcome(request, *args, **options)
 
-    patch.setattr(engine_module, "outcome_of", broken)
+    patch.setattr(results, "outcome_of", broken)
 
 
 def in_turning_tokens_into_text(engine: Engine, patch: Patch) -> None:
@@ -150,7 +150,7 @@ def test_a_fault_of_one_request_is_its_own(
         assert engine.is_alive
     engine.scheduler.check_integrity()
     assert told(run(engine, [sick])) == [before], "the engine has kept something of the fault"
-    assert not engine._owner and not engine.scheduler.has_work
+    assert not engine.thread._owner and not engine.scheduler.has_work
     assert engine._queue.num_open == 0
 
 

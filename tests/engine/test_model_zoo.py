@@ -18,6 +18,7 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.errors import UnsupportedModelError
 from myserve.trainer.exact_forward import exact_forward
+from myserve.trainer.exact_logprobs import exact_logprobs
 from runs import Asked, Completion, run
 
 PROMPTS = [
@@ -64,10 +65,24 @@ def numbers(completion: Completion) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["deepseek_v3", "qwen2_moe-window", "phimoe-window", "diffllama", "starcoder2"]
+    "name",
+    [
+        "deepseek_v3",
+        "qwen2_moe-window",
+        "phimoe-window",
+        "diffllama",
+        "starcoder2",
+        "gpt_bigcode",
+        "afmoe",
+        "qwen2_moe",
+        "gemma4-shared",
+    ],
 )
 def test_a_trainer_has_the_servers_bits(name: str, tiny_model: Callable[[str], Path]) -> None:
-    """Where values are narrower than keys, and where a window stands in the mask alone."""
+    """Where values are narrower than keys, where a window stands in the mask alone, and with gates, biases, GELU.
+
+    `python -m tools.model_sweep` compares every kind that runs.
+    """
     path = tiny_model(name)
     engine = Engine.from_pretrained(str(path), EngineConfig(num_blocks=64))
     try:
@@ -77,9 +92,8 @@ def test_a_trainer_has_the_servers_bits(name: str, tiny_model: Callable[[str], P
     model = exact_forward(AutoModelForCausalLM.from_pretrained(path).eval())
     ids = torch.tensor([[*PROMPTS[0], *completion.ids]])
     with torch.no_grad():
-        logprobs = model(ids).logits[0].float().log_softmax(-1)
-    trained = [float(logprobs[i, token]) for i, token in enumerate(ids[0, 1:].tolist())]
-    assert numbers(completion) == pytest.approx(trained, abs=1e-6)
+        logits = model(ids).logits[0, :-1]
+    assert numbers(completion) == exact_logprobs(logits, ids[0, 1:]).tolist()
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -70,6 +70,16 @@ def test_a_script_that_was_killed_goes_on_from_its_journal(unbroken, tmp_path, e
     assert (folder / "curve.jsonl").read_bytes() == (unbroken / "curve.jsonl").read_bytes()
 
 
+@pytest.mark.timeout(300)  # a start of a server
+def test_int8_rollouts_are_on_policy_to_the_last_bit_too(unbroken, tmp_path):
+    from grpo import train
+
+    rows = curve(asyncio.run(train(config(tmp_path / "int8", quantize="int8", steps=2))))
+    assert [row["mismatch"] for row in rows[:2]] == [0.0, 0.0]
+    assert rows[0]["kl_to_start"] == 0 and rows[2]["sampled"] != rows[0]["sampled"]
+    assert rows[0]["loss"] != curve(unbroken)[0]["loss"]  # control: they are other numbers than float32's
+
+
 def test_another_seed_is_another_curve(unbroken, tmp_path, embedded_url, weights_dir):
     from grpo import train
 

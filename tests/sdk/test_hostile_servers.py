@@ -6,11 +6,13 @@ The real transport against raw sockets: what a server's own library would not le
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import resource
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +24,7 @@ from myserve.sdk import (
     SamplingError,
     WeightUpdateError,
 )
+from myserve.sdk.transport.http import unpacked
 
 pytestmark = pytest.mark.asyncio
 TWICE = RetryPolicy(max_attempts=2, first_pause=0.001, longest_pause=0.002)
@@ -113,10 +116,13 @@ def stream(*parts: bytes) -> Answer:
 
 
 def for_ever(part: bytes, pause: float = 0.0, first: bytes = b"") -> Answer:
+    """Without a pause many parts at once: the bound is on bytes, however small a part is."""
+    written = part if pause else part * (1 + 2**16 // len(part))
+
     async def answer(seen: Seen, writer: asyncio.StreamWriter) -> None:
         writer.write(HEAD + first)
         while not writer.is_closing():
-            writer.write(part)
+            writer.write(written)
             await writer.drain()
             await asyncio.sleep(pause)
 
@@ -212,14 +218,61 @@ async def test_bodies_that_are_not_streams_are_bounded_too():
                 await sampler.update_weights("step-1")
 
 
-async def test_an_answer_that_is_packed_is_not_unpacked():
-    async def packed(seen: Seen, writer: asyncio.StreamWriter) -> None:
+def packed(data: bytes, encoding: str = "gzip") -> Answer:
+    async def answer(seen: Seen, writer: asyncio.StreamWriter) -> None:
         assert seen.headers["accept-encoding"] == "identity"
-        writer.write(whole(b"\x1f\x8b", content_type="text/event-stream", more="content-encoding: gzip\r\n"))
+        more = f"content-encoding: {encoding}\r\n"
+        writer.write(whole(data, content_type="text/event-stream", more=more))
+        with suppress(ConnectionError):
+            await writer.drain()
 
-    async with hostile(packed) as server:
-        with pytest.raises(SamplingError, match="compressed"):
-            await sample(server)
+    return answer
+
+
+STREAM = event(token()) + event(END) + DONE
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding"),
+    [(gzip.compress(STREAM), "gzip"), (gzip.compress(STREAM), "GZIP"), (zlib.compress(STREAM), "deflate")],
+)
+async def test_what_a_gateway_compressed_is_unpacked(data, encoding):
+    async with hostile(packed(data, encoding)) as server:
+        (c,) = await sample(server)
+        assert (c.completion_tokens, c.attempts) == ([65], 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding", "words"),
+    [
+        (b"\x1f\x8b", "gzip", "ended early"),
+        (gzip.compress(STREAM)[:-9], "gzip", "ended early"),
+        (STREAM, "gzip", "compressed answer is broken"),
+        (gzip.compress(STREAM) * 2, "gzip", "after the end of the compressed answer"),
+        (STREAM, "br", r"compressed \(br\)"),
+        (gzip.compress(b"data: " + b"a" * 2**28), "gzip", r"more than [\d,]+ bytes"),
+    ],
+)
+async def test_a_compressed_answer_that_is_none_is_named_and_bounded(data, encoding, words):
+    async with hostile(packed(data, encoding)) as server:
+        with pytest.raises(SamplingError, match=words):
+            await sample(server, retry=RetryPolicy(max_attempts=1))
+
+
+async def test_unpacked_pieces_are_small_however_much_is_in_them():
+    sizes = []
+    original = bytes(range(256)) * 2**12 + b"a" * 2**24
+
+    async def chunks():
+        data = gzip.compress(original)
+        for at in range(0, len(data), 1000):
+            yield data[at : at + 1000]
+
+    joined = bytearray()
+    async for piece in unpacked(chunks()):
+        sizes.append(len(piece))
+        joined += piece
+    assert joined == original and max(sizes) <= 2**18
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,12 @@ async def proxy(url: str, *, cut: Callable[[], int | None], piece: int = 65536) 
 
     async def one_way(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: int | None) -> None:
         while data := await reader.read(piece):
-            if left is not None and (left := left - len(data)) < 0:
-                return
-            writer.write(data)
+            writer.write(data[:left])
             await writer.drain()
+            if left is not None and (left := left - len(data)) <= 0:
+                # what was passed on is read before the reset comes
+                await asyncio.sleep(0.01)
+                return
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handlers.add(asyncio.current_task())

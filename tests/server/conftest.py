@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 import threading
 import time
@@ -89,6 +91,38 @@ def moe_server(tiny_model: Callable[[str], Path]) -> Iterator[RunningServer]:
     with run_server(
         Settings(models={name: str(tiny_model(arch)) for name, arch in served.items()})
     ) as running:
+        yield running
+
+
+AGENT_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nCall with <tool_call></tool_call>:"
+    "{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    '{% for call in m.tool_calls or [] %}<tool_call>\n{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}'
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# it drops the thoughts of earlier turns, as most do
+THINKER_TEMPLATE = AGENT_TEMPLATE + (
+    "{% if add_generation_prompt %}{% if enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def agent_server(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """Models whose templates have tools: "agent" answers at once, "thinker" thinks before."""
+    models = {}
+    for name, template in (("agent", AGENT_TEMPLATE), ("thinker", THINKER_TEMPLATE)):
+        folder = tmp_path_factory.mktemp(name) / "model"
+        shutil.copytree(tiny_model("qwen3"), folder)
+        (folder / "chat_template.jinja").write_text(template)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+        models[name] = str(folder)
+    with run_server(Settings(models=models)) as running:
         yield running
 
 

@@ -18,11 +18,12 @@ from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.outputs import Delta, KeptSet, PromptLogprob, TokenOutput
 from myserve.errors import RequestError
-from myserve.server.answers import respond, size
+from myserve.server.answers import bursts, respond, size
 from myserve.server.answers.logprobs import TokenWriter
 from myserve.server.answers.size import check_known_size, delta_size
 from myserve.server.answers.streaming import to_json, to_json_in_slices
 from myserve.server.prompts import lengths
+from myserve.server.routes import completions
 from myserve.server.settings import Settings
 from myserve.wire.sse import SSEDecoder
 
@@ -193,7 +194,8 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         seen.append(threading.current_thread().name)
         return to_json_in_slices(value, depth)
 
-    monkeypatch.setattr(respond, "to_json_in_slices", spy)
+    for module in (respond, bursts):
+        monkeypatch.setattr(module, "to_json_in_slices", spy)
     yield seen
 
 
@@ -214,7 +216,8 @@ def test_what_is_large_is_written_in_a_thread_and_is_the_same(
 
     inline = answers()
     assert not threads
-    monkeypatch.setattr(respond, "WRITTEN_INLINE_BYTES", 0)
+    for module in (respond, bursts):
+        monkeypatch.setattr(module, "WRITTEN_INLINE_BYTES", 0)
     assert answers() == inline
     assert threads and "MainThread" not in threads
 
@@ -239,3 +242,39 @@ def test_thousands_of_choices_are_a_grammar(server: Any) -> None:
     refused = post(server.url, prompt="a", guided_choice=too_long).json()["error"]
     assert "3000 choices have" in refused["message"]
     assert refused["param"] == "guided_choice"
+
+
+def test_many_messages_are_one_text_to_the_context(server: Any, encoded: list[str]) -> None:
+    """Each is short enough alone."""
+    model = server.model("tiny")
+    part = "ab" * 1000
+    turns = [{"role": "user", "content": part}] * (
+        1 + model.engine.max_model_len * model.codec.token_bytes.longest // len(part)
+    )
+    answer = post(server.url, "/v1/chat/completions", messages=turns)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert not encoded
+
+
+def test_the_first_prompt_that_is_too_long_ends_it_and_others_go_in_between(
+    server: Any, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "CHARS_AT_ONCE", 1)
+    long = "x y " * server.model("tiny").engine.max_model_len
+    answer = post(server.url, prompt=["a", long, "b", "c"]).json()
+    assert answer["error"]["code"] == "context_length_exceeded"
+    assert encoded == ["a", long]
+
+
+def test_prompts_in_groups_are_the_prompts_in_order(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[Any] = ["ab", "c" * 300, "Z", "d" * 250, "e"]
+    asked = {"prompt": texts, "max_tokens": 3, "return_token_ids": True}
+
+    def choices() -> list[Any]:
+        made: list[Any] = post(server.url, **asked).json()["choices"]
+        return made
+
+    at_once = choices()
+    monkeypatch.setattr(completions, "CHARS_AT_ONCE", 260)
+    assert choices() == at_once
+    assert [choice["index"] for choice in at_once] == [0, 1, 2, 3, 4]

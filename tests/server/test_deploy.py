@@ -56,7 +56,7 @@ def test_the_page_says_what_to_do_about_every_alert() -> None:
 @pytest.mark.parametrize("file", ["docs/operations.md", "deploy/myserve.service", "Containerfile"])
 def test_every_option_exists(file: str) -> None:
     command: Any = typer.main.get_command(app)
-    serve = {option for param in command.commands["serve"].params for option in param.opts}
+    serve = {option for param in command.get_command(None, "serve").params for option in param.opts}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / file).read_text()))
     theirs = {"--help", "--build-arg", "--no-cache-dir", "--extra-index-url", "--constraint", "--create-home"}
     theirs |= {"--start-period", "--interval"}

@@ -100,6 +100,8 @@ ONLY_COMPLETIONS: dict[str, tuple[Any, Body]] = {"echo": (True, {}), "echo_last"
 ONLY_CHAT: dict[str, tuple[Any, Body]] = {
     "max_completion_tokens": (3, {"max_tokens": None}),
     "messages": ([{"role": "user", "content": "Say a color"}], {}),
+    "add_generation_prompt": (False, {}),
+    "continue_final_message": (True, {}),
 }
 # What one answer cannot show, and the tests that do.
 ELSEWHERE = {
@@ -116,7 +118,11 @@ ELSEWHERE = {
     "add_special_tokens": "test_extensions",
     "include_reasoning": "test_structured",
     "include_routing_matrix": "test_routing",
+    "return_drafters": "test_drafters",
     "chat_template_kwargs": "test_app",
+    "chat_template": "test_chat",
+    "reasoning_effort": "test_chat",
+    "required_prefix_token_ids": "test_required_prefix",
     **dict.fromkeys(
         ("tools", "tool_choice", "parallel_tool_calls", "thinking_token_budget"), "test_structured"
     ),

@@ -60,8 +60,7 @@ def test_ids_are_the_prompts_and_the_completions(server: Any) -> None:
     assert choice["token_ids"] == [entry["token_id"] for entry in choice["logprobs"]["content"]]
     assert len(choice["token_ids"]) == 8
     plain = complete(server)
-    assert "token_ids" not in plain
-    assert "prompt_token_ids" not in plain
+    assert plain["token_ids"] is plain["prompt_token_ids"] is plain["prompt_logprobs"] is None
 
 
 def test_the_token_that_ended_it_is_among_the_ids_and_not_in_the_text(server: Any) -> None:
@@ -288,8 +287,10 @@ def test_usage_may_come_with_every_chunk(server: Any) -> None:
         so_far = 0
         for chunk in chunks:
             so_far += sum(len(choice["token_ids"]) for choice in chunk["choices"])
-            # a chunk that only opens a choice comes with the first token
-            assert chunk["usage"]["completion_tokens"] in (so_far, so_far + 1)
+            # a chunk that only opens a choice comes with the first tokens: of a draft that is right, there are several
+            opens = not any(choice["token_ids"] for choice in chunk["choices"])
+            told = chunk["usage"]["completion_tokens"]
+            assert told > so_far if opens and chunk["choices"] else told == so_far
         assert so_far == chunks[-1]["usage"]["completion_tokens"] == 10
 
 

@@ -35,14 +35,17 @@ def own(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_largest_of_each_bound_leaves_the_loop_free(own: Any, case: Case) -> None:
+def test_the_largest_of_each_bound_leaves_the_loop_free(
+    own: Any, case: Case, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
     watchdog = own.app.state.watchdog
     watchdog.longest, looks = 0.0, watchdog.lag.cumulative()[-1]
     with HealthWatch(own.url):
         answer = httpx.post(own.url + case.route, content=case.body, timeout=100)
     assert answer.status_code in (200, 400, 413, 429), answer.text[:200]
+    # A control: the watchdog looks (every so often: an answer may be quicker than that), else nothing is ever late.
+    wait_until(lambda: watchdog.lag.cumulative()[-1] > looks)
     assert watchdog.longest < BLOCKED_SECONDS
-    assert watchdog.lag.cumulative()[-1] > looks
     assert httpx.get(own.url + "/metrics").text.count("myserve:event_loop_lag_seconds_bucket") > 10
 
 

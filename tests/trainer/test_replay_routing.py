@@ -107,6 +107,17 @@ def test_an_exact_trainer_has_the_engines_bits(
 
 
 @pytest.mark.parametrize("arch", KINDS)
+def test_an_exact_trainer_has_the_bits_of_an_engine_in_int8(
+    arch: str, make_engine: MakeEngine, load: Any
+) -> None:
+    rollout = Rollout(make_engine(arch, dtype="bfloat16", quantize="int8"))
+    with replay_routing(model := exact_forward(load(arch, torch.bfloat16), quantize="int8"), rollout.routing):
+        assert rollout.logprobs_by(model) == rollout.logprobs
+    with replay_routing(model := exact_forward(load(arch, torch.bfloat16)), rollout.routing):  # control
+        assert rollout.logprobs_by(model) != rollout.logprobs
+
+
+@pytest.mark.parametrize("arch", KINDS)
 def test_a_plain_trainer_of_another_precision_comes_close_with_replay_alone(
     arch: str, make_engine: MakeEngine, load: Any
 ) -> None:

@@ -19,8 +19,8 @@ PUBLIC = {
             exact_logprobs replay_routing
         """,
         "myserve.sdk": """
-            AdaptiveConcurrencyController Alternative BatchGroup Completions Conversation
-            DeploymentSampler FixedConcurrencyController JournalError RetryPolicy SampleBatch
+            AdaptiveConcurrencyController Alternative BatchGroup Completions Conversation Decisions
+            DeploymentSampler FixedConcurrencyController JournalError QuestionAnswer RetryPolicy SampleBatch
             SampleDelta SampleOptions SampledCompletion SamplerStats SamplingDeadlineError SamplingError
             StepSummary Trajectory WeightUpdateError
         """,
@@ -33,6 +33,7 @@ PUBLIC = {
         """,
         "myserve.adapters.trl": "Rollouts trl_rollout_func",
         "myserve.adapters.tinker": "ModelInput SamplerTokenCompleter TokensWithLogprobs",
+        "myserve.adapters.verl": "RolloutServer register",
         "myserve.engine": """
             Delta Engine EngineConfig KeptSet PromptLogprob RequestMetrics SubmitOptions TokenOutput
         """,
@@ -42,7 +43,7 @@ PUBLIC = {
         """,
         "myserve.core.generate": "Step greedy_generate sample_generate",
         "myserve.errors": """
-            BadSnapshotError ConstraintError ContextLengthError EngineDeadError EngineError
+            BadAdapterError BadSnapshotError ConstraintError ContextLengthError EngineDeadError EngineError
             ModelNotFoundError MyserveError NonFiniteLogitsError NotEnoughMemoryError OverloadedError
             RequestError RequestFailedError UnsupportedModelError WeightsLoadingError
         """,

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from myserve.errors import RequestError
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
+from myserve.wire.dialects.sglang import NativeGenerate, NativeSampling
 from myserve.wire.fields import StreamOptions
 from myserve.wire.generate import GenerateSampling
 from myserve.wire.parse import parse_request
@@ -23,6 +24,8 @@ KINDS: dict[str, type[BaseModel]] = {
     "chat": ChatCompletionRequest,
     "completions": CompletionRequest,
     "generate": GenerateSampling,
+    "native": NativeGenerate,
+    "native_sampling": NativeSampling,
     "stream_options": StreamOptions,
 }
 CASES = [(peer, route) for peer, known in PEERS.items() for route in known["fields"]]
@@ -32,7 +35,9 @@ WHOLE: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": 
 
 def sorted_as(kind: type[BaseModel], name: str) -> list[str]:
     aliases = {field.alias for field in kind.model_fields.values()}
-    tables = {"supported": {*kind.model_fields, *aliases}, "harmless": HARMLESS_NAMES, "refused": REFUSED}
+    refused: Any = getattr(kind, "REFUSED", REFUSED)
+    harmless = {*HARMLESS_NAMES, *getattr(kind, "HINTS", ())} - refused.keys()
+    tables = {"supported": {*kind.model_fields, *aliases}, "harmless": harmless, "refused": refused}
     found = [verdict for verdict, names in tables.items() if name in names]
     # a request's own field is not looked for in the tables, which all routes share
     return found[:1] if found[:1] == ["supported"] else found

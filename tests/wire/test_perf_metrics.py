@@ -19,13 +19,15 @@ FULL = PerfMetrics(
     tokenizer_queue_duration=0.0,
     tokenizer_duration=1e-05,
     kv_cache_usage=0.875,
+    speculation_generated_tokens=20,
+    speculation_accepted_tokens=11,
     backend_host="host-1",
     deployment="accounts/a/deployments/d",
 )
 
 
 def test_both_forms_carry_all() -> None:
-    assert len(FULL.to_dict()) == len(FULL.to_headers()) == 14
+    assert len(FULL.to_dict()) == len(FULL.to_headers()) == 16
     assert PerfMetrics.from_mapping(FULL.to_dict()) == FULL
     assert PerfMetrics.from_mapping(FULL.to_headers()) == FULL
 

@@ -23,7 +23,7 @@ from myserve.sdk.transport.pool import url_of
 from myserve.sdk.transport.replies import failure_of, read_json
 from myserve.wire.sse import DONE_DATA, SSEDecoder
 
-__all__ = ["BenchError", "ServerFeatures", "Target", "TimedRequest", "traces_of"]
+__all__ = ["Arrival", "BenchError", "ServerFeatures", "Target", "TimedRequest", "traces_of"]
 
 # From what our server, vLLM and llama.cpp take down to what every completions server takes. The first set that a
 # server answers with 200 is used: `ignore_eos` makes runs equally long, `stream_options` counts their tokens.
@@ -73,6 +73,15 @@ class TimedRequest:
     reads: list[tuple[float, bytes]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Describe one request of a load whose requests come at moments of their own."""
+
+    at: float  # seconds since the load began
+    prompt: Prompt
+    output_len: int
+
+
 class Target:
     """A server under test."""
 
@@ -111,6 +120,35 @@ class Target:
         except AttemptFailed as ended:
             raise BenchError(f"{self.url}: {ended.failure.message}") from ended
         return figures(traces, requests=len(recordings))
+
+    async def play(
+        self, arrivals: Sequence[Arrival], dialect: ServerFeatures, sampling: str = "greedy"
+    ) -> list[RequestTimes]:
+        """Send each request at its moment, whether others have ended or not; return their times in the same order.
+
+        Raises BenchError.
+        """
+        shapes = [Workload(1, len(arrival.prompt), arrival.output_len, sampling) for arrival in arrivals]
+        bodies = [
+            json.dumps(dialect.body(self.model, shape, arrival.prompt)).encode()
+            for shape, arrival in zip(shapes, arrivals, strict=True)
+        ]
+        recordings = [TimedRequest() for _ in bodies]
+        began = time.perf_counter()
+
+        async def send(number: int) -> None:
+            await asyncio.sleep(max(0.0, began + arrivals[number].at - time.perf_counter()))
+            await self._record(bodies[number], recordings[number])
+
+        try:
+            await asyncio.gather(*(send(number) for number in range(len(bodies))))
+            return [
+                trace
+                for recording, shape in zip(recordings, shapes, strict=True)
+                for trace in traces_of(recording, shape)
+            ]
+        except AttemptFailed as ended:
+            raise BenchError(f"{self.url}: {ended.failure.message}") from ended
 
     async def accepts(self, workload: Workload, prompt: Prompt, dialect: ServerFeatures) -> str | None:
         """Return None if the server takes such a request; else why not, in its own words. Raises BenchError."""

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from myserve.bench.figures import Figures
-from myserve.sdk.plotting import COLOURS, PALE, drawn
+from myserve.sdk.display.plotting import COLOURS, PALE, drawn
 
 __all__ = ["chart", "number", "table"]
 

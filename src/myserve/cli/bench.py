@@ -20,7 +20,7 @@ from myserve.bench.session import Session
 from myserve.bench.workload import PRESETS, Workload
 from myserve.cli.console import DEFAULT_URL, err, fail, out
 from myserve.errors import MyserveError
-from myserve.sdk.plotting import check_chart_path
+from myserve.sdk.display.plotting import check_chart_path
 
 __all__ = ["bench"]
 

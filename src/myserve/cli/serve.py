@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from myserve.cli import lean_imports
 from myserve.cli.console import err, fail
 from myserve.errors import MyserveError
 from myserve.options import Option
@@ -131,13 +132,19 @@ def _url_host(host: str) -> str:
 def _ask_for_memory(settings: Settings) -> Reserve | None:
     """Prefault memory for the first model's packed weights while Python imports what packs them; not for a GPU."""
     engine = settings.engine
-    on_cpu = engine.device == "cpu" or (engine.device == "auto" and not has_gpu())
     as_saved = engine.dtype == "auto" and engine.exact == "on"
-    if settings.preload and on_cpu and as_saved and not settings.force_echo:
+    if settings.preload and runs_on_cpu(settings) and as_saved and not settings.force_echo:
         from myserve.engine.memory import prefault
 
-        return prefault.begin(settings.models[settings.preload[0]])
+        # bytes where the checkpoint has bfloat16; of an int8 checkpoint, what is short is taken as it comes
+        part = 0.5 if engine.quantize == "int8" else 1.0
+        return prefault.begin(settings.models[settings.preload[0]], part=part)
     return None
+
+
+def runs_on_cpu(settings: Settings) -> bool:
+    """Return whether the engine will surely compute on the CPU."""
+    return settings.engine.device == "cpu" or (settings.engine.device == "auto" and not has_gpu())
 
 
 def has_gpu() -> bool:
@@ -146,6 +153,9 @@ def has_gpu() -> bool:
 
 
 def _run(settings: Settings, listener: socket.socket, reserve: Reserve | None) -> None:
+    # code that comes with a checkpoint, or runs on a GPU, may use all of torch
+    if runs_on_cpu(settings) and not settings.engine.trust_remote_code:
+        lean_imports.begin()
     try:
         from myserve.server.app import create_app
         from myserve.server.edge.graceful import GracefulServer

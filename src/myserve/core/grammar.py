@@ -81,8 +81,15 @@ class Reasoning:
 
     start: str = "<think>"
     end: str = "</think>"
-    begun: bool = False  # the prompt ends inside it
+    starts_inside: bool = False  # the prompt ends inside it
     budget: int | None = None  # tokens before `end` is written for the model; None: any number
+    shown_ids: tuple[
+        int, ...
+    ] = ()  # special tokens of its marks, which the text must show for it to be found
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        return self.start, self.end
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 0:

@@ -35,6 +35,7 @@ __all__ = [
     "normalisers",
     "normalisers_of",
     "prompt_logprobs",
+    "ranks",
     "support_of",
     "to_float32",
     "top_logprobs",
@@ -63,6 +64,7 @@ class Scored:
     logprob: float | None
     top_logprobs: TopLogprobs = ()  # (id, logprob), best first
     rank: int | None = None  # among all ids, 1 the likeliest; of equals the lower id comes first
+    token_id_logprobs: tuple[tuple[int, float | None], ...] = ()  # of the ids that were named
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +172,21 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
-def prompt_logprobs(logits: Rows, target_ids: Sequence[int], k: int = 0) -> list[Scored]:
-    """The raw logprob of `target_ids[t]` under `logits[t]`, with the k best alternatives beside it.
+def prompt_logprobs(
+    logits: Rows, target_ids: Sequence[int], k: int = 0, named_ids: Sequence[Sequence[int]] = ()
+) -> list[Scored]:
+    """The raw logprob of `target_ids[t]` under `logits[t]`, with the k best alternatives and those of named ids.
+
+    `named_ids`: a row of ids for each target, equally long; or none.
 
     `logits` [T, V] of any float dtype, looked at `PROMPT_CHUNK` rows at a time: row t is the model's after
     the tokens before target t. Raises `NonFiniteLogitsError` naming the row if one holds NaN or +inf.
 
-    >>> prompt_logprobs(torch.zeros(1, 4), [3], k=1)
-    [Scored(token_id=3, logprob=-1.3862943649291992, top_logprobs=((0, -1.3862943649291992),), rank=4)]
+    >>> scored, = prompt_logprobs(torch.zeros(1, 4), [3], k=1, named_ids=[[2]])
+    >>> scored.token_id, scored.logprob, scored.rank
+    (3, -1.3862943649291992, 4)
+    >>> scored.top_logprobs, scored.token_id_logprobs
+    (((0, -1.3862943649291992),), ((2, -1.3862943649291992),))
     """
     scored: list[Scored] = []
     # [PROMPT_CHUNK, V]: a fresh 40 MB for each chunk costs as much as the head's product
@@ -195,16 +204,33 @@ def prompt_logprobs(logits: Rows, target_ids: Sequence[int], k: int = 0) -> list
         values = own[:, 0].tolist()
         ks = [k] * len(targets)
         best = listed(*best_of(chunk, ks), ks) if k else [[]] * len(targets)
+        names = named_ids[start : start + len(targets)] or [()] * len(targets)
+        named = chunk.gather(1, torch.tensor(names, dtype=torch.int64, device=chunk.device))
         scored += [
-            Scored(token_id, normaliser.maybe_logprob(value), top_logprobs(alternatives, normaliser), rank)
-            for token_id, value, alternatives, normaliser, rank in zip(
-                targets, values, best, normalisers(chunk), _ranks(chunk, own, ids), strict=True
+            Scored(
+                token_id,
+                norm.maybe_logprob(value),
+                top_logprobs(alternatives, norm),
+                rank,
+                tuple(
+                    (i, norm.maybe_logprob(score)) for i, score in zip(ids_of_row, scores_of_row, strict=True)
+                ),
+            )
+            for token_id, value, alternatives, norm, rank, ids_of_row, scores_of_row in zip(
+                targets,
+                values,
+                best,
+                normalisers(chunk),
+                ranks(chunk, own, ids),
+                names,
+                named.tolist(),
+                strict=True,
             )
         ]
     return scored
 
 
-def _ranks(scores: Tensor, own: Tensor, ids: Tensor) -> list[int]:
+def ranks(scores: Tensor, own: Tensor, ids: Tensor) -> list[int]:
     """Return the rank of each row's own id, by (score, lower id first); `scores` [T, V], `own` and `ids` [T, 1]."""
     ranks: list[int] = ((scores > own).sum(-1) + 1).tolist()
     equals = (scores == own).sum(-1).tolist()

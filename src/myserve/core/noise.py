@@ -1,4 +1,4 @@
-"""Where chance comes from: counter noise, a pure function, and torch noise, transformers' stream.
+"""The random numbers of a draw: counter noise, a pure function, and torch noise, transformers' stream.
 
 Both draw by the exponential race: token i arrives at time e_i / w_i, e_i ~ Exp(1), and the first one wins,
 with probability w_i / sum(w). A token that a filter removed has weight 0 and never arrives; as the e_i do not
@@ -121,11 +121,12 @@ class TorchNoise:
 def draw_counter(
     weights: Tensor, keys: Sequence[CounterKey], opened: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(winners int64 [R], sure bool [R]) of the races of `weights` (float32 [R, V], none all 0) under counter noise.
+    """Draw one token of each row of `weights` (float32 [R, V], none all 0): (winners int64 [R], sure bool [R]).
 
-    `opened`: how many blocks of each row are looked into, those that may hold the earliest arrivals; None: all. A
-    winner is sure if it came before any block that stayed closed can have had an arrival. (Looking into just the
-    blocks that may hold the winner was rejected: a GPU would have to be asked how many those are.)
+    An exponential race under counter noise (docs/glossary.md): each token arrives at its noise / weight, and the first
+    is drawn. `opened`: how many blocks of each row are looked into, those that may hold the earliest arrivals; None:
+    all. A winner is sure if it came before any block that stayed closed can have had an arrival. (Looking into just
+    the blocks that may hold the winner was rejected: a GPU would have to be asked how many those are.)
     """
     R, V = weights.shape
     device = weights.device
@@ -156,7 +157,7 @@ def openings(device: torch.device) -> tuple[int | None, ...]:
 
 
 def block_noise(block: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """(m_b float64, lane_b int64) of blocks, under keys whose last dimension is a `CounterKey`."""
+    """Return (m_b float64, lane_b int64) of blocks, under keys whose last dimension is a `CounterKey`."""
     words = philox(
         (block, columns[..., 2], columns[..., 3], torch.full_like(block, KIND_BLOCK)),
         (columns[..., 0], columns[..., 1]),
@@ -165,7 +166,7 @@ def block_noise(block: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_noise(ids: Tensor, columns: Tensor, least: Tensor, lane: Tensor) -> Tensor:
-    """e_i, float64, of tokens, given their blocks' `least` and `lane`."""
+    """Return e_i, float64, of tokens, given their blocks' `least` and `lane`."""
     words = philox(
         (ids, columns[..., 2], columns[..., 3], torch.full_like(ids, KIND_TOKEN)),
         (columns[..., 0], columns[..., 1]),
@@ -174,13 +175,13 @@ def token_noise(ids: Tensor, columns: Tensor, least: Tensor, lane: Tensor) -> Te
 
 
 def exponential(words: Words) -> Tensor:
-    """Exp(1), float64, of the first two words."""
+    """Return an Exp(1) number, float64, made of the first two words."""
     uniform = words[0].double() * 2.0**-32 + (words[1].double() + 0.5) * 2.0**-64
     return neg_log1m(uniform.clamp(max=LARGEST_UNIFORM))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Words:
-    """Philox-4x32-10 on int64 tensors that hold 32-bit words; all broadcast against each other.
+    """Return Philox-4x32-10 of int64 tensors that hold 32-bit words; all broadcast against each other.
 
     >>> zero = torch.zeros(1, dtype=torch.int64)
     >>> [hex(word.item()) for word in philox((zero, zero, zero, zero), (zero, zero))]

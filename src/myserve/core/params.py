@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from myserve.core.grammar import Grammar, Reasoning
-from myserve.core.ranges import MAX_ID, MAX_TOKENS, Range, check_ranges, ranged, shown
+from myserve.core.ranges import MAX_ID, MAX_TOKENS, Range, check_ranges, ranged, ranges_of, shown
 from myserve.errors import RequestError
 
 __all__ = ["SamplingParams"]
+
+T = TypeVar("T")
 
 NoiseKind = Literal["counter", "torch"]
 LogprobsMode = Literal["raw", "processed"]
@@ -20,14 +23,21 @@ MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 1024  # the server's routes have OpenAI's own, smaller limits
 MAX_LOGIT_BIAS = 100.0
 
-_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "kept", "routed_experts")
+_SWITCHES = (
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "kept",
+    "routed_experts",
+    "ranks",
+)
 _TOKEN_ID = Range(0, MAX_ID)
 _FINITE = Range(-sys.float_info.max, sys.float_info.max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one completion is drawn: a frozen value that holds nothing but what passed validation.
+    """Hold the sampling parameters of one completion: frozen, and nothing that did not pass validation.
 
     Token ids are checked here for being ids at all, and against the model's vocabulary when a request meets
     its model (`check_vocabulary`). Raises `RequestError` with the field, the value and the range.
@@ -56,6 +66,8 @@ class SamplingParams:
     """Keep the matched stop string, or stop token, in the output."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text (never out of the ids)."""
+    shown_special_ids: tuple[int, ...] = ()
+    """Special tokens that the text has all the same."""
     # -- constraints --
     allowed_token_ids: tuple[int, ...] | None = None
     """Only these can be drawn; None: all."""
@@ -104,8 +116,19 @@ class SamplingParams:
     """Report the support of every draw, with its mass and the entropy."""
     routed_experts: bool = False
     """Report which experts of a mixture each token's forward pass used; with `prompt_logprobs`, the prompt's too."""
+    ranks: bool = False
+    """Report the rank of each token among all ids by the model's own scores, 1 the likeliest."""
     prompt_logprobs: int | None = ranged(None, 0, MAX_TOP_LOGPROBS)
     """Report the prompt's logprobs with so many alternatives, 0 to 1024; None: do not."""
+    prompt_logprob_start: int = ranged(0, 0, MAX_TOKENS)
+    """With `prompt_logprobs`: the first position whose next token is scored; fewer than the prompt has."""
+    prompt_logprob_token_ids: tuple[tuple[int, ...], ...] = ()
+    """With `prompt_logprobs`: ids whose logprob is reported with each token that is scored: one row for all, or one for
+    each, equally long."""
+
+    # The largest id that each field names, counted once: lists may have 100,000 ids, and a request 4,096 prompts.
+    _largest_ids: tuple[tuple[str, int], ...] = field(init=False, repr=False, compare=False)
+    _derived: dict[object, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -121,6 +144,7 @@ class SamplingParams:
             )
         _check_stop(self.stop)
         _ids("stop_token_ids", self.stop_token_ids)
+        _ids("shown_special_ids", self.shown_special_ids)
         if self.allowed_token_ids is not None:
             _ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
@@ -145,6 +169,36 @@ class SamplingParams:
         _one_of("noise", self.noise, ("counter", "torch"))
         _one_of("logprobs_mode", self.logprobs_mode, ("raw", "processed"))
         _ids("logprob_token_ids", self.logprob_token_ids)
+        for row in self.prompt_logprob_token_ids:
+            _ids("prompt_logprob_token_ids", row)
+        if len({len(row) for row in self.prompt_logprob_token_ids}) > 1:
+            raise RequestError(
+                "prompt_logprob_token_ids must have rows of one length", param="prompt_logprob_token_ids"
+            )
+        object.__setattr__(self, "_largest_ids", tuple(self._find_largest_ids()))
+        object.__setattr__(self, "_derived", {})
+
+    def with_seed(self, seed: int | None) -> SamplingParams:
+        """Return these parameters with another seed; the rest, which was checked, is not checked again.
+
+        >>> SamplingParams(seed=1, top_k=5).with_seed(2) == SamplingParams(seed=2, top_k=5)
+        True
+        """
+        if seed is not None:
+            ranges_of(SamplingParams)["seed"].check("seed", seed)
+        copied = copy(self)
+        object.__setattr__(copied, "seed", seed)
+        return copied
+
+    def derived(self, key: object, make: Callable[[], T]) -> T:
+        """Return `make()`, which depends on nothing but these parameters and `key`; made once, and kept.
+
+        A request's choices and prompts share it: a list of 100,000 ids is not read again for each of them at each step.
+        """
+        if key not in self._derived:
+            self._derived[key] = make()
+        made: T = self._derived[key]
+        return made
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise `RequestError` for an id that a model of `vocab_size` tokens does not have.
@@ -154,19 +208,20 @@ class SamplingParams:
         ...
         myserve.errors.RequestError: logit_bias names token id 7; the model's ids are 0 to 3
         """
-        named: tuple[tuple[str, tuple[int, ...]], ...] = (
-            ("stop_token_ids", self.stop_token_ids),
-            ("allowed_token_ids", self.allowed_token_ids or ()),
-            ("bad_words_ids", tuple(token for word in self.bad_words_ids for token in word)),
-            ("logit_bias", tuple(self.logit_bias)),
-            ("logprob_token_ids", self.logprob_token_ids),
-        )
-        for name, ids in named:
-            worst = max(ids, default=0)
+        for name, worst in self._largest_ids:
             if worst >= vocab_size:
                 raise RequestError(
                     f"{name} names token id {worst}; the model's ids are 0 to {vocab_size - 1}", param=name
                 )
+
+    def _find_largest_ids(self) -> Iterable[tuple[str, int]]:
+        yield "stop_token_ids", max(self.stop_token_ids, default=0)
+        yield "allowed_token_ids", max(self.allowed_token_ids or (), default=0)
+        yield "bad_words_ids", max(map(max, self.bad_words_ids), default=0)
+        yield "logit_bias", max(self.logit_bias, default=0)
+        yield "logprob_token_ids", max(self.logprob_token_ids, default=0)
+        rows = (max(row, default=0) for row in self.prompt_logprob_token_ids)
+        yield "prompt_logprob_token_ids", max(rows, default=0)
 
 
 def _instance(name: str, value: object, kind: type) -> None:

@@ -41,7 +41,7 @@ class Range:
 
     @property
     def is_integer(self) -> bool:
-        """Whether only integers are in it."""
+        """True where only integers are in it."""
         return isinstance(self.low, int)
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -27,11 +28,11 @@ class Constraint(Protocol):
 
     @property
     def closes_early(self) -> bool:
-        """Whether the rest is forced, so that it is whole within `max_tokens`."""
+        """True where the rest is forced, so that it is whole within `max_tokens`."""
 
     @property
     def ends(self) -> bool:
-        """Whether an end of the completion is all that may come."""
+        """True where the completion may only end."""
 
     def prepare(self) -> None:
         """Compute the next mask, in any thread; `mask` does so itself where this was not called."""
@@ -41,6 +42,9 @@ class Constraint(Protocol):
 
     def append(self, token_id: int) -> None:
         """Take in the token that was drawn."""
+
+    def forced_token_ids(self) -> Sequence[int]:
+        """Return tokens that are likely to come next since little else may: a draft, which need not be right."""
 
 
 class RowState:
@@ -75,9 +79,13 @@ class RowState:
             raise RequestError(f"a sample index must be in [0, 2**32), got {sample_index}", param="n")
         self.params = params
         self.vocab_size = vocab_size
+        self.device = device
         self.position = len(prompt_token_ids)  # of the next token, in prompt and completion together
         self.num_completion_tokens = 0
-        self.bad_words = BadWords(params.bad_words_ids, prompt_token_ids) if params.bad_words_ids else None
+        self.bad_words: BadWords | None = None
+        if params.bad_words_ids:
+            index = params.derived("bad words", lambda: BadWordIndex(params.bad_words_ids))
+            self.bad_words = BadWords(index, prompt_token_ids)
         self.end_token_ids = tuple(dict.fromkeys((*eos_token_ids, *params.stop_token_ids)))
         self.history: History | None = None
         if _penalised(params):
@@ -85,7 +93,7 @@ class RowState:
             self.history = History(counted, vocab_size, device)
         self.constraint: Constraint | None = None
         self._always_edits = bool(params.allowed_token_ids or params.bad_words_ids or params.logit_bias)
-        self._counter_noise = CounterNoise(seed, sample_index)
+        self.noise = CounterNoise(seed, sample_index)
         self.torch_noise: TorchNoise | None = None
         if params.noise == "torch" and params.temperature > 0:
             self.torch_noise = TorchNoise(seed, sample_index, device)
@@ -96,7 +104,7 @@ class RowState:
 
     @property
     def edits_scores(self) -> bool:
-        """Whether any of stages 1 to 4 may change this row's next scores."""
+        """True where any of stages 1 to 4 may change this row's next scores."""
         return (
             self._always_edits
             or self.constraint is not None
@@ -105,15 +113,33 @@ class RowState:
         )
 
     @property
+    def remembers(self) -> bool:
+        """True where the next draws depend on the tokens before them in another way than by their logits."""
+        return (
+            self.history is not None
+            or self.bad_words is not None
+            or self.constraint is not None
+            or self.torch_noise is not None
+            or self.num_completion_tokens < self.params.min_tokens
+        )
+
+    def ahead(self, tokens: int) -> RowState:
+        """Return the state that so many tokens more will make of one that does not remember them."""
+        assert not self.remembers, "what these tokens are would matter"
+        later = copy(self)
+        later.position += tokens
+        later.num_completion_tokens += tokens
+        return later
+
+    @property
     def counter_key(self) -> CounterKey:
         """The counter noise of the next draw."""
-        return self._counter_noise.at(self.position)
+        return self.noise.at(self.position)
 
     def restore_noise(self) -> None:
         """Put torch noise back to where the next draw takes it from, after a draw that came to nothing."""
         if self.torch_noise is not None:
-            noise = self._counter_noise
-            self.torch_noise = TorchNoise(noise.seed, noise.sample_index, self.torch_noise.device)
+            self.torch_noise = TorchNoise(self.noise.seed, self.noise.sample_index, self.device)
             self.torch_noise.skip(self.num_completion_tokens, self.vocab_size)
 
     def append(self, token_id: int) -> None:
@@ -173,12 +199,24 @@ class History:
         return self._counts[: len(self._slots)]
 
 
+class BadWordIndex:
+    """Forbidden sequences by the id before their last: a step looks at those that may be complete, not at all."""
+
+    def __init__(self, words: Sequence[tuple[int, ...]]) -> None:
+        self.longest = max(map(len, words))
+        self.alone = tuple(dict.fromkeys(word[0] for word in words if len(word) == 1))
+        self.behind: dict[int, list[tuple[tuple[int, ...], int]]] = {}
+        for word in words:
+            if len(word) > 1:
+                self.behind.setdefault(word[-2], []).append((word[:-1], word[-1]))
+
+
 class BadWords:
     """The ids that would complete a forbidden sequence: remembers a tail as long as the longest needs."""
 
-    def __init__(self, words: Sequence[tuple[int, ...]], prompt_token_ids: Sequence[int]) -> None:
+    def __init__(self, words: BadWordIndex, prompt_token_ids: Sequence[int]) -> None:
         self._words = words
-        longest = max(map(len, words)) - 1
+        longest = words.longest - 1
         self._tail = deque(prompt_token_ids[-longest:] if longest else (), maxlen=longest)
 
     def append(self, token_id: int) -> None:
@@ -186,7 +224,8 @@ class BadWords:
 
     def completions(self) -> list[int]:
         tail = tuple(self._tail)
-        return [word[-1] for word in self._words if len(word) == 1 or tail[-(len(word) - 1) :] == word[:-1]]
+        begun = self._words.behind.get(tail[-1], ()) if tail else ()
+        return [*self._words.alone, *(last for prefix, last in begun if tail[-len(prefix) :] == prefix)]
 
 
 def _penalised(params: SamplingParams) -> bool:

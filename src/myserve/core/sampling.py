@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from myserve.core.batched.edits import ScoreScratch, edit
 from myserve.core.batched.reports import Reports
 from myserve.core.compiled import fast_path
 from myserve.core.isolation import failure_of, raise_if_of_the_device
-from myserve.core.logprobs import Kept, Normaliser, TopLogprobs, masses, normalisers_of
+from myserve.core.logprobs import Kept, Normaliser, TopLogprobs, masses, normalisers_of, ranks
 from myserve.core.noise import draw_counter, draw_torch, openings
 from myserve.core.numerics import log_mass, weights_of
 from myserve.core.params import SamplingParams
@@ -50,6 +50,7 @@ class Sampled:
     # for logprob_token_ids; None: out of the support
     token_id_logprobs: tuple[tuple[int, float | None], ...] = ()
     kept: Kept | None = None
+    rank: int | None = None  # among all ids by the raw logits; of equals the lower id comes first
 
 
 Outcome = Sampled | Exception
@@ -70,21 +71,38 @@ class Sampler:
 
     def __init__(self, *, compiled: bool = True) -> None:
         self._compiled = compiled and fast_path.available()
-        self._scratch = ScoreScratch()
+        self._raw, self._edited = ScoreScratch(), ScoreScratch()
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[RowState]) -> list[Outcome]:
+    def sample(
+        self, logits: Tensor, rows: Sequence[RowState], places: Sequence[int] | None = None
+    ) -> list[Outcome]:
         """Draw from `logits` [B, V] (raw, any float dtype), row b under `rows[b]`; append nothing to them.
+
+        `places`: where in `logits` each row's scores are; None: in order.
 
         A row whose logits hold NaN or +inf, or whose constraints forbid every token, gets an error in its
         place, and so does one for which any part of the sampler raises: the others keep their bits.
         """
-        raw = logits.detach().to(torch.float32).contiguous()
+        raw = logits.detach()
+        if self._reads_in_place(raw, rows):
+            try:
+                return _draw_compiled(raw, raw, rows, places)
+            except Exception as error:
+                raise_if_of_the_device(error)
+        raw = _at(raw, places)
+        if raw.dtype != torch.float32 or not raw.is_contiguous():
+            raw = self._raw.copy(raw)
         try:
             return self._sample(raw, rows)
         except Exception as error:
             raise_if_of_the_device(error)
             return self._sample_apart(raw, rows)
+
+    def _reads_in_place(self, raw: Tensor, rows: Sequence[RowState]) -> bool:
+        """Return whether compiled code draws from the scores where they are, for nothing else looks at them."""
+        readable = raw.dtype in (torch.float32, torch.bfloat16) and raw.device.type == "cpu"
+        return self._compiled and readable and raw.is_contiguous() and all(map(fast_path.is_alone, rows))
 
     def _sample_apart(self, raw: Tensor, rows: Sequence[RowState]) -> list[Outcome]:
         """Draw for each row as if it were alone, which changes no bit of it, to learn whose the error is."""
@@ -99,13 +117,28 @@ class Sampler:
         return outcomes
 
     def _sample(self, raw: Tensor, rows: Sequence[RowState]) -> list[Outcome]:
-        edited = edit(raw, rows, self._scratch)
+        edited = edit(raw, rows, self._edited)
         outcomes: dict[int, Outcome] = {}
         for draw, places in self._divide(rows, raw.device):
             # indexing copies a vocabulary a row: not when a part is the whole
             part = (raw, edited) if len(places) == len(rows) else (raw[places], edited[places])
             outcomes.update(zip(places, draw(*part, [rows[b] for b in places]), strict=True))
+        self._add_ranks(raw, rows, outcomes)
         return [outcomes[b] for b in range(len(rows))]
+
+    @staticmethod
+    def _add_ranks(raw: Tensor, rows: Sequence[RowState], outcomes: dict[int, Outcome]) -> None:
+        """Count the scores above those of the tokens whose rank is asked for: [asked, V]."""
+        asked = {
+            b: drawn for b, drawn in outcomes.items() if rows[b].params.ranks and isinstance(drawn, Sampled)
+        }
+        if not asked:
+            return
+        places = upload(list(asked), torch.int64, raw.device)
+        ids = upload([drawn.token_id for drawn in asked.values()], torch.int64, raw.device).unsqueeze(1)
+        scores = raw[places]
+        for (b, drawn), rank in zip(asked.items(), ranks(scores, scores.gather(1, ids), ids), strict=True):
+            outcomes[b] = replace(drawn, rank=rank)
 
     def _divide(self, rows: Sequence[RowState], device: torch.device) -> list[tuple[Draw, list[int]]]:
         """Return each way of drawing with the rows that take it."""
@@ -116,11 +149,23 @@ class Sampler:
         return [(draw, places) for draw, places in ways if places]
 
 
+def _at(scores: Tensor, places: Sequence[int] | None) -> Tensor:
+    """Return the scores at these places; a view where they lie behind one another, for indexing copies them."""
+    if places is None:
+        return scores
+    first, count = places[0], len(places)
+    if list(places) == list(range(first, first + count)):
+        return scores[first : first + count]
+    return scores[upload(places, torch.int64, scores.device)]
+
+
 Draw = Callable[[Tensor, Tensor, list[RowState]], list[Outcome]]
 
 
-def _draw_compiled(raw: Tensor, edited: Tensor, rows: list[RowState]) -> list[Outcome]:
-    drawn = fast_path.draw(raw, edited, rows)
+def _draw_compiled(
+    raw: Tensor, edited: Tensor, rows: Sequence[RowState], places: Sequence[int] | None = None
+) -> list[Outcome]:
+    drawn = fast_path.draw(raw, edited, rows, places)
     raw_norms = [
         Normaliser(top, log_mass(mass)) for top, mass in zip(drawn.raw_largest, drawn.raw_mass, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Where a completion ends: stop strings in its text, and the ids that end it.
+"""The ends of a completion: stop strings in its text, and the ids that end it.
 
 Law of the text: what has been released can no longer be part of a stop string.
 """

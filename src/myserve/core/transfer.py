@@ -1,6 +1,6 @@
 """Numbers to the device and back: up without waiting, and back in one piece.
 
-A device works behind the host's back until somebody asks it for a number; then the host waits for all of it. So what a
+A device runs asynchronously until the host asks it for a number; then the host waits for all of it. So what a
 step has to say is asked for once. On the CPU nothing waits, and the same code runs, so that it is tested there.
 """
 

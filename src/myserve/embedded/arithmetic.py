@@ -37,7 +37,7 @@ HELD_OUT_SHARE = 0.1
 
 @cache
 def is_held_out(a: int, b: int) -> bool:
-    """Whether training never sees the sum of a and b. One-digit sums are all trained on: they are facts.
+    """Return whether training never sees the sum of a and b. One-digit sums are all trained on: they are facts.
 
     >>> is_held_out(2, 2), is_held_out(27, 61) == is_held_out(61, 27)
     (False, True)

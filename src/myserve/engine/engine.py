@@ -1,44 +1,55 @@
-"""The loop: requests in, steps on a thread of its own, tokens out. It plans nothing and computes nothing itself."""
+"""Many requests on one model: what a caller may ask, from any thread. `EngineThread` runs them, step by step."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
 import logging
-import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
+from typing import Any
 
-from myserve.core.isolation import failure_of, raise_if_of_the_device
 from myserve.core.params import SamplingParams
-from myserve.engine.config import EngineConfig
+from myserve.engine.config import NUM_SEQS_AT_ANY_PACE, EngineConfig
 from myserve.engine.constraints.factory import Constraints
+from myserve.engine.drafting.drafts import Drafts
+from myserve.engine.memory import spill
+from myserve.engine.memory.freed import give_back_freed
 from myserve.engine.memory.prefault import Reserve
-from myserve.engine.meters import EngineLoad, EngineMeters
+from myserve.engine.meters import EngineLoad
 from myserve.engine.outputs import FinishReason, RequestMetrics, RoutingShape
 from myserve.engine.progress import phase
 from myserve.engine.requests.admission import ModelFacts, Submission, admit
 from myserve.engine.requests.detokenizer import Detokenizer
-from myserve.engine.requests.dispatch import Dispatcher
 from myserve.engine.requests.options import SubmitOptions
-from myserve.engine.requests.results import outcome_of, request_metrics
-from myserve.engine.requests.stream import RequestStream, StepOutcome
+from myserve.engine.requests.results import request_metrics
+from myserve.engine.requests.stream import RequestStream
+from myserve.engine.runner import kept_self_test
+from myserve.engine.runner.combined_drafts import CombinedDrafts
 from myserve.engine.runner.device_backend import DeviceBackend
-from myserve.engine.runner.model_runner import ModelRunner, StepResult
-from myserve.engine.runner.self_test import choose_batch_invariant_mode
+from myserve.engine.runner.draft_model import DraftModel, check_vocabulary
+from myserve.engine.runner.model_runner import ModelRunner
+from myserve.engine.scheduling.adapter import AdapterVersion
+from myserve.engine.scheduling.batch import Limits
 from myserve.engine.scheduling.blocks import BlockPool
+from myserve.engine.scheduling.pausing import PAUSE_MODES, PauseMode
 from myserve.engine.scheduling.queue_bound import QueueBound
-from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, Limits, Scheduler
+from myserve.engine.scheduling.row_costs import RowCosts
+from myserve.engine.scheduling.scheduler import Scheduler
+from myserve.engine.scheduling.speculation import Speculation
+from myserve.engine.thread import EngineThread
 from myserve.engine.token_bytes import TokenBytes
 from myserve.engine.weights.loader import LoadedModel, load
-from myserve.engine.weights.prepare import Mode, Prepared, Source, UpdateOptions, prepare
-from myserve.engine.weights.queue import WeightUpdate, WeightUpdates
-from myserve.errors import EngineDeadError, WeightsLoadingError
+from myserve.engine.weights.lora.adapter_files import prepare_adapter
+from myserve.engine.weights.lora.adapters import already_loaded
+from myserve.engine.weights.prepare import MODES, Mode, Prepared, Source, UpdateOptions, prepare
+from myserve.engine.weights.queue import WeightUpdate
+from myserve.engine.weights.readback import checksums_of, places_of_weights, zeros_like_weights
+from myserve.errors import RequestError, UnsupportedModelError
 
 __all__ = ["Engine"]
 
@@ -61,45 +72,50 @@ class Engine:
     ) -> None:
         self.config = config
         self.tokenizer = loaded.tokenizer
+        draft = self._load_draft_model(loaded)
+        self_test_key = kept_self_test.key_of(loaded, config)  # before the weights are packed
         with ThreadPoolExecutor(1) as beside:  # a table of Python objects, while weights are packed
             token_bytes = beside.submit(TokenBytes, loaded.tokenizer, loaded.vocab_size)
             with phase("packing the weights"):
                 self.runner = ModelRunner(loaded, config, backend, reserve)
         self.token_bytes = token_bytes.result()
-        with phase("checking that a request's tokens do not depend on its batch"):
-            self._independent = choose_batch_invariant_mode(self.runner, loaded.vocab_size)
+        self._independent = kept_self_test.check(self.runner, self_test_key, loaded.vocab_size)
+        give_back_freed()
         cache = self.runner.kv_cache
         longest, routing = self.runner.max_model_len, self.runner.routed_experts.shape
         eos_token_ids = tuple(i for i in loaded.eos_token_ids if 0 <= i < loaded.vocab_size)
         if unknown := sorted(set(loaded.eos_token_ids) - set(eos_token_ids)):
             logger.warning("the config's EOS ids %s are not in the vocabulary, and end nothing", unknown)
         self.facts = ModelFacts(loaded.vocab_size, longest, eos_token_ids, routing)
+        side_by_side = config.max_num_seqs or min(NUM_SEQS_AT_ANY_PACE, config.most_seqs)
         limits = Limits(
-            config.max_num_seqs,
+            config.most_seqs,
             config.max_num_batched_tokens,
             config.prefill_chunk,
             longest,
             config.target_inter_token_latency,
+            attention=self.runner.structure.attention_costs(loaded.num_weights),
+            num_seqs_at_any_pace=side_by_side,
         )
-        self.scheduler = Scheduler(BlockPool(cache.num_blocks, cache.block_size), limits)
+        pool = BlockPool(cache.num_blocks, cache.block_size)
+        self.draft_model = None if draft is None else DraftModel(draft, config, loaded.vocab_size)
+        self.scheduler = Scheduler(pool, limits, self._speculation(limits))
         if config.exact == "on" and not self._independent:
             logger.warning(
                 "%s: tokens depend on their batch; no way to compute was found exact", loaded.device
             )
         logger.info("exactness %s; %r; context %d", self.exactness, self.scheduler.pool, self.max_model_len)
+        if self.quantization["method"] != "off":
+            logger.info("quantization %s", self.quantization)
         self._loaded = loaded
-        self._updates = WeightUpdates(self._prepare_weights, self._post)
+        self._spilled: spill.Spilled | None = None  # weights whose memory is released; the engine's thread's
         self.constraints = Constraints(loaded.tokenizer, self.token_bytes, eos_token_ids)
         self._arrivals = count()
-        # of requests that have not ended; the engine's thread alone writes it, and the meters
-        self._owner: dict[Request, Submission] = {}
-        self.meters = EngineMeters()
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._stopping = False
-        self._fatal: str | None = None  # not the error: its traceback would keep the weights
-        self._queue = QueueBound(config.max_queue, config.max_num_seqs)  # under the lock
+        self._queue = QueueBound(config.max_queue, side_by_side)
+        self.thread = EngineThread(self.runner, self.scheduler, self._queue, self._prepare_weights)
+        self.meters = self.thread.meters
+        if (speculation := self.scheduler.speculation) is not None:
+            self.meters.drafts = speculation.counts
 
     @classmethod
     def from_pretrained(
@@ -142,8 +158,16 @@ class Engine:
 
     @property
     def exactness(self) -> dict[str, str | int | bool]:
-        """How rows are made independent (`exact.ExactReport`), and whether they were found so on this machine."""
-        return self.runner.exact_report.as_dict() | {"rows_are_independent": self._independent}
+        """The means that make rows independent (`patch.ExactReport`), this machine's self-test, and the drafts."""
+        return self.runner.exact_report.as_dict() | {
+            "rows_are_independent": self._independent,
+            "speculation": "off" if self.scheduler.speculation is None else self.config.speculation,
+        }
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The layers that compute in int8, and those that do not (`QuantizationReport`)."""
+        return self.runner.quantization.as_dict()
 
     @property
     def weight_version(self) -> int:
@@ -152,7 +176,7 @@ class Engine:
 
     @property
     def load(self) -> EngineLoad:
-        """How full it is: read without a lock, so a step may lie between two of the numbers."""
+        """The engine's load: read without a lock, so a step may lie between two of the numbers."""
         running, pool = len(self.scheduler.running), self.scheduler.pool
         waiting = max(0, self._queue.num_open - running)
         return EngineLoad(running, waiting, pool.usage, self.scheduler.num_preemptions)
@@ -160,7 +184,7 @@ class Engine:
     @property
     def is_alive(self) -> bool:
         """False once a step has failed in a way that was not one request's own, or after `shutdown`."""
-        return self._fatal is None and not self._stopping
+        return self.thread.is_alive
 
     async def prepare(self, params: SamplingParams) -> None:
         """Compile the grammar, off the event loop, so that `submit` need not wait for it. Raises RequestError."""
@@ -168,9 +192,7 @@ class Engine:
 
     def check_room(self, n: int) -> None:
         """Raise what `submit` would for `n` completions that do not fit the queue: before a prompt is tokenized."""
-        with self._wake:
-            self._check_open()
-            self._queue.check(n)
+        self.thread.check_room(n)
 
     def submit(
         self,
@@ -185,6 +207,8 @@ class Engine:
         does not fit the context, `OverloadedError` when the queue is full, `EngineDeadError`.
         """
         options = options or SubmitOptions()
+        if options.adapter is not None:
+            self.runner.adapters.find(options.adapter)
         submission = admit(
             prompt_token_ids,
             params,
@@ -195,9 +219,9 @@ class Engine:
             constraints=self.constraints,
             now=time.monotonic(),
         )
-        self._reserve(options.n)
+        self.thread.enter(options.n)
         submission.stream = self._stream_of(submission)
-        self._post(lambda: self._add(submission))
+        self.thread.add(submission)
         self.start()
         return submission.stream
 
@@ -229,171 +253,177 @@ class Engine:
             reset_prefix_cache=reset_prefix_cache,
         )
         update = WeightUpdate(source, options)
-        self._updates.add(update, lambda: self.weight_version)
+        self.thread.updates.add(update, lambda: self.weight_version)
         self.start()
         return update
 
+    @property
+    def adapters(self) -> Mapping[str, AdapterVersion]:
+        """The loaded adapters by their names, at this moment."""
+        return self.runner.adapters.current
+
+    def load_adapter(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        path: str | None = None,
+        replaces: bool = True,
+        mode: Mode = "drain",
+    ) -> Future[AdapterVersion]:
+        """Load a PEFT adapter (LoRA) from a folder; the future has its version. Any thread.
+
+        It is read, checked and packed beside what serves, and put in place between two steps. `mode`: what becomes of
+        requests in flight where the name had another version: "drain" lets them finish with theirs, "keep" lets them
+        go on with the new one and the keys and values they have, "abort" ends them with the tokens they have. `path`:
+        what the folder is called in lists. The future raises BadAdapterError, NotEnoughMemoryError, or RequestError
+        where the name is loaded and `replaces` is False; then nothing was changed.
+        """
+        if mode not in MODES:
+            raise RequestError(f"mode must be one of {', '.join(MODES)}, got {mode!r}", param="mode")
+        if not self.runner.takes_adapters:
+            raise UnsupportedModelError(
+                "adapters are computed by the batch-invariant kernels of a CPU, and this engine computes without them "
+                f"(device {self.runner.device}, exact={self.config.exact})"
+            )
+        if not replaces and name in self.adapters:
+            raise already_loaded(name)
+        self.start()
+        told, names = str(folder) if path is None else path, self._loaded.weight_names
+
+        def load_it() -> AdapterVersion:
+            prepared = prepare_adapter(Path(folder), self.runner.model, names)
+            return self.thread.call(
+                lambda: self.thread.put_adapter(name, prepared, path=told, replaces=replaces, mode=mode)
+            ).result()
+
+        return self.thread.updates.read(load_it, lambda: self.weight_version)
+
+    def unload_adapter(self, name: str) -> Future[AdapterVersion]:
+        """Take an adapter away; requests that have begun with it go on to their ends. Any thread.
+
+        The future raises ModelNotFoundError for a name that is not loaded.
+        """
+        self.start()
+        return self.thread.call(lambda: self.runner.adapters.remove(name))
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """Run no step until `resume`; return when none runs. New requests and new weights are taken meanwhile.
+
+        `mode`: what becomes of requests in flight: "keep" leaves them their keys and values, "retract" takes those, so
+        that they are computed again, "wait" lets them finish first. Raises RequestError for a pause that `resume` has
+        ended before it began, EngineDeadError.
+        """
+        if mode not in PAUSE_MODES:
+            raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}", param="mode")
+        self.start()
+        has_paused = await asyncio.wrap_future(self.thread.pause(mode))
+        if not has_paused:
+            self.thread.check_alive()
+            raise RequestError(
+                "generation was resumed before the requests in flight had finished", param="mode"
+            )
+
+    async def resume(self) -> None:
+        """Go on where `pause` has stopped. Harmless where nothing is paused. Raises EngineDeadError."""
+        self.start()
+        await asyncio.wrap_future(self.thread.call(self.thread.pausing.end))
+
+    async def weight_checksums(self) -> dict[str, str]:
+        """Return SHA-256 of each weight, read back from where the model has it. Raises EngineDeadError, EngineError."""
+        self.start()
+        names, model = self._loaded.weight_names, self.runner.model
+        read = self.thread.updates.read(lambda: checksums_of(model, names), lambda: self.weight_version)
+        return await asyncio.wrap_future(read)
+
+    def reset_weights(self) -> WeightUpdate:
+        """Put zeros in place of every weight, as an update of its own: for a test that an update replaces all."""
+        return self.update_weights(zeros_like_weights(self._loaded.weight_names), mode="keep", partial=True)
+
+    async def release_memory(self, tags: Collection[str]) -> None:
+        """Give the memory of "kv_cache" and "weights" back, until `restore_memory`; no step runs meanwhile.
+
+        Requests in flight are computed again afterwards; weights lie in a temporary file until then. CPU alone: raises
+        RequestError elsewhere.
+        """
+        if self.runner.device.type != "cpu":
+            raise RequestError("memory can be released on a CPU alone", param="tags")
+        self.start()
+        await asyncio.wrap_future(self.thread.call(lambda: self._release(frozenset(tags))))
+
+    async def restore_memory(self, tags: Collection[str]) -> None:
+        """Bring back what `release_memory` has given away, with the same values; steps run once all of it is there."""
+        self.start()
+        await asyncio.wrap_future(self.thread.call(lambda: self._restore(frozenset(tags))))
+
+    @property
+    def released(self) -> frozenset[str]:
+        """The tags whose memory is released now."""
+        return self.scheduler.released
+
+    def _release(self, tags: frozenset[str]) -> None:
+        self.scheduler.preempt_all()
+        self.scheduler.pool.forget_all()
+        self.scheduler.released |= tags  # first: whatever fails below, no step runs without its memory
+        if "kv_cache" in tags:
+            spill.drop(tensor for layer in self.runner.kv_cache.layers for tensor in layer)
+        if "weights" in tags and self._spilled is None:
+            self._spilled = spill.Spilled(places_of_weights(self.runner.model))
+
+    def _restore(self, tags: frozenset[str]) -> None:
+        if "weights" in tags and self._spilled is not None:
+            self._spilled.restore()
+            self._spilled = None
+        self.scheduler.released -= tags
+
+    async def forget_prefixes(self) -> None:
+        """Forget every cached prefix; what requests in flight hold stays theirs. Raises EngineDeadError."""
+        self.start()
+        await asyncio.wrap_future(self.thread.call(self.scheduler.pool.forget_all))
+
+    @property
+    def is_paused(self) -> bool:
+        """True while no step runs: until `resume`, or until memory that was released is there again."""
+        return self.scheduler.is_paused or bool(self.scheduler.released)
+
     def start(self) -> None:
         """Start the engine's thread; nothing happens where it runs already."""
-        with self._wake:
-            if self._thread is None and not self._stopping:
-                self._thread = threading.Thread(target=self._run, name="myserve-engine", daemon=True)
-                self._thread.start()
-                # a thread that Python ends in the midst of PyTorch's code takes the process with it: SIGABRT
-                atexit.register(_shut_down, weakref.ref(self))
+        if self.thread.start():
+            # a thread that Python ends in the midst of PyTorch's code takes the process with it: SIGABRT
+            atexit.register(_shut_down, weakref.ref(self))
 
     def shutdown(self) -> None:
         """End the thread; requests in flight end with an EngineDeadError. The engine cannot be started again.
 
-        Gives its memory back, though somebody may still hold the engine.
+        Gives its memory back, even where a reference to the engine is kept.
         """
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
+        self.thread.stop()
         self.constraints.close()
         self.runner.close()
+        if self.draft_model is not None:
+            self.draft_model.close()
         vars(self).pop("_loaded", None)
 
-    # ---- the engine's thread
+    # ---- pieces of the above
 
-    def step(self) -> bool:
-        """Plan, run, take in, hand out. False when there was nothing to do."""
-        began = time.monotonic()
-        batch = self.scheduler.schedule(began)
-        if not batch.scheduled:
-            return False
-        result = self.runner.run(batch)
-        now = time.monotonic()
-        self.meters.add_step(batch, result, now - began, now)
-        ended = self.scheduler.update(batch, result.token_ids, now)
-        self._hand_out(batch, result, dict(ended))
-        return True
+    def _speculation(self, limits: Limits) -> Speculation | None:
+        """Return what adds drafts to steps; None where they are off, or would show in what is drawn."""
+        asked = self.config.speculation
+        if asked == "off" or self.config.exact == "off" or not self._independent:
+            return None
+        number = None if asked == "auto" else int(asked)
+        row_costs = RowCosts()
+        drafter = CombinedDrafts(Drafts(), self.runner, self.draft_model, row_costs.seconds, number)
+        return Speculation(drafter, limits, row_costs, number)
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self._take_inbox()
-                self._updates.advance(self)
-                if not self.step():
-                    self._wait_for_work()
-            self._fail_all(EngineDeadError("the engine was shut down"))
-        except BaseException as error:
-            logger.critical("the engine stopped", exc_info=True)
-            self._fatal = f"{type(error).__name__}: {error}"
-            self._fail_all(EngineDeadError(f"the engine stopped: {self._fatal}"))
-
-    def _take_inbox(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
-
-    def _wait_for_work(self) -> None:
-        ever_held, is_idle = self.scheduler.pool.num_ever_held, True
-        # a little at a time: a request that comes in waits for one of them at most
-        while is_idle and not (self._inbox or self._stopping):
-            is_idle = self.runner.prepare_while_idle(ever_held)
-        with self._wake:
-            self._wake.wait_for(lambda: bool(self._inbox) or self._stopping)
-
-    def _add(self, submission: Submission) -> None:
-        for request in submission.requests:
-            self._owner[request] = submission
-        try:
-            for request in submission.requests:
-                row = submission.row_state(request.index, self.runner.device)
-                self.runner.add(request, row, submission.params)
-        except Exception as error:
-            raise_if_of_the_device(error)
-            self._fail(submission.requests, failure_of(error, "preparing its sampling"))
-        else:
-            self.scheduler.add(submission.requests[0])
-
-    def _abort(self, requests: Sequence[Request], reason: str = "abort") -> None:
-        for request in requests:
-            self.scheduler.abort(request)
-            self._forget(request, reason)
-
-    def _forget(self, request: Request, reason: str) -> None:
-        if self._owner.pop(request, None) is None:
-            return
-        self.runner.remove(request)
-        now = time.monotonic()
-        self.meters.add_end(request, reason, now)
-        with self._wake:
-            self._queue.leave(now - request.times.arrived)
-
-    def _hand_out(self, batch: Batch, result: StepResult, ended: dict[Request, str]) -> None:
-        """Send the outcomes of a step to their streams; a prompt's scores before its first token."""
-        mail, now = Dispatcher(), time.time()
-        for request, scores in result.prompt_logprobs.items():
-            mail.add(self._owner[request], StepOutcome(request.index, prompt_logprobs=scores))
-        for request, error in result.failed_prompts.items():
-            mail.add(self._owner[request], StepOutcome(request.index, finish_reason="error", error=error))
-            ended[request] = "error"
-            self.scheduler.abort(request)
-        for request in batch.scored:
-            mail.add(self._owner[request], StepOutcome(request.index, finish_reason="length"))
-        for (request, _), draw, routed in zip(batch.draws, result.draws, result.routed_experts, strict=True):
-            owner = self._owner[request]
-            try:
-                outcome = outcome_of(
-                    request,
-                    draw,
-                    routed,
-                    ended.get(request),
-                    owner,
-                    self.weight_version,
-                    now,
-                    closed_early=self.runner.closes_early(request),
-                )
-            except Exception as error:
-                failure = failure_of(error, "reporting its token")
-                outcome = StepOutcome(request.index, finish_reason="error", error=failure)
-                ended[request] = "error"
-                self.scheduler.abort(request)
-            mail.add(owner, outcome)
-        for request, reason in ended.items():
-            self._forget(request, reason)
-        mail.send(self._abort_all_of)
-
-    def _abort_all_of(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Abort the requests of an event loop that is closed: no one is left to read them."""
-        self._abort([request for request, owner in self._owner.items() if owner.loop is loop])
-
-    def _fail_all(self, error: Exception) -> None:
-        self._updates.close(error)
-        self._take_inbox()
-        self._fail(list(self._owner), error)
-
-    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
-        """End requests that the scheduler does not have, or will not run again, with an error."""
-        mail = Dispatcher()
-        for request in requests:
-            mail.add(self._owner[request], StepOutcome(request.index, finish_reason="error", error=error))
-            self._forget(request, "error")
-        mail.send(self._abort_all_of)
-
-    # ---- new weights, on the engine's thread (`weight_updates.Swapper`)
-
-    def end_begun(self) -> int:
-        """Everyone in flight that has tokens ends with them; the others have nothing to lose, and start over."""
-        begun = [request for request in self.scheduler.in_flight if request.num_output_tokens]
-        mail = Dispatcher()
-        for request in begun:
-            mail.add(self._owner[request], StepOutcome(request.index, finish_reason="abort"))
-            self._abort([request])
-        mail.send(self._abort_all_of)
-        return len(begun)
-
-    def swap(self, prepared: Prepared, version: int, options: UpdateOptions) -> None:
-        prepared.install()
-        self.runner.recorded_steps.clear()
-        for request in self.scheduler.change_weights(version):
-            self.runner.restart(request)
-        if options.reset_prefix_cache:
-            self.scheduler.pool.forget_all()
-        logger.info("weights %d, %s", version, prepared.checksum)
+    def _load_draft_model(self, target: LoadedModel) -> LoadedModel | None:
+        name = self.config.draft_model
+        if name is None:
+            return None
+        with phase(f"reading the weights of the draft model {name}"):
+            loaded = load(name, self.config)
+        check_vocabulary(loaded, target, name)
+        return loaded
 
     def _prepare_weights(self, source: Source, options: UpdateOptions) -> Prepared:
         return prepare(
@@ -405,36 +435,17 @@ class Engine:
             may_cast=self._loaded.casts,
         )
 
-    # ---- between the threads
-
-    def _post(self, task: Callable[[], None]) -> None:
-        with self._wake:
-            self._inbox.append(task)
-            self._wake.notify()
-
-    def _reserve(self, n: int) -> None:
-        """Count `n` choices in, or say that there is no room."""
-        with self._wake:
-            self._check_open()
-            self._queue.enter(n)
-
     def _cache_root(self, options: SubmitOptions) -> Hashable:
         """Return what requests must agree on to find each other's prefixes."""
         if not self.config.prefix_caching:
             return object()  # no two requests agree on a fresh object
         return ("" if self.config.share_prefix_cache else options.client, options.cache_salt)
 
-    def _check_open(self) -> None:
-        if not self.is_alive:
-            raise EngineDeadError(f"the engine has stopped ({self._fatal or 'shut down'})")
-        if self._updates.refuses_requests:
-            raise WeightsLoadingError("new weights are about to be swapped in; try again in a moment")
-
     def _stream_of(self, submission: Submission) -> RequestStream:
         requests = submission.requests
 
         def abort(indices: list[int], reason: FinishReason) -> None:
-            self._post(lambda: self._abort([requests[i] for i in indices], reason))
+            self.thread.abort([requests[i] for i in indices], reason)
 
         def metrics(index: int) -> RequestMetrics:
             now, usage = time.monotonic(), self.scheduler.pool.usage

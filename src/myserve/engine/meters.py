@@ -10,8 +10,9 @@ from itertools import accumulate
 from typing import Protocol, get_args
 
 from myserve.engine.outputs import FinishReason
+from myserve.engine.scheduling.batch import Batch
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch
+from myserve.engine.scheduling.speculation import DraftCounts
 
 __all__ = ["SECONDS", "EngineLoad", "EngineMeters", "Histogram", "StepTokens"]
 
@@ -25,13 +26,13 @@ class StepTokens(Protocol):
     """The part of a `StepResult`, which knows torch, that the meters read."""
 
     @property
-    def token_ids(self) -> Sequence[int | None]: ...
+    def token_ids(self) -> Sequence[Sequence[int | None]]: ...
     @property
     def sampling_seconds(self) -> float: ...
 
 
 class Histogram:
-    """How many values were at most each bound, and their sum: what Prometheus keeps of a distribution.
+    """Count the values at most each bound, and sum them: what Prometheus keeps of a distribution.
 
     >>> waits = Histogram((0.1, 1.0))
     >>> for seconds in (0.05, 0.1, 7.0): waits.observe(seconds)
@@ -55,7 +56,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How full an engine is, now."""
+    """The load of an engine, now."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -89,6 +90,7 @@ class EngineMeters:
     latency: Histogram = field(default_factory=_seconds)
     request_prompt_tokens: Histogram = field(default_factory=_tokens)
     request_generation_tokens: Histogram = field(default_factory=_tokens)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
     def add_step(self, batch: Batch, result: StepTokens, seconds: float, now: float) -> None:
         """Count what a step drew.
@@ -100,14 +102,17 @@ class EngineMeters:
         self.step_tokens.observe(batch.num_tokens)
         # requests that decode together waited equally long: one value, not one a request
         gaps: Counter[float] = Counter()
-        for (request, _), token_id in zip(batch.draws, result.token_ids, strict=True):
-            if token_id is None:
+        for (request, _), token_ids in zip(batch.draws, result.token_ids, strict=True):
+            count = sum(token_id is not None for token_id in token_ids)
+            if not count:
                 continue
-            self.generation_tokens += 1
+            self.generation_tokens += count
             if request.times.last_token is None:
                 self._add_first_token(request, now)
             else:
                 gaps[now - request.times.last_token] += 1
+            if count > 1:  # a draft's tokens come at one moment
+                gaps[0.0] += count - 1
         for seconds, times in gaps.items():
             self.inter_token_latency.observe(seconds, times)
 

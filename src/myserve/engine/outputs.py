@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -31,8 +33,9 @@ class KeptSet:
     entropy: float
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+# a Struct, as `Delta`: one of each is made for every token, in 0.2 µs where a frozen dataclass takes 2; no garbage
+# collector need see it, for nothing in it can refer back
+class TokenOutput(Struct, frozen=True, gc=False):
     """One sampled token with every number that belongs to it.
 
     >>> TokenOutput(token_id=7, logprob=-0.5, sampling_logprob=-0.25).top_logprobs
@@ -48,11 +51,14 @@ class TokenOutput:
     kept: KeptSet | None = None
     routed_experts: bytes | None = None  # of the forward pass that gave it: `RoutingShape.array` reads it
     weight_version: int = 0
+    adapter_version: int | None = None  # of its request's adapter; None: it has none
     recomputed: bool = False  # everything before it was run again by this version: it had been preempted
     # unix seconds at which the step that made it ended
     time: float = 0.0
     # what it adds to this text, where that depends on its place; None: its bytes of the vocabulary
     text_bytes: bytes | None = None
+    rank: int | None = None  # among all ids, 1 the likeliest; None where it was not asked for
+    drafter: str | None = None  # that had it before it was drawn; None: it was drawn without a draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,7 @@ class PromptLogprob:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     routed_experts: bytes | None = None  # of the position before it, which gives its logprob
     rank: int | None = None  # among all ids, 1 the likeliest; None at position 0
+    token_id_logprobs: tuple[tuple[int, float | None], ...] = ()  # for logprob_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +118,11 @@ class RequestMetrics:
     time_to_first_token: float = 0.0
     num_concurrent_requests: int = 0
     kv_cache_usage: float = 0.0  # blocks that running requests hold, just after this one gave back its own
+    num_draft_tokens: int = 0  # that were verified
+    num_accepted_tokens: int = 0  # of them, those that were drawn
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Struct, frozen=True):
     """The gain of one choice since the last event: text that can no longer change, and its tokens, aligned.
 
     A token whose text is held back (an unfinished UTF-8 character, a possible stop string) comes with the

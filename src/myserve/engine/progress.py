@@ -31,7 +31,7 @@ class StartPhase:
 
     @property
     def seconds(self) -> float:
-        """How long it has run."""
+        """The seconds that it has run."""
         return time.monotonic() - self._began
 
     def report_until_over(self) -> None:

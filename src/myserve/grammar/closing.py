@@ -25,6 +25,8 @@ class Closer:
             if len(data) == 1 and token_id not in vocabulary.special_ids:
                 single.setdefault(data[0], token_id)
         rest = (byte for byte in range(256) if byte not in _ORDER + _LAST)
+        # a grammar that names one has it between texts of any length, and nothing else ends those
+        self._special = sorted(vocabulary.special_ids - {*vocabulary.eos_ids})
         self._quote, self._letter = single.get(ord('"')), single.get(ord("q"))
         self._preferred = [single[byte] for byte in (*_ORDER, *rest, *_LAST) if byte in single]
 
@@ -48,6 +50,9 @@ class Closer:
         return path
 
     def _choose(self, mask: bytes) -> int | None:
+        for token_id in self._special:
+            if _has(mask, token_id):
+                return token_id
         if self._is_in_string(mask):
             return self._quote
         for token_id in self._preferred:
@@ -61,7 +66,7 @@ class Closer:
         return 8 * zeros + lowest.bit_length() - 1
 
     def _is_in_string(self, mask: bytes) -> bool:
-        """Where a letter may come, a bracket is a letter too, and the quote is what closes."""
+        """Return whether a string is open: a bracket is a letter there, and the quote is what closes."""
         quote, letter = self._quote, self._letter
         return quote is not None and letter is not None and _has(mask, quote) and _has(mask, letter)
 

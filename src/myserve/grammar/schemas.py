@@ -77,7 +77,7 @@ def _walk(schema: Any) -> None:
 
 
 def _is_text(schema: dict[str, Any]) -> bool:
-    """Whether the schema is of strings alone: a format says nothing about other values."""
+    """Return whether the schema is of strings alone: a format says nothing about other values."""
     return schema.get("type") == "string"
 
 

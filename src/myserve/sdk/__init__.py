@@ -12,6 +12,7 @@ from myserve.sdk.options import SampleOptions
 from myserve.sdk.records.journal import JournalError
 from myserve.sdk.retry import RetryPolicy
 from myserve.sdk.sampler import DeploymentSampler
+from myserve.sdk.sampling.decisions import Decisions, QuestionAnswer
 from myserve.sdk.types import Alternative, Completions, SampledCompletion, SampleDelta, SamplerStats
 from myserve.sdk.weights import WeightUpdateError
 
@@ -21,9 +22,11 @@ __all__ = [
     "BatchGroup",
     "Completions",
     "Conversation",
+    "Decisions",
     "DeploymentSampler",
     "FixedConcurrencyController",
     "JournalError",
+    "QuestionAnswer",
     "RetryPolicy",
     "SampleBatch",
     "SampleDelta",

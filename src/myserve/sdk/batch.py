@@ -18,7 +18,7 @@ from myserve.sdk.transport.pool import ServerPool
 from myserve.sdk.types import Completions, SampledCompletion
 
 if TYPE_CHECKING:
-    from myserve.sdk.progress import SampleProgress
+    from myserve.sdk.display.progress import SampleProgress
 
 __all__ = ["OPEN_PROMPTS", "BatchGroup", "GroupSampler", "SampleBatch"]
 
@@ -111,7 +111,9 @@ class SampleBatch:
     def _bar(self) -> AbstractContextManager[SampleProgress | None]:
         if not self._progress:
             return nullcontext()
-        from myserve.sdk.progress import SampleProgress  # rich, which a run without a bar need not load
+        from myserve.sdk.display.progress import (
+            SampleProgress,  # rich, which a run without a bar need not load
+        )
 
         return SampleProgress(len(self._prompts) * self._options.get("n", 1), self._sampler.backend)
 

@@ -18,6 +18,8 @@ from myserve.sdk.errors import SamplingError
 from myserve.sdk.options import CallPlan, Messages, Prompt, SampleOptions, TokenIds, plan
 from myserve.sdk.request import DEFAULT_MAX_TOKENS, as_token_ids
 from myserve.sdk.retry import RetryPolicy
+from myserve.sdk.sampling import decisions
+from myserve.sdk.sampling.decisions import Decisions
 from myserve.sdk.sampling.group import Group
 from myserve.sdk.seeds import prompt_seed, random_seed
 from myserve.sdk.sync import SyncSampler
@@ -198,6 +200,21 @@ class DeploymentSampler:
         return SampleBatch(
             self, prompts, dict(options), journal=journal, progress=progress, deadline=deadline
         )
+
+    async def decide(
+        self,
+        state: str | Sequence[Mapping[str, Any]],
+        questions: Sequence[Mapping[str, Any]],
+        **options: Any,
+    ) -> Decisions:
+        """Return the answers to questions about a state, each with the probabilities of its options, in their order.
+
+        `state`: a text, or OpenAI's items of an input. `questions`: OpenAI's, of type "predicate", "choice" or
+        "score". `options`: fields of `/v1/decisions`, such as `chat_template_kwargs` and `return_token_ids`.
+        Raises `SamplingError`, also for answers that are none to these questions.
+        """
+        body = {"model": self.model, "input": state, "questions": list(questions), **options}
+        return await decisions.decide(self.backend, body, questions)
 
     async def update_weights(
         self,

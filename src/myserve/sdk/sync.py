@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack
 
 from myserve.sdk.batch import SampleBatch
 from myserve.sdk.concurrency.fork import reset_after_fork
 from myserve.sdk.options import Messages, Prompt, SampleOptions, TokenIds
+from myserve.sdk.sampling.decisions import Decisions
 from myserve.sdk.types import Completions, SampledCompletion
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ class AsyncCalls(Protocol):
     def stream_completions(
         self, prompt: Prompt, **options: Unpack[SampleOptions]
     ) -> AsyncGenerator[SampledCompletion]: ...
+    async def decide(
+        self,
+        state: str | Sequence[Mapping[str, Any]],
+        questions: Sequence[Mapping[str, Any]],
+        **options: Any,
+    ) -> Decisions: ...
     async def aclose(self) -> None: ...
     @property
     def sample_batch(self) -> Callable[..., SampleBatch]: ...
@@ -111,6 +118,15 @@ class SyncSampler:
             return await self._sampler.sample_batch(prompts, **options)
 
         return run_sync(run())
+
+    def decide(
+        self,
+        state: str | Sequence[Mapping[str, Any]],
+        questions: Sequence[Mapping[str, Any]],
+        **options: Any,
+    ) -> Decisions:
+        """Return the answers to questions about a state."""
+        return run_sync(self._sampler.decide(state, questions, **options))
 
     def update_weights(self, path: str, **options: Any) -> list[WeightsReport]:
         """Load weights from a folder in each server's weights directory."""

@@ -23,21 +23,40 @@ from myserve.server.errors import error_response, http_error_response, status_of
 from myserve.server.models.models import Models, load_model
 from myserve.server.observe.http_meters import HttpMeters, LoopWatchdog
 from myserve.server.observe.traces import Traces
-from myserve.server.routes import chat, completions, generate, health, metrics, tokenize, weights
+from myserve.server.routes import (
+    chat,
+    completions,
+    decisions,
+    generate,
+    health,
+    metrics,
+    sessions,
+    tokenize,
+    weights,
+)
+from myserve.server.routes.dialects import info, lora, sglang, sglang_generate, tinker, vllm
+from myserve.server.routes.dialects.promises import Promises
+from myserve.server.routes.messages_api import routes as messages_api
 from myserve.server.routes.openapi import openapi
+from myserve.server.routes.responses_api import routes as responses_api
+from myserve.server.routes.responses_api.background import BackgroundRuns
+from myserve.server.routes.responses_api.store import ResponseStore
+from myserve.server.sessions.store import Sessions
 from myserve.server.settings import Settings
 
 __all__ = ["create_app"]
 
 log = logging.getLogger("myserve.server")
 
+DIALECTS = (responses_api, messages_api, vllm, sglang, sglang_generate, lora, tinker, info)
+
 # nginx's number for it: the client is gone, and the number is for the access log
 CLIENT_CLOSED_REQUEST = 499
 
 # other APIs that clients of ours try first, by how their paths end, and what serves the same purpose here
 SERVED_INSTEAD = {
-    "/responses": "POST /v1/chat/completions: the Responses API is not served",
-    "/messages": "POST /v1/chat/completions: Anthropic's Messages API is not served",
+    "/responses": "POST /v1/responses: a client's base URL ends with /v1",
+    "/messages": "POST /v1/messages: a client's base URL ends before /v1",
     "/api/chat": "POST /v1/chat/completions: Ollama's API is not served",
     "/api/generate": "POST /v1/completions: Ollama's API is not served",
     "/embeddings": "nothing: this server has no embeddings",
@@ -67,9 +86,25 @@ def create_app(settings: Settings | None = None, reserve: Reserve | None = None)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
     app.state.models = Models(settings, partial(load_model, reserve=reserve))
+    app.state.promises = Promises()
+    app.state.responses = ResponseStore()
+    app.state.background_runs = BackgroundRuns(app.state.responses)
+    app.state.sessions = Sessions(timeout=settings.session_timeout, most_bytes=settings.session_bytes)
     # set by a command that ends when a model does not load
     app.state.on_load_failure = None
-    for family in (chat, completions, generate, tokenize, weights, health, metrics, pages):
+    for family in (
+        chat,
+        completions,
+        decisions,
+        generate,
+        sessions,
+        tokenize,
+        weights,
+        health,
+        metrics,
+        *DIALECTS,
+        pages,
+    ):
         app.include_router(family.router)
     app.add_exception_handler(MyserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -82,9 +117,12 @@ def create_app(settings: Settings | None = None, reserve: Reserve | None = None)
     app.add_middleware(AccessControl, access=access)
     # around it, for a browser sends its preflight without a key
     if access.origins:
-        headers = ["authorization", "content-type", "x-api-key", "x-request-id"]
+        headers = ["authorization", "content-type", "x-api-key", "x-request-id", "x-session-id"]
         app.add_middleware(
-            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=headers
+            CORSMiddleware,
+            allow_origins=access.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=headers,
         )
     app.state.traces = _traces(settings)
     app.add_middleware(Edge, meters=app.state.http_meters, traces=app.state.traces)
@@ -107,6 +145,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.watchdog.start()
     yield
     app.state.watchdog.stop()
+    app.state.promises.close()
+    app.state.background_runs.close()
     await asyncio.to_thread(models.close)
     if app.state.traces is not None:
         await asyncio.to_thread(app.state.traces.close)
@@ -115,7 +155,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _on_error(http: Request, error: Exception) -> Response:
     if status_of(error) >= 500:
         log.error("%s %s failed", http.method, http.url.path, exc_info=error)
-    return error_response(error)
+    return error_response(error, http.url.path)
 
 
 async def _on_http_error(http: Request, error: Exception) -> Response:
@@ -128,7 +168,7 @@ async def _on_http_error(http: Request, error: Exception) -> Response:
         detail = f"{http.url.path} does not take {http.method}"
     else:
         detail = str(error.detail)
-    return http_error_response(error.status_code, detail, dict(error.headers or {}))
+    return http_error_response(error.status_code, detail, dict(error.headers or {}), http.url.path)
 
 
 async def _on_client_gone(http: Request, error: Exception) -> Response:

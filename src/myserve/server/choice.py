@@ -24,6 +24,7 @@ class Choice:
     prompt_logprobs: tuple[PromptLogprob, ...] | None = None
     last: Delta | None = None  # the delta with the finish reason
     weight_version: int | None = None  # of the last token drawn, shown or not
+    adapter_version: int | None = None  # likewise; None: no adapter, or no token
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)

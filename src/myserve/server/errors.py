@@ -16,8 +16,22 @@ from myserve.errors import (
     RequestError,
     WeightsLoadingError,
 )
+from myserve.wire.messages_api.answer import MessagesError, MessagesErrorBody
 from myserve.wire.responses import ErrorResponse
 
+# where errors have Anthropic's shape, and below
+MESSAGES = "/v1/messages"
+
+# Anthropic's names of errors, by status
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 INTERNAL = "an error inside the server; it is ours, not the request's"
 
 
@@ -30,6 +44,10 @@ class UnauthorizedError(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="invalid_api_key")
+
+
+class NotFoundError(RequestError):
+    """The request names something that is not kept here, or is another caller's."""
 
 
 class ForbiddenError(RequestError):
@@ -82,7 +100,7 @@ def status_of(error: Exception) -> int:
     500
     """
     match error:
-        case ModelNotFoundError():
+        case ModelNotFoundError() | NotFoundError():
             return 404
         case UnauthorizedError():
             return 401
@@ -114,7 +132,8 @@ def error_body(error: Exception) -> ErrorResponse:
     "an error inside the server; it is ours, not the request's"
     """
     if isinstance(error, RequestError):
-        kind = "not_found_error" if isinstance(error, ModelNotFoundError) else "invalid_request_error"
+        is_missing = isinstance(error, ModelNotFoundError | NotFoundError)
+        kind = "not_found_error" if is_missing else "invalid_request_error"
         return _shape(error.message, kind, error.param, error.code)
     if isinstance(error, OverloadedError):
         return _shape(str(error), "rate_limit_error", None, "overloaded")
@@ -128,8 +147,40 @@ def error_body(error: Exception) -> ErrorResponse:
     return _shape(INTERNAL, "server_error", None, "internal_error")
 
 
-def error_response(error: Exception) -> Response:
-    """Return the whole answer, with `Retry-After` where it helps."""
+def messages_error_body(error: Exception) -> MessagesError:
+    """Return Anthropic's error shape.
+
+    >>> messages_error_body(RequestError("no", param="model"))["error"]["type"]
+    'invalid_request_error'
+    """
+    return _as_anthropic(error_body(error), status_of(error))
+
+
+def _as_anthropic(body: ErrorResponse, status: int) -> MessagesError:
+    said = body["error"]
+    kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    error: MessagesErrorBody = {
+        "type": kind,
+        "message": said["message"],
+        "param": said["param"],
+        "code": said["code"],
+    }
+    if said["code"] is not None:
+        error["details"] = {"error_code": said["code"]}
+    return {"type": "error", "error": error}
+
+
+def has_anthropic_shape(path: str) -> bool:
+    """Return whether a route's errors have Anthropic's shape.
+
+    >>> has_anthropic_shape("/v1/messages/count_tokens"), has_anthropic_shape("/v1/models")
+    (True, False)
+    """
+    return path == MESSAGES or path.startswith(MESSAGES + "/")
+
+
+def error_response(error: Exception, path: str = "") -> Response:
+    """Return the whole answer, with `Retry-After` where it helps, in the shape that the route's clients read."""
     headers = {}
     if isinstance(error, OverloadedError | WeightsLoadingError | ShuttingDownError | EngineRestartingError):
         headers["retry-after"] = f"{max(1, round(error.retry_after))}"
@@ -138,12 +189,12 @@ def error_response(error: Exception) -> Response:
         headers["connection"] = "close"
     if isinstance(error, UnauthorizedError):
         headers["www-authenticate"] = "Bearer"
-    return _json(error_body(error), status_of(error), headers)
+    return _json(error_body(error), status_of(error), headers, path)
 
 
-def http_error_response(status: int, detail: str, headers: dict[str, str]) -> Response:
+def http_error_response(status: int, detail: str, headers: dict[str, str], path: str = "") -> Response:
     """Return the answer to what never reached a route: an unknown path, a wrong method."""
-    return _json(http_error_body(status, detail), status, headers)
+    return _json(http_error_body(status, detail), status, headers, path)
 
 
 def http_error_body(status: int, detail: str) -> ErrorResponse:
@@ -160,5 +211,6 @@ def _shape(message: str, kind: str, param: str | None, code: str | None) -> Erro
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _json(body: ErrorResponse, status: int, headers: dict[str, str]) -> Response:
-    return Response(json.dumps(body), status, headers, media_type="application/json")
+def _json(body: ErrorResponse, status: int, headers: dict[str, str], path: str) -> Response:
+    shaped = _as_anthropic(body, status) if has_anthropic_shape(path) else body
+    return Response(json.dumps(shaped), status, headers, media_type="application/json")

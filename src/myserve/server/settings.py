@@ -15,7 +15,7 @@ from myserve.embedded import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.errors import RequestError
 from myserve.options import Option, Source, check_options, option, options_of, read_options
-from myserve.server.parsing.tool_calls import TOOL_STYLES
+from myserve.server.parsing.tool_styles import TOOL_STYLES
 
 __all__ = ["DEFAULT_ON_DEMAND", "EMBEDDED_MODEL", "OPTIONS", "ServedNames", "Settings"]
 
@@ -69,7 +69,7 @@ class ServedNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Which models are served, how they are loaded, and the server's limits. Raises RequestError.
+    """Hold the served models, the options of their loading, and the server's limits. Raises RequestError.
 
     `models` maps served names to folders or hub ids; it is the only place where a name becomes a path. Models
     in `preload` are loaded at start, the others when a request first names them.
@@ -91,12 +91,36 @@ class Settings:
         group=_MODELS,
         unset="the weights stay as loaded",
     )
+    lora: tuple[str, ...] = option(
+        (),
+        "Adapters (PEFT) of the first model that are loaded at start, as name=folder.",
+        group=_MODELS,
+        unset="none",
+    )
+    enable_memory_saver: bool = option(
+        False,
+        "Let a trainer on the same machine free the KV cache and the weights between rollouts.",
+        group=_MODELS,
+    )
     strict: bool = option(False, "Refuse request fields that no API knows.", group=_API)
     tool_style: str = option(
         "auto",
         "How the model writes tool calls; auto is as its chat template shows.",
         group=_API,
         choices=TOOL_STYLES,
+    )
+
+    trust_request_chat_template: bool = option(
+        False,
+        "Take a chat template from a request. It is a program: one may use up the server's time and memory.",
+        group=_API,
+    )
+    max_logprobs: int = option(
+        20,
+        "The most alternatives of a token that a request may ask for; 20 is OpenAI's limit.",
+        group=_API,
+        at_least=0,
+        at_most=1024,
     )
 
     host: str = option(
@@ -145,7 +169,7 @@ class Settings:
     )
 
     max_body_bytes: int = option(
-        64 << 20, "The largest request; more is a 413.", group=_LIMITS, at_least=1, is_bytes=True
+        16 << 20, "The largest request; more is a 413.", group=_LIMITS, at_least=1, is_bytes=True
     )
     request_timeout: float | None = option(
         None,
@@ -159,6 +183,17 @@ class Settings:
         "Seconds in which a client must have sent a request's head, and its body.",
         group=_LIMITS,
         above=0,
+    )
+
+    session_bytes: int = option(
+        256 << 20,
+        "Memory for what sessions (X-Session-ID) keep, all together; 0: none are kept, and the header has no effect.",
+        group=_LIMITS,
+        at_least=0,
+        is_bytes=True,
+    )
+    session_timeout: float = option(
+        3600.0, "Seconds after which a session that nobody used is forgotten.", group=_LIMITS, above=0
     )
 
     shutdown_timeout: float = option(
@@ -188,8 +223,20 @@ class Settings:
                 "TLS needs a certificate: give ssl_certfile beside ssl_keyfile and ssl_ca_certs",
                 param="ssl_certfile",
             )
+        if taken := self.adapters.keys() & self.models.keys():
+            raise RequestError(f"lora: {min(taken)!r} is a model's name", param="lora")
         if self.preload is None:
             object.__setattr__(self, "preload", tuple(self.models))
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The folders of the adapters that are loaded at start, by name. Raises RequestError."""
+        pairs = [text.partition("=") for text in self.lora]
+        if wrong := [
+            text for text, (name, _, folder) in zip(self.lora, pairs, strict=True) if not name or not folder
+        ]:
+            raise RequestError(f"lora must be name=folder, got {wrong[0]!r:.80}", param="lora")
+        return {name: folder for name, _, folder in pairs}
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:

@@ -38,16 +38,17 @@ def _real_rows(
     local_size: int | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """The rows [B, T] that are no padding, None for all; marked with the window where the model's mask has one.
+    """The rows [B, 1, 1, T] that are no padding, None for all; marked with the window where the model's mask has one.
 
-    Some models have it there alone, and give their attention no `sliding_window` (Qwen2-MoE).
+    Some models have it there alone, and give their attention no `sliding_window` (Qwen2-MoE). The shape is that of any
+    mask, for some models take slices of it (Gemma 4).
     """
     if local_size is None:
-        return attention_mask
+        return None if attention_mask is None else attention_mask[:, None, None]
     real = (
-        torch.ones(batch_size, kv_length, dtype=torch.bool)
+        torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool)
         if attention_mask is None
-        else attention_mask.clone()
+        else attention_mask[:, None, None].clone()
     )
     setattr(real, _WINDOW, local_size)
     return real
@@ -117,7 +118,8 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend: query [B, H, T, D], key and value [B, Hkv, T, D]; gives [B, T, H, D].
 
-    The rows are those of `spans`, packed [1, T]; or whole sequences, padded, attention_mask [B, T] or None.
+    The rows are those of `spans`, packed [1, T]; or whole sequences, padded, attention_mask [B, 1, 1, T] or None.
+    Raises ValueError where the model leaves positions out.
     """
     batch, length, head_dim = query.shape[0], *query.shape[2:]
     options: dict[str, Any] = {
@@ -127,8 +129,15 @@ def _attention_forward(
     }
     rows = [x.transpose(1, 2) for x in (query, key, value)]  # [B, T, heads, D]
     if spans is not None:
-        return _attend([x[0] for x in rows], s_aux, spans, options)[None], None
-    real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        return _attend([x[0] for x in rows], s_aux, spans, options).contiguous()[None], None
+    if key.shape[2] != length:
+        raise ValueError(
+            f"{type(module).__name__} asks for {length} of {key.shape[2]} positions; call the model without "
+            "logits_to_keep, and take the logits that you want"
+        )
+    real = torch.ones(batch, length, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask.reshape(batch, length).bool()
     out = _attend([x[real] for x in rows], s_aux, Spans.of_whole(real.sum(1).tolist()), options)
     padded = out.new_zeros(batch, length, query.shape[1], out.shape[2])
     return padded.masked_scatter(real[..., None, None], out), None

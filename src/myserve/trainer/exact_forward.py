@@ -7,8 +7,9 @@ usual one, by PyTorch. Parameters, state dict and optimizer stay what they are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,21 @@ from myserve.engine.batch_invariance.activations import install_activations, ref
 from myserve.engine.batch_invariance.fusion import NormKind, norm_kind
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.patch import is_router
+from myserve.engine.batch_invariance.quantized import QuantizedWeight, can_quantize
 from myserve.engine.batch_invariance.rope_table import look_up_angles
+from myserve.errors import RequestError
+from myserve.trainer.exact_adapters import add_expert_adapters, is_lora_layer, make_lora_exact
 from myserve.trainer.exact_attention import TRAINER_NAME, register_exact_attention
 
 __all__ = ["exact_forward", "exact_linear"]
 
 
-def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -> PreTrainedModel:
+Quantize = Literal["off", "int8"]
+
+
+def exact_forward(
+    model: PreTrainedModel, *, max_model_len: int | None = None, quantize: Quantize = "off"
+) -> PreTrainedModel:
     """Make a CPU model compute, in place, exactly as the engine does on a CPU, and return it.
 
     `model(input_ids, attention_mask, position_ids)`, all [B, T], then gives logits [B, T, V] that at every real
@@ -42,8 +51,15 @@ def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -
     `max_model_len`: the engine's, in tokens. It matters where RoPE depends on the longest context (LongRoPE as in
     Phi-3.5, dynamic NTK), and changes nothing for other models.
 
-    Raises `ValueError` where a parameter is not on the CPU, and in the forward pass `RequestError` for a position
-    beyond `max_model_len`, where that was given.
+    `quantize`: the engine's. With "int8" the same layers compute in int8 as there, of the float weights that the model
+    has at that moment, so a trainer on quantised rollouts has a mismatch of exactly 0. Gradients go straight through
+    the rounding: they are those of the float layers, to the float weights.
+
+    A model of PEFT (LoRA) has the bits of a server that serves its active adapter by name, and gradients to A and B. An
+    adapter in float32 on a bfloat16 model is rounded to bfloat16 in the forward pass, as the server rounds it.
+
+    Raises `ValueError` where a parameter is not on the CPU and for adapters that are not plain LoRA, and in the forward
+    pass `RequestError` for a position beyond `max_model_len`, where that was given.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> size = dict(vocab_size=8, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
@@ -54,25 +70,34 @@ def exact_forward(model: PreTrainedModel, *, max_model_len: int | None = None) -
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise ValueError("exact_forward computes by kernels that run on a CPU alone; move the model there")
+    if quantize not in ("off", "int8"):
+        raise ValueError(f"quantize must be off or int8, got {quantize!r}")
     vml_warmup.initialize()
     if max_model_len is not None:
         look_up_angles(model, max_model_len)
     register_exact_attention()
-    ALL_EXPERTS_FUNCTIONS.register(TRAINER_NAME, _experts_forward)
+    experts = TRAINER_NAME if quantize == "off" else f"{TRAINER_NAME}_{quantize}"
+    ALL_EXPERTS_FUNCTIONS.register(experts, partial(_experts_forward, quantize=quantize))
     model.set_attn_implementation(TRAINER_NAME)
     install_activations(model, _activation)
     modules: list[Any] = list(model.modules())
     for module in modules:
-        if type(module).forward is nn.Linear.forward:
-            _replace_forward(module, lambda self, x: exact_linear(x, self.weight, self.bias))
+        if is_lora_layer(module):
+            make_lora_exact(module, exact_linear)
+        elif type(module).forward is nn.Linear.forward:
+            _replace_forward(
+                module, lambda self, x: exact_linear(x, self.weight, self.bias, quantize=quantize)
+            )
         elif isinstance(module, Conv1D):
-            _replace_forward(module, lambda self, x: exact_linear(x, self.weight.T, self.bias))
+            _replace_forward(
+                module, lambda self, x: exact_linear(x, self.weight.T, self.bias, quantize=quantize)
+            )
         elif (norm := norm_kind(module)) is not None:
             _replace_forward(module, _norm_forward(*norm))
         elif is_router(module):
             module.forward = _with_exact_products(module.forward)
         elif hasattr(module, "_is_expert_parallel"):
-            module.config._experts_implementation = TRAINER_NAME
+            module.config._experts_implementation = experts
     return model
 
 
@@ -80,32 +105,67 @@ def _replace_forward(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> N
     module.forward = MethodType(forward, module)
 
 
-def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def exact_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, quantize: Quantize = "off"
+) -> Tensor:
     """Return `F.linear(x, weight, bias)` with the engine's bits: x [..., K], weight [N, K], bias [N]; [..., N].
+
+    `quantize`: "int8" for the bits of an engine that quantises. Gradients are those of the float product either way.
+    Raises RequestError for tensors that are not on a CPU, are not of floating point, or whose shapes do not fit.
 
     >>> w = torch.ones(2, 3, requires_grad=True)
     >>> exact_linear(torch.ones(1, 3), w).sum().backward()
     >>> w.grad.shape
     torch.Size([2, 3])
+    >>> exact_linear(torch.ones(1, 4), w)
+    Traceback (most recent call last):
+    ...
+    myserve.errors.RequestError: x of shape [1, 4] does not fit weight [2, 3]: its last dimension must be 3
     """
-    out: Tensor = _LinearWithGradients.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    _check_linear(x, weight, bias)
+    quantizes = quantize == "int8" and can_quantize(weight.shape[1])
+    out: Tensor = _LinearWithGradients.apply(x, weight, bias, quantizes)  # type: ignore[no-untyped-call]
     return out
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise RequestError for what the kernel would read beyond, or read as another type."""
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.device.type != "cpu" or not tensor.is_floating_point()):
+            raise RequestError(
+                f"{name} is {tensor.dtype} on {tensor.device}: exact_linear takes floating point on a CPU",
+                param=name,
+            )
+    if weight.dim() != 2:
+        raise RequestError(f"weight must be [out, in], got {list(weight.shape)}", param="weight")
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise RequestError(
+            f"x of shape {list(x.shape)} does not fit weight {list(weight.shape)}: its last dimension must be "
+            f"{in_features}",
+            param="x",
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise RequestError(
+            f"bias of shape {list(bias.shape)} does not fit weight {list(weight.shape)}: it must be [{out_features}]",
+            param="bias",
+        )
 
 
 class _LinearWithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantizes: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         # Packed anew each time: it is one pass over the weights, and a trainer changes them after every step.
-        return PackedWeight(weight, bias)(x)
+        return (QuantizedWeight if quantizes else PackedWeight)(weight, bias)(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
         bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), bias
+        return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), bias, None
 
 
 def _norm_forward(kind: NormKind, eps: float) -> Callable[[Any, Tensor], Tensor]:
@@ -170,7 +230,12 @@ def _with_exact_products(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _experts_forward(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    quantize: Quantize = "off",
 ) -> Tensor:
     """Compute as `patch.exact_experts_forward` does, in its order of sums, with gradients.
 
@@ -179,11 +244,10 @@ def _experts_forward(
     parts = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=torch.float32)
     for expert in sorted(set(top_k_index.flatten().tolist())):
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
-        inner = _expert_linear(
-            module, "gate_up_proj" if module.has_gate else "up_proj", expert, hidden_states[token]
-        )
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        inner = _expert_linear(module, up, expert, hidden_states[token], quantize)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        outer = _expert_linear(module, "down_proj", expert, inner)
+        outer = _expert_linear(module, "down_proj", expert, inner, quantize)
         if module.has_post_expert_norm:
             outer = module.post_expert_norm(outer)
         parts = parts.index_put((token, slot), (outer * top_k_weights[token, slot, None]).float())
@@ -193,8 +257,8 @@ def _experts_forward(
     return total.to(hidden_states.dtype)
 
 
-def _expert_linear(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+def _expert_linear(module: Any, name: str, expert: int, x: Tensor, quantize: Quantize) -> Tensor:
     weight, biases = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
-    return exact_linear(
-        x, weight.T if module.is_transposed else weight, None if biases is None else biases[expert]
-    )
+    weight, bias = weight.T if module.is_transposed else weight, None if biases is None else biases[expert]
+    y = exact_linear(x, weight, bias, quantize=quantize)
+    return add_expert_adapters(module, name, expert, x, y, exact_linear)

@@ -119,7 +119,7 @@ def _replayed(router: nn.Module, ids: Tensor, num_experts: int) -> Iterator[None
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         entered, given = running.pop()
         entered.close()
-        # None: the router raised, and that is the error to hear of
+        # None: the router raised, and that error is raised
         if output is not None and given.calls != 1:
             raise UnsupportedModelError(
                 f"{type(module).__name__} chose experts by topk {given.calls} times: only a router that does so once "

@@ -13,7 +13,7 @@ __all__ = ["CompletionRequest", "Prompt"]
 
 
 def _kind(prompt: object) -> str | None:
-    """Which of the four forms this is, by its first element: trying all would read a long prompt thrice."""
+    """Return which of the four forms this is, by its first element: trying all would read a long prompt thrice."""
     if isinstance(prompt, str):
         return "text"
     if isinstance(prompt, list | tuple):

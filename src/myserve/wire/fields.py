@@ -17,6 +17,7 @@ __all__ = [
     "MAX_STOP_STRINGS",
     "MAX_TOOLS",
     "GenerationRequest",
+    "LogitBias",
     "SamplingFields",
     "StreamOptions",
     "TokenIds",
@@ -47,7 +48,7 @@ LogitBias = Annotated[dict[str, float], BeforeValidator(_checked_bias)]
 
 
 class StreamOptions(WireModel):
-    """What a stream has beside its text. `continuous_usage_stats`: usage so far, on every chunk."""
+    """Options of a stream beside its text. `continuous_usage_stats`: usage so far, on every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -127,6 +128,7 @@ class GenerationRequest(SamplingFields):
     delta_logprobs: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_drafters: bool | None = None  # of each token, what had drafted it before it was drawn
     raw_output: bool | None = None
     perf_metrics_in_response: bool | None = None
 

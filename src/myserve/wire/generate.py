@@ -31,6 +31,17 @@ class GenerateSampling(SamplingFields):
     )
 
     logprobs: Integer | None = None
+    # the prompt's ids: the first position whose next token is scored, and ids that are scored with each
+    prompt_logprob_start: Annotated[Integer, Field(ge=0)] | None = None
+    prompt_logprob_token_ids: (
+        TokenIds | Annotated[tuple[TokenIds, ...], Field(fail_fast=True, min_length=1)] | None
+    ) = None
+
+    @property
+    def named_rows(self) -> tuple[tuple[int, ...], ...]:
+        """Return the rows of ids: one for all scored tokens, or one for each."""
+        ids: Any = self.prompt_logprob_token_ids or ()
+        return (ids,) if ids and isinstance(ids[0], int) else ids
 
 
 class GenerateRequest(WireModel):
@@ -70,7 +81,9 @@ class GenerateRequest(WireModel):
     def as_completion(self, model: str) -> CompletionRequest:
         """Return this request as the completions route knows it; tokens are named by their ids."""
         asked: dict[str, Any] = {
-            name: getattr(self.sampling_params, name) for name in GenerateSampling.model_fields
+            name: getattr(self.sampling_params, name)
+            for name in GenerateSampling.model_fields
+            if name not in ("prompt_logprob_start", "prompt_logprob_token_ids")
         }
         return CompletionRequest(
             model=model,

@@ -30,7 +30,7 @@ _COUNT_BYTES = 1 << 20  # counted at a time
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
-def parse_request(kind: type[R], body: bytes, *, strict: bool = False) -> R:
+def parse_request(kind: type[R], body: bytes | bytearray, *, strict: bool = False) -> R:
     """The body as a `kind`. Known but unsupported fields are refused; unknown ones only when `strict`.
 
     >>> from myserve.wire.chat import ChatCompletionRequest
@@ -53,7 +53,7 @@ def parse_request(kind: type[R], body: bytes, *, strict: bool = False) -> R:
     return request
 
 
-def count_values(body: bytes) -> None:
+def count_values(body: bytes | bytearray) -> None:
     """Raise RequestError when the body has more values, strings, or lists and objects than are parsed.
 
     >>> count_values(b'{"prompt": ["' + b",[{" * 200_000 + b'"]}')
@@ -82,11 +82,11 @@ def _check(what: str, count: int, limit: int) -> None:
         )
 
 
-def _count_containers(text: bytes) -> int:
+def _count_containers(text: bytes | bytearray) -> int:
     return _count(text, b"[") + _count(text, b"{")
 
 
-def _count(text: bytes, mark: bytes) -> int:
+def _count(text: bytes | bytearray, mark: bytes) -> int:
     """Return how often `mark` occurs; other threads run in between."""
     return sum(text.count(mark, at, at + _COUNT_BYTES) for at in range(0, len(text), _COUNT_BYTES))
 
@@ -127,7 +127,7 @@ def _models_in(model: BaseModel, path: str = "") -> Iterator[tuple[str, BaseMode
                 yield from _models_in(item, f"{path}{name}[{position}].")
 
 
-def _as_request_error(error: ValidationError, body: bytes) -> RequestError:
+def _as_request_error(error: ValidationError, body: bytes | bytearray) -> RequestError:
     # Of a union's complaints the deepest are about the form that the caller meant.
     complaints = error.errors(include_url=False)
     depth = max(len(detail["loc"]) for detail in complaints)
@@ -135,8 +135,8 @@ def _as_request_error(error: ValidationError, body: bytes) -> RequestError:
     if details["type"] == "json_invalid":
         return RequestError(f"the body is not valid JSON: {details['ctx']['error']}", code="invalid_json")
     value = from_json(body, allow_inf_nan=True)
-    path = _path(details["loc"], value)
-    same_place = [details, *(other for other in others if _path(other["loc"], value) == path)]
+    path = _path(details, value)
+    same_place = [details, *(other for other in others if _path(other, value) == path)]
     reason = ", or ".join(dict.fromkeys(_reason(detail) for detail in same_place))
     if not path:
         return RequestError(f"the body must be a JSON object: {reason}")
@@ -169,14 +169,15 @@ def _beginning(value: Any) -> Any:
     return value
 
 
-def _path(loc: tuple[int | str, ...], value: Any) -> str:
-    """`messages[0].content`: the steps of `loc` that are in the body; pydantic's tags for unions are not."""
+def _path(details: ErrorDetails, value: Any) -> str:
+    """`messages[0].content`: the steps in the body, and a field that is missing there; tags of unions are neither."""
+    loc, is_missing = details["loc"], details["type"] == "missing"
     path = ""
     for depth, step in enumerate(loc):
         inside = (isinstance(step, str) and isinstance(value, dict)) or (
             isinstance(step, int) and isinstance(value, list)
         )
-        last = depth == len(loc) - 1
+        last = is_missing and depth == len(loc) - 1
         if not inside or (isinstance(value, dict) and step not in value and not last):
             continue
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step

@@ -35,6 +35,9 @@ class PerfMetrics:
     tokenizer_queue_duration: float | None = None
     tokenizer_duration: float | None = None
     kv_cache_usage: float | None = None  # fraction of the KV cache's blocks in use; beyond Fireworks' names
+    # tokens that were drafted and verified, and those of them that were drawn: of all choices
+    speculation_generated_tokens: int | None = None
+    speculation_accepted_tokens: int | None = None
     backend_host: str | None = None
     deployment: str | None = None
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
+from myserve.wire.sessions import SessionAnswer
 from myserve.wire.token_arrays import TokenArrays
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ToolCallDelta",
     "TopLogprob",
     "Usage",
+    "VersionSpan",
 ]
 
 # abort: new weights ended it, as their sender asked
@@ -62,6 +64,7 @@ class TokenLogprob(TypedDict):
     top_logprobs: list[TopLogprob]
     token_id: int
     sampling_logprob: NotRequired[float | None]  # not for prompt tokens: they were not drawn
+    rank: NotRequired[int]  # among all ids by the model's own scores, 1 the likeliest; the token route's
     text_offset: NotRequired[int]  # in characters, completions only
     token_id_logprobs: NotRequired[list[dict[str, Any]]]
     sampling_mask: NotRequired[dict[str, Any]]
@@ -112,13 +115,18 @@ class ChoiceExtras(TypedDict, total=False):
     stop_reason: int | str | None
     seed: int
     weight_version: int
+    adapter_version: int  # where the model is an adapter
     weight_version_spans: list[dict[str, int]]  # only when the weights changed inside the completion
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[str, Any] | None]
+    token_ids: list[int] | None
+    drafters: list[
+        str | None
+    ]  # beside `token_ids`: what had drafted each; None: it was drawn without a draft
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: list[dict[str, Any] | None] | None
     routing_matrix_shape: list[int]  # [moe layers, experts per token] of every routing matrix in the answer
     prompt_routing_matrices: list[str | None]
     raw_output: RawOutput
+    session: SessionAnswer  # where the request names one
     token_arrays: TokenArrays
 
 
@@ -146,6 +154,10 @@ class Message(TypedDict):
     refusal: None
     reasoning_content: NotRequired[str]  # of models that think
     tool_calls: NotRequired[list[ToolCall]]
+    # NeMo-RL's: with logprobs and tokens as ids; a logprob is of the distribution that was drawn from
+    prompt_token_ids: NotRequired[list[int]]
+    generation_token_ids: NotRequired[list[int]]
+    generation_log_probs: NotRequired[list[float]]
 
 
 class ChatChoice(ChoiceExtras):
@@ -164,8 +176,8 @@ class ChatCompletion(TypedDict):
     choices: list[ChatChoice]
     usage: Usage
     logprobs: NotRequired[ChatLogprobs]  # the first choice's, where the original specification has them
-    prompt_token_ids: NotRequired[list[int]]
-    prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
+    prompt_token_ids: NotRequired[list[int] | None]
+    prompt_logprobs: NotRequired[list[dict[str, Any] | None] | None]
     perf_metrics: NotRequired[dict[str, int | float | str]]
 
 
@@ -217,6 +229,16 @@ class Completion(TypedDict):
     perf_metrics: NotRequired[dict[str, int | float | str]]
 
 
+class VersionSpan(TypedDict, total=False):
+    """Tokens [start, end) of a completion and what made them. The last two are ours: see docs/weights.md."""
+
+    version: str
+    start: int
+    end: int
+    adapter_version: int
+    recomputed: bool
+
+
 class GenerateChoice(ChoiceExtras, total=False):
     """One choice of vLLM's token route; in a stream, what it gained."""
 
@@ -224,6 +246,9 @@ class GenerateChoice(ChoiceExtras, total=False):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     sampling_mask: list[list[int]]  # with `kept`: the ids that each token was drawn from
+    # base64 of a .npy file, [tokens of prompt and completion - 1, moe layers, experts per token]
+    routed_experts: str | None
+    weight_versions: list[VersionSpan]  # with the last token: which weights made which tokens
 
 
 class Generated(TypedDict):
@@ -236,3 +261,4 @@ class Generated(TypedDict):
     usage: NotRequired[Usage]
     prompt_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[list[dict[str, Any] | None] | None]
+    prompt_token_id_logprobs: NotRequired[str]  # base64 of a .npy file, float32 [scored tokens, named ids]

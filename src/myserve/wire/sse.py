@@ -107,7 +107,7 @@ class SSEDecoder:
         return self._whole_blocks(chunk).split(b"\n\n")
 
     def _whole_blocks(self, chunk: bytes) -> bytes:
-        """What is complete by now, without the blank line at its end; newlines are all \n."""
+        """Return what is complete by now, without the blank line at its end; newlines are all \n."""
         # A search for the blank line starts where the last one ended: many small chunks stay linear.
         searched = max(0, len(self._buffer) - 1)
         self._buffer += self._with_lf_only(chunk)

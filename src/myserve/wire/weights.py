@@ -14,6 +14,7 @@ __all__ = [
     "WEIGHTS",
     "HotLoadRequest",
     "HotLoadState",
+    "LoadedAdapter",
     "LoadingState",
     "Mode",
     "Replica",
@@ -89,12 +90,22 @@ class LoadingState(TypedDict):
     error: NotRequired[str]
 
 
+class LoadedAdapter(TypedDict):
+    """An adapter that requests may name; the last two are ours."""
+
+    identity: str  # its folder, as it was named
+    status: Literal["loaded"]
+    name: str
+    adapter_version: int
+
+
 class Replica(TypedDict):
     current_snapshot_identity: str | None  # None: the weights that the server started with
     readiness: bool
     loading_state: LoadingState
     weight_version: int
     checksum: str | None
+    loaded_adapters: NotRequired[list[LoadedAdapter]]  # where there are any
 
 
 class HotLoadState(TypedDict):

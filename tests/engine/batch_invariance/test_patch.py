@@ -132,10 +132,11 @@ def test_agrees_with_transformers(load: Any, arch: str) -> None:
 
 
 def test_the_report_says_what_was_replaced(load: Any) -> None:
-    dense, moe = (make_exact(load(arch, torch.float32)) for arch in ("llama", "qwen3_moe"))
+    dense, moe = (make_exact(load(arch, torch.float32))[0] for arch in ("llama", "qwen3_moe"))
     assert (dense.mode, dense.unit, dense.linears, dense.routers, dense.experts) == ("on", "lanes", 15, 0, 0)
     assert (moe.linears, moe.routers, moe.experts) == (9, 2, 2)
-    assert make_exact(load("llama", torch.float32), mode="off").as_dict()["unit"] == "library"
+    off, quantization = make_exact(load("llama", torch.float32), mode="off")
+    assert (off.as_dict()["unit"], quantization.as_dict()) == ("library", {"method": "off"})
 
 
 def test_weights_are_held_once(load: Any) -> None:

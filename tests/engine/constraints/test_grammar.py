@@ -183,7 +183,7 @@ def test_one_is_its_place_among_n(make_engine: MakeEngine) -> None:
         assert asyncio.run(just(index)).numbers == many[index].numbers
 
 
-@pytest.mark.parametrize("reasoning", [None, Reasoning(), Reasoning(begun=True, budget=12)])
+@pytest.mark.parametrize("reasoning", [None, Reasoning(), Reasoning(starts_inside=True, budget=12)])
 def test_a_cut_completion_goes_on_as_if_it_had_never_been_cut(
     make_engine: MakeEngine, reasoning: Reasoning | None
 ) -> None:
@@ -282,7 +282,7 @@ def parts(text: str) -> tuple[str, str]:
 
 def test_a_grammar_begins_behind_the_thinking(make_engine: MakeEngine) -> None:
     params = SamplingParams(
-        max_tokens=120, seed=2, grammar=GRAMMARS[0], reasoning=Reasoning(begun=True, budget=20)
+        max_tokens=120, seed=2, grammar=GRAMMARS[0], reasoning=Reasoning(starts_inside=True, budget=20)
     )
     for done in run(make_engine(), [Asked(PROMPT, params, n=6)])[0]:
         thought, answer = parts(done.text)
@@ -292,7 +292,9 @@ def test_a_grammar_begins_behind_the_thinking(make_engine: MakeEngine) -> None:
 
 
 def test_thinking_ends_in_time_for_the_answer(make_engine: MakeEngine) -> None:
-    params = SamplingParams(max_tokens=80, seed=2, grammar=GRAMMARS[3], reasoning=Reasoning(begun=True))
+    params = SamplingParams(
+        max_tokens=80, seed=2, grammar=GRAMMARS[3], reasoning=Reasoning(starts_inside=True)
+    )
     for done in run(make_engine(), [Asked(PROMPT, params, n=6)])[0]:
         assert fits(GRAMMARS[3], parts(done.text)[1].lstrip("\n"))
 
@@ -301,7 +303,7 @@ def test_thinking_ends_in_time_for_the_answer(make_engine: MakeEngine) -> None:
 def test_a_budget_counts_tokens_exactly(make_engine: MakeEngine, budget: int) -> None:
     engine = make_engine()
     end = engine.tokenizer.encode("</think>", add_special_tokens=False)
-    reasoning = Reasoning(begun=True, budget=budget)
+    reasoning = Reasoning(starts_inside=True, budget=budget)
     free = run_one(engine, PROMPT, max_tokens=60, seed=5, ignore_eos=True)
     done = run_one(engine, PROMPT, max_tokens=60, seed=5, ignore_eos=True, reasoning=reasoning)
     assert done.ids[:budget] == free.ids[:budget], "what is thought is not touched"

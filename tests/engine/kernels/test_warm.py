@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -41,6 +44,65 @@ def test_every_kernel_is_read_and_noted(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, "myserve.start"):
         warm.warm(torch.float32)
     assert caplog.records[0].getMessage() == "reading compiled kernels"
+
+
+def test_of_many_that_start_at_once_one_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines whose kernels are not kept yet, started at once: one compiles, and the others wait for what it keeps."""
+    kept: set[str] = set()
+    started: list[int] = []
+    at_work: list[int] = []
+
+    def compile_beside() -> None:
+        started.append(1)
+
+    def make() -> None:
+        at_work.append(threading.get_ident())
+        time.sleep(0.01)
+        assert at_work.pop() == threading.get_ident(), "two compiled at once"
+
+    all_began = threading.Barrier(8)
+
+    def is_complete(types: str) -> bool:
+        if types == "float32":
+            all_began.wait(timeout=60)
+        return types in kept
+
+    monkeypatch.setattr(cache_folder, "is_complete", is_complete)
+    monkeypatch.setattr(cache_folder, "mark_complete", kept.add)
+    monkeypatch.setattr(warm, "_compile_sampler_beside", compile_beside)
+    monkeypatch.setattr(warm, "_work", lambda *_, **__: [("GEMM", make), ("the sampler", make)])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: warm.warm(torch.float32), range(8)))
+    assert len(started) == 1
+
+
+def test_a_process_waits_for_the_one_that_compiles() -> None:
+    """The lock is the folder's, so that it holds between processes, and is given back by one that is killed."""
+    held = "\n".join(
+        (
+            "from myserve.engine.kernels.cache_folder import compiling_alone",
+            "with compiling_alone():",
+            "    print('held', flush=True)",
+            "    input()",
+        )
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        entered = threading.Event()
+
+        def enter() -> None:
+            with cache_folder.compiling_alone():
+                entered.set()
+
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        assert not entered.wait(0.3)
+        other.kill()
+        waiting.join(timeout=30)
+        assert entered.is_set()
 
 
 def test_the_work_names_each_type_and_ends_with_the_sampler() -> None:

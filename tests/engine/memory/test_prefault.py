@@ -168,7 +168,7 @@ def test_a_server_asks_for_what_it_will_pack(
     settings: dict[str, object], asks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(prefault, "begin", asked.append)
+    monkeypatch.setattr(prefault, "begin", lambda model, part: asked.append(model))
     monkeypatch.setattr(serve, "has_gpu", lambda: False)
     serve._ask_for_memory(Settings(models={"m": "folder"}, **settings))
     assert asked == (["folder"] if asks else [])
@@ -176,7 +176,7 @@ def test_a_server_asks_for_what_it_will_pack(
 
 def test_a_gpu_takes_the_weights_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(prefault, "begin", asked.append)
+    monkeypatch.setattr(prefault, "begin", lambda model, part: asked.append(model))
     monkeypatch.setattr(serve, "has_gpu", lambda: True)
     serve._ask_for_memory(Settings(models={"m": "folder"}))
     assert not asked

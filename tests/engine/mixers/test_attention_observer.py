@@ -78,4 +78,11 @@ def test_what_is_no_window_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="SomeModel attends over other keys"):
         observe(None, keys=4)
     with pytest.raises(UnsupportedModelError, match="SomeModel hides other positions"):
-        mask_of(AttentionObserver("SomeModel"), bidirectional_mask_function)
+        observe(mask_of(AttentionObserver("SomeModel"), bidirectional_mask_function))
+
+
+def test_a_mask_that_no_layer_uses_is_no_reason() -> None:
+    """Qwen2-MoE builds one of a window of 0 where it has none."""
+    observer = AttentionObserver("SomeModel")
+    assert mask_of(observer, sliding_window_causal_mask_function(0)) is not None
+    assert not observer.calls

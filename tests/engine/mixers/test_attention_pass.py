@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from myserve.engine.mixers.attention import PagedContext, allocate_layer
-from myserve.engine.mixers.attention_pass import AttentionCall, _attention_forward, attending
+from myserve.engine.mixers.attention_observer import AttentionObserver
+from myserve.engine.mixers.attention_pass import AttentionCall, _attention_forward, attending, using
 
 HERE, OTHER = nn.Identity(), nn.Identity()
 
@@ -32,6 +33,24 @@ def test_each_call_has_a_cache_of_its_own_though_one_layer_makes_both() -> None:
         assert pages.layers[0][0].any() and not pages.layers[1][0].any()
         call(HERE)
     assert pages.layers[1][0].any()
+
+
+def test_what_is_attended_can_be_flattened_by_view_as_transformers_own() -> None:
+    """AFMoE and JetMoE do so; a step, the observer, and values that are narrower than keys."""
+    query, key, value = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 6)
+    for values in (key, value):
+        with using(AttentionObserver("SomeModel")):
+            assert _attention_forward(HERE, query, key, values, None)[0].view(1, 3, -1).shape[1] == 3
+    three = torch.tensor([3], dtype=torch.int32)
+    pages = PagedContext(
+        [allocate_layer(1, 2, 8, torch.float32)],
+        torch.arange(3),
+        three[None] * 0,
+        torch.tensor([0, 3], dtype=torch.int32),
+        three,
+    )
+    with attending(pages, [AttentionCall(HERE, 4, 2, 8, 6, 0)]):
+        assert _attention_forward(HERE, query, key, value, None)[0].view(1, 3, -1).shape[2] == 24
 
 
 def test_other_calls_than_were_observed_raise() -> None:

@@ -33,8 +33,8 @@ from myserve.engine.runner import device_backend as backends
 from myserve.engine.runner import self_test
 from myserve.engine.runner.device_backend import DeviceBackend, device_backend, heads_of
 from myserve.engine.runner.model_structure import observe
+from myserve.engine.scheduling.batch import ScheduledTokens
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import ScheduledTokens
 from myserve.engine.steps import fixed_rows
 from myserve.engine.steps.cuda_graphs import WARM_UPS, Graphs
 from myserve.engine.steps.fixed_rows import FIXED_ROWS, fixed_experts_forward, groups

@@ -7,9 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
+from myserve.engine.scheduling.batch import Batch, Limits
 from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.request import Event, Request, State
-from myserve.engine.scheduling.scheduler import AGEING, Batch, Limits, Scheduler
+from myserve.engine.scheduling.scheduler import AGEING, Scheduler
 
 EOS = 0
 
@@ -36,7 +37,7 @@ def plan(batch: Batch) -> list[tuple[str, int, int]]:
 
 def run(scheduler: Scheduler, token: int | None = 5) -> Batch:
     batch = scheduler.schedule(now=0.0)
-    scheduler.update(batch, [token] * len(batch.draws), now=1.0)
+    scheduler.update(batch, [[token]] * len(batch.draws), now=1.0)
     scheduler.check_integrity()
     return batch
 
@@ -66,7 +67,7 @@ def test_eos_ends_a_request_whatever_the_others_do() -> None:
     scheduler.add(first)
     scheduler.add(second)
     batch = scheduler.schedule(0.0)
-    assert scheduler.update(batch, [EOS, 5], 1.0) == [(first, "stop")]
+    assert scheduler.update(batch, [[EOS], [5]], 1.0) == [(first, "stop")]
     assert plan(run(scheduler)) == [("r1", 6, 1)]
 
 
@@ -76,7 +77,7 @@ def test_a_failed_row_ends_alone() -> None:
     scheduler.add(first)
     scheduler.add(second)
     batch = scheduler.schedule(0.0)
-    assert scheduler.update(batch, [None, 5], 1.0) == [(first, "error")]
+    assert scheduler.update(batch, [[None], [5]], 1.0) == [(first, "error")]
     assert second.state is State.RUNNING
 
 
@@ -121,8 +122,43 @@ def test_a_step_with_streams_holds_as_many_prompt_tokens_as_their_pace_allows() 
         scheduler.step_costs.observe(1, prompt_tokens, seconds)
     run(scheduler)
     scheduler.add(request(arrival=1, prompt_len=300, cache_root="1"))
-    # a prompt token costs 0.01 s and a decode 0.1: 0.9 of the speed of 200 tokens needs 60 of them
-    assert plan(scheduler.schedule(0.0))[-1] == ("r1", 0, 63)
+    # a prompt token costs 0.01 s and a decode 0.1: three times that are 28 tokens, and 32 rows a recording
+    assert plan(scheduler.schedule(0.0))[-1] == ("r1", 0, 31)
+
+
+def decoding(scheduler: Scheduler, count: int) -> None:
+    """Let so many requests decode, a step at a time where few come in at once."""
+    for arrival in range(count):
+        scheduler.add(request(arrival=arrival, prompt_len=3, max_tokens=20, cache_root=arrival))
+    while len(scheduler.running) < min(count, scheduler.limits.num_seqs_at_any_pace or count):
+        run(scheduler)
+
+
+@pytest.mark.parametrize(("pace", "places"), [(0.2, 8), (0.3, 4)])
+def test_more_requests_run_side_by_side_as_long_as_a_reader_keeps_up(pace: float, places: int) -> None:
+    scheduler = make_scheduler(num_seqs_at_any_pace=4)
+    for decodes in range(1, 9):
+        scheduler.step_costs.observe(decodes, 0.0, pace)
+    decoding(scheduler, 12)
+    scheduler.schedule(0.0)
+    assert len(scheduler.running) == places
+
+
+@pytest.mark.parametrize(("num_blocks", "places"), [(64, 8), (20, 4)])
+def test_more_requests_run_side_by_side_only_where_all_have_blocks_to_their_ends(
+    num_blocks: int, places: int
+) -> None:
+    """23 tokens take 6 blocks of 4; below the sure number requests come in all the same, and may be preempted."""
+    scheduler = make_scheduler(num_blocks=num_blocks, num_seqs_at_any_pace=4)
+    decoding(scheduler, 12)
+    scheduler.schedule(0.0)
+    assert len(scheduler.running) == places
+
+
+def test_no_number_of_requests_goes_beyond_the_limit() -> None:
+    scheduler = make_scheduler(num_seqs_at_any_pace=8)
+    decoding(scheduler, 12)
+    assert len(scheduler.running) == 8
 
 
 def test_a_prefill_leaves_room_for_younger_decoders() -> None:
@@ -280,7 +316,7 @@ class RandomLives(RuleBasedStateMachine):
         assert bool(batch.scheduled) == had_work, "there is work, and nothing is planned"
         assert batch.num_tokens <= 12
         assert all(request.state is State.RUNNING for request, _ in batch.draws)
-        self.scheduler.update(batch, drawn[: len(batch.draws)], 0.0)
+        self.scheduler.update(batch, [[token] for token in drawn[: len(batch.draws)]], 0.0)
 
     @rule(request=requests)
     def abort(self, request: Request) -> None:
@@ -295,7 +331,7 @@ class RandomLives(RuleBasedStateMachine):
             if not self.scheduler.has_work:
                 break
             batch = self.scheduler.schedule(0.0)
-            self.scheduler.update(batch, [1] * len(batch.draws), 0.0)
+            self.scheduler.update(batch, [[1]] * len(batch.draws), 0.0)
         assert all(r.is_finished for r in self.submitted), "a request was forgotten"
         assert self.scheduler.pool.num_free == 9, "blocks leaked"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from myserve.engine.scheduling.batch import Limits
 from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Limits, Scheduler
+from myserve.engine.scheduling.scheduler import Scheduler
 
 
 def request(arrival: int, client: str, priority: int = 0, max_tokens: int = 3) -> Request:
@@ -28,7 +29,7 @@ def order_of_ends(requests: list[Request], max_num_seqs: int, num_blocks: int = 
     ends: list[str] = []
     while scheduler.has_work:
         batch = scheduler.schedule(now=0.0)
-        ends += [r.id for r, _ in scheduler.update(batch, [5] * len(batch.draws), now=1.0)]
+        ends += [r.id for r, _ in scheduler.update(batch, [[5]] * len(batch.draws), now=1.0)]
         scheduler.check_integrity()
     return ends
 
@@ -63,7 +64,7 @@ def test_who_is_preempted_comes_back_before_new_ones_of_a_client_that_runs_less(
         scheduler.add(each)
     while not young.num_preemptions:
         batch = scheduler.schedule(now=0.0)
-        scheduler.update(batch, [5] * len(batch.draws), now=1.0)
+        scheduler.update(batch, [[5]] * len(batch.draws), now=1.0)
     scheduler.add(other)
     assert scheduler.waiting.next(scheduler.running) is young
 

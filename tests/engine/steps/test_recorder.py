@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.steps.launches import Launches, Operation
-from myserve.engine.steps.recorder import NotRecordableError, Pool, Recording
+from myserve.engine.steps.recorder import (
+    TOUCHED_AT_ONCE,
+    InterruptedRecordingError,
+    NotRecordableError,
+    Pool,
+    Recording,
+)
 
 
 @torch.inference_mode()
@@ -53,6 +60,35 @@ def test_memory_is_shared_within_a_recording_and_between_recordings() -> None:
     for _ in range(2):
         assert torch.equal(first.replay(), 4 * a)
         assert torch.equal(second.replay(), 4 * b)
+
+
+@torch.inference_mode()
+def test_memory_is_touched_a_little_at_a_time_and_no_more_than_a_tensor_has() -> None:
+    """A tensor of 9 MiB lies in 16: the other seven are never handed out."""
+    pool = Pool()
+    pool.begin()
+    large, small = pool.empty((9, 1 << 20), torch.uint8), pool.empty((100,), torch.float32)
+    touched = []
+    while pool.prefault():
+        touched.append(sum(pool._touched.values()))
+    amounts = [after - before for before, after in pairwise([0, *touched])]
+    assert max(amounts) <= TOUCHED_AT_ONCE
+    assert touched[-1] == large.nbytes + small.nbytes
+
+
+def test_a_recording_that_is_over_ends_at_its_next_operation() -> None:
+    ran = []
+
+    def forward() -> Tensor:
+        x = torch.ones(3)
+        for number in range(10):
+            ran.append(number)
+            x = x.cumsum(0)
+        return x
+
+    with pytest.raises(InterruptedRecordingError):
+        Recording(forward, Pool(), runs=False, is_over=lambda: len(ran) == 4)
+    assert len(ran) == 4
 
 
 @torch.inference_mode()

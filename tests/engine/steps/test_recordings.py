@@ -15,8 +15,8 @@ from torch import Tensor
 from myserve.engine.config import EngineConfig
 from myserve.engine.runner.model_runner import ModelRunner
 from myserve.engine.runner.self_test import is_batch_invariant
+from myserve.engine.scheduling.batch import Batch, ScheduledTokens
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
 from myserve.engine.steps import recordings
 from myserve.engine.steps.inputs import Shape
 from myserve.engine.steps.launches import Launches
@@ -35,22 +35,26 @@ def make_runner(folder: Path, dtype: str) -> ModelRunner:
     return ModelRunner(loader.load(str(folder), config), config)
 
 
-def step(runner: ModelRunner, counts: list[int], seed: int) -> Tensor:
+def step(
+    runner: ModelRunner, counts: list[int], seed: int, num_pages: int = 64, *, are_read: bool = True
+) -> Tensor:
     """The last so many tokens of each of some requests with random contexts in random pages; logits of the last."""
     rng = random.Random(seed)
-    pages = rng.sample(range(64), 64)
+    pages = rng.sample(range(num_pages), num_pages)
+    longest = 89 if num_pages == 64 else 20
     batch = Batch()
     for number, count in enumerate(counts):
-        prompt = [rng.randrange(384) for _ in range(count + rng.randint(0, 89))]
+        prompt = [rng.randrange(384) for _ in range(count + rng.randint(0, longest))]
         request = Request(id=str(number), prompt_token_ids=prompt, max_tokens=1)
         request.block_table = [pages.pop() for _ in range(0, len(prompt), runner.kv_cache.block_size)]
         batch.add(ScheduledTokens(request, len(prompt) - count, count))
     with torch.inference_mode():
-        return runner.forward(batch, [end - 1 for end in accumulate(counts)]).clone()
+        wanted = [end - 1 for end in accumulate(counts)]
+        return runner.forward(batch, wanted, are_read=are_read).clone()
 
 
-def decode(runner: ModelRunner, requests: int, seed: int) -> Tensor:
-    return step(runner, [1] * requests, seed)
+def decode(runner: ModelRunner, requests: int, seed: int, num_pages: int = 64) -> Tensor:
+    return step(runner, [1] * requests, seed, num_pages)
 
 
 def recorded_and_plain(folder: Path, dtype: str) -> tuple[ModelRunner, ModelRunner]:
@@ -168,14 +172,82 @@ def test_shapes_recorded_while_idle_have_the_bits_of_the_model_and_touch_no_page
     assert steps._steps == known, "each of them was recorded ahead"
 
 
-def test_every_shape_is_recorded_while_idle_and_no_more(tiny_model: Callable[[str], Path]) -> None:
+def test_recording_ahead_is_dropped_when_a_request_comes_in_and_taken_up_again(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    """At whatever operation that is: nothing of it is kept, and the next one has the bits of the model."""
+    recorded, plain = recorded_and_plain(tiny_model("qwen3"), "float32")
+    steps = recorded.recorded_steps
+    for calls in (0, 1, 7, 50):
+        left = iter([False] * calls)
+        assert steps.prepare(lambda left=left: next(left, True))  # type: ignore[misc]
+        assert not steps._steps
+    while Shape(16, 257, 1) not in steps._steps:
+        assert recorded.prepare_while_idle(0)
+    known = dict(steps._steps)
+    for seed, counts in enumerate([[1], [1, 1], [9]]):
+        assert torch.equal(step(recorded, counts, seed), step(plain, counts, seed)), counts
+    assert steps._steps == known
+
+
+def test_many_requests_decode_in_a_recording_with_room_for_sixteen_more(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recordings, "STEPS_BETWEEN_RECORDINGS", 0)
+    config = EngineConfig(dtype="float32", num_blocks=400)
+    recorded, plain = (ModelRunner(loader.load(str(tiny_model("qwen3")), config), config) for _ in range(2))
+    plain.recorded_steps.usable = False
+    for seed, count in enumerate([65, 80, 70, 128, 121, 256]):
+        assert torch.equal(decode(recorded, count, seed, 400), decode(plain, count, seed, 400)), count
+    assert sorted(shape.rows for shape in recorded.recorded_steps._steps) == [80, 128, 256]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
+def test_a_step_that_draws_nothing_runs_without_the_head_and_stores_the_same_keys_and_values(
+    tiny_model: Callable[[str], Path], arch: str, dtype: str
+) -> None:
+    recorded, plain = recorded_and_plain(tiny_model(arch), dtype)
+    headless = Shape(48, 257, 0)
+    while headless not in recorded.recorded_steps._steps:
+        assert recorded.prepare_while_idle(0)
+    for seed, counts in enumerate([[40], [1, 40], [40], [1, 40]]):
+        logits = step(recorded, counts, seed, are_read=seed < 2)
+        assert logits.shape[0] == (len(counts) if seed < 2 else 0), "control: what is read is computed"
+        step(plain, counts, seed)
+        for ours, theirs in zip(recorded.kv_cache.layers, plain.kv_cache.layers, strict=True):
+            assert all(map(torch.equal, ours, theirs)), counts
+
+
+def test_a_head_that_does_not_run_on_nothing_runs_on_a_row(tiny_model: Callable[[str], Path]) -> None:
     runner = make_runner(tiny_model("llama"), "float32")
+    steps = runner.recorded_steps
+    runner.model.lm_head.register_forward_pre_hook(needs_a_row)
     runner.kv_cache.make_ready = lambda _: False  # type: ignore[method-assign]
+    while runner.prepare_while_idle(0):
+        pass
+    assert steps.usable and steps._steps and all(shape.wanted for shape in steps._steps)
+    assert len(step(runner, [40], 0, are_read=False)) == 1
+
+
+def needs_a_row(module: Any, args: Any) -> None:
+    if not args[0].shape[1]:
+        raise IndexError("no row")
+
+
+def test_every_shape_is_recorded_while_idle_and_no_more(tiny_model: Callable[[str], Path]) -> None:
+    config = EngineConfig(dtype="float32", num_blocks=70)
+    runner = ModelRunner(loader.load(str(tiny_model("llama")), config), config)
+    runner.kv_cache.make_ready = lambda _: False  # type: ignore[method-assign]
+    while runner.prepare_while_idle(0):
+        pass
+    few = {shape for shape in likely_shapes() if shape.wanted <= 64}
+    assert set(runner.recorded_steps._steps) == few, "shapes of many requests wait until so many run"
+    step(runner, [1] * 65, seed=0, num_pages=70)
     while runner.prepare_while_idle(0):
         pass
     assert set(runner.recorded_steps._steps) == set(likely_shapes())
     request = Request(id="0", prompt_token_ids=[1] * 600, max_tokens=1)
-    for counts in ([1] * 7, [1] * 64, [3], [576], [1] * 63 + [100], [1] * 20 + [200]):
+    for counts in ([1] * 7, [1] * 64, [1] * 65, [1] * 256, [3], [576], [1] * 63 + [100], [1] * 20 + [200]):
         shape = shape_for([ScheduledTokens(request, 0, count) for count in counts], len(counts))
         assert shape in runner.recorded_steps._steps
 
@@ -185,13 +257,18 @@ def test_a_busy_model_records_one_shape_in_fifty_steps(tiny_model: Callable[[str
     recorded, plain = recorded_and_plain(tiny_model("llama"), "float32")
     steps = recorded.recorded_steps
     steps._allowed = 0
-    known, made_at = set(steps._steps), []
+    known, made_at, typical = set(steps._steps), [], 0
     for number in range(160):
         counts = [1] * (1 + number % 9) if number % 3 else [10 + 7 * (number % 40)]
         assert torch.equal(step(recorded, counts, number), step(plain, counts, number)), counts
+        assert not (steps.was_typical and len(steps._steps) > len(known)), (
+            "what recording takes is not typical"
+        )
+        typical += steps.was_typical
         made_at += [number] * len(set(steps._steps) - known)
         known = set(steps._steps)
     assert len(made_at) >= 3, "the control: it does record"
+    assert 0 < typical < 160 - len(made_at), "some steps were replayed, and some ran unrecorded"
     assert all(later - earlier >= 50 for earlier, later in pairwise(made_at))
 
 

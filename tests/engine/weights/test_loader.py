@@ -76,7 +76,7 @@ def test_a_path_that_is_no_model_is_an_error(tmp_path: Path) -> None:
         ("exact", "maybe"),
         ("max_num_seqs", 0),
         ("max_queue", 0),
-        ("max_num_batched_tokens", 8),
+        ("max_num_batched_tokens", 0),
     ],
 )
 def test_a_knob_out_of_range_says_its_name(knob: str, value: object) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from benchmarks.hot_load.weight_replay import numbers_of, replay
@@ -20,7 +21,7 @@ from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
-from myserve.engine.scheduling.scheduler import Scheduler
+from myserve.engine.scheduling import block_tables
 from myserve.engine.weights.loader import load
 from myserve.engine.weights.prepare import Prepared, prepare
 from myserve.engine.weights.queue import WeightUpdate
@@ -65,24 +66,31 @@ class Stepped:
         monkeypatch.setattr(self.engine, "start", lambda: None)
         self.running: list[asyncio.Future[list[Completion]]] = []
 
-    def submit(self, prompt: list[int], seed: int, max_tokens: int = 12, n: int = 1, **params: Any) -> None:
+    def submit(
+        self,
+        prompt: list[int],
+        seed: int,
+        max_tokens: int = 12,
+        n: int = 1,
+        adapter: str | None = None,
+        **params: Any,
+    ) -> None:
         asked = SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True, **params)
-        self.running.append(
-            asyncio.ensure_future(collect(self.engine.submit(prompt, asked, SubmitOptions(n=n))))
-        )
+        options = SubmitOptions(n=n, adapter=adapter)
+        self.running.append(asyncio.ensure_future(collect(self.engine.submit(prompt, asked, options))))
 
     def step(self, count: int = 1) -> None:
         for _ in range(count):
-            self.engine._take_inbox()
-            self.engine._updates.advance(self.engine)
-            self.engine.step()
+            self.engine.thread._take_inbox()
+            self.engine.thread.updates.advance(self.engine.thread)
+            self.engine.thread.step()
             self.engine.scheduler.check_integrity()
 
     def ready(self, source: Path, **options: Any) -> WeightUpdate:
         """An update that is swapped in by the next step, or drains from there on."""
-        waiting = len(self.engine._inbox)
+        waiting = len(self.engine.thread._inbox)
         update = self.engine.update_weights(source, **options)
-        while len(self.engine._inbox) == waiting and update.stage != "failed":
+        while len(self.engine.thread._inbox) == waiting and update.stage != "failed":
             time.sleep(0.001)
         return update
 
@@ -148,7 +156,7 @@ def test_control_the_judge_sees_a_wrong_mark(stepped: Any, snapshots: list[Path]
     (done,) = asyncio.run(scene())
     for at in (3, 4):  # the token before the swap, the first behind it
         moved = list(done.tokens)
-        moved[at] = replace(moved[at], weight_version=1 - moved[at].weight_version)
+        moved[at] = msgspec.structs.replace(moved[at], weight_version=1 - moved[at].weight_version)
         assert numbers_of(moved) != judge(PROMPT, replace(done, tokens=moved))
 
 
@@ -176,7 +184,7 @@ def test_the_prefix_cache_never_mixes_versions(stepped: Any, snapshots: list[Pat
 def test_control_without_the_version_in_its_key_the_cache_mixes_them(
     stepped: Any, snapshots: list[Path], judge: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Scheduler, "_root", staticmethod(lambda request, version: request.cache_root))
+    monkeypatch.setattr(block_tables, "_root", lambda request, version, adapter: request.cache_root)
     done = asyncio.run(_same_prompt_again(stepped(), snapshots))
     assert numbers_of(done[2].tokens) != judge(PROMPT, done[2])
     assert numbers_of(done[3].tokens) != judge(PROMPT[:20] + done[1].ids[:40], done[3])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator
 
 import pytest
 from fastapi import Request
@@ -13,7 +12,7 @@ from starlette.types import Message
 from myserve.errors import NonFiniteLogitsError
 from myserve.server.answers import streaming
 from myserve.server.answers.streaming import ClientGoneError, EventStream, unless_gone
-from myserve.wire.sse import KEEP_ALIVE, SSEDecoder
+from myserve.wire.sse import DONE, KEEP_ALIVE, SSEDecoder, encode_event
 
 
 class Client:
@@ -43,6 +42,10 @@ class Client:
         return [(event.event, event.data) for event in decoder.feed(body)]
 
 
+def event(i: int) -> bytes:
+    return encode_event(f'{{"i":{i}}}')
+
+
 class Chunks:
     """Counts up; remembers whether it was closed and whether it was aborted."""
 
@@ -50,14 +53,15 @@ class Chunks:
         self.closed = self.aborted = False
         self._fails_at, self._hangs_at = fails_at, hangs_at
 
-    async def __call__(self) -> AsyncGenerator[Mapping[str, Any], None]:
+    async def __call__(self) -> AsyncGenerator[bytes, None]:
         try:
             for i in range(3):
                 if i == self._fails_at:
                     raise NonFiniteLogitsError("row 0 has NaN logits")
                 if i == self._hangs_at:
                     await asyncio.Event().wait()
-                yield {"i": i}
+                yield event(i)
+            yield DONE
         finally:
             self.closed = True
 
@@ -85,16 +89,16 @@ async def test_a_whole_stream_ends_with_done() -> None:
 
 @pytest.mark.asyncio
 async def test_what_is_ready_together_is_written_together() -> None:
-    async def two_steps() -> AsyncGenerator[Mapping[str, Any], None]:
+    async def two_steps() -> AsyncGenerator[bytes, None]:
         for i in range(6):
             if i == 3:
                 await asyncio.sleep(0.01)
-            yield {"i": i}
+            yield event(i)
 
     client = Client()
     await EventStream(two_steps(), lambda: None)({"type": "http"}, client.receive, client.send)
     bodies = [message["body"] for message in client.received[1:-1]]
-    assert [body.count(b"data: ") for body in bodies] == [3, 4]  # the last with [DONE]
+    assert [body.count(b"data: ") for body in bodies] == [3, 3]
 
 
 @pytest.mark.asyncio
@@ -172,9 +176,10 @@ async def test_a_stream_that_waits_says_that_it_lives(monkeypatch: pytest.Monkey
     monkeypatch.setattr(streaming, "KEEP_ALIVE_SECONDS", 0.01)
     waited = asyncio.Event()
 
-    async def late() -> AsyncGenerator[Mapping[str, Any], None]:
+    async def late() -> AsyncGenerator[bytes, None]:
         await waited.wait()
-        yield {"i": 0}
+        yield event(0)
+        yield DONE
 
     client = Client()
     sending = asyncio.ensure_future(
@@ -186,26 +191,3 @@ async def test_a_stream_that_waits_says_that_it_lives(monkeypatch: pytest.Monkey
         waited.set()
         await sending
     assert client.events == [("message", '{"i":0}'), ("message", "[DONE]")]  # a comment is no event
-
-
-@pytest.mark.asyncio
-async def test_the_choices_of_a_step_do_not_keep_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events that are all there at once give the loop back in between."""
-    monkeypatch.setattr(streaming, "LOOP_SECONDS", 0.0)
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    async def ready() -> AsyncGenerator[Mapping[str, Any], None]:
-        for i in range(100):
-            yield {"i": i}
-
-    client, other = Client(), asyncio.ensure_future(others())
-    await EventStream(ready(), lambda: None)({"type": "http"}, client.receive, client.send)
-    other.cancel()
-    assert turns >= 100
-    assert len(client.events) == 101

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,7 +17,7 @@ from myserve.server.app import create_app
 from myserve.server.edge.keys import KeyFile
 from myserve.server.settings import Settings
 
-OPEN = ["/health", "/healthz", "/ready"]
+OPEN = ("/health", "/healthz", "/ready", "/liveness", "/api/v1/healthz")
 PAGE = "https://page.example"
 
 
@@ -148,3 +149,17 @@ def test_by_default_no_page_may_ask(server: Any) -> None:
     assert httpx.get(server.url + "/v1/models", headers=origin).status_code == 403
     asks = origin | {"access-control-request-method": "POST"}
     assert httpx.options(server.url + "/v1/completions", headers=asks).status_code == 403
+
+
+@pytest.mark.parametrize("hidden", [b"", b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_request_with_two_ends_is_refused_and_nothing_behind_it_is_read(server: Any, hidden: bytes) -> None:
+    """By its length it ends elsewhere than by its chunks: what a proxy takes for a body would be a request here."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden)
+        answer = b""
+        while part := connection.recv(65536):  # until the server closes
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    assert b"both Content-Length and Transfer-Encoding" in answer

@@ -92,8 +92,7 @@ def test_a_head_of_what_takes_only_posts_is_refused(server: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "named"),
     [
-        ("/v1/responses", "POST /v1/chat/completions"),
-        ("/v1/messages", "POST /v1/chat/completions"),
+        ("/api/chat", "POST /v1/chat/completions"),
         ("/chat/completions", "POST /v1/chat/completions"),
         ("/api/generate", "POST /v1/completions"),
         ("/v1/embeddings", "no embeddings"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from myserve.embedded import embedded_model_path
 from myserve.errors import ModelNotFoundError, UnsupportedModelError
 from myserve.server.errors import ModelLoadError
 from myserve.server.models.models import Models, ServedModel, load_model
@@ -100,3 +102,13 @@ def test_readiness_follows_the_load() -> None:
     asyncio.run(models.get("a"))
     assert models.readiness() == {"a": "ready"}
     models.close()
+
+
+def test_a_loaded_model_makes_its_likely_steps_ready_before_anybody_asks() -> None:
+    model = load_model(str(embedded_model_path()), Settings(models={"m": "m"}))
+    steps, until = model.engine.runner.recorded_steps, time.monotonic() + 30
+    at_load = len(steps._steps)
+    while len(steps._steps) < at_load + 5 and time.monotonic() < until:
+        time.sleep(0.02)
+    model.engine.shutdown()
+    assert len(steps._steps) >= at_load + 5

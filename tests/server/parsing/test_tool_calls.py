@@ -8,17 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myserve.server.parsing.thinking import ThinkingReader
-from myserve.server.parsing.tool_calls import (
-    HERMES,
-    LLAMA3_JSON,
-    Arguments,
-    CallPiece,
-    CallReader,
-    CallStart,
-    Text,
-    ToolStyle,
-)
+from call_pieces import read_calls
+from myserve.server.parsing.thinking import ThinkingCount, ThinkingReader
+from myserve.server.parsing.tool_calls import Arguments, CallReader, CallStart
+from myserve.server.parsing.tool_styles import HERMES, LLAMA3_JSON, ToolStyle
 
 NAMES = {"f", "get_weather"}
 F = '<tool_call>\n{"name": "f", "arguments": {"a": "} \\" {"}}\n</tool_call>'
@@ -52,22 +45,7 @@ CASES: list[tuple[ToolStyle, str, list[object]]] = [
 
 
 def read(style: ToolStyle, parts: list[str]) -> list[object]:
-    """Texts joined, calls as (name, arguments)."""
-    reader = CallReader(style, NAMES)
-    pieces: list[CallPiece] = [piece for part in parts for piece in reader.feed(part)]
-    seen: list[object] = []
-    for piece in [*pieces, *reader.end()]:
-        match piece:
-            case CallStart(name):
-                seen.append((name, ""))
-            case Arguments(text):
-                assert isinstance(seen[-1], tuple), "arguments without a call"
-                seen[-1] = (seen[-1][0], seen[-1][1] + text)
-            case Text(text) if seen and isinstance(seen[-1], str):
-                seen[-1] += text
-            case Text(text):
-                seen.append(text)
-    return seen
+    return read_calls(style, NAMES, parts)
 
 
 @pytest.mark.parametrize(("style", "text", "expected"), CASES)
@@ -113,9 +91,35 @@ THOUGHTS = [
 @pytest.mark.parametrize(("begun", "text", "thought", "answer"), THOUGHTS)
 def test_thoughts_in_every_cut(begun: bool, text: str, thought: str, answer: str) -> None:
     for parts in ([text], list(text), *([text[:cut], text[cut:]] for cut in range(len(text)))):
-        reader = ThinkingReader(begun=begun)
+        reader = ThinkingReader(starts_inside=begun)
         seen = [*(reader.feed(part) for part in parts), reader.end()]
         assert ("".join(t for t, _ in seen), "".join(a for _, a in seen)) == (thought, answer)
+
+
+def tokens_of_a_thought(tokens: list[bytes], begun: bool) -> int:
+    """The definition, over all of the text at each token."""
+    for count in range(1, len(tokens) + 1):
+        before, text = b"".join(tokens[: count - 1]), b"".join(tokens[:count])
+        inside = begun or before.lstrip().startswith(b"<think>")
+        if inside and b"</think>" in text[max(0, len(before) - 8) :]:
+            return count
+        if not inside and not b"<think>".startswith(text.lstrip()[:7]):
+            return 0
+    return len(tokens) if begun or b"".join(tokens).lstrip().startswith(b"<think>") else 0
+
+
+PIECES = st.sampled_from(
+    [b"<think>", b"</think>", b"<th", b"ink>", b"</thi", b"nk>", b"a", b"\n ", b"", b"<"]
+)
+
+
+@given(st.lists(PIECES, max_size=12), st.booleans())
+def test_the_tokens_of_a_thought_are_counted_as_they_come(tokens: list[bytes], begun: bool) -> None:
+    count = ThinkingCount(starts_inside=begun)
+    for n, data in enumerate(tokens, 1):
+        count.feed(data)
+        assert count.tokens == tokens_of_a_thought(tokens[:n], begun)
+    assert count.num_fed == len(tokens)
 
 
 def test_every_header_is_one_that_the_reader_reads() -> None:

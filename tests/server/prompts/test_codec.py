@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from chat_template_zoo import FAMILIES
+from chat_template_zoo import FAMILIES, family_tokenizer
 from myserve.engine.token_bytes import TokenBytes
 from myserve.server.prompts.codec import Codec
 from myserve.wire.chat import ChatMessage, ContentPart
@@ -115,15 +115,7 @@ def test_saved_truncation_and_padding_do_nothing(settings: dict[str, Any], conte
 
 @cache
 def family(name: str, base: str) -> tuple[PreTrainedTokenizerFast, Codec]:
-    """A tokenizer with a family's control tokens and template."""
-    structure = FAMILIES[name]
-    fast = KINDS[base]()
-    fast.add_tokens([AddedToken(word, normalized=False) for word in structure.words])
-    special = [AddedToken(token, normalized=False, special=True) for token in structure.special]
-    fast.add_tokens(special, special_tokens=True)
-    if structure.bos is not None:
-        fast.bos_token = structure.bos
-    fast.chat_template = structure.template
+    fast = family_tokenizer(name, base)
     return fast, Codec(fast, TokenBytes(fast, len(fast)))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections import defaultdict
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import torch
 
 from myserve.wire.sse import SSEDecoder
 
@@ -152,3 +156,105 @@ def test_what_vllms_clients_send_by_habit_is_taken(server: Any) -> None:
         "skip_special_tokens": False,
     }
     assert json.dumps(generate(server, habits)["choices"]) == json.dumps(generate(server, {})["choices"])
+
+
+def scores_of(text: str) -> Any:
+    return np.load(io.BytesIO(base64.b64decode(text)))
+
+
+def test_a_teacher_scores_named_ids_from_where_it_is_asked(server: Any) -> None:
+    """vLLM's `prompt_logprob_token_ids`: row i scores the token behind position start + i, candidates in order."""
+    whole = post(
+        server,
+        "/inference/v1/generate",
+        {"model": "tiny", "token_ids": PROMPT, "sampling_params": {"max_tokens": 1, "prompt_logprobs": 20}},
+    )["prompt_logprobs"]
+    for start in range(5):
+        sampling = {"prompt_logprob_token_ids": [9, 6, 7], "prompt_logprob_start": start, "max_tokens": 1}
+        answer = post(server, "/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": sampling})
+        scores = scores_of(answer["prompt_token_id_logprobs"])
+        assert (scores.dtype, scores.shape[0]) == (np.float32, len(PROMPT) - 1 - start)
+        assert answer["prompt_logprobs"] is None
+        for i, row in enumerate(scores):
+            known = {int(name): entry["logprob"] for name, entry in whole[start + i + 1].items()}
+            for token_id, value in zip((9, 6, 7), row, strict=True):
+                assert known.get(token_id, value) == pytest.approx(value, abs=1e-6)
+            own = whole[start + i + 1][str(PROMPT[start + i + 1])]["logprob"]
+            if PROMPT[start + i + 1] in (9, 6, 7):
+                assert np.float32(own) == row[(9, 6, 7).index(PROMPT[start + i + 1])]
+
+
+def test_a_teacher_scores_other_candidates_at_each_position(server: Any) -> None:
+    rows = [[PROMPT[i + 1], 20 + i] for i in range(2, 4)]
+    sampling = {
+        "prompt_logprob_token_ids": rows,
+        "prompt_logprob_start": 2,
+        "max_tokens": 1,
+        "prompt_logprobs": 0,
+    }
+    answer = post(server, "/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": sampling})
+    scores, listed = scores_of(answer["prompt_token_id_logprobs"]), answer["prompt_logprobs"]
+    assert scores.shape == (2, 2) and listed[:3] == [None] * 3
+    assert [np.float32(listed[i + 1][str(PROMPT[i + 1])]["logprob"]) for i in (2, 3)] == scores[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"prompt_logprob_start": 5, "prompt_logprobs": 0},
+        {"prompt_logprob_start": -1, "prompt_logprobs": 0},
+        {"prompt_logprob_token_ids": [[1], [2]], "prompt_logprobs": 0},
+        {"prompt_logprob_token_ids": [[1], [2, 3], [4], [5]], "prompt_logprobs": 0},
+        {"prompt_logprob_token_ids": [384]},
+        {"prompt_logprob_token_ids": "x"},
+    ],
+)
+def test_what_a_teacher_cannot_score_is_a_400(server: Any, sampling: dict[str, Any]) -> None:
+    error = post(server, "/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": sampling}, 400)[
+        "error"
+    ]
+    assert "prompt_logprob" in error["message"]
+
+
+def test_routed_experts_are_vllm_s_array_beside_our_own(moe_server: Any) -> None:
+    sampling = {"max_tokens": 4, "seed": 2, "ignore_eos": True, "include_routing_matrix": True}
+    body = {"model": "moe", "token_ids": PROMPT, "sampling_params": sampling}
+    (choice,) = post(moe_server, "/inference/v1/generate", body)["choices"]
+    routed = scores_of(choice["routed_experts"])
+    assert (routed.dtype, routed.shape) == (np.uint8, (len(PROMPT) + 4 - 1, 2, 2))
+    own = [base64.b64decode(entry["routing_matrix"]) for entry in choice["logprobs"]["content"]]
+    assert routed[len(PROMPT) - 1 :].tobytes() == b"".join(own)
+    assert choice["weight_versions"] == [{"version": "0", "start": 0, "end": 4}]
+
+
+def test_ranks_are_counted_over_the_whole_vocabulary(server: Any, hf_model: Any) -> None:
+    """Of every prompt token, one far outside of the top k too: against torch's own logits of transformers' model."""
+    prompt = [5, 300, 17, 9, 383, 0, 1, 42]
+    body = {"model": "tiny", "token_ids": prompt, "sampling_params": {"max_tokens": 1, "prompt_logprobs": 1}}
+    listed = post(server, "/inference/v1/generate", body)["prompt_logprobs"]
+    logits = hf_model("qwen3")(torch.tensor([prompt])).logits[0].detach()
+    for position, entry in enumerate(listed[1:]):
+        row, own = logits[position], prompt[position + 1]
+        rank = entry[str(own)]["rank"]
+        # the model's own bits may order two that are nearly equal otherwise
+        near = int(((row - row[own]).abs() < 1e-4).sum())
+        assert abs(rank - (1 + int((row > row[own]).sum()))) < near
+        assert sorted(each["rank"] for each in entry.values()) in ([1], [1, rank])
+
+
+def test_a_sampled_token_has_the_rank_that_it_has_when_it_is_scored(server: Any) -> None:
+    """Whatever the draw made of it: drawn by the compiled loop, and by tensors, which truncation needs."""
+    for company in ({}, {"typical_p": 0.9, "logit_bias": {"9": 3}, "presence_penalty": 1.0}):
+        sampling = {"logprobs": 0, "temperature": 1.4, "ignore_eos": True} | company
+        (choice,) = generate(server, sampling)["choices"]
+        sequence = PROMPT + choice["token_ids"]
+        scored = generate(server, {"max_tokens": 0, "prompt_logprobs": 0}, token_ids=sequence)
+        ranks = [
+            entry[str(i)]["rank"]
+            for i, entry in zip(sequence[1:], scored["prompt_logprobs"][1:], strict=True)
+        ]
+        assert [entry["rank"] for entry in choice["logprobs"]["content"]] == ranks[len(PROMPT) - 1 :]
+        assert max(ranks) > 20
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "logprobs": True}
+    (other,) = post(server, "/v1/completions", body)["choices"]
+    assert "rank" not in other["logprobs"]["content"][0]

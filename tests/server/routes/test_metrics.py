@@ -119,7 +119,8 @@ def test_answers_are_counted_by_route_and_status_and_never_by_path(
 
 
 def test_histograms_are_cumulative(own: Any) -> None:
-    httpx.post(own.url + "/v1/completions", json={"model": "tiny", "prompt": [5], "max_tokens": 9})
+    body = {"model": "tiny", "prompt": [5], "max_tokens": 9, "ignore_eos": True}
+    httpx.post(own.url + "/v1/completions", json=body)
     name = "vllm:inter_token_latency_seconds_bucket"
     buckets = [
         (float(dict(labels)["le"]), number) for (of, labels), number in scrape(own.url).items() if of == name

@@ -16,11 +16,14 @@ from myserve.core.compiled.nucleus import SPARE_ROWS, best_scores, truncate
 from myserve.core.compiled.row_reductions import (
     block_maxima,
     drop_masked,
+    first_index,
     largest_score,
     only_masks,
     scale,
     weigh,
     weigh_few,
+    weigh_only,
+    widen,
 )
 from myserve.core.compiled.scalar_math import (
     BLOCK,
@@ -35,12 +38,12 @@ from myserve.core.compiled.scalar_math import (
 
 __all__ = ["WORK_ROWS", "best_rows", "draw_rows", "mask_rows", "normalise_rows", "race"]
 
-WORK_ROWS = 2 + SPARE_ROWS  # of memory that a thread needs for a draw: fresh memory costs more than the draw
+WORK_ROWS = 3 + SPARE_ROWS  # of memory that a thread needs for a draw: fresh memory costs more than the draw
 
 
 @compiled
 def mask_rows(start: int, stop: int, masks: Any, scores: Any, rows: Any) -> None:
-    """`stages.mask_`: a word of the mask at a time, for most are all ones or all zeros."""
+    """Mask rows as `stages.mask_` does: a word of the mask at a time, for most are all ones or all zeros."""
     V = scores.shape[1]
     for m in range(start, stop):
         row = scores[rows[m]]
@@ -59,7 +62,7 @@ def mask_rows(start: int, stop: int, masks: Any, scores: Any, rows: Any) -> None
 
 @compiled
 def race(weights: Any, key: Any) -> Any:
-    """`noise.draw_counter` of one row: blocks in order of promise, the first to set the time to beat."""
+    """Draw a token as `noise.draw_counter` does: the first arrival; the most promising block sets the time to beat."""
     V = len(weights)
     heaviest = block_maxima(weights)
     alive, count = np.empty(len(heaviest), np.int64), 0
@@ -100,7 +103,7 @@ def race(weights: Any, key: Any) -> Any:
 
 @compiled
 def normalise_rows(start: int, stop: int, scores: Any, largest: Any, masses: Any, work: Any) -> None:
-    """The largest score and the mass of rows `start` to `stop`."""
+    """Fill in the largest score and the mass of rows `start` to `stop`."""
     weights = work[0]
     for b in range(start, stop):
         largest[b] = largest_score(scores[b])
@@ -109,7 +112,7 @@ def normalise_rows(start: int, stop: int, scores: Any, largest: Any, masses: Any
 
 @compiled
 def best_rows(start: int, stop: int, scores: Any, wanted: Any, ids: Any, values: Any, work: Any) -> None:
-    """The `wanted[b]` best tokens of each row, in order of id, those above the edge first; -1 where there is none."""
+    """Find the `wanted[b]` best tokens of each row, by id, those above the edge first; -1 where there is none."""
     for b in range(start, stop):
         row, maxima, k = scores[b], block_maxima(scores[b]), min(wanted[b], scores.shape[1])
         if not abs(largest_score(maxima)) < INFINITY:
@@ -129,47 +132,61 @@ def best_rows(start: int, stop: int, scores: Any, wanted: Any, ids: Any, values:
 
 @compiled
 def draw_rows(
-    start: int, stop: int, raw: Any, edited: Any, numbers: Any, top_k: Any, keys: Any, tokens: Any, floats: Any,
-    masses: Any, work: Any,
+    start: int, stop: int, places: Any, halves: Any, raw: Any, edited: Any, numbers: Any, top_k: Any, keys: Any,
+    tokens: Any, floats: Any, masses: Any, work: Any,
 ) -> None:  # fmt: skip
-    """Rows `start` to `stop`: see `draw` in `fast.py`, which owns the arrays; `work` is [WORK_ROWS, V]."""
-    scaled, weights, spare = work[0], work[1], work[2:]
+    """Draw rows `start` to `stop`; `fast_path.draw` owns the arrays; `work` is [WORK_ROWS, V].
+
+    The scores of row b are at places[b] of float32 `raw` and `edited`, or of `halves`, the bits of bfloat16 that
+    nothing has edited.
+    """
     for b in range(start, stop):
-        temperature, top_p, min_p = numbers[b, 0], numbers[b, 1], numbers[b, 2]
-        raw_largest = largest_score(raw[b])
-        changed = numbers[b, 3] != 0.0  # whether stages 1 to 4 did anything
-        largest = largest_score(edited[b]) if changed else raw_largest
-        floats[b, 0], floats[b, 1] = raw_largest, largest
-        if not (abs(raw_largest) < INFINITY and abs(largest) < INFINITY):
-            tokens[b] = -1
-            continue
-        if temperature == 0.0:
-            token = 0
-            while edited[b, token] != largest:
-                token += 1
-            masses[b, 0] = weigh(raw[b], raw_largest, weights)
-            floats[b, 1], floats[b, 3], masses[b, 1] = ZERO, ZERO, np.int64(MASS_ONE)
+        place = places[b]
+        if len(halves) > 0:
+            widen(halves[place], work[0])
+            own, own_edited = work[0], work[0]
         else:
-            scores = edited[b]
-            if temperature != 1.0:
-                scale(edited[b], np.float32(temperature), largest, scaled)
-                scores = scaled
-                largest = largest_score(scaled)
-            masses[b, 0] = weigh(raw[b], raw_largest, weights)
-            if temperature != 1.0:
-                total = weigh(scores, largest, weights)
-            elif not changed:
-                total = masses[b, 0]
-            elif largest == raw_largest and only_masks(raw[b], edited[b]):
-                total = drop_masked(edited[b], weights)
-            else:
-                total = weigh_few(scores, largest, weights)
-            if top_k[b] > 0 or top_p < 1.0 or min_p > 0.0:
-                total = truncate(scores, weights, largest, total, top_k[b], top_p, min_p, spare)
-            token = race(weights, keys[b])
-            if token >= len(scores):  # no token arrived: there was none to draw
-                tokens[b] = -1
-                continue
-            floats[b, 1], floats[b, 3], masses[b, 1] = largest, scores[token], total
-        tokens[b] = token
-        floats[b, 2] = raw[b, token]
+            own, own_edited = raw[place], edited[place]
+        tokens[b] = _draw_row(own, own_edited, numbers[b], top_k[b], keys[b], floats[b], masses[b], work[1:])
+
+
+@compiled
+def _draw_row(
+    raw: Any, edited: Any, numbers: Any, top_k: Any, key: Any, floats: Any, masses: Any, work: Any
+) -> Any:
+    """Return the token of one row, -1 where there is none; fill in its numbers."""
+    scaled, weights, spare = work[0], work[1], work[2:]
+    temperature, top_p, min_p = numbers[0], numbers[1], numbers[2]
+    raw_largest = largest_score(raw)
+    changed = numbers[3] != 0.0  # whether stages 1 to 4 did anything
+    largest = largest_score(edited) if changed else raw_largest
+    floats[0], floats[1] = raw_largest, largest
+    if not (abs(raw_largest) < INFINITY and abs(largest) < INFINITY):
+        return -1
+    if temperature == 0.0:
+        token = first_index(edited, largest)
+        masses[0], masses[1] = weigh_only(raw, raw_largest, weights), np.int64(MASS_ONE)
+        floats[1], floats[2], floats[3] = ZERO, raw[token], ZERO
+        return token
+    scores = edited
+    if temperature != 1.0:
+        scale(edited, np.float32(temperature), largest, scaled)
+        scores = scaled
+        largest = largest_score(scaled)
+        masses[0] = weigh_only(raw, raw_largest, weights)
+        total = weigh(scores, largest, weights)
+    else:
+        masses[0] = weigh(raw, raw_largest, weights)
+        if not changed:
+            total = masses[0]
+        elif largest == raw_largest and only_masks(raw, edited):
+            total = drop_masked(edited, weights)
+        else:
+            total = weigh_few(scores, largest, weights)
+    if top_k > 0 or top_p < 1.0 or min_p > 0.0:
+        total = truncate(scores, weights, largest, total, top_k, top_p, min_p, spare)
+    token = race(weights, key)
+    if token >= len(scores):  # no token arrived: there was none to draw
+        return -1
+    floats[1], floats[2], floats[3], masses[1] = largest, raw[token], scores[token], total
+    return token

@@ -77,6 +77,8 @@ def draw_rows() -> Kernel:
     def draw(
         start: int,
         stop: int,
+        places: Any,
+        halves: Any,
         raw: Any,
         edited: Any,
         numbers: Any,
@@ -89,7 +91,7 @@ def draw_rows() -> Kernel:
     ) -> None:
         if source >= 0:
             draw_kernel.draw_rows(
-                start, stop, raw, edited, numbers, top_k, keys, tokens, floats, masses, work
+                start, stop, places, halves, raw, edited, numbers, top_k, keys, tokens, floats, masses, work
             )
 
     return draw

@@ -1,4 +1,4 @@
-"""The compiled draw (`kernels`) for the rows that it knows, over as many threads as torch has."""
+"""The compiled draw (`draw_kernel`) for the rows that it knows, over as many threads as torch has."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "best_tokens",
     "covers",
     "draw",
+    "is_alone",
     "knows",
     "mask_",
     "normalise",
@@ -37,7 +38,7 @@ SCORES_A_THREAD = 1 << 18  # scores that are worth waking another thread for
 
 
 class CompiledDraw(NamedTuple):
-    """What the compiled draw gives, a row each: Python lists."""
+    """Hold the results of a compiled draw, one entry a row, as Python lists."""
 
     tokens: list[int]  # -1: nothing to draw; the maxima say why
     raw_largest: list[float]
@@ -50,7 +51,7 @@ class CompiledDraw(NamedTuple):
 
 @cache
 def available() -> bool:
-    """Whether Numba is installed."""
+    """Return whether Numba is installed."""
     return find_spec("numba") is not None
 
 
@@ -72,8 +73,14 @@ def warm_up() -> None:
         mask_(scores.clone(), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
 
 
+def is_alone(row: RowState) -> bool:
+    """Return whether nothing but the compiled draw looks at the row's scores: no stage before, and no report."""
+    p = row.params
+    return not (row.edits_scores or p.top_logprobs or p.logprob_token_ids or p.ranks) and knows(row)
+
+
 def knows(row: RowState) -> bool:
-    """Whether the compiled draw covers everything that the row asks for."""
+    """Return whether the compiled draw covers everything that the row asks for."""
     p = row.params
     processed = p.logprobs_mode == "processed" and (p.top_logprobs > 0 or bool(p.logprob_token_ids))
     truncated = p.typical_p < 1.0 or p.top_n_sigma is not None
@@ -81,42 +88,50 @@ def knows(row: RowState) -> bool:
 
 
 def covers(scores: Tensor) -> bool:
-    """Whether compiled code can read these scores."""
+    """Return whether compiled code can read these scores."""
     return available() and scores.device.type == "cpu" and scores.dtype == torch.float32
 
 
 def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest score [R], mass in quanta [R]) of the rows of [R, V]."""
+    """Return (largest score [R], mass in quanta [R]) of the rows of [R, V]."""
     from myserve.core.compiled import entry_points
 
     largest, masses = (
         torch.empty(len(scores), dtype=torch.float32),
         torch.empty(len(scores), dtype=torch.int64),
     )
-    _over_threads(entry_points.normalise_rows(), scores.contiguous(), largest, masses, work_rows=1)
+    arrays = (scores.contiguous(), largest, masses)
+    _over_threads(entry_points.normalise_rows(), scores.shape, *arrays, work_rows=1)
     return largest, masses
 
 
 def mask_(scores: Tensor, masks: Tensor, rows: Tensor) -> None:
-    """`stages.mask_`, in place."""
+    """Set the scores that packed masks forbid to -inf, in place, as `stages.mask_` does."""
     from myserve.core.compiled import entry_points
 
-    _over_threads(entry_points.mask_rows(), masks, scores, rows)
+    _over_threads(entry_points.mask_rows(), masks.shape, masks, scores, rows)
 
 
 def best_tokens(scores: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(ids, scores) [R, most] of the k[r] best of each row, k[r] >= 1, in no order; id -1 where there are fewer."""
+    """Return (ids, scores) [R, most] of each row's k[r] best, k[r] >= 1, in no order; id -1 where there are fewer."""
     from myserve.core.compiled import entry_points
 
     most = min(max(k), scores.shape[1])
     ids = torch.full((len(k), most), -1)
     values = torch.empty(len(k), most, dtype=torch.float32)
-    _over_threads(entry_points.best_rows(), scores.contiguous(), torch.tensor(k), ids, values, work_rows=1)
+    arrays = (scores.contiguous(), torch.tensor(k), ids, values)
+    _over_threads(entry_points.best_rows(), scores.shape, *arrays, work_rows=1)
     return ids, values
 
 
-def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> CompiledDraw:
-    """Draw every row of CPU float32 `edited` [B, V], the raw scores after stages 1 to 4."""
+def draw(
+    raw: Tensor, edited: Tensor, rows: Sequence[RowState], places: Sequence[int] | None = None
+) -> CompiledDraw:
+    """Draw every row of CPU float32 `edited` [B, V], the raw scores after stages 1 to 4.
+
+    Where these changed none of them, `raw` may be bfloat16 and `edited` the same tensor: a row is widened where it is
+    drawn from, in a core's cache. `places`: where in them each row's scores are; None: in order.
+    """
     # compiled, or loaded: on first use, not at import
     from myserve.core.compiled import draw_kernel, entry_points
 
@@ -127,8 +142,13 @@ def draw(raw: Tensor, edited: Tensor, rows: Sequence[RowState]) -> CompiledDraw:
     tokens = torch.empty(B, dtype=torch.int64)
     floats = torch.empty(B, 4, dtype=torch.float32)
     masses = torch.full((B, 2), int(MASS_ONE))  # a row without a draw leaves its own as it is
-    arrays = (raw, edited, numbers, top_k, keys, tokens, floats, masses)
-    _over_threads(entry_points.draw_rows(), *arrays, work_rows=draw_kernel.WORK_ROWS)
+    none = torch.empty(0, raw.shape[1])
+    halves, wide = none.to(torch.int16), (raw, edited)
+    if raw.dtype == torch.bfloat16:
+        halves, wide = raw.view(torch.int16), (none, none)
+    at = torch.arange(B) if places is None else torch.tensor(places)
+    arrays = (at, halves, *wide, numbers, top_k, keys, tokens, floats, masses)
+    _over_threads(entry_points.draw_rows(), (B, raw.shape[1]), *arrays, work_rows=draw_kernel.WORK_ROWS)
     return CompiledDraw(tokens.tolist(), *floats.T.tolist(), *masses.T.tolist())
 
 
@@ -138,14 +158,16 @@ def _numbers(row: RowState) -> tuple[float, float, float, float]:
     return temperature, p.top_p, p.min_p, float(row.edits_scores)
 
 
-def _over_threads(kernel: Callable[..., None], scores: Tensor, *others: Tensor, work_rows: int = 0) -> None:
-    """Run `kernel(start, stop, *arrays)` over all rows of `scores`, parts of them on other threads.
+def _over_threads(
+    kernel: Callable[..., None], shape: Sequence[int], *tensors: Tensor, work_rows: int = 0
+) -> None:
+    """Run `kernel(start, stop, *arrays)` over all rows of scores of this shape, parts of them on other threads.
 
     `work_rows` more arrays of a row's size, [work_rows, V], are there for a part to work in.
     """
-    arrays = [tensor.numpy() for tensor in (scores, *others)]
-    rows, V = scores.shape
-    parts = max(1, min(torch.get_num_threads(), rows, scores.numel() // SCORES_A_THREAD))
+    arrays = [tensor.numpy() for tensor in tensors]
+    rows, V = shape
+    parts = max(1, min(torch.get_num_threads(), rows, rows * V // SCORES_A_THREAD))
     edges = [rows * part // parts for part in range(parts + 1)]
 
     def run(start: int, stop: int) -> None:

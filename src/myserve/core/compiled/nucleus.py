@@ -1,4 +1,4 @@
-"""Stages 6 to 8 of a row, compiled: which tokens are kept, found without sorting the vocabulary.
+"""Top-k, top-p and min-p of a row, compiled: the kept tokens are found without sorting the vocabulary.
 
 A nucleus of few tokens is found among the best blocks. A wide one, as of nearly flat logits, is looked for where a
 sample of the row says that it ends, and only where the sample is wrong among all. What is found is exact either way.
@@ -92,7 +92,7 @@ def sort_best(values: Any, k: int) -> Any:
 
 @compiled
 def scores_from(scores: Any, maxima: Any, lowest: Any, found: Any) -> Any:
-    """The scores >= `lowest`, descending, in `found`."""
+    """Return the scores >= `lowest`, descending, in `found`."""
     count = 0
     for b in range(len(maxima)):
         if maxima[b] >= lowest:
@@ -105,7 +105,7 @@ def scores_from(scores: Any, maxima: Any, lowest: Any, found: Any) -> Any:
 
 @compiled
 def best_scores(scores: Any, maxima: Any, k: int, found: Any) -> Any:
-    """At least the k largest scores, descending, in `found`: k blocks have a maximum no less than the k-th maximum."""
+    """Return at least the k largest scores, descending, in `found`: k blocks reach the k-th largest maximum."""
     if k >= len(maxima):
         found[:] = scores
         return sort_best(found, len(scores))
@@ -114,7 +114,7 @@ def best_scores(scores: Any, maxima: Any, k: int, found: Any) -> Any:
 
 @compiled
 def nucleus_edge(ordered: Any, largest: Any, above: Any, needed: Any) -> Any:
-    """(the nucleus' lowest score, how many of that score are in it), of descending scores below a mass `above`.
+    """Return (the nucleus' lowest score, how many of that score are in it), of descending scores below a mass `above`.
 
     The count is 0 if `ordered` ends before the mass needed is reached.
     """
@@ -134,14 +134,14 @@ def nucleus_edge(ordered: Any, largest: Any, above: Any, needed: Any) -> Any:
 
 @compiled
 def place_scores(scores: Any, top: Any, per_unit: Any, places: Any) -> None:
-    """Which bucket below `top` each score falls into: a lower score never into an earlier one."""
+    """Fill `places` with each score's bucket below `top`: a lower score never falls into an earlier one."""
     for i in range(len(scores)):
         places[i] = np.int32(min(LAST_BUCKET, (top - scores[i]) * per_unit))
 
 
 @compiled
 def masses_of(places: Any, weights: Any) -> Any:
-    """The mass of each bucket."""
+    """Return the mass of each bucket."""
     masses = np.zeros(BUCKETS, np.int64)
     for i in range(len(weights)):
         masses[places[i]] += np.int64(weights[i] * MASS_ONE)
@@ -152,7 +152,7 @@ def masses_of(places: Any, weights: Any) -> Any:
 def edge_among(
     scores: Any, weights: Any, top: Any, per_unit: Any, largest: Any, above: Any, needed: Any, places: Any, found: Any
 ) -> Any:  # fmt: skip
-    """`nucleus_edge` of scores in any order, none above `top`, by sorting only the bucket that the edge falls into."""
+    """Return `nucleus_edge` of scores in any order, none above `top`, by sorting only the edge's bucket."""
     place_scores(scores, top, per_unit, places)
     masses = masses_of(places, weights)
     bucket = 0
@@ -168,7 +168,7 @@ def edge_among(
 
 @compiled
 def guess_edge(scores: Any, weights: Any, largest: Any, beyond: Any) -> Any:
-    """(low, high): where the edge below which a mass of `beyond` lies is likely to be found, by a sample of the row.
+    """Estimate (low, high) around the edge below which a mass of `beyond` lies, by a sample of the row.
 
     By the mass below the edge, not above: no weight there is a large one, so few samples tell it well.
     """
@@ -191,7 +191,7 @@ def guess_edge(scores: Any, weights: Any, largest: Any, beyond: Any) -> Any:
 
 @compiled
 def scores_between(scores: Any, weights: Any, low: Any, high: Any, found: Any, theirs: Any) -> Any:
-    """How many scores lie in [low, high): those, in `found`, and their weights."""
+    """Put the scores in [low, high) into `found` and their weights into `theirs`; return how many."""
     count, whole = 0, len(scores) // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         bits = block_between(scores, start, low, high)
@@ -209,7 +209,7 @@ def scores_between(scores: Any, weights: Any, low: Any, high: Any, found: Any, t
 
 @compiled
 def mass_from(scores: Any, weights: Any, lowest: Any) -> Any:
-    """The mass of the scores >= `lowest`."""
+    """Return the mass of the scores >= `lowest`."""
     total = np.int64(0)
     for i in range(len(scores)):
         total += np.int64(weights[i] * MASS_ONE) if scores[i] >= lowest else np.int64(0)
@@ -218,7 +218,7 @@ def mass_from(scores: Any, weights: Any, lowest: Any) -> Any:
 
 @compiled
 def wide_nucleus_edge(scores: Any, weights: Any, largest: Any, total: Any, needed: Any, spare: Any) -> Any:
-    """`nucleus_edge` of a whole row: among the few scores where a sample says it is, or else among all."""
+    """Return `nucleus_edge` of a whole row: among the few scores where a sample says it is, or else among all."""
     found, theirs, places = spare[0], spare[1], spare[2].view(np.int32)
     low, high = guess_edge(scores, weights, largest, total - needed)
     above = mass_from(scores, weights, high)
@@ -236,7 +236,10 @@ def wide_nucleus_edge(scores: Any, weights: Any, largest: Any, total: Any, neede
 def truncate(
     scores: Any, weights: Any, largest: Any, total: Any, k: int, p: float, min_p: float, spare: Any
 ) -> Any:
-    """Stages 6 to 8: set the weights of removed tokens to 0; the mass that stays. `spare`: [SPARE_ROWS, V]."""
+    """Apply top-k, top-p and min-p: set removed tokens' weights to 0; return the mass that stays.
+
+    `spare`: [SPARE_ROWS, V], memory to work in.
+    """
     lowest, ties = -INFINITY, np.int64(len(scores))
     limited = 0 < k < len(scores)
     if limited or p < 1.0:

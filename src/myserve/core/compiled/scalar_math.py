@@ -17,6 +17,7 @@ from myserve.core import noise, numerics
 __all__ = [
     "ATANH",
     "BLOCK",
+    "HALF_BITS",
     "HALF_WORD",
     "INFINITY_BITS",
     "LARGEST_UNIFORM",
@@ -59,12 +60,13 @@ ZERO, MASS_ONE, INFINITY = np.float32(0.0), np.float32(numerics.MASS_ONE), np.fl
 LN2, SQRT_HALF = numerics.LN2, numerics.SQRT_HALF
 ATANH = np.array(numerics.ATANH_COEFFICIENTS)
 INFINITY_BITS = 0x7F800000
+HALF_BITS = np.int32(16)
 LOWEST_KEY, MAGNITUDE, SIGN_SHIFT = np.int32(-(2**31)), np.int32(0x7FFFFFFF), np.int32(31)
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
 def power_of_two(typing_context: Any, shifted: Any) -> Any:
-    """2**n of the float32 n + ROUND_TO_INTEGER, whose lowest bits are n's."""
+    """Return 2**n of the float32 n + ROUND_TO_INTEGER, whose lowest bits are n's."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)
@@ -75,7 +77,7 @@ def power_of_two(typing_context: Any, shifted: Any) -> Any:
 
 
 def _block(context: Any, builder: Any, kind: Any, values: Any, start: Any, element: Any) -> Any:
-    """BLOCK numbers of an array as one vector. LLVM unrolls a loop of this length instead: six times as slow."""
+    """Load BLOCK numbers of an array as one vector. LLVM unrolls a loop of this length instead: six times as slow."""
     array = context.make_array(kind)(context, builder, values)
     lanes = ir.VectorType(element, BLOCK)
     return builder.load(builder.bitcast(builder.gep(array.data, [start]), lanes.as_pointer()), align=4)
@@ -83,7 +85,7 @@ def _block(context: Any, builder: Any, kind: Any, values: Any, start: Any, eleme
 
 @intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
 def largest_of_block(typing_context: Any, all_bits: Any, start: Any) -> Any:
-    """The largest of BLOCK floats from `start`, as an integer that orders as they do; `all_bits` is an int32 array."""
+    """Return the largest of BLOCK floats from `start`, as an integer of the same order; `all_bits` is int32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)
@@ -100,7 +102,7 @@ def largest_of_block(typing_context: Any, all_bits: Any, start: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
 def block_between(typing_context: Any, scores: Any, start: Any, low: Any, high: Any) -> Any:
-    """Which of BLOCK floats from `start` lie in [low, high): a bit each, the first one the lowest."""
+    """Return a bit for each of BLOCK floats from `start`, the first one the lowest: set if it is in [low, high)."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = _block(context, builder, signature.args[0], args[0], args[1], ir.FloatType())
@@ -122,7 +124,7 @@ def block_between(typing_context: Any, scores: Any, start: Any, low: Any, high: 
 
 @intrinsic  # type: ignore[untyped-decorator]  # Numba has no types
 def lowest_bit(typing_context: Any, bits: Any) -> Any:
-    """The place of the lowest bit that is set."""
+    """Return the index of the lowest bit that is set."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -132,7 +134,7 @@ def lowest_bit(typing_context: Any, bits: Any) -> Any:
 
 @compiled
 def exp(x: Any) -> Any:
-    """`numerics.exp`."""
+    """Return exp(x) with the bits of `numerics.exp`."""
     y = max(UNDERFLOW, x)
     shifted = y * LOG2_E + ROUND_TO_INTEGER
     n = shifted - ROUND_TO_INTEGER
@@ -144,7 +146,7 @@ def exp(x: Any) -> Any:
 
 @compiled
 def neg_log1m(v: float) -> float:
-    """`numerics.neg_log1m`."""
+    """Return -log(1 - v) with the bits of `numerics.neg_log1m`."""
     k = 0
     if v < 1.0 - SQRT_HALF:
         s = -v / (2.0 - v)
@@ -162,7 +164,7 @@ def neg_log1m(v: float) -> float:
 
 @compiled
 def philox(x0: Any, x1: Any, x2: Any, x3: Any, k0: Any, k1: Any) -> Any:
-    """`noise.philox`, its first three words; uint64 that hold 32 bits."""
+    """Return the first three words of `noise.philox`, as uint64 that hold 32 bits."""
     for _ in range(ROUNDS):
         product0, product1 = x0 * M0, x2 * M1
         x0, x1, x2, x3 = (
@@ -177,6 +179,6 @@ def philox(x0: Any, x1: Any, x2: Any, x3: Any, k0: Any, k1: Any) -> Any:
 
 @compiled
 def uniform(w0: Any, w1: Any) -> Any:
-    """`noise.exponential`'s v."""
+    """Return the uniform number of two random words, as `noise.exponential` makes it."""
     v = np.float64(w0) * 2.0**-32 + (np.float64(w1) + 0.5) * 2.0**-64
     return min(LARGEST_UNIFORM, v)

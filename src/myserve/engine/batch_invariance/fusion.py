@@ -183,7 +183,7 @@ def _rotary_before(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rotates_halves(function: Callable[..., Any]) -> bool:
-    """Whether a function has the usual signature and, on random numbers, the bits of `pointwise.rotate`."""
+    """Return whether a function has the usual signature and, on random numbers, the bits of `pointwise.rotate`."""
     generator = torch.Generator().manual_seed(0)
     q, k, cos, sin = (torch.randn(1, n, 3, 8, generator=generator).bfloat16() for n in (4, 2, 1, 1))
     try:

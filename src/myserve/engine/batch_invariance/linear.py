@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from itertools import accumulate
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,10 +24,10 @@ from myserve.engine.kernels.tiles import tile_configuration
 from myserve.engine.memory import huge_pages
 from myserve.engine.memory.prefault import Reserve
 
-__all__ = ["JoinedWeights", "PackedWeight", "multiply_each", "packed_shape"]
+__all__ = ["TILES", "TILE_ADDRESSES", "JoinedWeights", "PackedWeight", "multiply_each", "pack_into"]
 
-_TILES = [tile_configuration(rows) for rows in range(1, 17)]
-_TILE_ADDRESSES = [tiles.ctypes.data for tiles in _TILES]
+TILES = np.stack([tile_configuration(rows) for rows in range(1, 17)])  # [16, 64]
+TILE_ADDRESSES = [tiles.ctypes.data for tiles in TILES]
 
 
 class PackedWeight:
@@ -35,6 +37,10 @@ class PackedWeight:
     >>> w(torch.tensor([[1.0, 2.0, 3.0]]))
     tensor([[2., 3., 4.]])
     """
+
+    per_column: ClassVar[tuple[str, ...]] = (
+        "bias",
+    )  # its tensors beside the weight, a number for each column
 
     def __init__(
         self,
@@ -46,7 +52,9 @@ class PackedWeight:
     ) -> None:
         """`place`: where the packed weight goes, of `packed_shape` and its type; None: memory of `reserve`, or new."""
         self.out_features, self.in_features = weight.shape
-        self.weight = _packed(weight.detach(), place, reserve)
+        if place is None:
+            place = huge_pages.zeros(self.packed_shape(weight), self.packed_dtype(weight), reserve)
+        self.weight = pack_into(weight.detach(), place)
         self._inner = self.weight.shape[1] * (2 if self.dtype == torch.bfloat16 else 1)
         self._scratch_bytes = 64 * (3 + -(-4 * (ROWS * PANEL + 4 * self._inner) // 64))
         self._kernel = linear_kernel(self.dtype)
@@ -66,8 +74,53 @@ class PackedWeight:
 
     def copy_(self, other: PackedWeight) -> None:
         """Take the values of another of equal shape, in place: a joined product that holds this weight has them too."""
-        self.weight.copy_(other.weight)
-        self.bias.copy_(other.bias)
+        for name in ("weight", *self.per_column):
+            getattr(self, name).copy_(getattr(other, name))
+
+    @staticmethod
+    def packed_shape(weight: Tensor) -> tuple[int, ...]:
+        """Return the shape of a packed [N, K]: float32 [N / 16, K, 16]; bfloat16 [N / 16, K / 2, 16, 2].
+
+        K is padded to whole tiles in bfloat16, N to whole panels.
+
+        >>> PackedWeight.packed_shape(torch.zeros(70, 40))
+        (8, 40, 16)
+        >>> PackedWeight.packed_shape(torch.zeros(70, 40, dtype=torch.bfloat16))
+        (8, 32, 16, 2)
+        """
+        groups = -(-weight.shape[0] // PANEL) * PANEL // 16
+        inner = PackedWeight.packed_inner(weight.shape[1], weight.dtype)
+        return (groups, inner // 2, 16, 2) if weight.dtype == torch.bfloat16 else (groups, inner, 16)
+
+    @staticmethod
+    def packed_inner(inner: int, dtype: torch.dtype) -> int:
+        """Return K as a packed weight has it: in bfloat16 in whole tiles."""
+        return -(-inner // 32) * 32 if dtype == torch.bfloat16 else inner
+
+    @staticmethod
+    def packed_dtype(weight: Tensor) -> torch.dtype:
+        """Return the element type of a packed weight: bfloat16 stays, all else is float32."""
+        return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+
+    def unpacked(self) -> Tensor:
+        """Return the weight [N, K] as it lies in memory now, in a tensor of its own.
+
+        >>> PackedWeight(torch.arange(6.0).view(2, 3)).unpacked()
+        tensor([[0., 1., 2.],
+                [3., 4., 5.]])
+        """
+        if self.dtype == torch.bfloat16:
+            groups, halves = self.weight.shape[0], self.weight.shape[1]
+            pairs = self.weight.view(torch.int32).view(groups, halves, 16).mT.contiguous()
+            whole = pairs.view(groups * 16, halves).view(torch.bfloat16)
+        else:
+            whole = self.weight.mT.reshape(-1, self.weight.shape[1])
+        return whole[: self.out_features, : self.in_features].contiguous()
+
+    @property
+    def inner(self) -> int:
+        """K as the kernel has it: in bfloat16 in whole tiles."""
+        return self._inner
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,25 +133,26 @@ class PackedWeight:
         self._multiply(self._rows(x), out)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """x as the kernel reads it: of our dtype, rows behind one another, K in whole tiles."""
+    def _rows(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x as the kernel reads it, [..., K] first: of our dtype, rows behind one another, K in whole tiles."""
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         if self._inner != self.in_features:
             x = F.pad(x, (0, self._inner - self.in_features))
-        return x if x.is_contiguous() else x.contiguous()
+        return (x if x.is_contiguous() else x.contiguous(),)
 
-    def _multiply(self, x: Tensor, out: Tensor) -> None:  # [..., K] -> [..., N]
-        rows, size = x.numel() // self._inner, out.element_size()
+    def _multiply(self, x: tuple[Tensor, ...], out: Tensor) -> None:  # `_rows` -> [..., N]
+        (values,) = x
+        rows, size = values.numel() // self._inner, out.element_size()
         if rows == 0:
             return
         threads = threads_for(rows * self.out_features * self._inner // 16)
         self._kernel(
-            threads, x=x.data_ptr(), x_row=size * self._inner, weight=self.weight.data_ptr(),
+            threads, x=values.data_ptr(), x_row=size * self._inner, weight=self.weight.data_ptr(),
             bias=self.bias.data_ptr(), out=out.data_ptr(), out_row=size * self.out_features, rows=rows,
             inner=self._inner, columns=self.out_features,
             scratch=this_thread().scratch(threads * self._scratch_bytes), scratch_bytes=self._scratch_bytes,
-            full_tiles=_TILE_ADDRESSES[15], last_tiles=_TILE_ADDRESSES[(rows - 1) % 16],
+            full_tiles=TILE_ADDRESSES[15], last_tiles=TILE_ADDRESSES[(rows - 1) % 16],
         )  # fmt: skip
 
 
@@ -114,23 +168,30 @@ class JoinedWeights:
     tensor([[3., 3., 3.]])
     """
 
-    def __init__(self, weights: list[tuple[Tensor, Tensor | None]], reserve: Reserve | None = None) -> None:
-        shapes = [packed_shape(weight) for weight, _ in weights]
+    def __init__(
+        self,
+        weights: Sequence[tuple[Any, Tensor | None]],
+        reserve: Reserve | None = None,
+        kind: type[PackedWeight] = PackedWeight,
+    ) -> None:
+        """`kind`: what each becomes, of a weight as that takes it."""
+        shapes = [kind.packed_shape(weight) for weight, _ in weights]
         groups = [shape[0] for shape in shapes]
-        whole = huge_pages.zeros((sum(groups), *shapes[0][1:]), _packed_dtype(weights[0][0]), reserve)
+        whole = huge_pages.zeros((sum(groups), *shapes[0][1:]), kind.packed_dtype(weights[0][0]), reserve)
         places = torch.split(whole, groups)
         self.parts = [
-            PackedWeight(weight, bias, place=place)
-            for (weight, bias), place in zip(weights, places, strict=True)
+            kind(weight, bias, place=place) for (weight, bias), place in zip(weights, places, strict=True)
         ]
         joined = copy(self.parts[0])
-        joined.weight, joined.bias = whole, torch.cat([part.bias for part in self.parts])
-        joined.out_features = len(joined.bias)  # each part's columns end with a whole panel
+        joined.weight, columns = whole, [16 * count for count in groups]
+        for name in kind.per_column:
+            both = torch.cat([getattr(part, name) for part in self.parts])
+            setattr(joined, name, both)
+            for part, view in zip(self.parts, torch.split(both, columns), strict=True):
+                setattr(part, name, view)  # so that a new value of one is a new value of all
+        joined.out_features = sum(columns)  # each part's columns end with a whole panel
         self._joined, self._widths = joined, [part.out_features for part in self.parts]
-        columns = [16 * count for count in groups]
         self._starts = [0, *accumulate(columns)][:-1]
-        for part, bias in zip(self.parts, torch.split(joined.bias, columns), strict=True):
-            part.bias = bias  # a view, so that a new value of one is a new value of all
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Multiply x [..., K]; gives one [..., N] for each part, in x's dtype: views into the rows of the whole."""
@@ -152,41 +213,26 @@ def multiply_each(weights: Sequence[PackedWeight], x: Tensor, counts: Sequence[i
     start = 0
     for weight, count in zip(weights, counts, strict=True):
         if count:
-            weight._multiply(rows.narrow(0, start, count), out.narrow(0, start, count))
+            own = tuple(part.narrow(0, start, count) for part in rows)
+            weight._multiply(own, out.narrow(0, start, count))
         start += count
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def packed_shape(weight: Tensor) -> tuple[int, ...]:
-    """Return the shape of a packed [N, K]: float32 [N / 16, K, 16]; bfloat16 [N / 16, K / 2, 16, 2], K in whole tiles.
+def pack_into(weight: Tensor, place: Tensor) -> Tensor:
+    """Write a weight [N, K] in the kernel's order, with zeros around it; return `place`.
 
-    >>> packed_shape(torch.zeros(70, 40)), packed_shape(torch.zeros(70, 40, dtype=torch.bfloat16))
-    ((8, 40, 16), (8, 32, 16, 2))
+    `place`: float32 [groups, K, 16] or bfloat16 [groups, K / 2, 16, 2], of at least as many columns and terms.
     """
-    columns, inner = weight.shape
-    groups = -(-columns // PANEL) * PANEL // 16
-    if weight.dtype == torch.bfloat16:
-        return groups, -(-inner // 32) * 16, 16, 2
-    return groups, inner, 16
-
-
-def _packed_dtype(weight: Tensor) -> torch.dtype:
-    return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-
-
-def _packed(
-    weight: Tensor, place: Tensor | None, reserve: Reserve | None
-) -> Tensor:  # [N, K] -> packed_shape
-    shape, half = packed_shape(weight), weight.dtype == torch.bfloat16
-    packed = huge_pages.zeros(shape, _packed_dtype(weight), reserve) if place is None else place
+    half = place.dtype == torch.bfloat16
+    groups, inner = place.shape[0], place.shape[1] * (2 if half else 1)
     weight = weight if half else weight.float()
-    groups, inner = shape[0], shape[1] * (2 if half else 1)
     padding = (0, inner - weight.shape[1], 0, 16 * groups - weight.shape[0])
     if any(padding):
         weight = F.pad(weight, padding)
     if half:  # pairs move as one number of 32 bits: twice as fast
         pairs = weight.contiguous().view(torch.int32).view(groups, 16, inner // 2)
-        packed.view(torch.int32).view(groups, inner // 2, 16).copy_(pairs.mT)
+        place.view(torch.int32).view(groups, inner // 2, 16).copy_(pairs.mT)
     else:
-        packed.copy_(weight.reshape(groups, 16, inner).mT)
-    return packed
+        place.copy_(weight.reshape(groups, 16, inner).mT)
+    return place

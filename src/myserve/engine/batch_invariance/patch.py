@@ -28,6 +28,15 @@ from myserve.engine.batch_invariance.fusion import (
     products_of_one_input,
 )
 from myserve.engine.batch_invariance.linear import JoinedWeights, PackedWeight, multiply_each
+from myserve.engine.batch_invariance.low_rank import LowRankLayer
+from myserve.engine.batch_invariance.quantized import (
+    Int8Values,
+    QuantizedWeight,
+    can_quantize,
+    stored,
+    values_of,
+)
+from myserve.engine.kernels.int8.dots import int8_unit
 from myserve.engine.kernels.tiles import bfloat16_unit
 from myserve.engine.memory import huge_pages
 from myserve.engine.memory.prefault import Reserve
@@ -37,11 +46,13 @@ __all__ = [
     "ExactLinear",
     "ExactReport",
     "ExactWeight",
+    "QuantizationReport",
     "exact_experts_forward",
     "has_experts",
     "is_router",
     "make_exact",
     "packed_experts",
+    "products",
 ]
 
 EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
@@ -68,6 +79,23 @@ class ExactReport:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizationReport:
+    """Reports which layers compute in int8, for the log and for `/version`.
+
+    >>> QuantizationReport().as_dict()
+    {'method': 'off'}
+    """
+
+    method: Literal["off", "int8"] = "off"
+    unit: str = ""  # what multiplies bytes: "tiles" (AMX), "dots" (AVX-512 VNNI), "lanes" (16-bit lanes)
+    layers: int = 0  # linear layers, the output layer among them; modules of experts count once
+    unquantized: tuple[str, ...] = ()  # names of the layers that stayed in the model's dtype
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"method": "off"} if self.method == "off" else asdict(self)
+
+
 class ExactLinear(nn.Module):
     """A linear layer by our own kernel. It holds the weight in the kernel's order alone; new values: `replace`."""
 
@@ -78,6 +106,7 @@ class ExactLinear(nn.Module):
         self.packed = packed
         self.out_features, self.in_features = packed.out_features, packed.in_features
         self._shared: tuple[SharedInput, int] | None = None
+        self.low_rank: LowRankLayer | None = None  # None: no adapter has ever changed it
 
     @property
     def weight(self) -> Tensor:
@@ -97,9 +126,11 @@ class ExactLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._shared is None:
-            return self.packed(x)
-        shared, part = self._shared
-        return shared.product(part, x)
+            y = self.packed(x)
+        else:
+            shared, part = self._shared
+            y = shared.product(part, x)
+        return y if self.low_rank is None else self.low_rank.add(x, y)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.packed.dtype}"
@@ -126,26 +157,33 @@ class ExactWeight(Tensor):
 
 
 def make_exact(
-    model: nn.Module, *, mode: Literal["on", "off"] = "on", reserve: Reserve | None = None
-) -> ExactReport:
+    model: nn.Module,
+    *,
+    mode: Literal["on", "off"] = "on",
+    reserve: Reserve | None = None,
+    quantize: Literal["off", "int8"] = "off",
+) -> tuple[ExactReport, QuantizationReport]:
     """Replace, in place, all of a CPU model's matrix products; `mode="off"` leaves the library's.
 
     A layer's own weight is freed as soon as it is packed, its pages of the checkpoint's file too, so that a model needs
     little more than its weights while it is prepared; embeddings tied to the output layer stay beside its packed copy.
-    `reserve`: memory for the packed weights that is filled already.
+    `reserve`: memory for the packed weights that is filled already. `quantize`: "int8" makes linear layers, experts and
+    the output layer products of int8; routers stay as they are, for what they choose is no matter of a little noise.
     """
     if mode == "off":
-        return ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0)
-    experts = sum(_pack_experts(module, reserve) for module in list(model.modules()) if has_experts(module))
-    routers = sum(_pack_router(module, reserve) for module in list(model.modules()) if is_router(module))
+        off = ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0)
+        return off, QuantizationReport()
     files = huge_pages.FilePages()
-    linears = _join_products(model, files, reserve)
+    packing = _Packing(quantize == "int8", reserve, files)
+    names = {id(module): name for name, module in model.named_modules()}
+    unquantized = [names[id(module)] for module in model.modules() if is_router(module)]
+    experts = sum(_pack_experts(module, packing) for module in list(model.modules()) if has_experts(module))
+    routers = sum(_pack_router(module, reserve) for module in list(model.modules()) if is_router(module))
+    linears = _join_products(model, packing)
     for parent, name, module in list(_linears(model)):
         transposed = isinstance(module, Conv1D)
-        weight = module.weight.T if transposed else module.weight
-        packed = PackedWeight(weight, module.bias, reserve=reserve)
+        packed = packing.pack(module.weight, module.bias, is_transposed=transposed)
         setattr(parent, name, ExactLinear(packed, is_transposed=transposed))
-        files.let_go(module.weight)
         linears += 1
     install_activations(model)
     fuse_gates(model)
@@ -153,22 +191,76 @@ def make_exact(
     norms = fuse_norms(model)
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     unit = bfloat16_unit() if half else "lanes"
-    return ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=norms)
+    report = ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=norms)
+    if not any(isinstance(p, QuantizedWeight) for p in products(model)):
+        return report, QuantizationReport()
+    unquantized += [name for name, module in model.named_modules() if _holds_floats(module)]
+    layers = linears + routers + experts - len(unquantized)
+    return report, QuantizationReport("int8", int8_unit(), layers, tuple(sorted(unquantized)))
 
 
-def _join_products(model: nn.Module, files: huge_pages.FilePages, reserve: Reserve | None) -> int:
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """The way from weights [N, K] to products: in int8 or not, into which memory."""
+
+    quantizes: bool
+    reserve: Reserve | None
+    files: huge_pages.FilePages
+
+    def kind_of(self, weight: Tensor, *, is_transposed: bool = False) -> type[PackedWeight]:
+        inner = weight.shape[-2 if is_transposed else -1]
+        quantizes = stored(weight) or (self.quantizes and can_quantize(inner))
+        return QuantizedWeight if quantizes else PackedWeight
+
+    def pack(self, weight: Tensor, bias: Tensor | None, *, is_transposed: bool = False) -> PackedWeight:
+        """Return one product, and give the pages of the weight's file back."""
+        kind = self.kind_of(weight, is_transposed=is_transposed)
+        value = values_of(weight, is_transposed=is_transposed)
+        packed = kind(value, bias, reserve=self.reserve)
+        self.let_go(value)
+        return packed
+
+    def let_go(self, value: Tensor | Int8Values) -> None:
+        """Give the pages of a packed weight's file back."""
+        self.files.let_go(value.values if isinstance(value, Int8Values) else value)
+
+
+def products(model: nn.Module) -> Iterator[PackedWeight]:
+    """Yield all products of a model's linear layers and experts."""
+    for module in model.modules():
+        yield from _products_of(module)
+
+
+def _products_of(module: Any) -> list[PackedWeight]:
+    if isinstance(module, ExactLinear):
+        return [module.packed]
+    return [*getattr(module, "packed_up", ()), *getattr(module, "packed_down", ())]
+
+
+def _holds_floats(module: Any) -> bool:
+    """Return whether one of a module's own products is not int8."""
+    return not all(isinstance(packed, QuantizedWeight) for packed in _products_of(module))
+
+
+def _join_products(model: nn.Module, packing: _Packing) -> int:
     """Join products that multiply one x; return how many layers that were."""
-    found = list(products_of_one_input(model))
-    for parent, names in found:
+    count = 0
+    for parent, names in list(products_of_one_input(model)):
         layers: list[Any] = [getattr(parent, name) for name in names]
-        joined = JoinedWeights([(layer.weight, layer.bias) for layer in layers], reserve)
+        kinds = {packing.kind_of(layer.weight) for layer in layers}
+        if len(kinds) > 1:  # a checkpoint that has some of them in int8
+            continue
+        values = [values_of(layer.weight) for layer in layers]
+        biases = [layer.bias for layer in layers]
+        joined = JoinedWeights(list(zip(values, biases, strict=True)), packing.reserve, kinds.pop())
         shared = SharedInput(joined)
         for part, (name, packed) in enumerate(zip(names, joined.parts, strict=True)):
             exact = ExactLinear(packed)
             exact.share(shared, part)
             setattr(parent, name, exact)
-            files.let_go(layers[part].weight)
-    return sum(len(names) for _, names in found)
+            packing.let_go(values[part])
+        count += len(names)
+    return count
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -179,7 +271,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing more: Phi-3.5-MoE's router is one that also chooses experts."""
+    """Return whether a module is a linear layer and no more: Phi-3.5-MoE's router is one that also chooses experts."""
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
@@ -202,25 +294,32 @@ def has_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and "down_proj" in module._parameters
 
 
-def _pack_experts(module: Any, reserve: Reserve | None) -> int:
+def _pack_experts(module: Any, packing: _Packing) -> int:
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    module.packed_up, module.packed_down = (_pack_each(module, name, reserve) for name in (up, "down_proj"))
+    module.packed_up, module.packed_down = (_pack_each(module, name, packing) for name in (up, "down_proj"))
+    module.low_rank_up = module.low_rank_down = None
     module.config._experts_implementation = EXPERTS_NAME
     return 1
 
 
-def _pack_each(module: Any, name: str, reserve: Reserve | None) -> list[PackedWeight]:
+def _pack_each(module: Any, name: str, packing: _Packing) -> list[PackedWeight]:
     weights, biases = module._parameters.pop(name), module._parameters.get(f"{name}_bias")
-    return packed_experts(weights, biases, is_transposed=module.is_transposed, reserve=reserve)
+    kind = packing.kind_of(weights, is_transposed=module.is_transposed)
+    values = values_of(weights, is_transposed=module.is_transposed)
+    packed = packed_experts(values, biases, kind, packing.reserve)
+    packing.let_go(values)
+    return packed
 
 
-# weights [E, N, K] or [E, K, N], biases [E, N]
 def packed_experts(
-    weights: Tensor, biases: Tensor | None, *, is_transposed: bool, reserve: Reserve | None = None
+    weights: Any,
+    biases: Tensor | None,
+    kind: type[PackedWeight],
+    reserve: Reserve | None = None,
 ) -> list[PackedWeight]:
-    weights = weights.transpose(1, 2) if is_transposed else weights
+    """Return each expert's product, of weights [E, N, K] as `kind` takes them, and biases [E, N]."""
     return [
-        PackedWeight(w, None if biases is None else biases[e], reserve=reserve) for e, w in enumerate(weights)
+        kind(weights[e], None if biases is None else biases[e], reserve=reserve) for e in range(len(weights))
     ]
 
 
@@ -234,9 +333,12 @@ def exact_experts_forward(
     tokens, k = top_k_index.shape
     order = top_k_index.flatten().argsort(stable=True)  # [T * k]: places (token, slot), expert by expert
     counts = top_k_index.flatten().bincount(minlength=len(module.packed_up)).tolist()
-    inner = multiply_each(module.packed_up, hidden_states[order // k], counts)
+    token, expert = order // k, top_k_index.flatten()[order]
+    x = hidden_states[token]
+    inner = _with_adapters(module.low_rank_up, token, expert, x, multiply_each(module.packed_up, x, counts))
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     outer = multiply_each(module.packed_down, inner, counts)  # [T * k, D]
+    outer = _with_adapters(module.low_rank_down, token, expert, inner, outer)
     if module.has_post_expert_norm:
         outer = module.post_expert_norm(outer)
     weighted = (outer * top_k_weights.flatten()[order, None]).float()
@@ -245,6 +347,12 @@ def exact_experts_forward(
     for j in range(1, k):
         total = total + parts[:, j]
     return total.to(hidden_states.dtype)
+
+
+def _with_adapters(layer: LowRankLayer | None, token: Tensor, expert: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return y [R, N] of x [R, K] with the adapters of the rows' tokens and experts [R]."""
+    rows = None if layer is None else layer.rows_of(token, expert)
+    return y if layer is None or rows is None else layer.add(x, y, rows)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, exact_experts_forward)

@@ -50,7 +50,7 @@ def look_up_angles(model: Any, positions: int) -> int:
     """Give every rotary embedding of a model a table of `positions` rows; return how many there were.
 
     Where the angles depend on the longest context of a call (dynamic NTK, LongRoPE), they become those of `positions`
-    for everyone, as vLLM has it: with at most `unscaled_length`, those that transformers has for short texts.
+    for every request, as vLLM has it: with at most `unscaled_length`, those that transformers has for short texts.
     """
     found: list[Any] = [
         module for module in model.modules() if _is_rotary(module) and _gives_angles(module, model)
@@ -70,7 +70,7 @@ def _is_rotary(module: Any) -> bool:
 
 
 def _gives_angles(module: Any, model: Any) -> bool:
-    """Whether it gives cosines and sines: DeepSeek-V2's gives complex numbers, and stays as it is."""
+    """Return whether it gives cosines and sines: DeepSeek-V2's gives complex numbers, and stays as it is."""
     x = torch.empty(0, dtype=model.dtype, device=model.device)
     types = module.rope_type if isinstance(module.rope_type, dict) else [None]
     more = [layer for layer in types if layer][:1]

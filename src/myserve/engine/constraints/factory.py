@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,7 @@ from myserve.errors import RequestError
 
 if TYPE_CHECKING:
     from myserve.engine.constraints.grammar import GrammarConstraint
+    from myserve.engine.constraints.json_numbers import NumberBounds
     from myserve.engine.constraints.reasoning import Marks, ReasoningConstraint
     from myserve.grammar.library import Library
 
@@ -45,6 +47,8 @@ class Constraints:
         """Compile what `begin` will need. Raises RequestError."""
         if params.grammar is not None:
             await self._library.prepare(params.grammar)
+            if params.grammar.kind == "json_schema":  # once a model, for a loop looks at every token
+                await asyncio.to_thread(lambda: self._number_bounds)
 
     def begin(
         self, params: SamplingParams, max_tokens: int, prior_token_ids: Sequence[int]
@@ -75,7 +79,8 @@ class Constraints:
         inner = None
         if params.grammar is not None:
             compiled = self._library.get(params.grammar)
-            inner = GrammarConstraint(compiled, self._eos_ids, len(self._table), max_tokens)
+            numbers = self._number_bounds.begin() if params.grammar.kind == "json_schema" else None
+            inner = GrammarConstraint(compiled, self._eos_ids, len(self._table), max_tokens, numbers)
         if params.reasoning is None:
             assert inner is not None
             return inner
@@ -83,6 +88,12 @@ class Constraints:
         if marks is None:
             marks = self._marks[params.reasoning.end] = Marks.of(params.reasoning, self._table, self._encode)
         return ReasoningConstraint(params.reasoning, inner, self._table, marks, self._eos_ids)
+
+    @cached_property
+    def _number_bounds(self) -> NumberBounds:
+        from myserve.engine.constraints.json_numbers import NumberBounds
+
+        return NumberBounds(list(self._table))
 
     @cached_property
     def _library(self) -> Library:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from myserve.engine.constraints.json_numbers import NumberState
 from myserve.grammar.compiler import in_one_line
 from myserve.grammar.library import Compiled
 
@@ -24,7 +25,16 @@ class GrammarConstraint:
     was looked for depends on the tokens alone, so that a completion does, too.
     """
 
-    def __init__(self, compiled: Compiled, eos_ids: Sequence[int], vocab_size: int, remaining: int) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        eos_ids: Sequence[int],
+        vocab_size: int,
+        remaining: int,
+        numbers: NumberState | None = None,
+    ) -> None:
+        """`numbers`: of a JSON text, keeps its numbers finite."""
+        self._numbers = numbers
         self._error: str | None = None
         self.closes_early = False  # whether the rest is forced
         self._compiled = compiled
@@ -44,6 +54,7 @@ class GrammarConstraint:
         twin = GrammarConstraint(self._compiled, self._eos_ids, 32 * len(self._mask), self._remaining)
         twin._error, twin.closes_early = self._error, self.closes_early
         twin._matcher = self._matcher.deep_copy()
+        twin._numbers = None if self._numbers is None else self._numbers.fork()
         twin._closing = deque(self._closing)
         twin._look_at = self._look_at
         return twin
@@ -67,7 +78,7 @@ class GrammarConstraint:
         return self._mask
 
     def allows(self, token_id: int) -> bool:
-        """Whether the token may come next."""
+        """Return whether the token may come next."""
         return bool(int(self.mask()[token_id >> 5]) >> (token_id & 31) & 1)
 
     def prepare(self) -> None:
@@ -81,6 +92,8 @@ class GrammarConstraint:
         else:
             self._matcher.unsafe_compute_mask_ptr(self._mask.data_ptr(), 4 * len(self._mask))
             self._note_error()
+            if self._numbers is not None:
+                self._numbers.forbid(self._mask)
         self._is_current = True  # not before: after an exception there is no mask yet
 
     def append(self, token_id: int) -> None:
@@ -90,6 +103,14 @@ class GrammarConstraint:
         self._is_over = self._is_over or token_id in self._eos_ids
         if not self._is_over and self._error is None and not self._matcher.consume_token(token_id):
             self._note_error()
+        if self._numbers is not None:
+            self._numbers.append(token_id)
+
+    def forced_token_ids(self) -> list[int]:
+        """Return the tokens of the bytes that alone may come next, as the tokenizer cuts them; none after an error."""
+        if self._is_over or self._error is not None:
+            return []
+        return list(self._closing) if self.closes_early else list(self._matcher.compute_ff_tokens())
 
     def elapse(self) -> None:
         """A token was drawn that the grammar does not see."""
@@ -116,8 +137,11 @@ class GrammarConstraint:
 
 
 def _pause(spare: int) -> int:
-    """How many tokens may pass before an ending is looked for again: even at three tokens further from the end with
-    each, there is one in reach then. So it is looked for some 4 times for each doubling of `max_tokens`."""
+    """Return how many tokens may pass before an ending is looked for again.
+
+    Even at three tokens further from the end with each, there is one in reach then. So it is looked for some 4 times
+    for each doubling of `max_tokens`.
+    """
     return max(1, spare // 4)
 
 

@@ -28,7 +28,7 @@ MAX_GAP = 2  # tokens of line breaks
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """How one model's tokenizer writes the borders of its thinking."""
+    """Hold the token ids that begin and end one model's thinking."""
 
     start_ids: Sequence[int]
     end_ids: Sequence[int]
@@ -70,7 +70,7 @@ class ReasoningConstraint:
         self._table = table
         self._marks = marks
         self._eos_ids = eos_ids
-        self._phase = Phase.THINKING if reasoning.begun else Phase.OPENING
+        self._phase = Phase.THINKING if reasoning.starts_inside else Phase.OPENING
         self._mask = torch.zeros((len(table) + 31) // 32, dtype=torch.int32)
         self._seen = b""  # the end of what was thought, long enough to hold the closing mark
         self._count = 0  # tokens of this phase
@@ -136,6 +136,12 @@ class ReasoningConstraint:
                 self._phase = Phase.ANSWER
                 if self._inner is not None:
                     self._inner.append(token_id)
+
+    def forced_token_ids(self) -> list[int]:
+        """Return what is left of a mark that is being written, or what the grammar forces."""
+        if self._forced or self._phase is not Phase.ANSWER or self._inner is None:
+            return list(self._forced)
+        return self._inner.forced_token_ids()
 
     def _open(self, token_id: int) -> None:
         start = self._marks.start_ids

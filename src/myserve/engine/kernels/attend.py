@@ -27,7 +27,6 @@ from myserve.engine.kernels.lanes import (
     next_item,
     next_thread,
     size_of,
-    softmax_step,
     stays_half,
     uses_tiles,
     view,
@@ -35,6 +34,7 @@ from myserve.engine.kernels.lanes import (
 )
 from myserve.engine.kernels.lanes import BLOCK_SIZE as BLOCK_SIZE
 from myserve.engine.kernels.launch import Kernel, fingerprint
+from myserve.engine.kernels.softmax import softmax_step
 from myserve.engine.kernels.tiles import Unit, bfloat16_unit, get_tiles, set_tiles
 
 __all__ = ["ATTEND", "BLOCK_SIZE", "TILE_ROWS", "attend_kernel", "padded", "padded_head_dim"]
@@ -130,14 +130,14 @@ def _write_row(kind: Kind, source: Address, divisor: np.float32, count: int, tar
 
 @njit(error_model="numpy")
 def _block(a: Record, cache: Address, request: int, head: int, key: int, block_bytes: int) -> Any:
-    """Where the block that holds a request's key lies."""
+    """Return the address of the block that holds a request's key."""
     table = carray(view(a.tables + request * a.table_row, np.int32(0)), a.table_row // 4)
     return cache + (np.int64(table[key // BLOCK_SIZE]) * a.kv_heads + head) * block_bytes
 
 
 @njit(error_model="numpy")
 def _scratch(kind: Kind, rows: int, dim: int, scratch: Address) -> Any:
-    """Where a work item's rows lie, and how many there is room for: whole register tiles, the rows beyond zeros.
+    """Return where a work item's rows lie and how many there is room for: whole register tiles, padded with zeros.
 
     Behind the four addresses of a partition's keys: peaks, factors and 16 partial sums of each row's softmax; queries;
     outputs; weights rounded to bfloat16; scores; a copy of a block's values with zeros behind its last key.

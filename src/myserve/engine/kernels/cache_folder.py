@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +18,11 @@ from numba.core.caching import FunctionCache
 from myserve.core.compiled.entry_points import SOURCES
 from myserve.core.compiled.fingerprint import fingerprint
 
-__all__ = ["cache_folder", "is_complete", "mark_complete"]
+__all__ = ["cache_folder", "compiling_alone", "is_complete", "mark_complete"]
 
 log = logging.getLogger("myserve.start")
+
+_in_this_process = threading.Lock()
 
 
 @cache
@@ -46,6 +53,27 @@ def mark_complete(types: str) -> None:
             _marker(folder, types).touch()
         except OSError:
             log.debug("the note that all kernels are compiled was not written", exc_info=True)
+
+
+@contextmanager
+def compiling_alone() -> Iterator[None]:
+    """Run a block while no other thread or process compiles into this folder: whoever comes next finds all of it kept.
+
+    Without, servers that start at once (or the engines of a test run) would each compile the whole, on the same cores.
+    """
+    with _in_this_process:
+        folder = cache_folder()
+        if folder is None:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "compiling.lock", os.O_CREAT | os.O_RDWR)
+        try:
+            # given back with the descriptor, by a process that is killed too
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
 
 def _marker(folder: Path, types: str) -> Path:

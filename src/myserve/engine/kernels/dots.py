@@ -35,7 +35,7 @@ from myserve.engine.kernels.lanes import (
 )  # fmt: skip
 from myserve.engine.kernels.tiles import bfloat16_unit
 
-__all__ = ["mix", "multiply", "multiply_pairs"]
+__all__ = ["add_products", "mix", "multiply", "multiply_pairs"]
 
 _HALVES = ir.VectorType(BFLOAT, 32)
 
@@ -63,9 +63,9 @@ def _load_pair(b: IR, address: IR, row: IR, packed: bool) -> tuple[IR, IR]:
 class _Sums:
     """A tile of sums [rows, 16 * groups] in registers: LLVM's mem2reg makes such of these slots."""
 
-    def __init__(self, b: IR, rows: int, groups: int) -> None:
+    def __init__(self, b: IR, rows: int, groups: int, kind: IR = _VEC) -> None:
         self._b = b
-        self._slots = [[cgutils.alloca_once(b, _VEC) for _ in range(groups)] for _ in range(rows)]
+        self._slots = [[cgutils.alloca_once(b, kind) for _ in range(groups)] for _ in range(rows)]
 
     def each(self) -> Iterator[tuple[int, int, IR]]:
         for r, row in enumerate(self._slots):
@@ -194,35 +194,45 @@ def mix(ctx: Any, kind: Any, rows: Any, groups: Any, a: Any, a_row: Any, b: Any,
 
 
 @intrinsic(prefer_literal=True)
-def multiply_pairs(ctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any, c: Any, ahead: Any,
-                   stride: Any) -> Any:  # fmt: skip
-    """c[r, :64] += sum over pairs of x[r, 2k] * W[2k, :] + x[r, 2k + 1] * W[2k + 1, :], k ascending; c is [rows, 64].
+def multiply_pairs(ctx: Any, rows: Any, groups: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any, c: Any,
+                   ahead: Any, stride: Any) -> Any:  # fmt: skip
+    """c[r, :n] += sum over pairs of x[r, 2k] * W[2k, :] + x[r, 2k + 1] * W[2k + 1, :], k ascending; c is [rows, 64].
 
-    x is bfloat16, `x_row` bytes a row; W is four groups of 16 columns, [pairs, 16, 2], `w_group` bytes apart. What lies
-    `ahead` bytes from each group is fetched on the way, `stride` bytes a pair.
+    x is bfloat16, `x_row` bytes a row; W is up to four groups of 16 columns, [pairs, 16, 2], `w_group` bytes apart, and
+    n = 16 * groups. What lies `ahead` bytes from each group is fetched on the way, `stride` bytes a pair.
     """
-    R, G = rows.literal_value, 4
+    R, G = rows.literal_value, groups.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, x, x_row, w, w_group, pairs, c, ahead, stride = args
-        x_rows = [b.add(x, _bytes(b, x_row, r)) for r in range(R)]
-        groups = [b.add(w, _bytes(b, w_group, g)) for g in range(G)]
-
-        def c_at(r: int, g: int) -> IR:
-            return _offset(b, c, 256 * r + 64 * g)
-
-        sums = _Sums(b, R, G)
-        for r, g, slot in sums.each():
-            b.store(_load(b, c_at(r, g)), slot)
-        with cgutils.for_range(b, pairs) as loop:
-            fetched = b.add(ahead, b.mul(loop.index, stride))
-            for group in groups:
-                _prefetch(b, b.add(group, fetched))
-            columns = [_load(b, b.add(group, _bytes(b, loop.index, 64)), _IVEC) for group in groups]
-            xs = [_load(b, b.add(row, _bytes(b, loop.index, 4)), _I32) for row in x_rows]
-            sums.add([_splat(b, x, _IVEC) for x in xs], columns, _dot)
-        sums.store(c_at)
+        add_products(b, R, args[2:], _dot, _VEC, G)
         return context.get_dummy_value()
 
     size = types.int64
-    return types.void(rows, size, size, size, size, size, size, size, size), codegen
+    return types.void(rows, groups, size, size, size, size, size, size, size, size), codegen
+
+
+def add_products(
+    b: IR, rows: int, args: Any, product: Callable[[IR, IR, IR, IR], IR], kind: IR, num_groups: int = 4
+) -> None:
+    """Emit c[r, :64] += the products of x[r] and W: 32 bits of x times four vectors of W at each of `steps`.
+
+    `args`: the addresses and sizes of `multiply_pairs`; `kind`: the vector of sums that `product` adds to.
+    """
+    x, x_row, w, w_group, steps, c, ahead, stride = args
+    x_rows = [b.add(x, _bytes(b, x_row, r)) for r in range(rows)]
+    groups = [b.add(w, _bytes(b, w_group, g)) for g in range(num_groups)]
+
+    def c_at(r: int, g: int) -> IR:
+        return _offset(b, c, 256 * r + 64 * g)
+
+    sums = _Sums(b, rows, num_groups, kind)
+    for r, g, slot in sums.each():
+        b.store(_load(b, c_at(r, g), kind), slot)
+    with cgutils.for_range(b, steps) as loop:
+        fetched = b.add(ahead, b.mul(loop.index, stride))
+        for group in groups:
+            _prefetch(b, b.add(group, fetched))
+        columns = [_load(b, b.add(group, _bytes(b, loop.index, 64)), _IVEC) for group in groups]
+        xs = [_load(b, b.add(row, _bytes(b, loop.index, 4)), _I32) for row in x_rows]
+        sums.add([_splat(b, x, _IVEC) for x in xs], columns, product)
+    sums.store(c_at)

@@ -28,7 +28,10 @@ from myserve.engine.kernels.lanes import (
 from myserve.engine.kernels.launch import Kernel, fingerprint
 from myserve.engine.kernels.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles
 
-__all__ = ["LINEAR", "MOST_PAIR_ROWS", "PAIRS_AT_ONCE", "PANEL", "ROWS", "SWEEP_BYTES", "linear_kernel"]
+__all__ = [
+    "LINEAR", "MOST_PAIR_ROWS", "PAIRS_AT_ONCE", "PANEL", "ROWS", "SWEEP_BYTES", "linear_kernel", "panel_by_lanes",
+    "panel_by_pairs", "panel_by_tiles",
+]  # fmt: skip
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
 ROWS = 32  # of a thread's scratch [ROWS, PANEL]
@@ -49,7 +52,7 @@ LINEAR = (
 
 @njit(error_model="numpy")
 def _finish(a: Any, kind: Kind, sums: Address, row: int, count: int, column: int) -> None:
-    """out[row : row + count, column : column + 64] = sums [count, 64] + bias, rounded."""
+    """Store out[row : row + count, column : column + 64] = sums [count, 64] + bias, rounded."""
     end = min(PANEL, a.columns - column)
     whole = end // LANES * LANES
     for r in range(count):
@@ -62,8 +65,8 @@ def _finish(a: Any, kind: Kind, sums: Address, row: int, count: int, column: int
 
 
 @njit(error_model="numpy")
-def _panel_by_lanes(a: Any, kind: Kind, panel: int, first: int, last: int, scratch: Address) -> None:
-    """Four rows at a time, widened to float32."""
+def panel_by_lanes(a: Any, kind: Kind, panel: int, first: int, last: int, scratch: Address) -> None:
+    """Multiply one panel by float32 lanes: four rows at a time, widened to float32."""
     group = a.inner * LANES * size_of(kind)
     groups = carray(view(scratch, np.int64(0)), 4)
     for g in range(4):
@@ -84,10 +87,10 @@ def _panel_by_lanes(a: Any, kind: Kind, panel: int, first: int, last: int, scrat
 
 
 @njit(error_model="numpy")
-def _panel_by_pairs(a: Any, panel: int, following: int, first: int, last: int, scratch: Address) -> None:
-    """A chunk of the weights at a time goes by all rows while the next is fetched, at the end one of panel `following`.
+def panel_by_pairs(a: Any, panel: int, following: int, first: int, last: int, scratch: Address) -> None:
+    """Multiply one panel by dot products of pairs: a chunk of weights goes by all rows while the next is fetched.
 
-    So memory is busy while rows are multiplied, however many there are.
+    The last chunk fetches panel `following`. So memory is busy while rows are multiplied, however many there are.
     """
     kind = BFLOAT16_BY_LANES
     group = a.inner * LANES * 2
@@ -121,23 +124,23 @@ def _multiply_pairs(
     ahead: int,
     stride: int,
 ) -> None:
-    """`multiply_pairs` for any number of rows that fits the registers."""
+    """Call `multiply_pairs` for any number of rows that fits the registers: a literal, so one call each."""
     if rows == 6:
-        multiply_pairs(6, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(6, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     elif rows == 5:
-        multiply_pairs(5, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(5, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     elif rows == 4:
-        multiply_pairs(4, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(4, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     elif rows == 3:
-        multiply_pairs(3, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(3, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     elif rows == 2:
-        multiply_pairs(2, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(2, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     else:
-        multiply_pairs(1, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(1, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
 
 
 @njit(error_model="numpy")
-def _panel_by_tiles(a: Any, panel: int, first: int, last: int, scratch: Address) -> None:
+def panel_by_tiles(a: Any, panel: int, first: int, last: int, scratch: Address) -> None:
     kind = BFLOAT16_BY_LANES
     group = a.inner * LANES * 2
     weight = a.weight + 4 * panel * group
@@ -176,20 +179,20 @@ def _panel_by_tiles(a: Any, panel: int, first: int, last: int, scratch: Address)
 
 @njit(error_model="numpy")
 def _rows_at_once(a: Any) -> Any:
-    """What stays in a core's second-level cache while the panels pass by, in whole tiles."""
+    """Return how many rows fit a core's second-level cache while the panels pass by, in whole tiles."""
     return max(1, SWEEP_BYTES // a.x_row // ROWS) * ROWS
 
 
 @njit(error_model="numpy")
 def _items(a: Any) -> Any:
-    """Panels, for each sweep of rows."""
+    """Return the number of work items: panels times sweeps of rows."""
     rows = _rows_at_once(a)
     return (a.columns + PANEL - 1) // PANEL * ((a.rows + rows - 1) // rows)
 
 
 @njit(error_model="numpy")
 def _share(a: Any, item: int) -> Any:
-    """A panel, and the rows of its sweep."""
+    """Return a work item's panel, and the rows of its sweep."""
     panels, rows = (a.columns + PANEL - 1) // PANEL, _rows_at_once(a)
     first = item // panels * rows
     return item % panels, first, min(a.rows, first + rows)
@@ -197,7 +200,7 @@ def _share(a: Any, item: int) -> Any:
 
 @functools.cache
 def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
-    """The entry point for one element type; bfloat16 on `unit`, or on the best of this machine."""
+    """Return the entry point for one element type; bfloat16 on `unit`, or on the best of this machine."""
     source = fingerprint()
 
     def linear_float32(p: Any) -> None:
@@ -206,7 +209,7 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
         item = next_item(a)
         while item < _items(a) and source >= 0:
             panel, first, last = _share(a, item)
-            _panel_by_lanes(a, FLOAT32, panel, first, last, scratch)
+            panel_by_lanes(a, FLOAT32, panel, first, last, scratch)
             item = next_item(a)
 
     def linear_lanes(p: Any) -> None:
@@ -215,7 +218,7 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
         item = next_item(a)
         while item < _items(a) and source >= 0:
             panel, first, last = _share(a, item)
-            _panel_by_lanes(a, BFLOAT16_BY_LANES, panel, first, last, scratch)
+            panel_by_lanes(a, BFLOAT16_BY_LANES, panel, first, last, scratch)
             item = next_item(a)
 
     def linear_pairs(p: Any) -> None:
@@ -226,7 +229,7 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
             panel, first, last = _share(a, item)
             item = next_item(a)
             following = _share(a, item)[0] if item < _items(a) else panel
-            _panel_by_pairs(a, panel, following, first, last, scratch)
+            panel_by_pairs(a, panel, following, first, last, scratch)
 
     def linear_tiles(p: Any) -> None:
         a = carray(p, 1)[0]
@@ -235,7 +238,7 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
         item = next_item(a)
         while item < _items(a) and source >= 0:
             panel, first, last = _share(a, item)
-            _panel_by_tiles(a, panel, first, last, scratch)
+            panel_by_tiles(a, panel, first, last, scratch)
             item = next_item(a)
         set_tiles(scratch + 4 * ROWS * PANEL)
 

@@ -24,6 +24,7 @@ __all__ = [
     "LANES",
     "PARTITION",
     "add_and_round",
+    "add_scaled",
     "by_pairs",
     "by_tiles",
     "divide_and_round",
@@ -33,7 +34,6 @@ __all__ = [
     "next_thread",
     "scale_lanes",
     "size_of",
-    "softmax_step",
     "stays_half",
     "sum_of_squares",
     "uses_tiles",
@@ -115,7 +115,7 @@ def _const(x: float, kind: IR = _VEC) -> IR:
 
 
 def _call(b: IR, name: str, *args: IR) -> IR:
-    """An LLVM intrinsic on vectors of one type."""
+    """Call an LLVM intrinsic on vectors of one type."""
     kind = args[0].type
     suffix = "v16f32" if kind is _VEC else "f32"
     fn = cgutils.get_or_insert_function(
@@ -130,7 +130,7 @@ def _fma(b: IR, x: IR, y: IR, z: IR) -> IR:
 
 
 def _prefetch(b: IR, address: IR, level: int = 2) -> None:
-    """Into the second-level cache, which has room for more lines on their way: attention reads 26 GB/s so, else 20."""
+    """Fetch into the second-level cache, where more lines can be on their way: attention reads 26 GB/s so, else 20."""
     byte = ir.IntType(8).as_pointer()
     signature = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
     fn = cgutils.get_or_insert_function(b.module, signature, "llvm.prefetch.p0")
@@ -144,24 +144,6 @@ def _reduce(b: IR, name: str, vector: IR, *start: IR) -> IR:
     return b.call(fn, [*start, vector])
 
 
-def _largest_lane(b: IR, vector: IR) -> IR:
-    """Take the maximum of lanes that are no NaN: LLVM's own reduction looks for them at every turn."""
-    for distance in (8, 4, 2, 1):
-        other = ir.Constant(_IVEC, [lane ^ distance for lane in range(LANES)])
-        swapped = b.shuffle_vector(vector, ir.Constant(_VEC, ir.Undefined), other)
-        vector = b.select(b.fcmp_ordered(">", vector, swapped), vector, swapped)
-    return b.extract_element(vector, ir.Constant(_I32, 0))
-
-
-def _store_half(b: IR, value: IR, target: IR) -> None:
-    """16 normal numbers or zeros as bfloat16, by the CPU's own rounding: to nearest, ties to even."""
-    half = ir.VectorType(BFLOAT, LANES)
-    convert = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(half, [_VEC]), "llvm.x86.avx512bf16.cvtneps2bf16.512"
-    )
-    b.store(b.call(convert, [value]), _at(b, target, half), align=2)
-
-
 def _bytes(b: IR, count: IR, scale: int) -> IR:
     return b.mul(count, ir.Constant(_I64, scale))
 
@@ -170,89 +152,9 @@ def _offset(b: IR, address: IR, scale: int) -> IR:
     return b.add(address, ir.Constant(_I64, scale))
 
 
-def _exp(b: IR, x: IR) -> IR:
-    """exp(x) for x <= 0, to 1 ulp or so; exactly 1 at 0 and exactly 0 below -87; NaN stays NaN.
-
-    2^n * p(r) with n = round(x / ln 2): the usual Cody-Waite reduction and a Taylor polynomial of degree 7,
-    whose error on |r| <= ln(2)/2 is below float32's own rounding.
-    """
-    # 1.5 * 2^23: adding it rounds to an integer, kept in the low bits; no fptosi of NaN
-    magic = _const(12582912.0)
-    shifted = b.fadd(b.fmul(x, _const(1.4426950408889634)), magic)
-    n = b.fsub(shifted, magic)
-    r = _fma(b, n, _const(-0.693359375), x)
-    r = _fma(b, n, _const(2.12194440e-4), r)
-    p = _const(1 / 5040)
-    for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        p = _fma(b, p, r, _const(coefficient))
-    exponent = b.shl(b.add(b.bitcast(shifted, _IVEC), _const(127, _IVEC)), _const(23, _IVEC))
-    value = b.fmul(p, b.bitcast(exponent, _VEC))
-    return b.select(b.fcmp_ordered("<", x, _const(-87.0)), _const(0.0), value)
-
-
-# --- the pieces of attention ---------------------------------------------------------------------------------
-
-
-@intrinsic
-def softmax_step(ctx: Any, kind: Any, scores: Any, weights: Any, first: Any, last: Any, scale: Any, cap: Any,
-                 peak: Any, alpha: Any, total: Any) -> Any:  # fmt: skip
-    """Turns one row's PARTITION scores into weights; keys outside [first, last) weigh exactly 0.
-
-    Updates the running maximum `peak` and the 16 partial sums `total`; `alpha` is what earlier sums scale by.
-    A block with no visible key leaves everything as it was: alpha is exactly 1. Weights are float32, or bfloat16
-    for tiles and pairs; their sum is taken before they are rounded.
-    """
-    rounded = by_tiles(kind) or by_pairs(kind)
-
-    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        _, scores, weights, first, last, scale, cap, peak, alpha, total = args
-        first, last = (_splat(b, b.trunc(x, _I32), _IVEC) for x in (first, last))
-        scale, cap_lanes = _splat(b, scale), _splat(b, cap)
-        slots = [cgutils.alloca_once(b, _VEC) for _ in range(PARTITION // LANES)]
-        for g, slot in enumerate(slots):
-            b.store(b.fmul(_load(b, _offset(b, scores, 64 * g)), scale), slot)
-        with b.if_then(b.fcmp_ordered(">", cap, ir.Constant(_F32, 0.0))):
-            for slot in slots:  # cap * tanh(s / cap), by the exponential of the negative side
-                s = b.load(slot)
-                size = _call(b, "llvm.fabs", s)
-                e = _exp(b, b.fmul(b.fdiv(size, cap_lanes), _const(-2.0)))
-                tanh = b.fdiv(b.fsub(_const(1.0), e), b.fadd(_const(1.0), e))
-                b.store(_call(b, "llvm.copysign", b.fmul(tanh, cap_lanes), s), slot)
-        low, values = _const(float("-inf")), []
-        top = low
-        for g, slot in enumerate(slots):
-            index = ir.Constant(_IVEC, [g * LANES + i for i in range(LANES)])
-            visible = b.and_(b.icmp_signed(">=", index, first), b.icmp_signed("<", index, last))
-            values.append(b.select(visible, b.load(slot), low))
-            top = b.select(b.fcmp_ordered(">", values[-1], top), values[-1], top)
-        old = _load(b, peak, _F32)
-        block_peak = _largest_lane(b, top)
-        new = b.select(b.fcmp_ordered(">", block_peak, old), block_peak, old)
-        none = b.fcmp_ordered("==", new, ir.Constant(_F32, float("-inf")))
-        shift = _splat(b, b.select(none, ir.Constant(_F32, 0.0), new))
-        factor = cgutils.alloca_once_value(b, _const(1.0))
-        with b.if_then(b.fcmp_ordered("!=", new, old)):  # seldom, after the first partitions
-            b.store(_exp(b, b.fsub(_splat(b, old), shift)), factor)
-        running = b.fmul(_load(b, total), b.load(factor))
-        for g, s in enumerate(values):
-            weight = _exp(b, b.fsub(s, shift))
-            if rounded:
-                _store_half(b, weight, _offset(b, weights, 32 * g))
-            else:
-                _store(b, weight, _offset(b, weights, 64 * g))
-            running = b.fadd(running, weight)
-        _store(b, running, total)
-        _store(b, new, peak)
-        _store(b, b.extract_element(b.load(factor), ir.Constant(_I32, 0)), alpha)
-        return context.get_dummy_value()
-
-    size, f = types.int64, types.float32
-    return types.void(kind, size, size, size, size, f, f, size, size, size), codegen
-
-
 @intrinsic
 def scale_lanes(ctx: Any, target: Any, factor: Any) -> Any:
-    """16 floats in place, times the float at `factor`."""
+    """Scale 16 floats in place by the float at `factor`."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         target, factor = args
@@ -264,7 +166,7 @@ def scale_lanes(ctx: Any, target: Any, factor: Any) -> Any:
 
 @intrinsic
 def lane_sum(ctx: Any, address: Any) -> Any:
-    """The sum of 16 floats, first to last."""
+    """Return the sum of 16 floats, first to last."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         return _reduce(b, "fadd", _load(b, args[0]), ir.Constant(_F32, 0.0))
@@ -284,8 +186,10 @@ def _ticket(name: str, offset: int, documentation: str) -> Any:
     return intrinsic(take)
 
 
-next_thread = _ticket("next_thread", 0, "A kernel's threads, counted as they come in.")
-next_item = _ticket("next_item", 8, "The record's next item of work that no thread has taken.")
+next_thread = _ticket(
+    "next_thread", 0, "Return this thread's number: a kernel's threads are counted as they come in."
+)
+next_item = _ticket("next_item", 8, "Take the record's next item of work that no thread has taken.")
 
 
 def _question(name: str, answer: Callable[[Any], bool], documentation: str) -> Any:
@@ -299,15 +203,15 @@ def _question(name: str, answer: Callable[[Any], bool], documentation: str) -> A
     return intrinsic(ask)
 
 
-uses_tiles = _question("uses_tiles", by_tiles, "Whether AMX tiles multiply.")
+uses_tiles = _question("uses_tiles", by_tiles, "Return whether AMX tiles multiply.")
 stays_half = _question(
-    "stays_half", lambda kind: by_tiles(kind) or by_pairs(kind), "Whether both factors stay bfloat16."
+    "stays_half", lambda kind: by_tiles(kind) or by_pairs(kind), "Return whether both factors stay bfloat16."
 )
 
 
 @intrinsic
 def view(ctx: Any, address: Any, kind: Any) -> Any:
-    """The address as a pointer to `kind`'s type."""
+    """Return the address as a pointer to `kind`'s type."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         return b.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -317,7 +221,7 @@ def view(ctx: Any, address: Any, kind: Any) -> Any:
 
 @intrinsic
 def size_of(ctx: Any, kind: Any) -> Any:
-    """Bytes of an element."""
+    """Return the bytes of an element."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         return ir.Constant(_I64, 2 if is_half(kind) else 4)
@@ -326,7 +230,7 @@ def size_of(ctx: Any, kind: Any) -> Any:
 
 
 def _load_wide(b: IR, source: IR, packed: bool, count: int) -> IR:
-    """`count` elements at `source`, as float32."""
+    """Load `count` elements at `source` as float32."""
     if not packed:
         return b.load(_at(b, source, ir.VectorType(_F32, count)), align=4)
     wide = ir.VectorType(_I32, count)
@@ -337,7 +241,7 @@ def _load_wide(b: IR, source: IR, packed: bool, count: int) -> IR:
 
 @intrinsic(prefer_literal=True)
 def widen(ctx: Any, kind: Any, lanes: Any, source: Any, target: Any) -> Any:
-    """Widens 1 or 16 elements at `source` to float32 at `target`."""
+    """Widen 1 or 16 elements at `source` to float32 at `target`."""
     packed, count = is_half(kind), lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
@@ -373,26 +277,30 @@ def sum_of_squares(ctx: Any, kind: Any, source: Any, count: Any) -> Any:
     return types.float32(kind, types.int64, types.int64), codegen
 
 
+def _half_bits(b: IR, value: IR) -> IR:
+    """Return float32 as the bits of bfloat16, in 32: to nearest, ties to even, NaN kept."""
+    count = value.type.count
+    wide = ir.VectorType(_I32, count)
+
+    def const(x: int) -> IR:
+        return ir.Constant(wide, [x] * count)
+
+    bits = b.bitcast(value, wide)
+    tie = b.and_(b.lshr(bits, const(16)), const(1))
+    rounded = b.lshr(b.add(bits, b.add(tie, const(0x7FFF))), const(16))
+    return b.select(b.fcmp_unordered("uno", value, value), const(0x7FC0), rounded)
+
+
 def _round_and_store(b: IR, value: IR, target: IR, packed: bool) -> None:
-    """As float32, or as bfloat16: to nearest, ties to even, NaN kept."""
+    """Store as float32, or rounded to bfloat16."""
     if packed:
-        count = value.type.count
-        wide = ir.VectorType(_I32, count)
-
-        def const(x: int) -> IR:
-            return ir.Constant(wide, [x] * count)
-
-        bits = b.bitcast(value, wide)
-        tie = b.and_(b.lshr(bits, const(16)), const(1))
-        rounded = b.lshr(b.add(bits, b.add(tie, const(0x7FFF))), const(16))
-        kept = b.select(b.fcmp_unordered("uno", value, value), const(0x7FC0), rounded)
-        value = b.trunc(kept, ir.VectorType(ir.IntType(16), count))
+        value = b.trunc(_half_bits(b, value), ir.VectorType(ir.IntType(16), value.type.count))
     b.store(value, _at(b, target, value.type), align=2)
 
 
 @intrinsic(prefer_literal=True)
 def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any, target: Any) -> Any:
-    """Stores 1 or 16 float32 divided by one."""
+    """Divide 1 or 16 float32 by one number and store them in `kind`."""
     packed, count = is_half(kind), lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
@@ -412,7 +320,7 @@ def divide_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, divisor: Any,
 
 @intrinsic(prefer_literal=True)
 def add_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, bias: Any, target: Any) -> Any:
-    """Stores the sums of 1 or 16 float32 and as many of a bias."""
+    """Store the sums of 1 or 16 float32 and as many of a bias."""
     packed, count = is_half(kind), lanes.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
@@ -420,6 +328,27 @@ def add_and_round(ctx: Any, kind: Any, lanes: Any, source: Any, bias: Any, targe
         floats = ir.VectorType(_F32, count)
         value = b.fadd(b.load(_at(b, source, floats), align=4), b.load(_at(b, bias, floats), align=4))
         _round_and_store(b, value, target, packed)
+        return context.get_dummy_value()
+
+    return types.void(kind, lanes, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_scaled(ctx: Any, kind: Any, lanes: Any, source: Any, factor: Any, target: Any) -> Any:
+    """Add 1 or 16 elements at `source`, times the float at `factor` and rounded, to those at `target`."""
+    packed, count = is_half(kind), lanes.literal_value
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, _, source, factor, target = args
+        floats, wide = ir.VectorType(_F32, count), ir.VectorType(_I32, count)
+        scale, one = ir.Constant(floats, ir.Undefined), _load(b, factor, _F32)
+        for lane in range(count):
+            scale = b.insert_element(scale, one, ir.Constant(_I32, lane))
+        product = b.fmul(_load_wide(b, source, packed, count), scale)
+        if packed:
+            shift = ir.Constant(wide, [16] * count)
+            product = b.bitcast(b.shl(_half_bits(b, product), shift), floats)
+        _round_and_store(b, b.fadd(_load_wide(b, target, packed, count), product), target, packed)
         return context.get_dummy_value()
 
     return types.void(kind, lanes, types.int64, types.int64, types.int64), codegen

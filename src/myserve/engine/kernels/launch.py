@@ -52,8 +52,8 @@ class Kernel:
 
     def __init__(self, fields: tuple[str, ...], function: Callable[[Any], None]) -> None:
         self.fields = fields
-        letters = "".join("f" if name in _REALS else "q" for name in fields)
-        self._layout = struct.Struct(letters)  # aligned as C aligns, which is how NumPy's record has it
+        codes = "".join("f" if name in _REALS else "q" for name in fields)
+        self._layout = struct.Struct(codes)  # aligned as C aligns, which is how NumPy's record has it
         self.size = 8 * len(_TICKETS) + self._layout.size
         assert self.size <= _RECORD_BYTES
         self._function = _compiled(_record_type(fields), function)
@@ -118,7 +118,7 @@ class KernelScratch:
 
 
 class Workspace(threading.local):
-    """What the kernel calls of a thread reuse: a record, and scratch for the team that it enters.
+    """Keep what the kernel calls of a thread reuse: a record, and scratch for the team that it enters.
 
     Between two calls the weights have swept the caches, so that every object that a call makes is a miss: a fresh
     record and fresh scratch cost 100 µs a call where they cost 20 in a loop.

@@ -27,7 +27,7 @@ Record = Any
 
 @intrinsic
 def _call(ctx: Any, function: Any, argument: Any) -> Any:
-    """function(argument), both addresses."""
+    """Call function(argument), both addresses."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         b.call(_at(b, args[0], ir.FunctionType(ir.VoidType(), [_I64])), [args[1]])
@@ -38,7 +38,7 @@ def _call(ctx: Any, function: Any, argument: Any) -> Any:
 
 @intrinsic
 def _ask(ctx: Any, function: Any) -> Any:
-    """The C int that the function at an address returns."""
+    """Return the C int that the function at an address returns."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         return b.sext(b.call(_at(b, args[0], ir.FunctionType(_I32, [])), []), _I64)
@@ -48,7 +48,7 @@ def _ask(ctx: Any, function: Any) -> Any:
 
 @intrinsic
 def _arrived(ctx: Any, record: Any) -> Any:
-    """How many threads have arrived, over all barriers so far."""
+    """Return how many threads have arrived, over all barriers so far."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         address = _offset(b, b.ptrtoint(args[0], _I64), 8)

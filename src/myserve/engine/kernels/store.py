@@ -65,7 +65,7 @@ def _store_block(a: Record, head: int, token: int, block: int) -> None:
 
 @njit(error_model="numpy")
 def _is_block(slots: Any, token: int, end: int) -> bool:
-    """Whether the slots from `token` on are those of one block, first to last."""
+    """Return whether the slots from `token` on are those of one block, first to last."""
     if token + BLOCK_SIZE > end or slots[token] < 0 or slots[token] % BLOCK_SIZE != 0:
         return False
     follows = True

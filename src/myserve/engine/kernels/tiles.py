@@ -20,7 +20,15 @@ from numba.extending import intrinsic
 
 from myserve.engine.kernels.lanes import _I64, IR, _at, _bytes, _prefetch
 
-__all__ = ["Unit", "bfloat16_unit", "get_tiles", "multiply_tiles", "set_tiles", "tile_configuration"]
+__all__ = [
+    "Unit",
+    "bfloat16_unit",
+    "get_tiles",
+    "multiply_byte_tiles",
+    "multiply_tiles",
+    "set_tiles",
+    "tile_configuration",
+]
 
 _I8 = ir.IntType(8)
 
@@ -29,7 +37,7 @@ Unit = Literal["tiles", "pairs", "lanes"]
 
 @functools.cache
 def bfloat16_unit() -> Unit:
-    """What multiplies bfloat16 here: AMX tiles, AVX-512 dot products of pairs, or plain float32 lanes."""
+    """Return the unit that multiplies bfloat16 here: AMX tiles, AVX-512 dot products of pairs, or float32 lanes."""
     features = llvmlite.binding.get_host_cpu_features()
     if features.get("amx-bf16") and features.get("amx-tile") and _may_use_tiles():
         return "tiles"
@@ -37,22 +45,15 @@ def bfloat16_unit() -> Unit:
 
 
 def _may_use_tiles() -> bool:
-    """Linux gives a process the tiles' large state only when asked."""
+    """Ask Linux for the tiles' large state, which it gives a process only then; return whether it is granted."""
     if platform.system() != "Linux":
         return False
     arch_prctl, req_xcomp_perm, xtiledata = 158, 0x1023, 18
     return int(ctypes.CDLL(None).syscall(arch_prctl, req_xcomp_perm, xtiledata)) == 0
 
 
-@intrinsic(prefer_literal=True)
-def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, w_row: Any, w_step: Any, steps: Any,
-                   c: Any, c_row: Any, ahead: Any, fresh: Any) -> Any:  # fmt: skip
-    """c[:16 * blocks, :32] = x @ W (`fresh` 1) or += x @ W (0), 32 terms a step, k ascending; c is float32.
-
-    x is bfloat16; w0 and w1 are two groups of 16 columns, pairs of terms `w_row` bytes apart and steps `w_step`; what
-    lies `ahead` of them is fetched on the way. The thread's tiles must be set by `set_tiles`.
-    """
-    B, start_new = blocks.literal_value, bool(fresh.literal_value)
+def _emit_tiles(instruction: str, blocks: int, start_new: bool) -> Any:
+    """Return the code of `multiply_tiles` with one of the instructions that multiply two tiles."""
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, x, x_row, w0, w1, w_row, w_step, steps, c, c_row, ahead, _ = args
@@ -72,7 +73,7 @@ def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, 
 
         sums = [
             (2 * i + g, b.add(c, b.add(_bytes(b, c_row, 16 * i), ir.Constant(_I64, 64 * g))))
-            for i in range(B)
+            for i in range(blocks)
             for g in range(2)
         ]
         for index, address in sums:
@@ -86,18 +87,42 @@ def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, 
                 tile("tileloadd64", number(6 + g), _at(b, address, _I8), w_row)
                 for line in range(16):
                     _prefetch(b, b.add(b.add(address, ahead), _bytes(b, w_row, line)), level=1)
-            for i in range(B):
+            for i in range(blocks):
                 address = b.add(b.add(x, _bytes(b, x_row, 16 * i)), _bytes(b, loop.index, 64))
                 tile("tileloadd64", number(4 + i), _at(b, address, _I8), x_row)
-            for i in range(B):
+            for i in range(blocks):
                 for g in range(2):
-                    tile("tdpbf16ps", number(2 * i + g), number(4 + i), number(6 + g))
+                    tile(instruction, number(2 * i + g), number(4 + i), number(6 + g))
         for index, address in sums:
             tile("tilestored64", number(index), _at(b, address, _I8), c_row)
         return context.get_dummy_value()
 
+    return codegen
+
+
+def _tiles_type(blocks: Any, fresh: Any) -> Any:
     size = types.int64
-    return types.void(blocks, size, size, size, size, size, size, size, size, size, size, fresh), codegen
+    return types.void(blocks, size, size, size, size, size, size, size, size, size, size, fresh)
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, w_row: Any, w_step: Any, steps: Any,
+                   c: Any, c_row: Any, ahead: Any, fresh: Any) -> Any:  # fmt: skip
+    """c[:16 * blocks, :32] = x @ W (`fresh` 1) or += x @ W (0), 32 terms a step, k ascending; c is float32.
+
+    x is bfloat16; w0 and w1 are two groups of 16 columns, pairs of terms `w_row` bytes apart and steps `w_step`; what
+    lies `ahead` of them is fetched on the way. The thread's tiles must be set by `set_tiles`.
+    """
+    code = _emit_tiles("tdpbf16ps", blocks.literal_value, bool(fresh.literal_value))
+    return _tiles_type(blocks, fresh), code
+
+
+@intrinsic(prefer_literal=True)
+def multiply_byte_tiles(ctx: Any, blocks: Any, x: Any, x_row: Any, w0: Any, w1: Any, w_row: Any, w_step: Any,
+                        steps: Any, c: Any, c_row: Any, ahead: Any, fresh: Any) -> Any:  # fmt: skip
+    """`multiply_tiles` of bytes: x is uint8, W int8 in fours of terms, 64 terms a step; c is int32."""
+    code = _emit_tiles("tdpbusd", blocks.literal_value, bool(fresh.literal_value))
+    return _tiles_type(blocks, fresh), code
 
 
 def _tile_call(name: str, documentation: str) -> Any:

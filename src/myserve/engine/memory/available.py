@@ -32,7 +32,7 @@ def free_host_memory() -> int:
 
 
 def _left_by_limits(root: Path, own: Path) -> Iterator[int]:
-    """What each limit on this process leaves: its own group's, and those of all groups around it."""
+    """Return what each limit on this process leaves: its own group's, and those of all groups around it."""
     try:
         memberships = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:

@@ -1,4 +1,4 @@
-"""How much of a device's memory could be taken now; a CPU's is the machine's (`available`, which needs no torch)."""
+"""The free memory of a device; a CPU's is the machine's (`available`, which needs no torch)."""
 
 from __future__ import annotations
 

@@ -62,10 +62,15 @@ class FilePages:
     def __init__(self) -> None:
         self._mapped = list(_unwritten_files())
 
+    def hold(self, x: Tensor) -> bool:
+        """Return whether `x` lies in such a file."""
+        start, end = x.data_ptr(), x.data_ptr() + x.nbytes
+        return x.device.type == "cpu" and any(low <= start and end <= high for low, high in self._mapped)
+
     def let_go(self, x: Tensor) -> None:
         """Drop the pages that hold `x` alone from this process; reading `x` again reads the file again."""
         start, end = x.data_ptr(), x.data_ptr() + x.nbytes
-        if x.device.type != "cpu" or not any(low <= start and end <= high for low, high in self._mapped):
+        if not self.hold(x):
             return
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last:

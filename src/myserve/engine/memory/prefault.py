@@ -81,7 +81,7 @@ class Reserve:
         return left
 
     def _cut(self, size: int) -> int | None:
-        """Where a piece begins from now on. Waits for a step that is being filled inside it."""
+        """Move the beginning of a piece. Waits for a step that is being filled inside it."""
         with self._changed:
             begin = self._used
             if begin + size > self._size:
@@ -91,17 +91,18 @@ class Reserve:
             return begin
 
 
-def begin(model: str) -> Reserve | None:
+def begin(model: str, *, part: float = 1.0) -> Reserve | None:
     """Start to fill a reserve for the checkpoint in a folder or in the hub's cache, and to read its files.
 
-    None, and nothing happens, where there is no checkpoint, where memory is short, and elsewhere than on Linux.
+    `part`: how large its packed weights are of the checkpoint's size. None, and nothing happens, where there is no
+    checkpoint, where memory is short, and elsewhere than on Linux.
     """
     files = checkpoint_files(model)
     size = sum(file.stat().st_size for file in files)
     if sys.platform != "linux" or not 0 < size <= SHARE * free_host_memory():
         return None
     try:
-        reserve = Reserve(size)
+        reserve = Reserve(int(size * part))
     except MemoryError:
         return None
     threading.Thread(target=_fill, args=(reserve, files), name="myserve-reserve", daemon=True).start()

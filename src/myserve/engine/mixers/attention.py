@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class PagedContext:
-    """Where the packed tokens of one step lie in the cache.
+    """Hold where the packed tokens of one step lie in the cache.
 
     Rows of different requests follow each other without padding, and a request's rows are the last positions of its
     context. Rows behind the last request's are padding rows; on a CPU they come out as zeros.

@@ -1,4 +1,4 @@
-"""What a model asks of attention, seen by running it once: shapes and windows are read off its calls, not its config.
+"""A model's calls of attention, seen by running it once: shapes and windows are read off them, not its config.
 
 A config's `head_dim` is not the width of the values of DeepSeek-V3, nor of every layer of Gemma 4; and where a layer's
 window stands in the mask alone (Qwen2-MoE), no argument names it. So the masks of the model are read, too: each is a
@@ -32,13 +32,13 @@ class AttentionObserver:
         self.calls: list[AttentionCall] = []
 
     def mask(self, arguments: dict[str, Any]) -> Tensor | None:
-        """Build a model's mask, marked with its window. Raises UnsupportedModelError for what is no window."""
-        window = window_of_mask(arguments["mask_function"])
-        if window is None:
-            raise self._refusal("hides other positions than those outside of one window")
-        mask = sdpa_mask(**arguments | {"allow_is_causal_skip": False})
-        if mask is not None:
-            setattr(mask, _WINDOW, window)
+        """Build a model's mask, marked with its window: None for what is no window, which a call of attention refuses.
+
+        Some models build masks that no layer uses: Qwen2-MoE one of a window of 0, where it has none.
+        """
+        mask = sdpa_mask(**arguments | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        assert mask is not None, "neither skip was allowed"
+        setattr(mask, _WINDOW, window_of_mask(arguments["mask_function"]))
         return mask
 
     def attend(
@@ -51,6 +51,8 @@ class AttentionObserver:
         if key.shape[0] != query.shape[0]:
             raise self._refusal("attends over other keys than those of its own tokens")
         window = options["window"] if mask is None else getattr(mask, _WINDOW)
+        if window is None:
+            raise self._refusal("hides other positions than those outside of one window")
         self.calls.append(
             AttentionCall(
                 module,

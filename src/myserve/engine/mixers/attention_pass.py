@@ -47,7 +47,7 @@ class AttentionCall:
 
 
 class Mode(Protocol):
-    """What stands behind our name while a model runs: a step's pages, or the observer at load."""
+    """Answer calls of our attention while a model runs: by a step's pages, or by the observer at load."""
 
     def attend(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
@@ -154,7 +154,9 @@ def _attention_forward(
         "sinks": s_aux,
     }
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    return _current.mode.attend(module, query, key, value, attention_mask, options)[None], None
+    out = _current.mode.attend(module, query, key, value, attention_mask, options)
+    # as transformers' own attentions give it: some models (AFMoE) flatten it by `view`
+    return out.contiguous()[None], None
 
 
 def _mask(**arguments: Any) -> Tensor | None:

@@ -15,12 +15,13 @@ from myserve.core.rows import RowState
 from myserve.core.stopping import StopIds
 from myserve.engine.constraints.factory import Constraints, ForkableConstraint
 from myserve.engine.outputs import RoutingShape
+from myserve.engine.requests.lengths import checked_max_tokens
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.requests.stream import RequestStream
 from myserve.engine.scheduling.request import Request
-from myserve.errors import ContextLengthError, RequestError
+from myserve.errors import RequestError
 
-__all__ = ["ModelFacts", "Submission", "admit", "checked_max_tokens", "checked_prompt"]
+__all__ = ["ModelFacts", "Submission", "admit", "checked_prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,13 @@ class Submission:
 
     def row_state(self, index: int, device: torch.device) -> RowState:
         """The sampling state of choice `index`. Prior tokens count as its completion, not as its prompt."""
-        begun = len(self.prompt_token_ids) - self.options.num_prior_tokens
+        prompt_length = len(self.prompt_token_ids) - self.options.num_prior_tokens
         return RowState(
             self.params,
             seed=self.seed,
             sample_index=self.options.sample_index + index,
-            prompt_token_ids=self.prompt_token_ids[:begun],
-            completion_token_ids=self.prompt_token_ids[begun:],
+            prompt_token_ids=self.prompt_token_ids[:prompt_length],
+            completion_token_ids=self.prompt_token_ids[prompt_length:],
             vocab_size=self.facts.vocab_size,
             eos_token_ids=self.eos_token_ids,
             device=device,
@@ -98,6 +99,7 @@ def admit(
             param="min_tokens",
         )
     params.check_vocabulary(facts.vocab_size)
+    _check_scoring(len(prompt), params)
     if params.routed_experts and facts.routing_shape is None:
         raise RequestError(
             "this model is dense: it has no experts to report (include_routing_matrix, routed_experts); leave it out",
@@ -139,6 +141,22 @@ def admit(
     return submission
 
 
+def _check_scoring(num_prompt_tokens: int, params: SamplingParams) -> None:
+    """Raise RequestError for a place in the prompt that it does not have, or rows of ids for other tokens."""
+    if params.prompt_logprob_start >= num_prompt_tokens:
+        raise RequestError(
+            f"prompt_logprob_start must be in [0, {num_prompt_tokens - 1}], for the prompt has {num_prompt_tokens} "
+            f"tokens; got {params.prompt_logprob_start}",
+            param="prompt_logprob_start",
+        )
+    rows, scored = len(params.prompt_logprob_token_ids), num_prompt_tokens - 1 - params.prompt_logprob_start
+    if rows > 1 and rows != scored:
+        raise RequestError(
+            f"prompt_logprob_token_ids has {rows} rows, and {scored} tokens of the prompt are scored",
+            param="prompt_logprob_token_ids",
+        )
+
+
 def checked_prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
     """Return the prompt as a list of ids of this vocabulary; a prompt of text must have been tokenized before.
 
@@ -153,28 +171,8 @@ def checked_prompt(token_ids: Sequence[int], vocab_size: int) -> list[int]:
     for token_id in prompt:
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"the prompt holds token id {token_id}; this model's ids are 0 to {vocab_size - 1}",
+                f"the prompt holds token id {token_id}, which is out of vocabulary: this model's ids are 0 to "
+                f"{vocab_size - 1}",
                 param="prompt",
             )
     return prompt
-
-
-def checked_max_tokens(num_prompt_tokens: int, asked: int | None, max_model_len: int) -> int:
-    """Return how many tokens may be drawn: what was asked, or the rest of the context.
-
-    A prompt that is only scored (`asked` 0) may fill the context.
-    """
-    room = max_model_len - num_prompt_tokens
-    if room < (0 if asked == 0 else 1):
-        raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens, and this model's maximum context length is {max_model_len} "
-            "tokens; shorten the prompt so that at least one token fits",
-            param="prompt",
-        )
-    if asked is not None and asked > room:
-        raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {asked}, and this model's maximum context "
-            f"length is {max_model_len} tokens; ask for at most {room}, or leave max_tokens out",
-            param="max_tokens",
-        )
-    return room if asked is None else asked

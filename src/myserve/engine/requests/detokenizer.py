@@ -7,7 +7,9 @@ are the text of the released tokens joined, and a stream reads as the same call 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from myserve.core.params import SamplingParams
 from myserve.core.stopping import StopMatcher
@@ -19,8 +21,7 @@ __all__ = ["Detokenizer", "ReleasedText"]
 UNKNOWN = -1  # where a token ends whose last character is not complete yet
 
 
-@dataclass(frozen=True, slots=True)
-class ReleasedText:
+class ReleasedText(Struct, frozen=True):
     """Text that became final, with its tokens; at the end also the tokens that have no text in the output."""
 
     text: str = ""
@@ -36,9 +37,13 @@ class Detokenizer:
     """
 
     def __init__(self, table: TokenBytes, params: SamplingParams) -> None:
-        self._reader = table.reader(skip_special_tokens=params.skip_special_tokens)
+        self._reader = table.reader(
+            skip_special_tokens=params.skip_special_tokens, shown_ids=params.shown_special_ids
+        )
         self._sets_bytes = not table.is_bytewise
         self._matcher = StopMatcher(params.stop)
+        # no stop string can hold a text back, and each token's bytes are the table's
+        self._is_plain = not params.stop and table.is_bytewise
         self._shows_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
@@ -53,6 +58,10 @@ class Detokenizer:
         self._num_tokens += 1
         text = self._reader.feed(token.token_id)
         self._decoded += len(text)
+        if self._is_plain and not self._held and not self._reader.pending:
+            # nearly every token: whole characters behind whole characters
+            self._safe = self._given = self._decoded
+            return ReleasedText(text, (token,))
         self._held.append((token, UNKNOWN))
         if not self._reader.pending:
             self._settle_ends()

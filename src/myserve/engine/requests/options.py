@@ -16,8 +16,8 @@ MAX_SAMPLES = 2**32  # sample indices of one seed: a word of the counter noise
 class SubmitOptions:
     """Everything that `Engine.submit` takes beside the prompt and `SamplingParams`.
 
-    Of these, `n`, `sample_index` and `num_prior_tokens` say which draws are made; the others say when and for whom,
-    and change no token. Raises `RequestError` with the field, the value and the range.
+    Of these, `n`, `sample_index`, `num_prior_tokens` and `adapter` say which draws are made; the others say when and
+    for whom, and change no token. Raises `RequestError` with the field, the value and the range.
 
     >>> SubmitOptions(n=4, client="alice").sample_index
     0
@@ -43,6 +43,8 @@ class SubmitOptions:
     alone, unless `EngineConfig.share_prefix_cache` is set."""
     cache_salt: str = ""
     """Cached prefixes are found by requests of the same salt alone."""
+    adapter: str | None = None
+    """The name of a loaded adapter that the completions are drawn with; None: the model alone."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -51,7 +53,7 @@ class SubmitOptions:
                 f"sample_index must be in [0, {MAX_SAMPLES} - n], got {self.sample_index} with n = {self.n}",
                 param="sample_index",
             )
-        for name in ("client", "cache_salt", "request_id"):
+        for name in ("client", "cache_salt", "request_id", "adapter"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "request_id" and value is None):
+            if not isinstance(value, str) and not (name in ("request_id", "adapter") and value is None):
                 raise RequestError(f"{name} must be a string, got {value!r:.80}", param=name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from msgspec import Struct
 
 from myserve.core.isolation import failure_of
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
@@ -14,8 +15,7 @@ from myserve.engine.requests.detokenizer import Detokenizer, ReleasedText
 __all__ = ["RequestStream", "StepOutcome"]
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
+class StepOutcome(Struct, frozen=True):
     """The result of one step for one choice: a token, an end, or both."""
 
     index: int
@@ -31,8 +31,8 @@ class StepOutcome:
 class RequestStream(AsyncIterator[Delta]):
     """All n choices of one submission, interleaved as they come; ends when each has had its finish_reason.
 
-    `seed` is the one that is used: the caller's, or one drawn for it. Leaving early? `abort()` (or `aclose()`):
-    the choices that are still open end with finish_reason "abort".
+    It has one reader. `seed` is the one that is used: the caller's, or one drawn for it. Leaving early? `abort()` (or
+    `aclose()`): the choices that are still open end with finish_reason "abort".
     """
 
     def __init__(
@@ -51,18 +51,30 @@ class RequestStream(AsyncIterator[Delta]):
         self._abort_in_engine = abort
         self._metrics = metrics
         self._ready: deque[Delta] = deque()
-        self._wake = asyncio.Event()
+        # set while the reader waits; a bare future: an Event costs three times as much a token
+        self._awaited: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> RequestStream:
         return self
 
     async def __anext__(self) -> Delta:
-        while not self._ready:
-            if not self._open:
-                raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+        if not self._ready and not await self._any():
+            raise StopAsyncIteration
         return self._ready.popleft()
+
+    async def next_deltas(self) -> Sequence[Delta]:
+        """Wait for deltas, and return all that are there, which is all of a step; none when every choice has ended."""
+        if not self._ready:
+            await self._any()
+        deltas, self._ready = self._ready, deque()
+        return deltas
+
+    async def _any(self) -> bool:
+        """Wait for a delta; False when none will come."""
+        while not self._ready and self._open:
+            self._awaited = asyncio.get_running_loop().create_future()
+            await self._awaited
+        return bool(self._ready)
 
     def metrics(self, index: int) -> RequestMetrics:
         """Return what a choice has cost so far, ended or not."""
@@ -135,7 +147,8 @@ class RequestStream(AsyncIterator[Delta]):
 
     def _push(self, delta: Delta) -> None:
         self._ready.append(delta)
-        self._wake.set()
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_result(None)
 
 
 def _joined(first: ReleasedText, then: ReleasedText) -> ReleasedText:

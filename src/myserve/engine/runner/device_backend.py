@@ -1,4 +1,4 @@
-"""What differs from device to device, in one place: which attention over which pages, what records, what is tried."""
+"""The differences between devices, in one place: attention, pages, what records a step, what the self-test tries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeviceBackend:
-    """How the engine computes on one device."""
+    """Choose the engine's means of computing on one device."""
 
     device: torch.device
     attention: str  # for the report: "kernels", "flash", or "gathered" and why

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from myserve.core.transfer import upload
-from myserve.engine.config import EngineConfig
+from myserve.engine.config import NUM_SEQS_AT_ANY_PACE, EngineConfig
 from myserve.engine.memory import huge_pages
 from myserve.engine.memory.device import free_memory
 from myserve.engine.memory.prefault import HUGE_PAGE
@@ -16,6 +16,7 @@ from myserve.engine.runner.device_backend import DeviceBackend, LayerShape
 
 __all__ = ["KVCache"]
 
+MOST_BYTES_UNASKED = 4 << 30
 AHEAD = 2048  # tokens, for whose blocks memory lies ready
 
 
@@ -73,7 +74,16 @@ class KVCache:
 
 
 def _affordable_blocks(size: int, longest: int, backend: DeviceBackend, config: EngineConfig) -> int:
-    """As many blocks as the budget pays for; never more than `max_num_seqs` full contexts could use."""
-    budget = config.kv_cache_bytes or int(config.kv_cache_share * free_memory(backend.device))
-    useful = config.max_num_seqs * -(-(config.max_model_len or longest) // backend.block_size)
-    return max(1, min(budget // size, useful))
+    """As many blocks as the budget pays for; never more than the requests that surely run side by side could.
+
+    A prefix cache fills whatever it is given in time. So on a CPU, whose memory others use too, it is given
+    `MOST_BYTES_UNASKED` at most, unless somebody asked for more or one request alone may need more.
+    """
+    context = -(-(config.max_model_len or longest) // backend.block_size)
+    if config.kv_cache_bytes:
+        affordable = config.kv_cache_bytes // size
+    else:
+        affordable = int(config.kv_cache_share * free_memory(backend.device)) // size
+        if backend.device.type == "cpu":
+            affordable = min(affordable, max(context, MOST_BYTES_UNASKED // size))
+    return max(1, min(affordable, (config.max_num_seqs or NUM_SEQS_AT_ANY_PACE) * context))

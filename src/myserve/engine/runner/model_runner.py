@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from myserve.core.isolation import failure_of, raise_if_of_the_device
-from myserve.core.logprobs import prompt_logprobs
+from myserve.core.logprobs import Scored, prompt_logprobs
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
-from myserve.core.sampling import Outcome, Sampled, Sampler
-from myserve.core.transfer import upload
+from myserve.core.sampling import Outcome, Sampler
 from myserve.engine.batch_invariance.patch import make_exact
 from myserve.engine.batch_invariance.rope_table import look_up_angles, unscaled_length
 from myserve.engine.config import EngineConfig
@@ -25,12 +24,14 @@ from myserve.engine.memory.prefault import Reserve
 from myserve.engine.mixers.attention_pass import attending
 from myserve.engine.outputs import PromptLogprob
 from myserve.engine.runner.device_backend import DeviceBackend, backend_for, layer_shapes
+from myserve.engine.runner.drawing import draw_tokens, drawn_positions, forced_by
 from myserve.engine.runner.kv_cache import KVCache
 from myserve.engine.runner.logit_rows import LogitRows, keep_rows
 from myserve.engine.runner.model_structure import observe
 from myserve.engine.runner.routed_experts import RoutedExperts, RoutingCapture
+from myserve.engine.runner.step_result import StepResult, divided, merged
+from myserve.engine.scheduling.batch import Batch, ScheduledTokens
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
 from myserve.engine.steps.fixed_rows import (
     FIXED_EXPERTS,
     experts_implementation,
@@ -48,24 +49,9 @@ from myserve.engine.steps.recordings import (
     shape_of_decode,
 )
 from myserve.engine.weights.loader import LoadedModel
+from myserve.engine.weights.lora.adapters import Adapters
 
-__all__ = ["ModelRunner", "StepResult"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """For each of the batch's draws, a sample or its row's error; and the prompts whose scores are done, or broke."""
-
-    draws: list[Outcome]
-    routed_experts: list[bytes | None]  # of each draw's forward pass, where its request asked
-    prompt_logprobs: dict[Request, tuple[PromptLogprob, ...]]
-    failed_prompts: dict[Request, Exception]
-    sampling_seconds: float
-
-    @property
-    def token_ids(self) -> list[int | None]:
-        """The drawn ids; None where a row failed."""
-        return [draw.token_id if isinstance(draw, Sampled) else None for draw in self.draws]
+__all__ = ["ModelRunner"]
 
 
 class ModelRunner:
@@ -85,7 +71,10 @@ class ModelRunner:
         self.device = loaded.device
         exact = config.exact == "on"
         packs = loaded.device.type == "cpu" if backend is None else backend.packs
-        made = make_exact(loaded.model, mode=config.exact if packs else "off", reserve=reserve)
+        mode = config.exact if packs else "off"
+        made, self.quantization = make_exact(
+            loaded.model, mode=mode, reserve=reserve, quantize=loaded.quantize
+        )
         if reserve is not None:  # before the cache asks how much memory is free
             reserve.give_back()
         self.structure = observe(loaded.model)
@@ -104,22 +93,37 @@ class ModelRunner:
         self._max_blocks = -(-self.max_model_len // size)
         self.num_weights = loaded.num_weights
         look_up_angles(loaded.model, self.max_model_len)
+        self.adapters = Adapters()
         self.use_rows(self.settings[0])
         self.sampler = Sampler()
         self._masks = MaskAhead()
         self._rows: dict[Request, RowState] = {}
+        self._forced: dict[Request, tuple[int, ...]] = {}
         self._scored: dict[Request, list[PromptLogprob]] = {}
         self._alternatives: dict[Request, int] = {}  # prompt_logprobs=k of the requests that asked
 
     def use_rows(self, rows: int) -> None:
         """From now on every forward pass has so many rows (`fixed_rows`); 0: as many as a step has."""
         self._fixed_rows = rows
+        self.adapter_steps: RecordedSteps | None = None  # those of batches with adapters, once there are any
         self.exact_report = replace(self.exact_report, fixed_rows=rows)
         if not self.backend.packs:
             use_experts(self.model, FIXED_EXPERTS if rows else self._own_experts)
         self.recorded_steps = self._no_steps_yet(rows)
 
-    def _no_steps_yet(self, rows: int) -> RecordedSteps:
+    @property
+    def takes_adapters(self) -> bool:
+        """Return whether the linear layers are our products, which adapters are added to."""
+        return self.backend.packs and self.exact_report.mode == "on"
+
+    def forget_recordings(self, *, of_adapters_alone: bool = False) -> None:
+        """Forget recorded steps: what they read has moved."""
+        if not of_adapters_alone:
+            self.recorded_steps.clear()
+        if self.adapter_steps is not None:
+            self.adapter_steps.clear()
+
+    def _no_steps_yet(self, rows: int, *, with_adapters: bool = False) -> RecordedSteps:
         largest = LARGEST
         shapes: Shapes = shape_for
         if rows:
@@ -130,7 +134,7 @@ class ModelRunner:
         # With our products an expert's tokens are chosen by looking at them, which a recording cannot.
         if self.backend.packs and (self.exact_report.mode == "off" or self.exact_report.experts):
             recorder = None
-        inputs = StepInputs.of(largest, self.kv_cache, self._max_blocks)
+        inputs = StepInputs.of(largest, self.kv_cache, self._max_blocks, with_adapters=with_adapters)
         return RecordedSteps(self._run_model, inputs, recorder and recorder(), shapes)
 
     def add(self, request: Request, row: RowState, params: SamplingParams) -> None:
@@ -139,6 +143,14 @@ class ModelRunner:
         if request.needs_prompt_logits and params.prompt_logprobs is not None:
             self._alternatives[request] = params.prompt_logprobs
             self._scored[request] = [PromptLogprob(request.prompt_token_ids[0], None)]
+
+    def forced_of(self, request: Request) -> tuple[int, ...]:
+        """Return the tokens that the request's grammar was seen to force, at its last draw."""
+        return self._forced.get(request, ())
+
+    def row_of(self, request: Request) -> RowState:
+        """Return a request's sampling state."""
+        return self._rows[request]
 
     def restart(self, request: Request) -> None:
         """Its prompt will be run again, by other weights: what was scored of it is void."""
@@ -153,20 +165,24 @@ class ModelRunner:
     def close(self) -> None:
         """End the thread that computes masks, and let go of the weights and of the cache."""
         self._masks.close()
-        for memory in ("model", "structure", "kv_cache", "recorded_steps", "routed_experts"):
+        self.adapters.close()
+        for memory in ("model", "structure", "kv_cache", "recorded_steps", "adapter_steps", "routed_experts"):
             vars(self).pop(memory, None)  # the second time too
 
     @torch.inference_mode()
-    def prepare_while_idle(self, blocks_held: int) -> bool:
+    def prepare_while_idle(self, blocks_held: int, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Do a little of what the next steps would have to: a shape recorded, some of the cache's memory touched.
 
-        `blocks_held`: blocks that requests have held so far. False when nothing is left to do.
+        `blocks_held`: blocks that requests have held so far. Returns within milliseconds once `is_over` returns True.
+        False when nothing is left to do.
         """
-        recorded = self.recorded_steps.prepare()
+        recorded = self.recorded_steps.prepare(is_over)
+        if self.adapter_steps is not None and not recorded:
+            recorded = self.adapter_steps.prepare(is_over)
         return self.kv_cache.make_ready(blocks_held) or recorded
 
     def closes_early(self, request: Request) -> bool:
-        """Whether its grammar was brought to an end for `max_tokens`."""
+        """Return whether its grammar was brought to an end for `max_tokens`."""
         constraint = self._rows[request].constraint
         return constraint is not None and constraint.closes_early
 
@@ -191,7 +207,7 @@ class ModelRunner:
             raise_if_of_the_device(error)
             failure = failure_of(error, "computing its tokens")
             count, request = len(batch.draws), batch.scheduled[0].request
-            return StepResult([failure] * count, [None] * count, {}, {request: failure}, 0.0)
+            return StepResult([[failure]] * count, [[None]] * count, {}, {request: failure}, 0.0)
         return self._score_and_draw(batch, *forwarded)
 
     def _forward(self, batch: Batch, *, replay: bool) -> tuple[Tensor, LogitRows, RoutingCapture]:
@@ -200,7 +216,8 @@ class ModelRunner:
             keep_rows(self.model, self.structure.body, self._fixed_rows) as rows,
             self._capturing(batch) as captured,
         ):
-            logits = self.forward(batch, wanted, replay=replay)  # [len(wanted), V]
+            # [len(wanted), V]
+            logits = self.forward(batch, wanted, replay=replay, are_read=bool(batch.draws))
         self.kv_cache.copy(batch.copies)
         return logits, rows, captured
 
@@ -210,28 +227,41 @@ class ModelRunner:
         wanted = self._wanted_positions(batch)
         row_of = {position: row for row, position in enumerate(wanted)}
         scored, failed = self._score_prompts(batch, rows, captured)
-        drawing = _drawing_positions(batch)
         began = time.perf_counter()
-        draws = self._draw(batch, logits, [row_of[position] for position in drawing])
+        draws = self._draw(batch, logits, row_of)
         sampling = time.perf_counter() - began
-        routed = self._routing_of_draws(batch, captured.rows(drawing))
-        return StepResult(draws, routed, scored, failed, sampling)
+        routing = self._routing_of_draws(batch, draws, captured)
+        return StepResult(
+            draws, routing, scored, failed, sampling, self._steps_of(batch.scheduled).was_typical
+        )
 
-    def forward(self, batch: Batch, wanted: list[int], *, replay: bool = True) -> Tensor:
+    def forward(
+        self, batch: Batch, wanted: list[int], *, replay: bool = True, are_read: bool = True
+    ) -> Tensor:
         """Run the scheduled, packed; the logits [len(wanted), V] of the packed rows that are wanted.
 
-        They may lie in memory that the next call writes again.
+        They may lie in memory that the next call writes again. Where they are not read, there may be none.
         """
         replay = replay and not any(self._needs_hooks(part.request) for part in batch.scheduled)
         if self._fixed_rows:
             parts = list(groups(batch.scheduled, wanted, self._fixed_rows))
             if len(parts) > 1:  # a copy of each, for they lie in the same memory
                 return torch.cat([self._logits(*part, replay=replay).clone() for part in parts])
-        return self._logits(batch.scheduled, wanted, replay=replay)
+        return self._logits(batch.scheduled, wanted, replay=replay, are_read=are_read)
 
-    def _logits(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int], *, replay: bool) -> Tensor:
+    def _logits(
+        self,
+        scheduled: Sequence[ScheduledTokens],
+        wanted: Sequence[int],
+        *,
+        replay: bool,
+        are_read: bool = True,
+    ) -> Tensor:
         """Return the logits of one forward pass, recorded or not."""
-        recorded = self.recorded_steps.logits(scheduled, wanted) if replay else None
+        steps = self._steps_of(scheduled)
+        # where nothing may be replayed, such requests take no less another time
+        steps.was_typical = True
+        recorded = steps.logits(scheduled, wanted, are_read=are_read) if replay else None
         if recorded is not None:
             return recorded
         if not self._fixed_rows:
@@ -241,15 +271,24 @@ class ModelRunner:
         inputs.fill(scheduled, wanted)
         return self._run_model(inputs)[: len(wanted)]
 
+    def _steps_of(self, scheduled: Sequence[ScheduledTokens]) -> RecordedSteps:
+        """Return the recorded steps that know adapters where a request has one: the others cost nothing more."""
+        if all(part.request.adapter is None for part in scheduled):
+            return self.recorded_steps
+        if self.adapter_steps is None:
+            self.adapter_steps = self._no_steps_yet(self._fixed_rows, with_adapters=True)
+        return self.adapter_steps
+
     def _needs_hooks(self, request: Request) -> bool:
-        """Whether hooks take something from its forward pass, which a replay does not call."""
+        """Return whether hooks take something from its forward pass, which a replay does not call."""
         if request in self._scored:
             return True
         return self.routed_experts.shape is not None and self._asks_routing(request)
 
     def _run_model(self, inputs: StepInputs) -> Tensor:
         """Logits [wanted, V]."""
-        with attending(inputs.context, self.structure.calls):
+        passing = self.adapters.slots.passing(inputs.adapters)
+        with passing, attending(inputs.context, self.structure.calls):
             out = self.model(
                 input_ids=inputs.ids,
                 position_ids=inputs.positions,
@@ -260,8 +299,8 @@ class ModelRunner:
         return logits
 
     def _wanted_positions(self, batch: Batch) -> list[int]:
-        """Packed rows that are drawn from: the last of each part that draws."""
-        drawing = sorted(set(_drawing_positions(batch)))
+        """Packed rows that may be drawn from."""
+        drawing = sorted({position for positions in drawn_positions(batch) for position in positions})
         return drawing or [batch.num_tokens - 1]  # a model cannot be asked for no logits
 
     def _capturing(self, batch: Batch) -> AbstractContextManager[RoutingCapture]:
@@ -273,10 +312,16 @@ class ModelRunner:
         row = self._rows.get(request)  # none: the load-time checks', which ask for nothing
         return row is not None and row.params.routed_experts
 
-    def _routing_of_draws(self, batch: Batch, routed: Sequence[bytes | None]) -> list[bytes | None]:
+    def _routing_of_draws(
+        self, batch: Batch, draws: Sequence[Sequence[Outcome]], captured: RoutingCapture
+    ) -> list[list[bytes | None]]:
+        """Return for each outcome the experts of the row that it was drawn from."""
+        used = [positions[: len(draw)] for positions, draw in zip(drawn_positions(batch), draws, strict=True)]
+        routed = iter(captured.rows([position for positions in used for position in positions]))
+        asked = [self._asks_routing(request) for request, _ in batch.draws]
         return [
-            experts if self._asks_routing(request) else None
-            for (request, _), experts in zip(batch.draws, routed, strict=True)
+            [experts if asks else None for experts in islice(routed, len(positions))]
+            for asks, positions in zip(asked, used, strict=True)
         ]
 
     def _score_prompts(
@@ -306,63 +351,56 @@ class ModelRunner:
         first = max(part.start, len(gathered) - 1)  # a preempted prompt is not scored twice
         targets = request.prompt_token_ids[first + 1 : part.start + part.count + 1]
         if targets:
-            rows = logits.from_row(first - part.start)
-            scores = prompt_logprobs(rows, targets, self._alternatives[request])
+            params = self._rows[request].params
+            # of row i, the token behind position first + i
+            unscored = min(max(params.prompt_logprob_start - first, 0), len(targets))
+            rows = logits.from_row(first - part.start + unscored)
+            named = named_ids(params, first + unscored, len(targets) - unscored)
+            scores = [
+                *(Scored(token_id, None) for token_id in targets[:unscored]),
+                *prompt_logprobs(rows, targets[unscored:], self._alternatives[request], named),
+            ]
             routed: Sequence[bytes | None] = [None] * len(targets)
             if self._asks_routing(request):
                 routed = captured.from_row(first - part.start).rows(range(len(targets)))
             gathered.extend(
-                PromptLogprob(scored.token_id, scored.logprob, scored.top_logprobs, experts, scored.rank)
+                PromptLogprob(
+                    scored.token_id,
+                    scored.logprob,
+                    scored.top_logprobs,
+                    experts,
+                    scored.rank,
+                    scored.token_id_logprobs,
+                )
                 for scored, experts in zip(scores, routed, strict=True)
             )
 
-    def _draw(self, batch: Batch, logits: Tensor, picked: list[int]) -> list[Outcome]:
+    def _draw(self, batch: Batch, logits: Tensor, row_of: dict[int, int]) -> list[list[Outcome]]:
         if not batch.draws:
             return []
-        if picked != list(range(logits.shape[0])):
-            logits = logits[upload(picked, torch.int64, logits.device)]
         rows = [self._rows[request] for request, _ in batch.draws]
         self._masks.wait()
-        draws = self.sampler.sample(logits, rows)  # [len(draws), V]
-        for index, (row, draw) in enumerate(zip(rows, draws, strict=True)):
-            if isinstance(draw, Sampled):
-                try:
-                    row.append(draw.token_id)
-                except Exception as error:
-                    draws[index] = failure_of(error, "taking in its token")
+        at_once = torch.get_num_threads() if self.device.type == "cpu" else len(logits)
+        draws = draw_tokens(batch, logits, row_of, rows, self.sampler.sample, at_once)
+        # now, for the masks' thread has the constraints from here on
+        self._forced = {
+            request: forced
+            for (request, _), row in zip(batch.draws, rows, strict=True)
+            if (forced := forced_by(row))
+        }
         self._masks.start(row.constraint for row in rows)
         return draws
 
 
-def divided(batch: Batch) -> list[Batch]:
-    """Return a batch of each scheduled part, with the draws that are made from it.
+def named_ids(params: SamplingParams, first: int, count: int) -> Sequence[Sequence[int]]:
+    """Return the ids to be reported with the tokens behind positions [first, first + count) of a prompt.
 
-    Each makes all copies of blocks: made again, they are right once the part that filled the block has run.
+    >>> named_ids(SamplingParams(prompt_logprob_start=2, prompt_logprob_token_ids=((5,), (6,), (7,))), 3, 2)
+    ((6,), (7,))
     """
-    parts = [Batch(copies=batch.copies) for _ in batch.scheduled]
-    for alone, part in zip(parts, batch.scheduled, strict=True):
-        alone.add(part)
-    for request, index in batch.draws:
-        parts[index].draws.append((request, 0))
-    return parts
-
-
-def merged(batch: Batch, results: Sequence[StepResult]) -> StepResult:
-    """Return the results of `divided(batch)` as one, in the order of the batch's draws."""
-    draws = [iter(zip(result.draws, result.routed_experts, strict=True)) for result in results]
-    drawn = [next(draws[index]) for _, index in batch.draws]
-    scored = {request: scores for result in results for request, scores in result.prompt_logprobs.items()}
-    failed = {request: error for result in results for request, error in result.failed_prompts.items()}
-    return StepResult(
-        [draw for draw, _ in drawn],
-        [routed for _, routed in drawn],
-        scored,
-        failed,
-        sum(result.sampling_seconds for result in results),
-    )
-
-
-def _drawing_positions(batch: Batch) -> list[int]:
-    """For each draw, the packed row that it is drawn from: the last of its part."""
-    last_rows = [end - 1 for end in accumulate(part.count for part in batch.scheduled)]
-    return [last_rows[part] for _, part in batch.draws]
+    rows = params.prompt_logprob_token_ids
+    if len(rows) > 1:
+        begin = first - params.prompt_logprob_start
+        return rows[begin : begin + count]
+    row = rows[0] if rows else params.logprob_token_ids
+    return [row] * count if row else ()

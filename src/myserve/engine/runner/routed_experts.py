@@ -1,4 +1,4 @@
-"""Which experts each row of a forward pass went to: captured where a layer's experts are called, only when asked for.
+"""Capture of the experts that each row of a forward pass went to, where a layer's experts are called, when asked for.
 
 A capture at the experts, and not at the routers, has what was really used, whatever a model's router is like.
 """

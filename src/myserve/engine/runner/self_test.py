@@ -1,7 +1,7 @@
 """A self-test of the loaded model, on this machine: steps give its own logits, and rows are batch-invariant.
 
 Reading a config answers only for what its reader thought of, and tests answer only for the machines they ran on. What
-is compared: prefilled in company, prefilled and decoded alone, and beyond the longest window, with the model's plain
+is compared: prefilled in a batch, prefilled and decoded alone, and beyond the longest window, with the model's plain
 forward and with each other.
 """
 
@@ -16,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from myserve.engine.batch_invariance.patch import products
+from myserve.engine.batch_invariance.quantized import QuantizedWeight
 from myserve.engine.mixers.attention_pass import ATTENTION_NAME
 from myserve.engine.runner.model_runner import ModelRunner
+from myserve.engine.scheduling.batch import Batch, ScheduledTokens
 from myserve.engine.scheduling.request import Request
-from myserve.engine.scheduling.scheduler import Batch, ScheduledTokens
 from myserve.errors import MyserveError, UnsupportedModelError
 
 __all__ = ["choose_batch_invariant_mode", "is_batch_invariant"]
 
 log = logging.getLogger(__name__)
 
+INT8_ROWS = (1, 7, 33)  # of an int8 product that is computed by its definition as well
+INT8_COLUMNS = 64
 # Of requests that share a step, a short one behind a long one, whose keys would show in it. Together, and the first
 # alone, they fill one recording, which is proved by that.
 LENGTHS = (30, 2)
@@ -37,9 +41,11 @@ CROWD = (1, 14, 57, 121, 249, 505)  # rows of another beside the first: librarie
 # Libraries share elementwise work out among threads from 32,768 elements for each on, and treat the last elements of a
 # share in another way. Odd numbers of threads cut between the elements of a vector.
 CUTTING_THREADS = (3, 7)
-SHARED_ELEMENTS = 7 * 32768
+ELEMENTS_A_THREAD, MOST_SHARES = 32768, 7
 # Logits that are compared of such a step: beyond, every second row's, every third's and so on.
 LOGITS_AT_ONCE = 1 << 24
+# Rows of a request's last tokens, run together as a draft is; the last once more, replayed.
+VERIFIED = (2, 5, 8, 16, 16)
 SINGLES = 7  # requests of one token, decoded together: an odd number of rows
 # Correlation of a sequence's logits with the plain forward's. In half precision rounding costs a few thousandths, and
 # an expert chosen otherwise at a tie much of a row; a wrong mask or position costs nearly all of it.
@@ -60,6 +66,7 @@ def choose_batch_invariant_mode(runner: ModelRunner, vocab_size: int) -> bool:
     steps do not give its own logits.
     """
     try:
+        prove_int8(runner.model)
         for number, rows in enumerate(runner.settings):
             runner.use_rows(rows)
             if number == 0:
@@ -80,7 +87,7 @@ def choose_batch_invariant_mode(runner: ModelRunner, vocab_size: int) -> bool:
 
 @torch.inference_mode()
 def is_batch_invariant(runner: ModelRunner, vocab_size: int) -> bool:
-    """Return whether every row has the same bits in company and alone, prefilled whole and token by token.
+    """Return whether every row has the same bits batched and alone, prefilled whole and token by token.
 
     Raises UnsupportedModelError unless packed and decoded logits are the model's own, but for rounding.
     """
@@ -93,7 +100,7 @@ def is_batch_invariant(runner: ModelRunner, vocab_size: int) -> bool:
         *(_packed_logits(runner, [prompt])[0] for prompt in prompts[1:]),
     ]
     _compare(runner, "decoded", [alone[0][-DECODED:]], [own[0][-DECODED:]])
-    same = all(map(torch.equal, packed, alone))
+    same = all(map(torch.equal, packed, alone)) and _verified_rows_leave_alone(runner, prompts[0], alone[0])
     if not runner.backend.packs:
         return same and _crowds_leave_alone(runner, prompts[0], alone[0], vocab_size)
     return (
@@ -125,8 +132,30 @@ def prove_beyond_windows(runner: ModelRunner, vocab_size: int) -> int:
     return len(prompt)
 
 
+@torch.inference_mode()
+def prove_int8(model: Any) -> int:
+    """Compare int8 products on this CPU with the integers' own sums, one of each width; return how many that were.
+
+    Raises UnsupportedModelError where they differ: the trainer's bits, and another machine's, would be others.
+    """
+    quantised = [each for each in products(model) if isinstance(each, QuantizedWeight)]
+    one_of_each = {(each.in_features, each.dtype): each for each in quantised}.values()
+    for product in one_of_each:
+        generator = torch.Generator().manual_seed(0)
+        for rows in INT8_ROWS:
+            x = torch.randn(rows, product.in_features, generator=generator).to(product.dtype)
+            columns = min(INT8_COLUMNS, product.out_features)
+            wanted = product.by_definition(x, INT8_COLUMNS)
+            if not torch.equal(product(x)[:, :columns], wanted):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: int8 products of {product.in_features} terms come out wrong on this "
+                    "CPU; serve with quantize off, and report this"
+                )
+    return len(one_of_each)
+
+
 def _crowds_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor, vocab_size: int) -> bool:
-    """Whether the first prompt is the same beside more rows, for as many as fit."""
+    """Return whether the first prompt has the same bits beside more rows, for as many as fit."""
     blocks, size = runner.kv_cache.num_blocks, runner.kv_cache.block_size
     fitting = [rows for rows in CROWD if rows <= runner.max_model_len and rows <= (blocks - 1) * size]
     crowds = [[(5 + 13 * i) % vocab_size for i in range(rows)] for rows in fitting]
@@ -134,21 +163,39 @@ def _crowds_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor, v
 
 
 def _odd_rows_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor) -> bool:
-    """Whether the first token has the same bits as one of an odd number of decodes."""
+    """Return whether the first token has the same bits as one of an odd number of decodes."""
     count = min(SINGLES, runner.kv_cache.num_blocks)
     return all(torch.equal(row, alone[:1]) for row in _packed_logits(runner, [prompt[:1]] * count))
 
 
+def _verified_rows_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor) -> bool:
+    """Return whether the last tokens have the same bits run together, every row wanted: this verifies a draft.
+
+    The tokens before them are run twice, as a prompt is, of which few rows are wanted: recorded, and replayed.
+    """
+    request, length = _request_from_the_end(runner, prompt), len(prompt)
+    before = length - max(VERIFIED)
+    parts = [(0, before, DECODED)] * 2 + [(length - rows, length, rows) for rows in VERIFIED]
+    for start, end, wanted in parts:
+        batch = Batch()
+        batch.add(ScheduledTokens(request, start, end - start))
+        logits = runner.forward(batch, list(range(end - start - wanted, end - start)))
+        if not torch.equal(logits, alone[end - wanted : end]):
+            return False
+    return True
+
+
 def _thread_cuts_leave_alone(runner: ModelRunner, prompt: list[int], alone: Tensor) -> bool:
-    """Whether every copy of the first prompt is the same, in so many that threads share out even elementwise work.
+    """Return whether all copies of the first prompt agree, in so many that threads share out even elementwise work.
 
     It is tried on the process's number of threads and on `CUTTING_THREADS`: each cuts in other rows.
     """
     width = runner.model.get_input_embeddings().weight.shape[1]
     fitting = runner.kv_cache.num_blocks // -(-len(prompt) // runner.kv_cache.block_size)
-    copies = min(fitting, SHARED_ELEMENTS // (width * len(prompt)) + 1)
-    stride = -(-copies * alone.numel() // LOGITS_AT_ONCE)
     for threads in sorted({torch.get_num_threads(), *CUTTING_THREADS}):
+        elements = ELEMENTS_A_THREAD * min(threads, MOST_SHARES)
+        copies = min(fitting, elements // (width * len(prompt)) + 1)
+        stride = -(-copies * alone.numel() // LOGITS_AT_ONCE)
         with _unrecorded(runner, threads):
             packed = _packed_logits(runner, [prompt] * copies, stride)
         if not all(torch.equal(rows, alone[::stride]) for rows in packed):
@@ -194,9 +241,7 @@ def _logits_alone(runner: ModelRunner, prompt: list[int], last: int | None = Non
 
     The blocks are counted from the end: nothing that was stored in another run stands where it is read.
     """
-    cache = runner.kv_cache
-    request = Request(id="self-test", prompt_token_ids=prompt, max_tokens=1)
-    request.block_table = [cache.num_blocks - 1 - i for i in range(-(-len(prompt) // cache.block_size))]
+    request = _request_from_the_end(runner, prompt)
     first, prefilled, rows = len(prompt) - (last or len(prompt)), len(prompt) - DECODED, []
     starts = [start for start in accumulate((0, *PIECES)) if start < prefilled]
     starts += range(starts[-1] + CHUNK, prefilled, CHUNK)
@@ -207,6 +252,14 @@ def _logits_alone(runner: ModelRunner, prompt: list[int], last: int | None = Non
         logits = runner.forward(batch, wanted).clone()
         rows += [logits] if end > first else []
     return torch.cat(rows)
+
+
+def _request_from_the_end(runner: ModelRunner, prompt: list[int]) -> Request:
+    """Return a request whose blocks are counted from the end of the cache."""
+    cache = runner.kv_cache
+    request = Request(id="self-test", prompt_token_ids=prompt, max_tokens=1)
+    request.block_table = [cache.num_blocks - 1 - i for i in range(-(-len(prompt) // cache.block_size))]
+    return request
 
 
 def _packed_logits(runner: ModelRunner, prompts: list[list[int]], stride: int = 1) -> list[Tensor]:
@@ -225,8 +278,8 @@ def _packed_logits(runner: ModelRunner, prompts: list[list[int]], stride: int = 
 
 def _own_logits(model: Any, prompts: list[list[int]], last: int = 0) -> list[Tensor]:
     """transformers' own forward and attention, one sequence at a time; of the `last` rows, 0: of all."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
+        _attend_as_transformers(model)
         return [
             model(
                 input_ids=torch.tensor([prompt], device=model.device), use_cache=False, logits_to_keep=last
@@ -235,6 +288,14 @@ def _own_logits(model: Any, prompts: list[list[int]], last: int = 0) -> list[Ten
         ]
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _attend_as_transformers(model: Any) -> None:
+    """Give a model transformers' own attention; a model in parts may have one that knows no sdpa (Gemma 4's audio)."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:  # [T, V] each

@@ -1,4 +1,4 @@
-"""How many completions may be open at once, and how long it takes until there is room again."""
+"""The bound on completions that are open at once, and an estimate of the time until there is room again."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from collections.abc import Container, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from myserve.engine.scheduling.adapter import AdapterVersion
+
 __all__ = ["Event", "Request", "State", "Times"]
 
 
@@ -19,7 +21,7 @@ class State(Enum):
 class Event(Enum):
     ADMIT = "admit"
     FORK = "fork"  # the leader's prompt is computed: share its blocks
-    RELEASE = "release"  # the leader cannot be followed (no room, or it was aborted): queue like anyone
+    RELEASE = "release"  # the leader cannot be followed (no room, or it was aborted): queue as others do
     PREEMPT = "preempt"
     FINISH = "finish"
     ABORT = "abort"
@@ -73,6 +75,7 @@ class Request:
     arrival: int = 0  # submission order, which breaks ties of priority
     # what a cached prefix must agree on beside tokens and weight version: the salt
     cache_root: Hashable = None
+    adapter: AdapterVersion | None = None  # that computes with it; None: the model alone
     needs_prompt_logits: bool = False  # prompt logprobs: every position must be run, so no cached prefix
     siblings: list[Request] = field(default_factory=list)  # held until this one's prompt is computed
 
@@ -81,7 +84,10 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, at its first admission
     num_preemptions: int = 0
-    weight_version: int = 0  # the one by which its blocks were begun
+    num_draft_tokens: int = 0  # that were verified
+    num_accepted_tokens: int = 0  # of them, those that were drawn
+    weight_version: int = 0  # the one that computed its first block
+    first_adapter: AdapterVersion | None = None  # likewise
     # output tokens it had when they and its prompt were run again by newer weights
     recomputed_at: int | None = None
     block_table: list[int] = field(default_factory=list)

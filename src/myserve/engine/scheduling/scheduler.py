@@ -3,64 +3,28 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from typing import Literal
 
+from myserve.engine.scheduling.adapter import AdapterVersion
+from myserve.engine.scheduling.batch import Batch, Limits, ScheduledTokens
+from myserve.engine.scheduling.block_tables import BlockTables
 from myserve.engine.scheduling.blocks import BlockPool
+from myserve.engine.scheduling.prompt_budget import PromptBudget
 from myserve.engine.scheduling.request import Event, Request, State
-from myserve.engine.scheduling.step_costs import StepCosts
+from myserve.engine.scheduling.speculation import Speculation
+from myserve.engine.scheduling.step_costs import READING_PACE, StepCosts
 from myserve.engine.scheduling.waiting import WaitingRequests
 
-__all__ = ["AGEING", "Batch", "Limits", "ScheduledTokens", "Scheduler"]
+__all__ = ["AGEING", "Drain", "Scheduler"]
 
-# Prompt tokens that a second of waiting is worth: about a third of what a CPU computes in it, so that a prompt of
-# 2,048 tokens is overtaken by short ones for some twenty seconds at most.
-AGEING = 100.0
+# what requests in flight finish before
+Drain = Literal["weights", "pause"]
 
-
-@dataclass(frozen=True, slots=True)
-class ScheduledTokens:
-    """Tokens [start, start + count) of one request, to be run in this step."""
-
-    request: Request
-    start: int
-    count: int
-
-
-@dataclass(slots=True)
-class Batch:
-    """One step: run the scheduled tokens, copy blocks that forked, then draw a token for each of `draws`.
-
-    `draws` pairs a request with the scheduled tokens whose last position gives its logits: its own, or its leader's.
-    """
-
-    scheduled: list[ScheduledTokens] = field(default_factory=list)
-    draws: list[tuple[Request, int]] = field(default_factory=list)
-    scored: list[Request] = field(default_factory=list)  # end with this step, for they draw nothing
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block), after the forward
-    num_tokens: int = 0
-    planned: float = 0.0  # when, on the clock of the caller that passes `now` in
-    num_prefill_tokens: int = 0  # of num_tokens, those of requests that run more than one
-
-    def add(self, part: ScheduledTokens) -> None:
-        self.scheduled.append(part)
-        self.num_tokens += part.count
-        self.num_prefill_tokens += part.count if part.count > 1 else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The limits of a step.
-
-    `prefill_chunk` bounds the prompt tokens of a step in which others decode; `step_costs` takes fewer where they
-    would slow the running streams down, by `target_inter_token_latency` or by its own measure.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    prefill_chunk: int
-    max_model_len: int
-    target_inter_token_latency: float | None = None  # seconds
+# Prompt tokens that a second of waiting is worth: about a tenth of what a CPU computes in it, so that a prompt of
+# 2,048 tokens is overtaken by short ones for some fifty seconds at most. (With 100, short prompts of a busy server
+# waited 0.8 s instead of 0.5: `benchmarks.simulation`.)
+AGEING = 40.0
 
 
 class Scheduler:
@@ -71,17 +35,21 @@ class Scheduler:
     prefilled again later (from the prefix cache, often).
     """
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, pool: BlockPool, limits: Limits, speculation: Speculation | None = None) -> None:
         self.pool = pool
+        self.block_tables = BlockTables(pool)
         self.limits = limits
+        self.speculation = speculation  # None: every token is drawn in a step of its own
         self.running: list[Request] = []  # kept sorted by Request.order
-        self.step_costs = StepCosts(limits.target_inter_token_latency)
+        self.step_costs = StepCosts(limits.target_inter_token_latency, limits.attention)
         self.waiting = WaitingRequests()
         self.held: dict[Request, None] = {}
         self.num_preemptions = 0
         self.weight_version = 0
-        # arrivals of the requests that may still finish; None: no swap is awaited
-        self._draining: set[int] | None = None
+        # by what waits for them, the arrivals of the requests that may still finish; the others wait
+        self._draining: dict[Drain, set[int]] = {}
+        self.is_paused = False  # no step is planned; `pausing` sets it
+        self.released: frozenset[str] = frozenset()  # memory that a step needs and that was given back
 
     @property
     def has_work(self) -> bool:
@@ -115,7 +83,9 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
-        self._give_back_blocks(request)
+        self.block_tables.give_back(request)
+        if self.speculation is not None:
+            self.speculation.drafter.end(request)
         self._release_siblings(request)
 
     def _release_siblings(self, request: Request) -> None:
@@ -136,15 +106,23 @@ class Scheduler:
         """The requests that have tokens, or are being computed."""
         return self.running + [r for r in self.waiting if r.num_output_tokens]
 
-    def drain(self) -> None:
-        """From now on let only requests in flight go on, with their siblings; all others wait."""
-        self._draining = {r.arrival for r in self.in_flight}
+    def drain(self, before: Drain) -> None:
+        """From now on let only requests in flight go on, with their siblings; all others wait for what comes then."""
+        self._draining[before] = {r.arrival for r in self.in_flight}
 
-    @property
-    def is_drained(self) -> bool:
-        """Whether no request that was in flight at `drain` is left."""
-        draining = self._draining or set()
+    def is_drained(self, before: Drain) -> bool:
+        """Return whether no request that was in flight at `drain` is left."""
+        draining = self._draining.get(before, set())
         return not any(r.arrival in draining for r in (*self.running, *self.waiting, *self.held))
+
+    def end_drain(self, before: Drain) -> None:
+        """Let the others in again. Harmless where nothing drains."""
+        self._draining.pop(before, None)
+
+    def preempt_all(self) -> None:
+        """Take every running request's blocks: it keeps its tokens, and is computed again when it comes in."""
+        while self.running:
+            self._preempt(self.running.pop())
 
     def change_weights(self, version: int) -> list[Request]:
         """Let other weights compute from the next step on; return the requests that start over.
@@ -152,22 +130,39 @@ class Scheduler:
         Requests with tokens keep their blocks. Others start over, so that a prompt is computed by one version alone.
         """
         self.weight_version = version
-        self._draining = None
-        restarted = [r for r in self.running if not r.num_output_tokens]
+        self.end_drain("weights")
+        return self._start_over(lambda _: True)
+
+    def change_adapter(self, old: AdapterVersion, new: AdapterVersion) -> list[Request]:
+        """Let another version of an adapter compute from the next step on, as `change_weights` does."""
+        for request in (*self.running, *self.waiting, *self.held):
+            if request.adapter is old:
+                request.adapter = new
+        return self._start_over(lambda request: request.adapter is new)
+
+    def _start_over(self, concerns: Callable[[Request], bool]) -> list[Request]:
+        """Preempt the requests that have no token yet, and return them and those that wait."""
+        restarted = [r for r in self.running if not r.num_output_tokens and concerns(r)]
         for request in restarted:
             self.running.remove(request)
             self._preempt(request)
             request.times.admitted = None  # so that what it found in the old cache is not counted
-        return restarted
+        # one that was preempted in its prompt has a part of its scores by the old weights
+        waiting = [r for r in self.waiting if not r.num_output_tokens and concerns(r)]
+        return restarted + [r for r in waiting if r not in restarted]
 
     # ---- planning a step
 
     def schedule(self, now: float) -> Batch:
         """Plan one step. An empty batch means that there is nothing to do until something is added."""
         batch = Batch(planned=now)
+        if self.is_paused or self.released:
+            return batch
         preempted = self._continue_decodes(batch)
         # what a preemption has freed goes to running requests, not to a new one
         self._run_prompts(batch, now, admits=not preempted)
+        if self.speculation is not None:
+            self.speculation.add_drafts(batch, self.block_tables)
         return batch
 
     def _continue_decodes(self, batch: Batch) -> bool:
@@ -177,7 +172,7 @@ class Scheduler:
             if request.state is not State.RUNNING or batch.num_tokens == self.limits.max_num_batched_tokens:
                 continue
             # the youngest is never one that the batch has already: those are older than this one
-            while request.state is State.RUNNING and not self._extend_blocks(request, 1):
+            while request.state is State.RUNNING and not self.block_tables.extend(request, 1):
                 self._preempt(self.running.pop())
                 preempted = True
             if request.state is State.RUNNING:
@@ -191,8 +186,10 @@ class Scheduler:
         """
         budget = self._prompt_budget(batch)
         prompts = [r for r in self.running if r.num_pending_tokens > 1]
-        while budget > 0:
-            newcomer = self._first_waiting(now) if admits and self._has_place else None
+        while not budget.is_spent:
+            newcomer = self._first_waiting(now) if admits else None
+            if newcomer is not None and not self._has_place_for(newcomer):
+                newcomer, admits = None, False
             request = min((*prompts, *([newcomer] if newcomer else [])), key=self._urgency(now), default=None)
             if request is None:
                 return
@@ -201,18 +198,21 @@ class Scheduler:
                 admits = count > 0
             else:
                 prompts.remove(request)
-                count = min(request.num_pending_tokens, budget)
-                if not self._extend_blocks(request, count):
+                context = request.num_computed_tokens
+                count = budget.offer(request.num_pending_tokens, context)
+                if not count:
+                    return
+                if not self.block_tables.extend(request, count):
                     # what becomes free is for the prompts that have begun
                     admits = False
                     if batch.scheduled or not self._free_blocks_for(request, count, prompts):
                         continue
+                budget.spend(count, context)
                 self._plan(request, count, batch)
-            budget -= count
 
     def _free_blocks_for(self, request: Request, count: int, prompts: list[Request]) -> bool:
-        """Where nothing else can run: preempt the youngest prompts until this one has its blocks; whether it has."""
-        while not self._extend_blocks(request, count):
+        """Preempt the youngest prompts until this one has its blocks, as nothing else can run; return if it has."""
+        while not self.block_tables.extend(request, count):
             victim = next((r for r in reversed(self.running) if r is not request), None)
             if victim is None:
                 return False
@@ -222,78 +222,65 @@ class Scheduler:
                 prompts.remove(victim)
         return True
 
-    def _prompt_budget(self, batch: Batch) -> int:
-        """Prompt tokens of this step: all that is left of it where nothing decodes, else what `step_costs` allows."""
+    def _prompt_budget(self, batch: Batch) -> PromptBudget:
+        """Return what `step_costs` leaves of a step for prompts; beside decodes, `prefill_chunk` tokens at most."""
         left = self.limits.max_num_batched_tokens - batch.num_tokens
-        if not batch.num_tokens:
-            return left
-        return min(left, self.step_costs.prompt_tokens(batch.num_tokens, self.limits.prefill_chunk))
+        most = min(left, self.limits.prefill_chunk) if batch.num_tokens else left
+        return PromptBudget(self.step_costs, batch.num_tokens, most)
 
     def _urgency(self, now: float) -> Callable[[Request], tuple[int, float, tuple[int, int, int]]]:
         """Shortest remaining prompt first; each second of waiting counts as AGEING tokens less."""
         return lambda r: (r.priority, r.num_pending_tokens - AGEING * (now - r.times.arrived), r.order())
 
-    @property
-    def _has_place(self) -> bool:
-        return len(self.running) < self.limits.max_num_seqs
+    def _has_place_for(self, request: Request) -> bool:
+        """Return whether one more may run side by side: surely, or because pace and blocks allow for it.
 
-    def _admit(self, request: Request, budget: int, batch: Batch, now: float) -> int:
+        Beyond the sure number, blocks must last for all that runs and for `request`, however long they become.
+        """
+        number, limits = len(self.running) + 1, self.limits
+        if number > limits.max_num_seqs:
+            return False
+        if limits.num_seqs_at_any_pace is None or number <= limits.num_seqs_at_any_pace:
+            return True
+        if self.step_costs.most_seconds_of_decodes(number) > READING_PACE:
+            return False
+        return sum(map(self._blocks_to_the_end, [*self.running, request])) <= self.pool.num_free
+
+    def _blocks_to_the_end(self, request: Request) -> int:
+        longest = min(request.num_prompt_tokens + request.max_tokens, self.limits.max_model_len)
+        return self.pool.blocks_for(longest) - len(request.block_table)
+
+    def _admit(self, request: Request, budget: PromptBudget, batch: Batch, now: float) -> int:
         """Let a waiting request in and run its first tokens; how many, 0 where its blocks are not to be had."""
-        shared, names = self._cached_prefix(request)
-        cached = len(shared) * self.pool.block_size
-        count = min(request.num_tokens - cached, budget)
-        newly_held = sum(1 for block in shared if not self.pool.is_held(block))
-        needed = self.pool.blocks_for(cached + count) - len(shared)
-        if needed + newly_held > self.pool.num_free:
+        found = self.block_tables.find_cached(request, self.weight_version)
+        count = budget.offer(request.num_tokens - found.num_tokens, found.num_tokens)
+        if not count or not self.block_tables.has_room(found, count):
             return 0
+        budget.spend(count, found.num_tokens)
         self.waiting.admit(request)
-        self.pool.hold(shared)
-        request.block_table, request.content_ids = list(shared), list(names)
-        request.num_computed_tokens = cached
-        self._admitted(request, cached, now)
-        self._extend_blocks(request, count)
+        self.block_tables.begin(request, found)
+        self._admitted(request, found.num_tokens, now)
+        self.block_tables.extend(request, count)
         self._plan(request, count, batch)
         return count
 
     def _first_waiting(self, now: float) -> Request | None:
         """The next to come in; while others drain, the next of theirs."""
-        if self._draining is None:
+        if not self._draining:
             return self.waiting.next(self.running, self._urgency(now))
-        return next((r for r in self.waiting if r.arrival in self._draining), None)
+        draining = set.intersection(*self._draining.values())
+        return next((r for r in self.waiting if r.arrival in draining), None)
 
     def _admitted(self, request: Request, cached: int, now: float) -> None:
-        if request.num_output_tokens and request.weight_version != self.weight_version:
+        others = (request.weight_version, request.first_adapter) != (self.weight_version, request.adapter)
+        if request.num_output_tokens and others:
             request.recomputed_at = request.num_output_tokens
-        request.weight_version = self.weight_version
+        request.weight_version, request.first_adapter = self.weight_version, request.adapter
         request.apply(Event.ADMIT)
         insort(self.running, request, key=Request.order)
         if request.times.admitted is None:
             request.times.admitted = now
             request.num_cached_tokens = cached
-
-    def _cached_prefix(self, request: Request) -> tuple[list[int], list[int]]:
-        """At least one token is always left to run, for its logits are what the next token is drawn from."""
-        if request.needs_prompt_logits and request.num_output_tokens == 0:
-            return [], []
-        return self.pool.match(
-            self._root(request, self.weight_version), request.token_ids[: request.num_tokens - 1]
-        )
-
-    @staticmethod
-    def _root(request: Request, weight_version: int) -> Hashable:
-        """Where the names of a request's blocks begin: blocks of two versions are never taken for one another.
-
-        Versions only grow, so blocks that older weights began can never be found again, whatever is added to them.
-        """
-        return (request.cache_root, weight_version)
-
-    def _extend_blocks(self, request: Request, count: int) -> bool:
-        missing = self.pool.blocks_for(request.num_computed_tokens + count) - len(request.block_table)
-        if missing > self.pool.num_free:
-            return False
-        if missing > 0:
-            request.block_table += self.pool.allocate(missing)
-        return True
 
     def _plan(self, request: Request, count: int, batch: Batch) -> None:
         """Run `count` tokens of `request`; where they are its last known ones, draw its next, and its followers'."""
@@ -301,10 +288,8 @@ class Scheduler:
         if count < request.num_pending_tokens:
             return
         if request.max_tokens == 0:
-            batch.scored += [
-                *request.siblings,
-                request,
-            ]  # in this order: the end of a leader releases held siblings
+            # in this order: the end of a leader releases held siblings
+            batch.scored += [*request.siblings, request]
             return
         part = len(batch.scheduled) - 1
         batch.draws.append((request, part))
@@ -315,79 +300,93 @@ class Scheduler:
 
     def _fork(self, leader: Request, sibling: Request, batch: Batch) -> bool:
         """Let a sibling share the leader's full prompt blocks, and copy the one that is filled in part."""
-        full, rest = divmod(leader.num_prompt_tokens, self.pool.block_size)
-        room = len(self.running) < self.limits.max_num_seqs and self.pool.num_free >= (1 if rest else 0)
+        room = self._has_place_for(sibling) and self.block_tables.can_fork(leader)
         if not room or leader.num_output_tokens:
             return False
         del self.held[sibling]
         sibling.apply(Event.FORK)
-        sibling.weight_version = leader.weight_version
-        shared = leader.block_table[:full]
-        self.pool.hold(shared)
-        sibling.block_table = list(shared)
-        if rest:
-            sibling.block_table += self.pool.allocate(1)
-            batch.copies.append((leader.block_table[full], sibling.block_table[full]))
-        sibling.num_computed_tokens = leader.num_prompt_tokens
+        sibling.weight_version, sibling.first_adapter = leader.weight_version, leader.first_adapter
+        batch.copies += self.block_tables.fork(leader, sibling)
         sibling.num_cached_tokens = leader.num_prompt_tokens
-        sibling.content_ids = []
         sibling.times.admitted = leader.times.admitted
         insort(self.running, sibling, key=Request.order)
         return True
 
     def _preempt(self, request: Request) -> None:
         request.apply(Event.PREEMPT)
-        self._give_back_blocks(request)
+        self.block_tables.give_back(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.add(request)
 
-    def _give_back_blocks(self, request: Request) -> None:
-        self.pool.release(request.block_table)
-        request.block_table, request.content_ids = [], []
-        request.num_computed_tokens = 0
-
     # ---- after a step
 
-    def update(self, batch: Batch, drawn: Sequence[int | None], now: float) -> list[tuple[Request, str]]:
-        """Take in what the step computed. `drawn` has a token for each of `batch.draws`, or None where a row failed.
+    def update(
+        self,
+        batch: Batch,
+        drawn: Sequence[Sequence[int | None]],
+        now: float,
+        sampling_seconds: float = 0.0,
+        *,
+        is_typical: bool = True,
+    ) -> list[tuple[Request, str]]:
+        """Take in what the step computed. Its seconds teach what steps cost where it `is_typical`.
 
-        Returns the requests that ended, and why: "stop", "length", or "error" for a row that failed.
+        `drawn` has the tokens of each of `batch.draws`: one, or of a draft those that are right and one more; None,
+        the last, where a row failed. Returns the requests that ended, and why: "stop", "length", or "error".
         """
-        decodes = sum(1 for part in batch.scheduled if part.count == 1)
-        self.step_costs.observe(decodes, batch.num_prefill_tokens, now - batch.planned)
+        if is_typical:
+            self._observe_seconds(batch, now - batch.planned, sampling_seconds)
+        if self.speculation is not None:
+            self.speculation.count(batch, drawn)
         for part in batch.scheduled:
             if not part.request.is_finished:
-                part.request.num_computed_tokens += part.count
-                self._publish_full_blocks(part.request)
+                part.request.num_computed_tokens += part.count - len(part.draft)
+                self.block_tables.publish_full(part.request)
         ended: list[tuple[Request, str]] = []
         for request in batch.scored:
             if not request.is_finished:
                 self.finish(request)
                 ended.append((request, "length"))
-        for (request, _), token_id in zip(batch.draws, drawn, strict=True):
+        for (request, _), token_ids in zip(batch.draws, drawn, strict=True):
             if request.is_finished:
                 continue
-            if token_id is None:
-                reason: str | None = "error"
-            else:
-                request.append(token_id)
-                request.times.last_token = now
-                if request.times.first_token is None:
-                    request.times.first_token = now
-                reason = request.finish_reason(self.limits.max_model_len)
+            reason = self._append(request, token_ids, now)
             if reason is not None:
                 self.finish(request)
                 ended.append((request, reason))
         return ended
 
-    def _publish_full_blocks(self, request: Request) -> None:
-        size = self.pool.block_size
-        for index in range(len(request.content_ids), request.num_computed_tokens // size):
-            root = self._root(request, request.weight_version)
-            parent = request.content_ids[-1] if request.content_ids else root
-            tokens = request.token_ids[index * size : (index + 1) * size]
-            request.content_ids.append(self.pool.publish(request.block_table[index], parent, tokens))
+    def _observe_seconds(self, batch: Batch, seconds: float, sampling_seconds: float) -> None:
+        prompts = [part for part in batch.scheduled if not part.is_decode]
+        work = sum(self.step_costs.work(part.count, part.start) for part in prompts)
+        # drafts are no more streams
+        if batch.num_tokens == len(batch.scheduled) or prompts:
+            self.step_costs.observe(len(batch.scheduled) - len(prompts), work, seconds)
+        if self.speculation is not None:
+            self.speculation.observe(batch, seconds - sampling_seconds)
+
+    def _append(self, request: Request, token_ids: Sequence[int | None], now: float) -> str | None:
+        """Give a request the tokens that one step drew for it; return why it ends with the last of them, or None."""
+        reason: str | None = None
+        before = request.num_tokens
+        for token_id in token_ids:
+            assert reason is None, "a token was drawn behind the end"
+            if token_id is None:
+                reason = "error"
+                break
+            request.append(token_id)
+            reason = request.finish_reason(self.limits.max_model_len)
+        appended = request.num_tokens - before
+        if appended:
+            request.times.last_token = now
+            if request.times.first_token is None:
+                request.times.first_token = now
+        if appended > 1:  # all but the last are the draft's, and were run
+            request.num_computed_tokens += appended - 1
+            self.block_tables.publish_full(request)
+        self.block_tables.cut(request)
+        return reason
 
     def check_integrity(self) -> None:
         """Assert what must hold between any two steps."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from myserve.engine.batch_invariance.patch import has_experts
-from myserve.engine.scheduling.scheduler import ScheduledTokens
+from myserve.engine.scheduling.batch import ScheduledTokens
 from myserve.engine.steps.inputs import Shape
 
 __all__ = [
@@ -53,7 +54,7 @@ def groups(
         start, end = part.start, part.start + part.count
         while start < end:
             count = min(room, end - start)
-            group.append(ScheduledTokens(part.request, start, count))
+            group.append(replace(part, start=start, count=count))
             start, room = start + count, room - count
             if room == 0:
                 yield group, _inside(wanted, first, size)
@@ -72,7 +73,7 @@ def fixed_shape(size: int, wanted: int) -> Shape:
 
 
 def keep_sums_whole() -> None:
-    """What PyTorch's notes on numerical accuracy and reproducibility say for CUDA; it holds for the whole process."""
+    """Set what PyTorch's notes on numerical accuracy and reproducibility say for CUDA, for the whole process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -81,7 +82,7 @@ def keep_sums_whole() -> None:
 
 
 def experts_implementation(model: nn.Module) -> str | None:
-    """Which function its experts look up; None for a dense model."""
+    """Return the name of the function that its experts look up; None for a dense model."""
     configs: Iterator[Any] = (module.config for module in model.modules() if has_experts(module))
     return next((config._experts_implementation for config in configs), None)
 

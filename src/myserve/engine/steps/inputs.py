@@ -1,4 +1,4 @@
-"""What a forward pass is told of a step: the packed rows, where they lie in the cache, which of them are wanted."""
+"""The inputs of one forward pass: the packed rows, where they lie in the cache, which of them are wanted."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from myserve.engine.batch_invariance.low_rank import AdapterRows
 from myserve.engine.mixers.attention import PagedContext, Pages
-from myserve.engine.scheduling.scheduler import ScheduledTokens
+from myserve.engine.scheduling.batch import ScheduledTokens
 
 __all__ = ["Cache", "Layers", "Shape", "Staging", "StepInputs", "Take"]
 
-Take = Callable[[int, torch.dtype], Tensor]  # so many numbers of a type, zeroed
+Take = Callable[[int, torch.dtype], Tensor]  # (count, dtype) -> zeroed memory
 Layers = Sequence[tuple[Tensor, Tensor]]  # (K, V) of each
 
 
 class Cache(Protocol):
-    """What steps need to know of the cache: see `kv_cache.KVCache`."""
+    """The cache as steps see it: `kv_cache.KVCache`."""
 
     @property
     def layers(self) -> Layers: ...
@@ -34,7 +35,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How much a step has room for; it may fill less."""
+    """Hold the sizes that a step has room for; it may fill less."""
 
     rows: int
     requests: int
@@ -42,7 +43,7 @@ class Shape:
 
 
 class Staging:
-    """Pinned memory in which a step is written for a device to read, and one copy to it that no thread waits for."""
+    """Write a step into pinned memory and send it to the device by one asynchronous copy."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -51,11 +52,12 @@ class Staging:
         self._sent = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """Until the last copy is made: a step without draws is not waited for by anyone else."""
+        """Wait until the last copy is made: nothing else waits for a step without draws."""
         if self._sent is not None:
             self._sent.synchronize()
 
     def send(self) -> None:
+        """Start the copy, on the current stream."""
         self.device.copy_(self.host, non_blocking=True)
         if self._sent is not None:
             self._sent.record(torch.cuda.current_stream(self.device.device))
@@ -63,20 +65,24 @@ class Staging:
 
 @dataclass(slots=True)
 class StepInputs:
-    """Tensors that a forward pass reads, and that may be filled anew for the next."""
+    """Hold the tensors that a forward pass reads; they may be filled anew for the next step."""
 
     ids: Tensor  # [1, rows] int64
     positions: Tensor  # [1, rows] int64
     wanted: Tensor  # [wanted] int64: the rows whose logits are asked for
     context: PagedContext
     block_size: int
-    host: StepInputs | None = None  # of inputs on a device: where they are filled
+    host: StepInputs | None = None  # for a device: the same inputs in pinned memory, where they are filled
     staging: Staging | None = None
+    adapters: AdapterRows | None = None  # None: no row has one
 
     @classmethod
-    def of(cls, shape: Shape, cache: Cache, max_blocks: int) -> StepInputs:
+    def of(cls, shape: Shape, cache: Cache, max_blocks: int, *, with_adapters: bool = False) -> StepInputs:
+        """Allocate inputs of a shape; `max_blocks`: the width of the block table."""
         if cache.pages is None:
-            return cls._made(_zeros, shape, cache, max_blocks)
+            inputs = cls._made(_zeros, shape, cache, max_blocks)
+            inputs.adapters = AdapterRows.of(shape.rows) if with_adapters else None
+            return inputs
         longs, ints = 3 * shape.rows + shape.wanted, shape.requests * (max_blocks + 2) + 1
         staging = Staging(8 * longs + 4 * ints, cache.device)
         inputs = cls._made(_cutting(staging.device), shape, cache, max_blocks)
@@ -87,7 +93,7 @@ class StepInputs:
 
     @classmethod
     def _made(cls, take: Take, shape: Shape, cache: Cache, max_blocks: int) -> StepInputs:
-        """The wide ones first, so that cut from one memory all are aligned."""
+        """Allocate the tensors by `take`: int64 before int32, so that all are aligned when cut from one memory."""
         rows, requests = shape.rows, shape.requests
         ids, positions, slots = (take(rows, torch.int64) for _ in range(3))
         wanted = take(shape.wanted, torch.int64)
@@ -100,15 +106,20 @@ class StepInputs:
     def unpadded(
         cls, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int], cache: Cache, max_blocks: int
     ) -> StepInputs:
-        """With no room left; on a device tables are as wide as ever, for their width is told to its kernels."""
+        """Return inputs sized for exactly this step, filled.
+
+        On a GPU the block table keeps its full width, from which FlashAttention takes max_seqlen_k.
+        """
         shape = Shape(sum(part.count for part in scheduled), len(scheduled), len(wanted))
         used = max(len(part.request.block_table) for part in scheduled)
-        inputs = cls.of(shape, cache, used if cache.pages is None else max_blocks)
+        with_adapters = any(part.request.adapter is not None for part in scheduled)
+        width = used if cache.pages is None else max_blocks
+        inputs = cls.of(shape, cache, width, with_adapters=with_adapters)
         inputs.fill(scheduled, wanted)
         return inputs
 
     def cut(self, shape: Shape) -> StepInputs:
-        """Return inputs over the same memory, with room for less."""
+        """Return inputs of a smaller shape over the same memory."""
         context, host = self.context, None if self.host is None else self.host.cut(shape)
         return StepInputs(
             self.ids[:, : shape.rows],
@@ -125,10 +136,14 @@ class StepInputs:
             self.block_size,
             host,
             self.staging,
+            None if self.adapters is None else self.adapters.cut(shape.rows),
         )
 
     def fill(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int]) -> None:
-        """A step's scheduled, packed; what room they leave becomes padding rows and requests without rows."""
+        """Pack the scheduled tokens; the room they leave becomes padding rows and requests without rows.
+
+        `wanted`: the rows whose logits are asked for.
+        """
         if self.host is None or self.staging is None:
             self._write(scheduled, wanted)
             return
@@ -137,7 +152,7 @@ class StepInputs:
         self.staging.send()
 
     def _write(self, scheduled: Sequence[ScheduledTokens], wanted: Sequence[int]) -> None:
-        """By NumPy's views of the same memory, which are cheaper to assign to."""
+        """Fill by NumPy's views of the same memory, which are cheaper to assign to than tensors."""
         context = self.context
         tables = context.block_tables.numpy()  # [requests, max_blocks]
         starts = context.query_start.numpy()
@@ -159,7 +174,7 @@ class StepInputs:
         for tensor, values, padding in (
             (
                 self.ids[0],
-                [t for p in scheduled for t in p.request.token_ids[p.start : p.start + p.count]],
+                [token_id for part in scheduled for token_id in part.token_ids],
                 0,
             ),
             (self.positions[0], position, 0),
@@ -175,13 +190,18 @@ class StepInputs:
         picked = self.wanted.numpy()
         picked[: len(wanted)] = wanted
         picked[len(wanted) :] = 0  # row 0 once more: its logits are not read
+        if self.adapters is not None:
+            adapters = [part.request.adapter for part in scheduled]
+            slots = np.array([-1 if adapter is None else adapter.slot for adapter in adapters])
+            self.adapters.fill(slots[owner])
 
 
 def _zeros(count: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(count, dtype=dtype)
 
 
-def _cutting(memory: Tensor) -> Take:  # bytes
+def _cutting(memory: Tensor) -> Take:
+    """Return an allocator that cuts tensors from `memory` [bytes] uint8, one behind the other."""
     start = 0
 
     def take(count: int, dtype: torch.dtype) -> Tensor:

@@ -25,9 +25,10 @@ from myserve.engine.batch_invariance import pointwise
 from myserve.engine.kernels.launch import KernelScratch, recording
 from myserve.engine.steps.launches import Operation, parts, without_dead_calls
 
-__all__ = ["PAGE", "NotRecordableError", "Pool", "Recorder", "Recording"]
+__all__ = ["PAGE", "InterruptedRecordingError", "NotRecordableError", "Pool", "Recorder", "Recording"]
 
 PAGE = 4096  # bytes
+TOUCHED_AT_ONCE = 4 << 20  # bytes: some 4 ms on a virtual machine, for which a request may wait
 
 _aten = torch.ops.aten
 # What a recording cannot hold: a result that Python has looked at, or whose shape the data decides.
@@ -35,11 +36,15 @@ _LOOKS_AT_DATA = {_aten._local_scalar_dense.default, _aten.nonzero.default, _ate
 
 
 class NotRecordableError(Exception):
-    """The step depends on its data in another way than through tensors."""
+    """Raised where a step depends on its data in another way than through tensors."""
+
+
+class InterruptedRecordingError(Exception):
+    """Recording ahead was dropped, for there is something to compute."""
 
 
 class Pool:
-    """Memory for the tensors of recordings: what one tensor leaves is taken by the next, and all of it is kept.
+    """Allocate the tensors of recordings from memory that is kept: what one tensor leaves, the next takes.
 
     Recordings of one pool share it, for only one is replayed at a time; so the largest decides how much there is.
     """
@@ -47,59 +52,74 @@ class Pool:
     def __init__(self) -> None:
         self.scratch = KernelScratch()
         self._blocks: list[Tensor] = []
-        self._touched = 0  # of the blocks, so many from the front
+        self._used: dict[int, int] = {}  # bytes of the block at an address that some tensor has had
+        self._touched: dict[int, int] = {}  # of these, touched
         self._free: dict[int, list[int]] = defaultdict(list)  # size, a power of two -> addresses
         self._recording = 0
 
     def begin(self) -> None:
-        """A new recording: everything is free again."""
+        """Begin a new recording: all memory is free again."""
         self._recording += 1
         self._free.clear()
         for block in self._blocks:
             self._offer(block)
 
     def prefault(self) -> bool:
-        """Touch one more block, which the system gives page by page; False when all were touched."""
-        if self._touched == len(self._blocks):
-            return False
-        self._blocks[self._touched][::PAGE] = 0
-        self._touched += 1
-        return True
+        """Touch a few MiB more, which the system gives page by page; False when all that is used was touched."""
+        for block in self._blocks:
+            address = _aligned(block)
+            begin = self._touched.get(address, 0)
+            if begin < self._used[address]:
+                end = min(begin + TOUCHED_AT_ONCE, self._used[address])
+                first = address - block.data_ptr()
+                block[first + begin : first + end : PAGE] = 0
+                self._touched[address] = end
+                return True
+        return False
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised, at a cache line."""
+        """Return an uninitialised tensor that begins at a cache line (64 bytes)."""
         count = math.prod(shape)
         size = 1 << max(6, (count * dtype.itemsize - 1).bit_length())
         if not self._free[size]:
             block = torch.empty(size + 64, dtype=torch.uint8)
             self._blocks.append(block)
+            self._used[_aligned(block)] = 0
             self._offer(block)
         address = self._free[size].pop()
+        self._used[address] = max(self._used[address], count * dtype.itemsize)
         # PyTorch does not tell when a storage dies; but a storage made from a buffer holds the buffer.
         buffer = (ctypes.c_char * size).from_address(address)
         weakref.finalize(buffer, self._release, size, address, self._recording)
         return torch.frombuffer(buffer, dtype=dtype, count=max(count, 1))[:count].view(shape)
 
     def _offer(self, block: Tensor) -> None:
-        """A block is 64 bytes larger than what it offers, so that this begins at a cache line."""
-        self._free[block.numel() - 64].append(block.data_ptr() + -block.data_ptr() % 64)
+        """Add a block to the free ones; it is 64 bytes larger than what it offers, which begins at a cache line."""
+        self._free[block.numel() - 64].append(_aligned(block))
 
     def _release(self, size: int, address: int, recording: int) -> None:
         if recording == self._recording:
             self._free[size].append(address)
 
 
-class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
-    """Lets a forward pass run and adds what is not a kernel's call to the list of calls."""
+def _aligned(block: Tensor) -> int:
+    """Return the address of the block's first whole cache line."""
+    return block.data_ptr() + -block.data_ptr() % 64
 
-    def __init__(self, calls: list[Any], pool: Pool) -> None:
+
+class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
+    """Run a forward pass and add each tensor operation that is not a kernel's call to the list of calls."""
+
+    def __init__(self, calls: list[Any], pool: Pool, is_over: Callable[[], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls, self.pool = calls, pool
+        self.calls, self.pool, self.is_over = calls, pool, is_over
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.is_over():
+            raise InterruptedRecordingError
         if func is _aten.empty.memory_format:
             return self.pool.empty(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
         if func in _LOOKS_AT_DATA:
@@ -144,7 +164,7 @@ def _adds_like_with_like(a: Any, b: Any) -> bool:
 
 
 class Recording:
-    """One forward pass, to be made again on whatever its input tensors then hold.
+    """Record one forward pass; replay it on whatever its input tensors then hold.
 
     >>> x = torch.ones(2, 3)
     >>> step = Recording(lambda: (x + x) * 3, Pool())
@@ -152,23 +172,33 @@ class Recording:
     (tensor(30.), tensor(30.))
     """
 
-    def __init__(self, forward: Callable[[], Tensor], pool: Pool, *, runs: bool = True) -> None:
-        """Without `runs` no kernel is run: `out` has no meaning before the first replay, and nothing was computed."""
+    def __init__(
+        self,
+        forward: Callable[[], Tensor],
+        pool: Pool,
+        *,
+        runs: bool = True,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Without `runs` no kernel is run: `out` has no meaning before the first replay, and nothing was computed.
+
+        Raises NotRecordableError, and InterruptedRecordingError as soon as `is_over` returns True.
+        """
         pool.begin()
-        with recording(pool.scratch, runs=runs) as calls, _RecordingMode(calls, pool):
+        with recording(pool.scratch, runs=runs) as calls, _RecordingMode(calls, pool, is_over):
             self.out = forward()
         self._pool = pool
         self._parts = parts(without_dead_calls(calls, self.out))
 
     def replay(self) -> Tensor:
-        """The result, in the same memory every time."""
+        """Compute the step again; the result lies in the same memory every time."""
         for part in self._parts:
             part()
         return self.out
 
 
 class Recorder:
-    """Makes the recordings of one model; all of them share one memory."""
+    """Make the recordings of one model; all of them share one memory."""
 
     def __init__(self) -> None:
         self.pool = Pool()
@@ -177,12 +207,12 @@ class Recorder:
         """Run `forward` and record it. Raises NotRecordableError."""
         return Recording(forward, self.pool)
 
-    def ahead(self, forward: Callable[[], Tensor]) -> Recording:
+    def ahead(self, forward: Callable[[], Tensor], is_over: Callable[[], bool]) -> Recording:
         """Record `forward` without its kernels' work: what Python does, and none of what a step costs.
 
-        Raises NotRecordableError.
+        Raises NotRecordableError, and InterruptedRecordingError as soon as `is_over` returns True.
         """
-        return Recording(forward, self.pool, runs=False)
+        return Recording(forward, self.pool, runs=False, is_over=is_over)
 
     def prefault(self) -> bool:
         """Touch some of the memory that recordings use for the first time; False when all of it was touched."""

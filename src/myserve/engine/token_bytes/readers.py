@@ -32,7 +32,7 @@ class Reader(Protocol):
 
     @property
     def pending(self) -> bool:
-        """Whether text of an id that was fed is still held back."""
+        """True where text of an id that was fed is still held back."""
         ...
 
     def feed(self, token_id: int) -> str:
@@ -70,10 +70,7 @@ class Utf8Reader:
         self._replaces = errors == "replace"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
         self._count = 0  # characters returned
-
-    @property
-    def pending(self) -> bool:
-        return bool(self._decoder.getstate()[0])
+        self.pending = False
 
     def feed(self, token_id: int) -> str:
         return self.take(token_id, b"" if token_id in self._hidden else self._table[token_id])
@@ -82,11 +79,14 @@ class Utf8Reader:
         """Feed a token whose bytes are `data`."""
         text = self._decoder.decode(data)
         self._count += len(text)
+        if data:
+            self.pending = data[-1] >= 0x80 and bool(self._decoder.getstate()[0])
         return text
 
     def end(self) -> str:
         text = self._decoder.decode(b"", final=True)
         self._count += len(text)
+        self.pending = False
         return text
 
     def position(self, token_id: int, data: bytes) -> int:

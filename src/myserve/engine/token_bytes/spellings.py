@@ -1,4 +1,4 @@
-"""How vocabularies write bytes: each function turns a token of a vocabulary into the bytes that it stands for."""
+"""The spellings of bytes in vocabularies: each function turns a token into the bytes that it stands for."""
 
 from __future__ import annotations
 

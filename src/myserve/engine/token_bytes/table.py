@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -75,7 +75,7 @@ class TokenBytes(Sequence[bytes]):
 
     @property
     def is_bytewise(self) -> bool:
-        """Whether a completion's text is its tokens' bytes, joined."""
+        """True where a completion's text is its tokens' bytes, joined."""
         return self._stable is None
 
     @cached_property
@@ -101,9 +101,9 @@ class TokenBytes(Sequence[bytes]):
     def __getitem__(self, token_id: Any) -> Any:
         return self._table[token_id]
 
-    def reader(self, *, skip_special_tokens: bool = True) -> Reader:
-        """Return a reader for one completion's ids."""
-        hidden = self.special_ids if skip_special_tokens else frozenset[int]()
+    def reader(self, *, skip_special_tokens: bool = True, shown_ids: Iterable[int] = ()) -> Reader:
+        """Return a reader for one completion's ids; `shown_ids` are special tokens that it does not skip."""
+        hidden = self.special_ids.difference(shown_ids) if skip_special_tokens else frozenset[int]()
         if self._stable is None:
             return self.bytes_reader(hidden)
         # ids that the tokenizer lacks have no text, and some decodings raise on them
@@ -187,7 +187,7 @@ class _Reading:
 
 
 class _TokenizerVocabulary:
-    """What a proof needs of a tokenizer: every token's spelling, and decoding of many lists at once."""
+    """Read off a tokenizer what a proof needs: every token's spelling, and decoding of many lists at once."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = tokenizer
@@ -238,7 +238,7 @@ class _TokenizerVocabulary:
         if not self.is_python:
             token: str | None = self._backend.id_to_token(token_id)
             return token
-        try:  # a padded vocabulary has ids of which a tokenizer in Python may never have heard
+        try:  # a padded vocabulary has ids that a tokenizer in Python may not know
             own: str | bytes | None = self._tokenizer.convert_ids_to_tokens([token_id])[0]
             self._tokenizer.decode([token_id])
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
@@ -319,7 +319,7 @@ def _agrees(
     context: list[int],
     limit: int = MIXED_IDS,
 ) -> bool:
-    """Whether readers give the tokenizer's own text, behind `context`: ids of all kinds mixed, and the samples' ids."""
+    """Return whether readers give the tokenizer's own text behind `context`, for ids of all kinds and the samples'."""
     ids = vocabulary.ids()
     mixed = random.Random(0).choices(ids, k=min(len(ids), limit)) if ids else []
     lists = [mixed[start : start + LIST_TOKENS] for start in range(0, len(mixed), LIST_TOKENS)]
@@ -380,7 +380,7 @@ def _own_reader(vocabulary: _TokenizerVocabulary, stable: Callable[[str], str]) 
 
 
 def _has_plain_decoding(tokenizer: Any) -> bool:
-    """Whether `tokenizer.decode` is its Rust part's, and nothing is cleaned up afterwards."""
+    """Return whether `tokenizer.decode` is its Rust part's, and nothing is cleaned up afterwards."""
     kind = type(tokenizer)
     is_inherited = getattr(kind, "_decode", None) is getattr(_fast_base(kind), "_decode", None)
     cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))

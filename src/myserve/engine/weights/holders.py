@@ -1,4 +1,4 @@
-"""Where each weight lives in a model that serves, and how it gets new values: made beside the old, then put in place.
+"""The holders of a serving model's weights, and how they get new values: made beside the old, then put in place.
 
 What a model holds beside its parameters is derived from them: packed products, routers, experts. Code that derives
 something new from a weight must be listed here; `tests/engine/weights/test_prepare.py` compares an updated model of
@@ -61,7 +61,7 @@ def _linear(module: ExactLinear, weight: str, bias: str) -> Holder:
         if weight in values:
             new = values[weight].T if module.is_transposed else values[weight]
             old_bias = packed.bias[: packed.out_features]
-            packed = PackedWeight(new.to(packed.dtype), values.get(bias, old_bias))
+            packed = type(packed)(new.to(packed.dtype), values.get(bias, old_bias))
         else:
             packed = packed.with_bias(values[bias])
         return [lambda: module.replace(packed)]
@@ -89,7 +89,8 @@ def _experts(module: Any, attribute: str, prefix: str, name: str) -> Holder:
         biases = values.get(bias, module._parameters.get(f"{name}_bias"))
         if weight in values:
             new = values[weight].to(old[0].dtype)
-            packed = packed_experts(new, biases, is_transposed=module.is_transposed)
+            new = new.transpose(1, 2) if module.is_transposed else new
+            packed = packed_experts(new, biases, type(old[0]))
         else:
             assert biases is not None
             packed = [p.with_bias(b) for p, b in zip(old, biases, strict=True)]

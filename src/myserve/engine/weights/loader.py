@@ -6,7 +6,8 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +18,7 @@ from myserve.engine.batch_invariance import vml_warmup
 from myserve.engine.config import EngineConfig
 from myserve.engine.kernels.warm import warm
 from myserve.engine.mixers.attention_pass import ATTENTION_NAME, register_attention
+from myserve.engine.weights.int8_checkpoint import MARK, int8_scheme, load_int8
 from myserve.engine.weights.loading_report import judge
 from myserve.engine.weights.plan import WeightNames
 from myserve.errors import BadCheckpointError, UnsupportedModelError
@@ -39,6 +41,7 @@ class LoadedModel:
     weight_names: WeightNames
     num_weights: int  # numbers that a token is multiplied with: all but those of the embedding and the head
     casts: bool  # an explicit dtype: what has another is rounded to it, now and in every update
+    quantize: Literal["off", "int8"] = "off"  # what its linear layers, experts and output layer become
 
 
 def load(model: str, config: EngineConfig) -> LoadedModel:
@@ -54,15 +57,29 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
     refuse_what_cannot_be_packed(hf_config)
     refuse_what_cannot_be_packed(text_config)
     longest = context_length(text_config)
+    is_int8 = int8_scheme(hf_config)
+    quantize = config.quantize if getattr(hf_config, MARK, None) != "int8" else "int8"
+    if is_int8 or quantize == "int8":
+        _refuse_where_int8_cannot_run(device, config, model if is_int8 else "quantize=int8")
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if device.type == "cpu":  # while weights are read and packed: both leave Python to others
         half = torch.bfloat16 in (dtype, hf_config.dtype)
-        threading.Thread(target=warm, args=(torch.bfloat16 if half else torch.float32,)).start()
+        kernels = partial(warm, torch.bfloat16 if half else torch.float32, int8=quantize == "int8")
+        threading.Thread(target=kernels).start()
     with ThreadPoolExecutor(1) as beside:
         tokenizer_coming = beside.submit(
             AutoTokenizer.from_pretrained, model, trust_remote_code=config.trust_remote_code
         )
-        loaded = _load_weights(model, dtype, config.trust_remote_code)
+        if is_int8:
+            loaded = load_int8(
+                model,
+                hf_config,
+                dtype,
+                attention=ATTENTION_NAME,
+                trust_remote_code=config.trust_remote_code,
+            )
+        else:
+            loaded = _load_weights(model, dtype, config.trust_remote_code)
         tokenizer = tokenizer_coming.result()
     loaded = loaded.eval().requires_grad_(False).to(device)
     head = loaded.get_output_embeddings()
@@ -79,7 +96,16 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
         weight_names=WeightNames.of(loaded),
         num_weights=_num_weights(loaded),
         casts=config.dtype != "auto",
+        quantize=quantize,
     )
+
+
+def _refuse_where_int8_cannot_run(device: torch.device, config: EngineConfig, what: str) -> None:
+    if device.type != "cpu" or config.exact == "off":
+        reason = f"the device is {device}" if device.type != "cpu" else "exact is off"
+        raise UnsupportedModelError(
+            f"{what} computes in int8 by batch-invariant kernels that run on a CPU alone, and {reason}"
+        )
 
 
 def _read_config(model: str, trust_remote_code: bool) -> Any:

@@ -66,7 +66,7 @@ get the whole checkpoint, or save it anew
 
 
 def _is_inside(key: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the nearest module that the model has, on the way to `key`, is a layer's or has weights of its own."""
+    """Return whether the model's nearest module on the way to `key` is a layer's or has weights of its own."""
     path = key
     while path not in modules:
         path = path.rpartition(".")[0]

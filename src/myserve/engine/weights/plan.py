@@ -1,4 +1,4 @@
-"""Which of a snapshot's tensors become which of the model's weights; refuses, before any is read, what does not fit."""
+"""The map from a snapshot's tensors to the model's weights; what does not fit is refused before any is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from myserve.engine.weights.snapshot import TensorInfo
 from myserve.errors import BadSnapshotError
 
-__all__ = ["LoadPlan", "WeightGroup", "WeightNames", "make_plan"]
+__all__ = ["LoadPlan", "WeightGroup", "WeightNames", "group_tensors", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,9 @@ def make_plan(
     """
     if not tensors:
         raise BadSnapshotError("the snapshot has no tensors")
-    groups = _groups(tensors, model, names)
+    groups, unknown = group_tensors(tensors, model, names)
+    if unknown:
+        raise BadSnapshotError(f"the model has no {_listed(unknown)}")
     made_by: dict[str, WeightGroup] = {}
     for group in groups:
         for name, info in _made_infos(group, tensors, model).items():
@@ -115,7 +117,10 @@ def make_plan(
     return LoadPlan(groups, made_by, names)
 
 
-def _groups(tensors: Iterable[str], model: Any, names: WeightNames) -> list[WeightGroup]:
+def group_tensors(
+    tensors: Iterable[str], model: Any, names: WeightNames
+) -> tuple[list[WeightGroup], list[str]]:
+    """Return which tensors make which weight together, and those that make none."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -138,13 +143,11 @@ def _groups(tensors: Iterable[str], model: Any, names: WeightNames) -> list[Weig
         group.converter = converter_of[pattern] if pattern is not None else None
         group.sources.append(name)
         group.patterns.append(pattern or "")
-    if unknown:
-        raise BadSnapshotError(f"the model has no {_listed(unknown)}")
-    return list(groups.values())
+    return list(groups.values()), unknown
 
 
 def _made_infos(group: WeightGroup, tensors: Mapping[str, TensorInfo], model: Any) -> dict[str, TensorInfo]:
-    """What the group makes, found by making it of tensors without memory."""
+    """Return what the group makes, found by making it of tensors without memory."""
 
     def empty(name: str) -> Tensor:
         return torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta")

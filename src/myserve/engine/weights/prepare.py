@@ -18,7 +18,16 @@ from myserve.engine.weights.plan import LoadPlan, WeightNames, make_plan
 from myserve.engine.weights.snapshot import Checksum, Snapshot, open_snapshot
 from myserve.errors import BadSnapshotError, NotEnoughMemoryError, RequestError
 
-__all__ = ["MODES", "Mode", "Prepared", "Source", "UpdateOptions", "WeightReport", "prepare"]
+__all__ = [
+    "MODES",
+    "CheckingReader",
+    "Mode",
+    "Prepared",
+    "Source",
+    "UpdateOptions",
+    "WeightReport",
+    "prepare",
+]
 
 Mode = Literal["drain", "keep", "abort"]
 Source = str | Path | Mapping[str, Tensor]
@@ -92,7 +101,7 @@ def prepare(
         _check_memory(
             plan.num_bytes + max(info.num_bytes for info in snapshot.tensors.values()), model.device
         )
-        reader = _CheckingReader(snapshot)
+        reader = CheckingReader(snapshot)
         installs = _installs(plan, reader.read, model)
         value = reader.checksum.value()
         if checksum is not None and checksum != value:
@@ -112,7 +121,7 @@ def _check_memory(num_bytes: int, device: torch.device) -> None:
 
 
 @dataclass(slots=True)
-class _CheckingReader:
+class CheckingReader:
     """Reads each tensor once; what it gives is finite and counted in the checksum."""
 
     snapshot: Snapshot

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from myserve.engine.scheduling.scheduler import Scheduler
 from myserve.engine.weights.prepare import Prepared, Source, UpdateOptions, WeightReport
@@ -16,6 +16,7 @@ from myserve.errors import EngineError, RequestError
 
 __all__ = ["Stage", "Swapper", "WeightUpdate", "WeightUpdates"]
 
+T = TypeVar("T")
 Stage = Literal["preparing", "draining", "done", "failed"]
 
 
@@ -51,6 +52,15 @@ class WeightUpdate:
         """Wait until the weights are found good: from then on the swap cannot fail. Raises what `result` does."""
         await asyncio.shield(asyncio.wrap_future(self._checked))
 
+    def when_done(self, call: Callable[[WeightReport], None]) -> None:
+        """Call with the report once the weights are in place, on the engine's thread, before its next step."""
+
+        def done(report: Future[WeightReport]) -> None:
+            if report.exception() is None:
+                call(report.result())
+
+        self._report.add_done_callback(done)
+
     # ---- for the engine
 
     def set_checked(self) -> None:
@@ -72,7 +82,7 @@ class Swapper(Protocol):
 
     scheduler: Scheduler
 
-    def end_begun(self) -> int: ...
+    def abort_in_flight(self) -> int: ...
     def swap(self, prepared: Prepared, version: int, options: UpdateOptions) -> None: ...
 
 
@@ -84,7 +94,7 @@ class WeightUpdates:
     ) -> None:
         self._prepare = prepare
         self._post = post  # has something done on the engine's thread, between two steps
-        self._queue: SimpleQueue[WeightUpdate | None] = SimpleQueue()
+        self._queue: SimpleQueue[WeightUpdate | Callable[[], None] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[WeightUpdate] = set()
         self._closed_by: BaseException | None = None
@@ -94,7 +104,7 @@ class WeightUpdates:
 
     @property
     def refuses_requests(self) -> bool:
-        """Whether new requests are refused: from the moment an update is told as draining, not from the next step."""
+        """True where new requests are refused: as soon as an update is reported as draining, not from the next step."""
         update = self._current
         return update is not None and update.options.refuse_new and update.stage == "draining"
 
@@ -105,12 +115,33 @@ class WeightUpdates:
                 update.fail(self._closed_by)
                 return
             self._open.add(update)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, args=(current_version,), name="myserve-weights", daemon=True
-                )
-                self._thread.start()
+            self._start(current_version)
         self._queue.put(update)
+
+    def read(self, task: Callable[[], T], current_version: Callable[[], int]) -> Future[T]:
+        """Do `task` where updates are prepared: no swap falls into it. Any thread. The future has its result."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(task())
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._lock:
+            if self._closed_by is not None:
+                raise self._closed_by
+            self._start(current_version)
+            # under the lock: what stands before the end is still done
+            self._queue.put(run)
+        return done
+
+    def _start(self, current_version: Callable[[], int]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, args=(current_version,), name="myserve-weights", daemon=True
+            )
+            self._thread.start()
 
     def close(self, error: BaseException) -> None:
         """Fail every update that has not ended with `error`: the engine has ended."""
@@ -125,6 +156,9 @@ class WeightUpdates:
 
     def _run(self, current_version: Callable[[], int]) -> None:
         while (update := self._queue.get()) is not None:
+            if not isinstance(update, WeightUpdate):
+                update()
+                continue
             try:
                 self._carry_out(update, current_version())
             except RequestError as error:
@@ -147,6 +181,8 @@ class WeightUpdates:
                 param="version",
             )
         prepared = self._prepare(update.source, update.options)
+        if isinstance(update.source, Mapping):
+            update.source = {}  # the tensors are the caller's again, and no longer kept here
         self._current = update
         update.set_checked()
         self._post(lambda: self._begin(_Swap(update, prepared, version)))
@@ -182,10 +218,10 @@ class _Swap:
         if self._began is None:
             self._began = now
             if mode == "drain":
-                engine.scheduler.drain()
+                engine.scheduler.drain("weights")
             elif mode == "abort":
-                self._num_aborted = engine.end_begun()
-        if mode == "drain" and not engine.scheduler.is_drained:
+                self._num_aborted = engine.abort_in_flight()
+        if mode == "drain" and not engine.scheduler.is_drained("weights"):
             return False
         engine.swap(self._prepared, self._version, self.update.options)
         self.update.finish(self._report(now - self._began, time.monotonic() - now))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from myserve.sdk.display.plotting import COLOURS, drawn
 from myserve.sdk.mismatch.measure import Mismatch
-from myserve.sdk.plotting import COLOURS, drawn
 
 __all__ = ["plot_mismatch"]
 

@@ -9,6 +9,7 @@ import asyncio
 import errno
 import threading
 import weakref
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -21,7 +22,7 @@ from myserve.sdk.errors import AttemptFailed, Failure
 if TYPE_CHECKING:
     import aiohttp  # imported at the first request otherwise: 0.2 s that `import myserve.sdk` need not take
 
-__all__ = ["AiohttpTransport", "Reply", "Transport", "describe", "proxy_for"]
+__all__ = ["AiohttpTransport", "Reply", "Transport", "describe", "proxy_for", "unpacked"]
 
 
 class Reply(Protocol):
@@ -82,17 +83,18 @@ class AiohttpTransport:
         import aiohttp
 
         session = await self._session()
-        # Compressed answers are not asked for, and not unpacked: a kilobyte may hold a gigabyte.
+        # Compressed answers are not asked for. A gateway may compress all the same: what it sends is unpacked by parts,
+        # for a kilobyte may hold a gigabyte, and those who read count what they get.
         sent = {"accept-encoding": "identity", **headers}
         try:
             async with session.request(
                 method, url, headers=sent, data=body, allow_redirects=False, proxy=self._proxy(url)
             ) as response:
-                encoding = response.headers.get("content-encoding", "identity")
-                if encoding.lower() != "identity":
+                encoding = response.headers.get("content-encoding", "identity").strip().lower()
+                if encoding not in ("identity", *_PACKED):
                     message = f"the answer is compressed ({encoding[:40]}), which was not asked for"
                     raise AttemptFailed(Failure("protocol", message))
-                yield _AiohttpReply(response)
+                yield _AiohttpReply(response, is_packed=encoding in _PACKED)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise AttemptFailed(Failure("transport", describe(error))) from error
 
@@ -187,14 +189,42 @@ def _is_running_here() -> bool:
     return True
 
 
+_PACKED = ("gzip", "x-gzip", "deflate")
+_PIECE_BYTES = 2**18  # that are unpacked at a time
+
+
 class _AiohttpReply:
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, *, is_packed: bool = False) -> None:
         self._response = response
+        self._is_packed = is_packed
         self.status = response.status
         self.headers = {name.lower(): value for name, value in response.headers.items()}
 
     def chunks(self) -> AsyncIterator[bytes]:
-        return self._response.content.iter_any()
+        chunks = self._response.content.iter_any()
+        return unpacked(chunks) if self._is_packed else chunks
+
+
+async def unpacked(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Give the bytes of a gzip or zlib stream as they come, in pieces of 256 KiB at most.
+
+    Raises `AttemptFailed` for what is none, or ends early.
+    """
+    packer = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # with either head
+    try:
+        async for data in chunks:
+            piece = b""
+            while data or len(piece) == _PIECE_BYTES:  # a full piece may have more behind it
+                piece = packer.decompress(data, _PIECE_BYTES)
+                if piece:
+                    yield piece
+                data = packer.unconsumed_tail
+            if packer.unused_data:
+                raise AttemptFailed(Failure("protocol", "bytes came after the end of the compressed answer"))
+    except zlib.error as error:
+        raise AttemptFailed(Failure("protocol", f"the compressed answer is broken: {error}")) from error
+    if not packer.eof:
+        raise AttemptFailed(Failure("transport", "the compressed answer ended early"))
 
 
 def describe(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from myserve.sdk.errors import AttemptFailed
 from myserve.sdk.retry import RetryPolicy, retrying
 from myserve.sdk.transport.deployments import Deployment, choose
 from myserve.sdk.transport.dialects import FIREWORKS, MYSERVE, Dialect, detect
-from myserve.sdk.transport.http import Transport
+from myserve.sdk.transport.http import Reply, Transport
 from myserve.sdk.transport.replies import events_of, failure_of, read_json
 from myserve.sdk.types import SamplerStats
 from myserve.wire.perf_metrics import PerfMetrics
@@ -81,21 +82,40 @@ class ServerPool:
     ) -> AsyncIterator[AsyncIterator[list[bytes]]]:
         """Post one request and give its events, `max_bytes` at most. However that ends early, it is `AttemptFailed`."""
         deployment = choose(self.deployments, prompt, time.monotonic())
-        samples = body["n"]
+        url = url_of(deployment.url, dialect.path)
+        headers = {**dialect.headers(self.api_key), "x-request-id": request_id}
+        async with self._posted(deployment, url, headers, body, body["n"]) as reply:
+            yield events_of(reply, max_bytes)
+
+    async def post(self, path: str, body: Mapping[str, Any], *, about: bytes) -> Any:
+        """Post one request and return its JSON. Requests `about` the same go to the same server, where it has time.
+
+        However that ends, it is `AttemptFailed`.
+        """
+        key = list(hashlib.blake2b(about, digest_size=16).digest())
+        deployment = choose(self.deployments, key, time.monotonic())
+        url = root_of(deployment.url) + path
+        async with self._posted(deployment, url, MYSERVE.headers(self.api_key), body, 1) as reply:
+            return await read_json(reply, url)
+
+    @asynccontextmanager
+    async def _posted(
+        self,
+        deployment: Deployment,
+        url: str,
+        headers: Mapping[str, str],
+        body: Mapping[str, Any],
+        samples: int,
+    ) -> AsyncIterator[Reply]:
+        """Post a body and give the reply, counted with the deployment's load and failures."""
         deployment.in_flight += samples
         self.stats.requests += 1
-        headers = {
-            **dialect.headers(self.api_key),
-            "content-type": "application/json",
-            "x-request-id": request_id,
-        }
-        raw = orjson.dumps(body)
+        sent = {**headers, "content-type": "application/json"}
         try:
-            url = url_of(deployment.url, dialect.path)
-            async with self.transport.request("POST", url, headers, raw) as reply:
+            async with self.transport.request("POST", url, sent, orjson.dumps(body)) as reply:
                 if reply.status != 200:
                     raise AttemptFailed(await failure_of(reply))
-                yield events_of(reply, max_bytes)
+                yield reply
             deployment.succeeded()
         except AttemptFailed as ended:
             if ended.failure.kind in ("transport", "server", "busy"):

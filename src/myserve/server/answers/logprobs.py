@@ -71,6 +71,8 @@ class TokenWriter:
             "token_id": token.token_id,
             "sampling_logprob": _finite(token.sampling_logprob),
         }
+        if token.rank is not None:
+            entry["rank"] = token.rank
         if token.token_id_logprobs:
             entry["token_id_logprobs"] = [
                 {"token_id": i, "logprob": None if value is None else _finite(value)}

@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request, Response
 
-from myserve.engine.outputs import Delta
+from myserve.server import caller
 from myserve.server.answers.answer import ActiveAnswer
+from myserve.server.answers.bursts import bursts_of
 from myserve.server.answers.generation import Generation
-from myserve.server.answers.size import check_known_size, delta_size
+from myserve.server.answers.size import check_known_size
 from myserve.server.answers.streaming import (
     WRITTEN_INLINE_BYTES,
-    Chunk,
     EventStream,
     json_response,
     to_json_in_slices,
     unless_gone,
 )
 from myserve.server.answers.writer import AnswerWriter, Body, Plan
-from myserve.server.choice import Choice
 from myserve.server.models.models import Models
+from myserve.server.prompts.sampling import check_top_logprobs
+from myserve.server.sessions.call import SessionCall
+from myserve.server.sessions.store import Sessions, session_id_of
 from myserve.wire.fields import GenerationRequest
 
-__all__ = ["answer_request"]
+__all__ = ["Begun", "answer_request", "begin_request"]
 
 R = TypeVar("R", bound=GenerationRequest)
 
 
-async def answer_request(
+class Begun(NamedTuple):
+    """A request whose draws run, and what writes its answer."""
+
+    answer: ActiveAnswer[Any]
+    writer: AnswerWriter[Any]
+    generation: Generation
+
+
+async def begin_request(
     http: Request, request: R, plan: Callable[[ActiveAnswer[R]], Awaitable[Plan]], *, answer_id: str
-) -> Response:
-    """Answer one parsed request in the dialect of the writer that `plan` returns.
+) -> Begun:
+    """Submit one parsed request's draws to the engine.
 
     `plan` makes prompts and parameters; what it raises is the caller's error, before anything is drawn.
     """
     models: Models = http.app.state.models
-    answer = ActiveAnswer.begin(request, await models.get(request.model), answer_id)
+    model = await models.get(request.model)
+    answer = ActiveAnswer.begin(request, model, answer_id, models.adapter_of(request.model))
+    answer.session = _session_call(http, answer)
     engine = answer.model.engine
+    check_top_logprobs(request, http.app.state.settings.max_logprobs)
     engine.check_room(request.num_choices)
     planned = await plan(answer)
-    writer = planned.writer
     check_known_size(
         planned.prompts,
         planned.params,
@@ -51,14 +62,45 @@ async def answer_request(
         vocab_size=engine.vocab_size,
         max_model_len=engine.max_model_len,
     )
-    await engine.prepare(planned.params[0])
-    generation = Generation(answer.model, planned.prompts, planned.params, request, answer.id)
+    for params in planned.params[: None if planned.differ else 1]:
+        await engine.prepare(params)
+    if answer.session is not None:
+        answer.session.goes_on_from(planned.prompts, planned.adapters)
+    generation = await Generation.begin(
+        answer.model,
+        planned.prompts,
+        planned.params,
+        request,
+        answer.id,
+        planned.request_ids,
+        planned.adapters or [answer.adapter] * len(planned.prompts),
+    )
+    return Begun(answer, planned.writer, generation)
+
+
+def _session_call(http: Request, answer: ActiveAnswer[Any]) -> SessionCall | None:
+    sessions: Sessions = http.app.state.sessions
+    name = session_id_of(http.headers) if sessions.are_kept else None
+    if name is None:
+        return None
+    session = sessions.begin(caller.current(0.0).name, name)
+    engine = answer.model.engine
+    return SessionCall(sessions, session, answer.request.model, engine.eos_token_ids, answer.id)
+
+
+async def answer_request(
+    http: Request, request: R, plan: Callable[[ActiveAnswer[R]], Awaitable[Plan]], *, answer_id: str
+) -> Response:
+    """Answer one parsed request in the dialect of the writer that `plan` returns."""
+    answer, writer, generation = await begin_request(http, request, plan, answer_id=answer_id)
     if request.stream:
-        return EventStream(_events(answer, writer, generation), generation.abort, writer.encode, writer.done)
+        return EventStream(bursts_of(answer, writer, generation), generation.abort, writer.failed)
     try:
         choices = await unless_gone(http, generation.finish())
     finally:
         generation.abort()
+    for choice in choices:
+        answer.keep(choice, writer.said)
     metrics = answer.perf_metrics(choices) if request.perf_metrics_in_response else None
 
     def write() -> Body:
@@ -70,31 +112,3 @@ async def answer_request(
     large = generation.size > WRITTEN_INLINE_BYTES
     body = await asyncio.to_thread(lambda: to_json_in_slices(write())) if large else write()
     return json_response(body, None if metrics is None else metrics.to_headers())
-
-
-async def _events(
-    answer: ActiveAnswer[R], writer: AnswerWriter[R], generation: Generation
-) -> AsyncGenerator[Chunk, None]:
-    choices = generation.choices
-    for event in writer.began(choices):
-        yield event
-    running = len(choices)
-    async with aclosing(generation.events()) as events:
-        async for choice, delta in events:
-            running -= delta.finish_reason is not None
-            has_metrics = not running and bool(answer.request.perf_metrics_in_response)
-
-            def write(choice: Choice = choice, delta: Delta = delta, ends: bool = has_metrics) -> list[Body]:
-                gained = list(writer.gained(choice, delta))
-                if ends:
-                    gained[-1]["perf_metrics"] = answer.perf_metrics(choices).to_dict()
-                return gained
-
-            for event in write() if delta_size(delta) <= WRITTEN_INLINE_BYTES else await _in_thread(write):
-                yield event
-    for event in writer.ended(choices):
-        yield event
-
-
-async def _in_thread(write: Callable[[], list[Body]]) -> list[Chunk]:
-    return await asyncio.to_thread(lambda: [to_json_in_slices(event) for event in write()])

@@ -8,11 +8,12 @@ from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, PromptLogprob, TokenOutput
 from myserve.errors import RequestError
 
-__all__ = ["MAX_ANSWER_BYTES", "check_known_size", "check_size", "delta_size"]
+__all__ = ["CHOICE", "MAX_ANSWER_BYTES", "check_known_size", "check_size", "delta_size"]
 
 MAX_ANSWER_BYTES = 64 << 20
 
 # Bytes of JSON, as measured.
+CHOICE = 200  # without its tokens
 ENTRY = 200  # of a token
 ALTERNATIVE = 100  # in OpenAI's form
 RANKED = 75  # an alternative of a prompt's token, in vLLM's form
@@ -73,15 +74,18 @@ def _token_size(token: TokenOutput) -> int:
 
 
 def _prompt_token_size(token: PromptLogprob) -> int:
-    return RANKED * (1 + len(token.top_logprobs)) + 2 * len(token.routed_experts or b"")
+    return (
+        RANKED * (1 + len(token.top_logprobs))
+        + ID_LOGPROB * len(token.token_id_logprobs)
+        + 2 * len(token.routed_experts or b"")
+    )
 
 
-def check_size(num_bytes: int, num_tokens: int) -> None:
+def check_size(num_bytes: int, num_tokens: int, advice: str = "") -> None:
     """Raise RequestError when an answer that is made as a whole has grown past what one answer may have."""
     if num_bytes > MAX_ANSWER_BYTES:
-        raise _too_large(
-            num_bytes, None, f"ask for fewer alternatives or choices, or stream it ({num_tokens} tokens came)"
-        )
+        advice = advice or "ask for fewer alternatives or choices, or stream it"
+        raise _too_large(num_bytes, None, f"{advice} ({num_tokens} tokens came)")
 
 
 def _too_large(num_bytes: int, param: str | None, advice: str) -> RequestError:

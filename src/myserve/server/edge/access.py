@@ -1,4 +1,4 @@
-"""Whether a request is let in: decided by its head, before a route is looked up or a byte of the body is read."""
+"""Admission of a request by its head, before a route is looked up or a byte of the body is read."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from myserve.errors import RequestError
 from myserve.server import caller
 from myserve.server.edge.hosts import AllowedHosts
 from myserve.server.edge.keys import KeyFile
 from myserve.server.errors import ForbiddenError, UnauthorizedError, error_response
 from myserve.server.observe import logs
 from myserve.server.settings import Settings
+from myserve.wire.dialects.paths import ADMIN_PATHS, LIVENESS, TINKER_HEALTH
 from myserve.wire.weights import HOT_LOAD, WEIGHTS
 
 __all__ = ["Access", "AccessControl"]
 
 # probes have no keys, and learn nothing else
-OPEN = frozenset({"/health", "/healthz", "/ready"})
+OPEN = frozenset({"/health", "/healthz", "/ready", LIVENESS, TINKER_HEALTH})
 # what changes the server for everyone
 ADMIN = frozenset({("POST", WEIGHTS), ("POST", HOT_LOAD)})
 
@@ -60,7 +62,7 @@ class Access:
         if (owner := admin or user) is not None:
             logs.note(key=owner)
             caller.name_it(owner)
-        is_admin_route = (method, path) in ADMIN
+        is_admin_route = (method, path) in ADMIN or path in ADMIN_PATHS
         if self.keys is not None and owner is None:
             raise UnauthorizedError(
                 "a key is needed: send it as 'Authorization: Bearer KEY', or as X-Api-Key"
@@ -91,9 +93,12 @@ class Access:
 
     @staticmethod
     def _owner(keys: KeyFile | None, headers: Headers) -> str | None:
+        """Return the owner of the key that was sent: clients of Anthropic's API may send both headers, and two keys."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        sent = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        return keys.owner(sent) if keys is not None and sent else None
+        sent = (token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
+        if keys is None:
+            return None
+        return next((owner for key in sent if key and (owner := keys.owner(key)) is not None), None)
 
 
 class AccessControl:
@@ -106,11 +111,28 @@ class AccessControl:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._access.check(scope["method"], scope["path"], Headers(scope=scope), _reached(scope))
+                headers = Headers(scope=scope)
+                _check_framing(headers)
+                self._access.check(scope["method"], scope["path"], headers, _reached(scope))
+            except AmbiguousFramingError as error:
+                response = error_response(error, scope["path"])
+                # what follows on the connection may be the rest of this body, or a request that somebody hid in it
+                response.headers["connection"] = "close"
+                await response(scope, receive, send)
+                return
             except (UnauthorizedError, ForbiddenError) as error:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class AmbiguousFramingError(RequestError):
+    """A request has two ends, by its length and by its chunks: a proxy may have read another than this server."""
+
+
+def _check_framing(headers: Headers) -> None:
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise AmbiguousFramingError("the request has both Content-Length and Transfer-Encoding: send one")
 
 
 def _reached(scope: Scope) -> str | None:

@@ -14,14 +14,15 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from myserve.server.answers.streaming import CONNECTION
 from myserve.server.errors import http_error_body
 
-__all__ = ["ImpatientProtocol", "timeout_protocol"]
+__all__ = ["ClientTimeoutProtocol", "timeout_protocol"]
 
 MIN_PROGRESS_BYTES = 64 << 10
 
 
-class ImpatientProtocol(H11Protocol):
+class ClientTimeoutProtocol(H11Protocol):
     """Closes a connection that begins no request in `timeout` seconds, or takes under 64 KiB of a waiting answer in it.
 
     An answer may take any time to be made. A request's body is waited for in `routes/body.py`: its connection is in a
@@ -36,6 +37,8 @@ class ImpatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Begin to wait for the first request."""
         super().connection_made(transport)
+        # requests get a copy of it: `EventStream` finds us there
+        self.app_state = {**self.app_state, CONNECTION: self}
         self._watch_for_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -44,6 +47,27 @@ class ImpatientProtocol(H11Protocol):
         for timer in (self._idle_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
+
+    def write_body(self, part: bytes) -> bool:
+        """Write a part of the running answer's body at once; False where ASGI's `send` must do it.
+
+        That is where the client is behind or gone, and where the body is not sent in chunks: to HTTP/1.0, or for HEAD.
+        An empty part is not written: an empty chunk would end the body, and what follows it would be read as the next
+        answer.
+        """
+        if not part:
+            return True
+        cycle = self.cycle
+        if (
+            self.flow.write_paused
+            or cycle.disconnected
+            or self.conn.our_state is not h11.SEND_BODY
+            or self.scope["http_version"] != "1.1"
+            or self.scope["method"] == "HEAD"
+        ):
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
 
     def pause_writing(self) -> None:
         """Watch a client that is behind: nothing more is written until it has taken most of what waits."""
@@ -97,6 +121,6 @@ class ImpatientProtocol(H11Protocol):
             self._watch_for_request()
 
 
-def timeout_protocol(seconds: float) -> type[ImpatientProtocol]:
+def timeout_protocol(seconds: float) -> type[ClientTimeoutProtocol]:
     """Return the protocol with its timeout; uvicorn makes its own objects, one for each connection."""
-    return type("TimeoutProtocol", (ImpatientProtocol,), {"timeout": seconds})
+    return type("TimeoutProtocol", (ClientTimeoutProtocol,), {"timeout": seconds})

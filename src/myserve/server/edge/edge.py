@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from myserve.server import caller
-from myserve.server.errors import error_response
+from myserve.server.errors import error_response, has_anthropic_shape
 from myserve.server.observe import logs
 from myserve.server.observe.http_meters import HttpMeters, method_label
 from myserve.server.observe.traces import Traces, follow
@@ -51,7 +51,7 @@ class Edge:
         except Exception as error:
             exchange.fail(error)
             if not exchange.has_begun:
-                await error_response(error)(exchange.scope, receive, exchange.send)
+                await error_response(error, exchange.scope["path"])(exchange.scope, receive, exchange.send)
         finally:
             exchange.end()
 
@@ -78,7 +78,7 @@ class _Exchange:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the answer's head is out."""
+        """True where the answer's head is out."""
         return self._status != 0
 
     async def send(self, message: Message) -> None:
@@ -87,6 +87,8 @@ class _Exchange:
             self._status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self._notes["request_id"]
+            if has_anthropic_shape(self.scope["path"]):
+                headers["request-id"] = self._notes["request_id"]
             for name, value in SAFE_HEADERS.items():
                 headers.setdefault(name, value)
         else:

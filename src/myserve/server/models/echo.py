@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from myserve.core.params import SamplingParams
@@ -40,6 +41,9 @@ class CharacterBytes:
     is_bytewise = True
     longest = 4  # bytes of a token
 
+    def __len__(self) -> int:
+        return sys.maxunicode + 1
+
     def __getitem__(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
@@ -67,10 +71,15 @@ class EchoEngine:
     max_model_len = 1 << 20
     vocab_size = 0x110000
     weight_version = 0
+    eos_token_ids: tuple[int, ...] = ()
     routing_shape = None
     is_alive = True
+    is_paused = False
+    released: frozenset[str] = frozenset()
     # there are no numbers that could depend on anything
     exactness: ClassVar[dict[str, str | int | bool]] = {}
+    adapters: ClassVar[dict[str, Any]] = {}
+    quantization: ClassVar[dict[str, Any]] = {"method": "off"}
 
     def __init__(self) -> None:
         self.meters = EngineMeters()  # of steps, and an echo takes none
@@ -107,9 +116,42 @@ class EchoEngine:
         request_id = options.request_id or uuid.uuid4().hex
         return EchoStream(list(prompt_token_ids), params, options.n, request_id)
 
+    def load_adapter(self, name: str, folder: object, **_: object) -> Any:
+        """Raise EchoHasNoModelError: an echo has no layers."""
+        raise EchoHasNoModelError("an adapter needs a model, and this server echoes", param="lora_path")
+
+    unload_adapter: Any = load_adapter
+
     def update_weights(self, source: object, **_: object) -> None:
         """Raise EchoHasNoModelError: an echo has no weights."""
         raise EchoHasNoModelError("new weights need a model, and this server echoes", param="path")
+
+    async def pause(self, mode: str = "keep") -> None:
+        """Raise EchoHasNoModelError: an echo takes no time."""
+        raise EchoHasNoModelError("a pause needs a model, and this server echoes")
+
+    async def resume(self) -> None:
+        """Raise EchoHasNoModelError."""
+        raise EchoHasNoModelError("a pause needs a model, and this server echoes")
+
+    async def forget_prefixes(self) -> None:
+        """Do nothing: an echo caches nothing."""
+
+    async def weight_checksums(self) -> dict[str, str]:
+        """Return nothing: an echo has no weights."""
+        return {}
+
+    def reset_weights(self) -> None:
+        """Raise EchoHasNoModelError."""
+        self.update_weights(None)
+
+    async def release_memory(self, tags: Collection[str]) -> None:
+        """Raise EchoHasNoModelError."""
+        self.update_weights(None)
+
+    async def restore_memory(self, tags: Collection[str]) -> None:
+        """Raise EchoHasNoModelError."""
+        self.update_weights(None)
 
     def shutdown(self) -> None:
         """Do nothing: no thread runs."""
@@ -122,25 +164,24 @@ class EchoStream:
         self.request_id = request_id
         self.seed = params.seed or 0
         self._prompt_tokens = len(prompt)
-        self._deltas = iter(
-            [delta for index in range(n) for delta in _echo(index, prompt, params.max_tokens)]
-        )
+        self._open = set(range(n))
+        self._deltas = [delta for index in range(n) for delta in _echo(index, prompt, params.max_tokens)]
 
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        return self
-
-    async def __anext__(self) -> Delta:
-        for delta in self._deltas:
-            return delta
-        raise StopAsyncIteration
+    async def next_deltas(self) -> Sequence[Delta]:
+        """Return all that is left."""
+        deltas, self._deltas = self._deltas, []
+        self._open -= {delta.index for delta in deltas if delta.finish_reason is not None}
+        return deltas
 
     def metrics(self, index: int) -> RequestMetrics:
         """Return the prompt's length; an echo takes no time."""
         return RequestMetrics(prompt_tokens=self._prompt_tokens)
 
     def abort(self) -> None:
-        """End the stream."""
-        self._deltas = iter([])
+        """End what is still open, with finish_reason "abort"."""
+        self._deltas = [
+            Delta(index, finish_reason="abort", metrics=self.metrics(index)) for index in sorted(self._open)
+        ]
 
 
 def _is_character(code_point: int) -> bool:

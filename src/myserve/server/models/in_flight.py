@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Protocol
 
 from myserve.errors import MyserveError
@@ -16,6 +17,7 @@ class Cuttable(Protocol):
     """The part of a `Generation` that is used here."""
 
     def cut(self, error: MyserveError) -> None: ...
+    def abort_requests(self, request_ids: Collection[str] | None) -> int: ...
 
 
 class InFlight:
@@ -53,6 +55,10 @@ class InFlight:
         """Remove a generation that has ended. Idempotent."""
         if (timer := self._timers.pop(generation, None)) is not None:
             timer.cancel()
+
+    def abort(self, request_ids: Collection[str] | None = None) -> int:
+        """End the requests of these ids, or all, with the tokens that they have; return how many there were."""
+        return sum(generation.abort_requests(request_ids) for generation in list(self._timers))
 
     def close(self) -> None:
         """Take no more generations; those in flight go on."""

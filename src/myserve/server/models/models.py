@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from myserve.engine.memory.prefault import Reserve
-from myserve.errors import ModelNotFoundError, MyserveError
+from myserve.errors import ModelNotFoundError, MyserveError, RequestError
 from myserve.server.errors import EngineRestartingError, ModelLoadError
 from myserve.server.models.echo import EchoEngine
 from myserve.server.models.in_flight import InFlight
@@ -32,8 +32,10 @@ from myserve.server.models.restart import (
 )
 from myserve.server.models.served_engine import ServedEngine
 from myserve.server.models.snapshots import Snapshots
+from myserve.server.models.transfer import WeightTransfer
 from myserve.server.prompts.chat_style import ChatStyle
 from myserve.server.prompts.codec import Codec
+from myserve.server.prompts.decisions import DecisionPrompts
 from myserve.server.settings import Settings
 
 __all__ = ["Models", "ServedModel", "load_model"]
@@ -48,8 +50,10 @@ class ServedModel:
     engine: ServedEngine
     codec: Codec
     digest: str
+    decisions: DecisionPrompts
     snapshots: Snapshots = field(default_factory=Snapshots)
     in_flight: InFlight = field(default_factory=InFlight)
+    transfer: WeightTransfer = field(default_factory=WeightTransfer)
     style: ChatStyle = field(default_factory=ChatStyle)
     files: Files = field(default_factory=dict)  # as they were when it was loaded
     num_restarts: int = 0
@@ -61,6 +65,21 @@ class ServedModel:
     def fingerprint(self) -> str:
         """Return the `system_fingerprint`: it changes with the package, the model, its settings and its weights."""
         return f"fp_{self.digest}_{self.engine.weight_version}"
+
+    def with_template(self, template: str | None, settings: Settings) -> ServedModel:
+        """Return this model with a request's own chat template. Raises RequestError where the operator allows none."""
+        if template is None:
+            return self
+        if not settings.trust_request_chat_template:
+            raise RequestError(
+                "chat_template: this server takes none from a request; its operator may allow it, with "
+                "--trust-request-chat-template",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        codec = Codec(self.engine.tokenizer, self.codec.token_bytes, template)
+        style = ChatStyle.of(self.engine.tokenizer, settings.tool_style, template)
+        return replace(self, codec=codec, style=style)
 
 
 def _freeze_garbage(_: object) -> None:
@@ -97,7 +116,9 @@ class Models:
         """
         name = self.names[0] if name is None else name
         if name not in self._settings.models:
-            served = ", ".join(self.names)
+            if (holder := self.holder_of(name)) is not None:
+                return holder
+            served = ", ".join([*self.names, *self.adapters])
             raise ModelNotFoundError(
                 f"the model {name[:200]!r} is not served here; this server has: {served}"
             )
@@ -115,6 +136,21 @@ class Models:
             # Our own words are for people; anything else may name paths and belongs in the log.
             reason = str(error) if isinstance(error, MyserveError) else "the server's log says why"
             raise ModelLoadError(f"the model {name!r} did not load: {reason}") from error
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """Return the name where it is not a model's own, but an adapter's."""
+        return None if name is None or name in self._settings.models else name
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The names of loaded adapters, and those of the models that they are loaded for."""
+        found = {name: self.if_loaded(name) for name in reversed(self.names)}
+        loaded = {name: model for name, model in found.items() if model is not None}
+        return {adapter: name for name, model in loaded.items() for adapter in model.engine.adapters}
+
+    def holder_of(self, adapter: str) -> ServedModel | None:
+        """Return the loaded model that has an adapter of this name."""
+        return next((model for model in self._loaded() if adapter in model.engine.adapters), None)
 
     def if_loaded(self, name: str) -> ServedModel | None:
         """Return the model if it is loaded, else None; start no load."""
@@ -188,7 +224,11 @@ class Models:
         free_memory()
         try:
             record.check_files(files_of(path))
-            model = replace(self._load(path, self._settings), num_restarts=record.num_restarts + 1)
+            model = replace(
+                self._load(path, self._settings),
+                num_restarts=record.num_restarts + 1,
+                snapshots=Snapshots(record.labels),
+            )
             try:
                 record.check_files(model.files)
                 record.restore(model)
@@ -246,12 +286,27 @@ def load_model(path: str, settings: Settings, reserve: Reserve | None = None) ->
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         engine = Engine.from_pretrained(path, settings.engine, reserve)
+    if path == next(iter(settings.models.values())):
+        _load_adapters(engine, settings)
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
     style = ChatStyle.of(engine.tokenizer, settings.tool_style)
     files = {} if settings.force_echo else files_of(path)
     codec, in_flight = Codec(engine.tokenizer, engine.token_bytes), InFlight(settings.request_timeout)
-    return ServedModel(engine, codec, digest, style=style, in_flight=in_flight, files=files)
+    if not settings.force_echo:
+        # not by the first request: what steps of likely shapes need is made ready before one comes
+        engine.start()
+    decisions = DecisionPrompts(codec, None if settings.force_echo else path)
+    return ServedModel(engine, codec, digest, decisions, style=style, in_flight=in_flight, files=files)
+
+
+def _load_adapters(engine: Any, settings: Settings) -> None:
+    try:
+        for name, folder in settings.adapters.items():
+            engine.load_adapter(name, folder).result()
+    except BaseException:
+        engine.shutdown()
+        raise
 
 
 def _end(model: ServedModel) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from myserve.errors import EngineDeadError, MyserveError
+from myserve.server.models.labels import VersionLabels
 
 if TYPE_CHECKING:
     from myserve.engine.weights.queue import WeightUpdate  # torch is imported when a model is
@@ -81,11 +82,13 @@ class RestartRecord:
     files: Files
     lineage: tuple[tuple[str, WeightUpdate], ...]
     num_restarts: int
+    labels: VersionLabels
 
     @classmethod
     def of(cls, model: Restartable) -> RestartRecord:
         """Return the record of a model."""
-        return cls(model.files, tuple(model.snapshots.lineage), model.num_restarts)
+        labels = model.snapshots.labels.copy()
+        return cls(model.files, tuple(model.snapshots.lineage), model.num_restarts, labels)
 
     def check_files(self, now: Files) -> None:
         """Raise LostWeightsError where the model's files are not those that the stopped engine was loaded from."""
@@ -100,6 +103,11 @@ class RestartRecord:
         """Swap the lineage in again, under the same versions. Raises LostWeightsError where a checksum differs."""
         for identity, update in self.lineage:
             report = update.result(0)
+            if isinstance(update.source, Mapping):
+                raise LostWeightsError(
+                    f"its engine stopped, and its weights, version {report.weight_version}, came over the wire and are "
+                    "in no folder: restart the server, and send them again"
+                )
             again = model.snapshots.begin(
                 model.engine,
                 identity,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from myserve.errors import RequestError
+from myserve.server.models.labels import VersionLabels
 from myserve.wire.weights import LoadingState, Stage
 
 if TYPE_CHECKING:
@@ -26,16 +27,34 @@ _STAGES: dict[str, Stage] = {
 class Snapshots:
     """One model's snapshots: the loaded one, and those requested after it, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, labels: VersionLabels | None = None) -> None:
+        self.labels = labels or VersionLabels()
+        # checksums of the weights, as SGLang's clients have them remembered
+        self.remembered: dict[str, str] | None = None
         # swapped in, beginning with the last whole snapshot: together they make the current weights
         self._lineage: list[tuple[str, WeightUpdate]] = []
         self._requested: deque[tuple[str, WeightUpdate]] = deque()
 
-    def begin(self, engine: Any, identity: str, folder: Path, **options: Any) -> WeightUpdate:
-        """Request this snapshot from the engine and return its update; `options` are `Engine.update_weights`'."""
-        update: WeightUpdate = engine.update_weights(folder, **options)
+    def begin(
+        self, engine: Any, identity: str, source: Any, label: str | None = None, **options: Any
+    ) -> WeightUpdate:
+        """Request this snapshot from the engine and return its update; `options` are `Engine.update_weights`'.
+
+        `source`: a folder, or tensors by name. `label`: what the weights are called; a number that grows is their
+        version as well.
+        """
+        if label is not None:
+            options["version"] = VersionLabels.number(label, engine.weight_version)
+        update: WeightUpdate = engine.update_weights(source, **options)
+        if label is not None:
+            # before the first step by the new weights, so that no token of theirs goes by another name
+            update.when_done(lambda report: self.labels.set(report.weight_version, label))
         self._requested.append((identity, update))
         return update
+
+    def note(self, update: WeightUpdate, identity: str) -> None:
+        """Take an update into account that was requested elsewhere."""
+        self._requested.append((identity, update))
 
     def awaited(self, identity: str) -> WeightUpdate | None:
         """Return the last update if it is for this snapshot and has not failed: a repeated request starts no other."""

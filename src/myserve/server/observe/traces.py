@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -49,11 +49,14 @@ def follow(trace: Trace | None) -> None:
 
 
 def record(
-    request: GenerationRequest, response_id: str, choices: Sequence[Choice], costs: Sequence[RequestMetrics]
+    request: GenerationRequest,
+    response_id: str,
+    choices: Sequence[Choice],
+    costs: Callable[[], Sequence[RequestMetrics]],
 ) -> None:
-    """Call `Trace.record` if the current request is traced."""
+    """Call `Trace.record` if the current request is traced; `costs` returns each choice's."""
     if (trace := _current.get()) is not None:
-        trace.record(request, response_id, choices, costs)
+        trace.record(request, response_id, choices, costs())
 
 
 def fail(error: Exception) -> None:

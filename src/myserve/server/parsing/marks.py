@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = ["held_back"]
+from abc import ABC, abstractmethod
+
+__all__ = ["ThoughtReader", "held_back"]
+
+
+class ThoughtReader(ABC):
+    """Splits one completion in two, (thought, answer), as its text comes."""
+
+    def __init__(self) -> None:
+        self._buffer = ""  # what is not told yet
+
+    def feed(self, text: str) -> tuple[str, str]:
+        """Return (thought, answer), as far as they are known with this text."""
+        self._buffer += text
+        return self._read(final=False)
+
+    def end(self) -> tuple[str, str]:
+        """Return what was held back."""
+        return self._read(final=True)
+
+    @abstractmethod
+    def _read(self, *, final: bool) -> tuple[str, str]: ...
 
 
 def held_back(text: str, mark: str, space: str | None = None) -> int:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum
 
-from myserve.server.parsing.marks import held_back
+from myserve.server.parsing.channels import CHANNEL_MARKS, ChannelReader
+from myserve.server.parsing.marks import ThoughtReader, held_back
 
-__all__ = ["ThinkingReader", "thinking_tokens"]
+__all__ = ["THOUGHT_MARKS", "ThinkingCount", "ThinkingReader", "thought_reader"]
 
-START, END = "<think>", "</think>"
+# Around a thought, by family: the first whose closing one is in a chat template is its.
+THOUGHT_MARKS = (
+    ("<think>", "</think>"),  # Qwen3, DeepSeek-R1, GLM, Granite, MiniMax and most others
+    ("[THINK]", "[/THINK]"),  # Magistral, Ministral 3
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<|channel>thought\n", "<channel|>"),  # Gemma 4
+)
+
+
+def thought_reader(marks: tuple[str, str], *, starts_inside: bool) -> ThoughtReader:
+    """Return what reads thoughts between these marks, or in a channel that they name."""
+    return (
+        ChannelReader()
+        if marks == CHANNEL_MARKS
+        else ThinkingReader(starts_inside=starts_inside, marks=marks)
+    )
 
 
 class _Part(Enum):
@@ -19,27 +34,19 @@ class _Part(Enum):
     ANSWER = "answer"
 
 
-class ThinkingReader:
-    """Splits one completion as its text comes. `begun`: the prompt ends behind the opening mark.
+class ThinkingReader(ThoughtReader):
+    """Splits one completion as its text comes. `starts_inside`: the prompt ends behind the opening one of the `marks`.
 
-    >>> reader = ThinkingReader(begun=False)
+    >>> reader = ThinkingReader(starts_inside=False)
     >>> reader.feed("<think>\\nHm.\\n</th"), reader.feed("ink>\\n\\nYes"), reader.end()
     (('Hm.', ''), ('', 'Yes'), ('', ''))
     """
 
-    def __init__(self, *, begun: bool) -> None:
-        self._part = _Part.THOUGHT if begun else _Part.BEFORE
-        self._buffer = ""
+    def __init__(self, *, starts_inside: bool, marks: tuple[str, str] = THOUGHT_MARKS[0]) -> None:
+        super().__init__()
+        self._opening, self._closing = marks[0].rstrip(), marks[1]
+        self._part = _Part.THOUGHT if starts_inside else _Part.BEFORE
         self._at_start = True  # of the thought: line breaks are the mark's
-
-    def feed(self, text: str) -> tuple[str, str]:
-        """Return (thought, answer), as far as they are known with this text."""
-        self._buffer += text
-        return self._read(final=False)
-
-    def end(self) -> tuple[str, str]:
-        """Return what was held back."""
-        return self._read(final=True)
 
     def _read(self, *, final: bool) -> tuple[str, str]:
         if self._part is _Part.BEFORE and not self._enter(final):
@@ -57,20 +64,20 @@ class ThinkingReader:
     def _enter(self, final: bool) -> bool:
         """Return whether it is known by now if there is a thought."""
         start = self._buffer.lstrip()
-        if start.startswith(START):
-            self._buffer, self._part = start[len(START) :], _Part.THOUGHT
-        elif START.startswith(start) and not final:
+        if start.startswith(self._opening):
+            self._buffer, self._part = start[len(self._opening) :], _Part.THOUGHT
+        elif self._opening.startswith(start) and not final:
             return False
         else:
             self._part = _Part.ANSWER
         return True
 
     def _thought(self, final: bool) -> str:
-        thought, mark, rest = self._buffer.partition(END)
+        thought, mark, rest = self._buffer.partition(self._closing)
         if mark:
             self._part, self._buffer = _Part.GAP, rest
         else:
-            held = 0 if final else held_back(thought, END, space="\n")
+            held = 0 if final else held_back(thought, self._closing, space="\n")
             thought, self._buffer = thought[: len(thought) - held], thought[len(thought) - held :]
         if mark or final:
             thought = thought.rstrip("\n")
@@ -80,21 +87,41 @@ class ThinkingReader:
         return thought
 
 
-def thinking_tokens(tokens: Sequence[bytes], *, begun: bool) -> int:
-    """Return how many of a completion's tokens were spent on its thought, the marks among them.
+class ThinkingCount:
+    """Counts the tokens of one completion's thought as they come, the marks among them. Holds a few bytes of its text.
 
-    >>> thinking_tokens([b"<th", b"ink>", b"Hm.", b"</think>", b"Yes"], begun=False)
+    >>> count = ThinkingCount(starts_inside=False)
+    >>> for data in [b"<th", b"ink>", b"Hm.", b"</think>", b"Yes"]:
+    ...     count.feed(data)
+    >>> count.tokens
     4
-    >>> thinking_tokens([b"Yes"], begun=False), thinking_tokens([b"Hm", b"."], begun=True)
-    (0, 2)
     """
-    opening, closing, text = START.encode(), END.encode(), b""
-    for count, data in enumerate(tokens, 1):
-        text += data
-        if not begun:
-            begun = text.lstrip().startswith(opening)
-            if not begun and not opening.startswith(text.lstrip()):
-                return 0
-        elif closing in text[-len(closing) - len(data) :]:
-            return count
-    return len(tokens) if begun else 0
+
+    def __init__(self, *, starts_inside: bool, marks: tuple[str, str] = THOUGHT_MARKS[0]) -> None:
+        self._opening, self._closing = marks[0].rstrip().encode(), marks[1].encode()
+        self.num_fed = 0
+        self._inside = starts_inside
+        self._over = False
+        self._held = b""  # before the thought: the text so far; inside: its end, as long as a mark
+        self._tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        """Return how many there were so far."""
+        return self._tokens if self._inside else 0
+
+    def feed(self, data: bytes) -> None:
+        """Take in the next token's bytes."""
+        self.num_fed += 1
+        if self._over:
+            return
+        self._tokens += 1
+        text = self._held + data
+        if self._inside:
+            self._over = self._closing in text
+            self._held = text[-len(self._closing) :]
+            return
+        text = text.lstrip()
+        self._inside = text.startswith(self._opening)
+        self._over = not self._inside and not self._opening.startswith(text)
+        self._held = text[-len(self._closing) :] if self._inside else text

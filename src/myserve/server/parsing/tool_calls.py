@@ -1,36 +1,32 @@
 """Tool calls in a model's text: found as the text comes, and nothing else is ever lost.
 
 What is not a call, though it looks like the beginning of one, is given back as the text that it was. Only white space
-around calls belongs to them.
+and marks around calls belong to them. Arguments that are JSON come as they are written; those in another form come with
+their call's end, for until then it may be no call.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from myserve.server.parsing.arguments import DECODER, Unread, read_calls
 from myserve.server.parsing.marks import held_back
+from myserve.server.parsing.tool_styles import ToolStyle
 
-__all__ = [
-    "HERMES",
-    "LLAMA3_JSON",
-    "STYLES",
-    "TOOL_STYLES",
-    "Arguments",
-    "CallPiece",
-    "CallReader",
-    "CallStart",
-    "Text",
-    "ToolStyle",
-]
+__all__ = ["Arguments", "CallPiece", "CallReader", "CallStart", "Text"]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
+    """A piece of the answer's own text. `start` is where it stands in all that was fed, in characters."""
+
     text: str
+    start: int = field(default=0, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,62 +41,51 @@ class Arguments:
 
 CallPiece = Text | CallStart | Arguments
 
-
-@dataclass(frozen=True, slots=True)
-class ToolStyle:
-    """The form in which a family of models writes a call: `begin`, an object with name and arguments, `end`.
-
-    Without a `begin`, calls stand at the start of the answer and nowhere else.
-    """
-
-    name: str
-    begin: str
-    end: str
-    between: str  # two calls
-    key: str  # of the arguments
-
-    def header(self, function: str) -> str:
-        """Return the text of a call before its arguments, as a trained model writes it."""
-        return f'{self.begin}{{"name": {json.dumps(function)}, "{self.key}": '
-
-    @property
-    def footer(self) -> str:
-        """Return the text behind the arguments."""
-        return "}" + self.end
-
-
-HERMES = ToolStyle("hermes", "<tool_call>\n", "\n</tool_call>", "\n", "arguments")
-LLAMA3_JSON = ToolStyle("llama3_json", "", "", "; ", "parameters")
-STYLES = {style.name: style for style in (HERMES, LLAMA3_JSON)}
-TOOL_STYLES = ("auto", "none", *STYLES)
-
 _HEADER = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*'
     r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
+# Mistral's calls have an id behind their arguments
+_ID = re.compile(r'\s*,\s*"id"\s*:\s*"[^"\\]*"')
+_MAY_BE_ID = re.compile(r'\s*(?:,\s*(?:"(?:i(?:d(?:"\s*(?::\s*(?:"[^"\\]*"?)?)?)?)?)?)?)?')
 _BEGINNINGS = ('{"name":', '{"type":"function","name":', '{"arguments":', '{"parameters":')
+_SPACE = " \n\t\r"
+_TWO_WORDS = re.compile(r"[^\s\[<`]+\s+[^\s\[<`]")  # a sentence, and no name
+_LONGEST_HEAD = 256  # characters; behind so many without arguments there is no call
 
 
 class _ReaderState(Enum):
     OUTSIDE = "outside"
+    SECTION = "section"  # behind `opening`, between calls
     HEADER = "header"  # behind `begin`, before the arguments
     ARGUMENTS = "arguments"
     FOOTER = "footer"  # behind the arguments, before the end
 
 
 class CallReader:
-    """Reads one answer: `feed` its text as it comes, `end` once. `names` are the tools that there are.
+    """Reads one answer: `feed` its text as it comes, `end` once. `tools` are the names of the tools that there are.
 
+    With their parameters, where they are a mapping: in some forms a value does not say of which type it is.
+
+    >>> from myserve.server.parsing.tool_styles import HERMES
     >>> reader = CallReader(HERMES, {"f"})
     >>> reader.feed('Well. <tool_call>{"name": "f", "arguments": {"a"'), reader.feed(': 1}}</tool_call>')
     ([Text(text='Well.'), CallStart(name='f'), Arguments(text='{"a"')], [Arguments(text=': 1}')])
     """
 
-    def __init__(self, style: ToolStyle, names: Collection[str]) -> None:
+    def __init__(self, style: ToolStyle, tools: Collection[str] | Mapping[str, Any]) -> None:
+        self._style = style
         self._begin, self._end = style.begin.strip(), style.end.strip()
-        self._names = names
+        self._opening, self._closing = style.opening.strip(), style.closing.strip()
+        self._bracket = style.bracket
+        self._separators = _SPACE + style.between.strip()
+        self._tools = tools if isinstance(tools, Mapping) else dict.fromkeys(tools)
         self._buffer = ""
-        self._space = ""  # before a `begin`: the call's, if it is one
+        self._fed = 0  # characters
+        self._marks = (
+            ""  # before the buffer: marks, and white space around them, that are a call's if there is one
+        )
+        self._looked = 0  # characters of the buffer in which there is no end of this call
         self._state = _ReaderState.OUTSIDE
         self._may_call = True  # without a `begin`: only text of calls has come
         self._after_call = False
@@ -110,6 +95,7 @@ class CallReader:
     def feed(self, text: str) -> list[CallPiece]:
         """Return the pieces that are known with this text."""
         self._buffer += text
+        self._fed += len(text)
         return self._read(final=False)
 
     def end(self) -> list[CallPiece]:
@@ -119,6 +105,7 @@ class CallReader:
     def _read(self, *, final: bool) -> list[CallPiece]:
         steps = {
             _ReaderState.OUTSIDE: self._outside,
+            _ReaderState.SECTION: self._section,
             _ReaderState.HEADER: self._header,
             _ReaderState.ARGUMENTS: self._arguments,
             _ReaderState.FOOTER: self._footer,
@@ -131,15 +118,17 @@ class CallReader:
     # Each returns whether another state may go on.
 
     def _outside(self, final: bool) -> bool:
-        if not self._begin:
+        entry = self._opening or self._begin
+        if not entry:
             return self._outside_unmarked(final)
-        before, mark, rest = self._buffer.partition(self._begin)
+        before, mark, rest = self._buffer.partition(entry)
         if mark:
-            self._text(before.rstrip())
-            self._space = before[len(before.rstrip()) :]
-            self._buffer, self._state = rest, _ReaderState.HEADER
+            said = before.rstrip()
+            self._text(said)
+            self._marks, self._buffer = before[len(said) :] + mark, rest
+            self._state = _ReaderState.SECTION if self._opening else _ReaderState.HEADER
             return True
-        held = held_back(before, self._begin)
+        held = held_back(before, entry)
         if final:
             held = len(before) if self._after_call and not before.strip() else 0
         self._text(before[: len(before) - held])
@@ -147,7 +136,7 @@ class CallReader:
         return False
 
     def _outside_unmarked(self, final: bool) -> bool:
-        start = self._buffer.lstrip("; \n\t\r" if self._after_call else None)
+        start = self._buffer.lstrip(self._separators if self._after_call else None)
         if self._may_call and start.startswith("{"):
             self._state = _ReaderState.HEADER
             return True
@@ -158,28 +147,76 @@ class CallReader:
         self._buffer = ""
         return False
 
+    def _section(self, final: bool) -> bool:
+        body = self._buffer.lstrip(self._separators if self._after_call else _SPACE)
+        if not self._after_call and self._bracket and not self._marks.rstrip().endswith(self._bracket):
+            return self._open_bracket(body, final)
+        begin = self._begin or "{"
+        if body.startswith(begin):
+            taken = self._buffer[: len(self._buffer) - len(body)] + self._begin
+            self._marks, self._buffer = self._marks + taken, body[len(self._begin) :]
+            self._state = _ReaderState.HEADER
+            return True
+        if self._after_call and body.startswith(self._closing):
+            self._buffer, self._state = body[len(self._closing) :], _ReaderState.OUTSIDE
+            return True
+        closes = self._after_call and self._closing.startswith(body)
+        if not final and (begin.startswith(body) or closes):
+            return False
+        self._give_back("", "" if final and closes else self._buffer)
+        return True
+
+    def _open_bracket(self, body: str, final: bool) -> bool:
+        if body.startswith(self._bracket):
+            taken = len(self._buffer) - len(body) + len(self._bracket)
+            self._marks, self._buffer = self._marks + self._buffer[:taken], self._buffer[taken:]
+        elif body or final:
+            self._give_back("", self._buffer)
+        else:
+            return False
+        return True
+
     def _header(self, final: bool) -> bool:
-        skipped = "; \n\t\r" if not self._begin and self._after_call else " \n\t\r"
+        if self._style.arguments is not None:
+            return self._whole_header(final)
+        skipped = self._separators if not self._begin and self._after_call else _SPACE
         body = self._buffer.lstrip(skipped)
-        match = _HEADER.match(body)
-        if match and json.loads(match[1], strict=False) in self._names:
-            self._pieces.append(CallStart(json.loads(match[1], strict=False)))
-            self._buffer, self._json, self._state = body[match.end() :], _Braces(), _ReaderState.ARGUMENTS
-            return True
+        pattern = self._style.read_head or _HEADER
+        match = pattern.match(body)
+        if match:
+            name = json.loads(match[1], strict=False) if self._style.is_object else match["name"]
+            if name in self._tools:
+                self._start(name)
+                self._buffer, self._json, self._state = body[match.end() :], _Braces(), _ReaderState.ARGUMENTS
+                return True
+        return (
+            self._object_header(body, skipped, final)
+            if self._style.is_object
+            else self._named_header(body, final)
+        )
+
+    def _named_header(self, body: str, final: bool) -> bool:
+        """Give back what is no head: another tool's name, or no arguments behind it."""
+        may_come = "{" not in body and len(body) < _LONGEST_HEAD and not _TWO_WORDS.match(body)
+        if not final and may_come and (not self._end or self._end not in body):
+            return False
+        self._give_back("", self._buffer)
+        return True
+
+    def _object_header(self, body: str, skipped: str, final: bool) -> bool:
         before, mark, rest = self._buffer.partition(self._end) if self._end else (self._buffer, "", "")
-        if mark or final or not self._may_become_call(body):
-            call = self._whole_call(before.strip(skipped))
-            if call is not None:
-                self._pieces += call
-                self._after_call = True
-            elif self._begin:
-                self._text(self._space + self._begin + before + mark)
-            else:
-                self._may_call = False
-                self._text(self._buffer)
-            self._buffer, self._state = rest, _ReaderState.OUTSIDE
-            return True
-        return False
+        if not mark and not final and self._may_become_call(body):
+            return False
+        call = self._whole_call(before.strip(skipped))
+        if call is not None:
+            self._pieces += call
+            self._marks, self._after_call, self._buffer, self._state = "", True, rest, _ReaderState.OUTSIDE
+        elif self._begin or self._opening:
+            self._give_back(before + mark, rest)
+        else:
+            self._may_call = False
+            self._give_back(self._buffer, rest)
+        return True
 
     def _may_become_call(self, body: str) -> bool:
         if self._begin:
@@ -195,9 +232,31 @@ class CallReader:
             arguments = _raw_object(parts.get("arguments", parts.get("parameters", "{}")))
         except (ValueError, RecursionError):
             return None
-        if not isinstance(name, str) or name not in self._names:
+        if not isinstance(name, str) or name not in self._tools:
             return None
         return [CallStart(name), Arguments(arguments)]
+
+    def _whole_header(self, final: bool) -> bool:
+        """Read a call when its end is there; the text of an end inside an argument is the argument's."""
+        while (at := self._buffer.find(self._end, self._looked)) >= 0:
+            calls = read_calls(self._buffer[:at], self._style, self._tools)
+            behind = at + len(self._end)
+            if isinstance(calls, list):
+                for name, arguments in calls:
+                    self._start(name)
+                    self._pieces.append(Arguments(arguments))
+                self._buffer, self._looked = self._buffer[behind:], 0
+                self._state = self._behind_call
+                return True
+            if calls is Unread.OTHER:
+                self._give_back(self._buffer[:behind], self._buffer[behind:])
+                return True
+            self._looked = behind
+        if not final:
+            self._looked = max(self._looked, len(self._buffer) - len(self._end) + 1)
+            return False
+        self._give_back("", self._buffer)
+        return True
 
     def _arguments(self, final: bool) -> bool:
         length = self._json.read(self._buffer)
@@ -211,7 +270,11 @@ class CallReader:
 
     def _footer(self, final: bool) -> bool:
         left = self._buffer
-        for part in filter(None, ("}", self._end)):
+        if self._style.is_object and (told := _ID.match(left)) is not None:
+            left = left[told.end() :]
+        elif self._style.is_object and not final and _MAY_BE_ID.fullmatch(left):
+            return False
+        for part in filter(None, (self._style.tail.strip(), self._end)):
             rest = left.lstrip()
             if rest.startswith(part):
                 left = rest[len(part) :]
@@ -220,12 +283,26 @@ class CallReader:
             else:
                 break  # without its end the call is a call all the same
         self._buffer = left
-        self._after_call, self._state = True, _ReaderState.OUTSIDE
+        self._after_call, self._state = True, self._behind_call
         return True
 
-    def _text(self, text: str) -> None:
+    @property
+    def _behind_call(self) -> _ReaderState:
+        return _ReaderState.SECTION if self._opening else _ReaderState.OUTSIDE
+
+    def _start(self, name: str) -> None:
+        self._pieces.append(CallStart(name))
+        self._marks, self._after_call = "", True
+
+    def _give_back(self, text: str, rest: str) -> None:
+        """Return marks that were no call's, and `text`, as text; `rest` is read anew."""
+        self._text(self._marks + text, behind=len(self._marks))
+        self._marks, self._buffer, self._looked, self._state = "", rest, 0, _ReaderState.OUTSIDE
+
+    def _text(self, text: str, *, behind: int = 0) -> None:
+        """Add text that begins with the buffer, or `behind` characters before it."""
         if text:
-            self._pieces.append(Text(text))
+            self._pieces.append(Text(text, self._fed - len(self._buffer) - behind))
             self._after_call = False
 
 
@@ -235,14 +312,14 @@ def _raw_parts(text: str) -> dict[str, str]:
     >>> _raw_parts(' {"a": 1E5, "b": {"c": [1e400]}}')
     {'a': '1E5', 'b': '{"c": [1e400]}'}
     """
-    if not isinstance(_DECODER.decode(text), dict):
+    if not isinstance(DECODER.decode(text), dict):
         raise ValueError("a call is an object")
     parts: dict[str, str] = {}
     at = text.index("{") + 1
     while text[at := _behind_space(text, at)] != "}":
-        key, at = _DECODER.raw_decode(text, at)
+        key, at = DECODER.raw_decode(text, at)
         start = _behind_space(text, text.index(":", at) + 1)
-        _, at = _DECODER.raw_decode(text, start)
+        _, at = DECODER.raw_decode(text, start)
         parts[key] = text[start:at]
         at = _behind_space(text, at)
         at += text[at] == ","
@@ -251,9 +328,9 @@ def _raw_parts(text: str) -> dict[str, str]:
 
 def _raw_object(text: str) -> str:
     """Return the text of an object, or of one that stands in a string; null is an empty one. Raises ValueError."""
-    value = _DECODER.decode(text)
+    value = DECODER.decode(text)
     if isinstance(value, str):
-        text, value = value, _DECODER.decode(value)
+        text, value = value, DECODER.decode(value)
     if value is None:
         return "{}"
     if not isinstance(value, dict):
@@ -265,13 +342,6 @@ def _behind_space(text: str, at: int) -> int:
     while text[at] in " \t\r\n":
         at += 1
     return at
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
 
 
 class _Braces:

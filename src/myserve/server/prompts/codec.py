@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
@@ -41,11 +41,14 @@ _RESERVED = frozenset(
 class Codec:
     """Encodes and decodes with one model's tokenizer. Its methods may be called from any thread."""
 
-    def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes, template: str | None = None) -> None:
+        """`template`: a chat template in place of the tokenizer's."""
         _end_truncation(tokenizer)
         self._tokenizer = tokenizer
-        self._template = None if tokenizer.chat_template else PLAIN_TEMPLATE
-        self._control = ControlTokens(tokenizer)
+        own = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        self._template = own if template is None else template
+        self._control = ControlTokens(tokenizer, template)
+        self._at_fault = "messages" if template is None else "chat_template"
         self.token_bytes = token_bytes
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -62,11 +65,18 @@ class Codec:
         messages: Sequence[ChatMessage],
         template_kwargs: dict[str, Any],
         tools: Sequence[Tool] = (),
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Return the ids of `tokenizer.apply_chat_template`, whose control tokens messages and tools cannot forge.
 
+        They end with the beginning of an answer, unless `add_generation_prompt` is False, or inside the last message,
+        which an answer then goes on with (`continue_final_message`).
         Raises RequestError for messages that the template refuses.
         """
+        ends: dict[str, Any] = {"continue_final_message": True} if continue_final_message else {}
+        ends["add_generation_prompt"] = add_generation_prompt and not continue_final_message
         _refuse_reserved(template_kwargs)
         turns = [self._as_template_sees(message) for message in messages]
         offered = [tool.model_dump(by_alias=True, exclude_unset=True) for tool in tools]
@@ -75,13 +85,20 @@ class Codec:
 
         def render(turns: list[dict[str, Any]]) -> str:
             *messages, rest = turns
-            return self._render(
-                messages, rest["template_kwargs"] | ({"tools": rest["tools"]} if tools else {})
-            )
+            offered = {"tools": rest["tools"]} if tools else {}
+            return self._render(messages, rest["template_kwargs"] | offered | ends)
 
         if self._control.in_messages(turns):
             return self._control.encode(turns, render)
         return self.encode(render(turns), add_special_tokens=False)
+
+    def with_special_tokens(self, token_ids: list[int]) -> list[int]:
+        """Return ids with the BOS or EOS around them that the tokenizer puts around a text."""
+        probe = "a"
+        plain, whole = self.encode(probe, add_special_tokens=False), self.encode(probe)
+        starts = range(len(whole) - len(plain) + 1)
+        start = next((at for at in starts if whole[at : at + len(plain)] == plain), 0)
+        return [*whole[:start], *token_ids, *whole[start + len(plain) :]]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids that are a whole text, as the tokenizer's own `decode` gives it."""
@@ -113,7 +130,7 @@ class Codec:
 
     @cached_property
     def _reads_parts(self) -> bool:
-        """Whether the template reads content as parts alone, and leaves a string out."""
+        """True where the template reads content as parts alone, and leaves a string out."""
         probe = "a probe of 1 message"
         for content in (probe, [{"type": "text", "text": probe}]):
             try:
@@ -124,14 +141,21 @@ class Codec:
                 return content is not probe
         return False
 
+    def fill(self, template: str, values: Mapping[str, Any], *, param: str) -> str:
+        """Return the text that a template makes of the caller's `values`. Raises RequestError naming `param`."""
+        return self._apply(template, [{"role": "user", "content": ""}], dict(values), param)
+
     def _render(self, turns: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
+        return self._apply(
+            self._template, turns, {"add_generation_prompt": True, **template_kwargs}, self._at_fault
+        )
+
+    def _apply(
+        self, template: str | None, turns: list[dict[str, Any]], values: dict[str, Any], param: str
+    ) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                turns,
-                chat_template=self._template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **template_kwargs,
+                turns, chat_template=template, tokenize=False, **values
             )
         except (
             jinja2.TemplateError,
@@ -143,7 +167,7 @@ class Codec:
         ) as error:
             # A template is the model's program over the caller's data, and refuses what it does not know.
             raise RequestError(
-                f"the model's chat template refuses these messages: {error}", param="messages"
+                f"the chat template refuses this conversation: {error}", param=param
             ) from error
         return text
 

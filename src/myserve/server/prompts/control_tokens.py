@@ -31,8 +31,9 @@ class ControlTokens:
     In an assistant's turn the latter are the model's own words and stay tokens; the former are text there.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        template = template_text(tokenizer)
+    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+        """`template`: a request's own, in place of the tokenizer's."""
+        template = template_text(tokenizer) if template is None else template
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         added: dict[int, Any] = tokenizer.added_tokens_decoder
@@ -53,7 +54,7 @@ class ControlTokens:
         self._nonce = secrets.token_hex(8)
 
     def in_messages(self, messages: list[Message]) -> bool:
-        """Whether any message holds text that would be read as a control token; nearly none does."""
+        """Return whether any message holds text that would be read as a control token; nearly none does."""
         marked: list[str] = []
         self._mark_all(messages, marked)
         return bool(marked) or (self._normalize is not None and self._is_disguised(messages))
@@ -100,7 +101,7 @@ class ControlTokens:
             )
 
     def _is_disguised(self, value: Any) -> bool:
-        """Whether a string becomes a control token's text when normalized: `＜s＞` by NFKC, `<S>` by lowercase."""
+        """Return whether normalizing makes a string a control token's text: `＜s＞` by NFKC, `<S>` by lowercase."""
         if isinstance(value, str):
             assert self._normalize is not None, "asked only then"
             return self._find_normalized.search(self._normalize(value)) is not None

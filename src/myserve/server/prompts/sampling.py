@@ -12,20 +12,22 @@ from myserve.server.prompts.structured import grammar_of
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.fields import GenerationRequest
+from myserve.wire.generate import GenerateRequest
 
 __all__ = [
-    "MAX_TOP_LOGPROBS",
     "chat_params",
+    "check_top_logprobs",
     "completion_params",
     "generate_params",
     "lists_tokens",
+    "native_params",
     "seed_of_prompt",
+    "tells_text_alone",
     "top_logprobs_of",
     "wants_logprobs",
     "work_of_params",
 ]
 
-MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat goes on to the end of the context
 
 # Fields whose name and form are the same on both sides.
@@ -73,9 +75,35 @@ def completion_params(request: CompletionRequest, codec: Codec, *, room: int) ->
     return _params(request, codec, max_tokens=limit, **asked)
 
 
-def generate_params(request: CompletionRequest, codec: Codec) -> SamplingParams:
-    """Return what the token route asks of the sampler: without a limit to the end of the context, as in vLLM."""
-    return _params(request, codec, max_tokens=request.max_tokens)
+def generate_params(request: GenerateRequest, completion: CompletionRequest, codec: Codec) -> SamplingParams:
+    """Return what the token route asks of the sampler: without a limit to the end of the context, as in vLLM.
+
+    `completion`: the request as the completions route knows it.
+    """
+    sampling = request.sampling_params
+    asked: dict[str, Any] = {}
+    if sampling.prompt_logprob_start is not None:
+        asked["prompt_logprob_start"] = sampling.prompt_logprob_start
+    if sampling.named_rows:
+        asked["prompt_logprob_token_ids"] = sampling.named_rows
+    if completion.prompt_logprobs is None and (asked or completion.include_routing_matrix):
+        # so that every position of the prompt is run; where only its experts are wanted, none is scored
+        asked["prompt_logprobs"] = 0
+        if not sampling.named_rows:
+            asked.setdefault("prompt_logprob_start", len(request.token_ids) - 1)
+    return _params(
+        completion, codec, max_tokens=completion.max_tokens, ranks=wants_logprobs(completion), **asked
+    )
+
+
+def native_params(
+    request: CompletionRequest, codec: Codec, *, max_tokens: int | None, **asked: Any
+) -> SamplingParams:
+    """Return what one prompt of SGLang's native route asks of the sampler.
+
+    `asked`: parameters that no field of ours has.
+    """
+    return _params(request, codec, max_tokens=max_tokens, **asked)
 
 
 def work_of_params(request: GenerationRequest) -> int:
@@ -100,6 +128,12 @@ def wants_logprobs(request: GenerationRequest) -> bool:
 def lists_tokens(request: GenerationRequest) -> bool:
     """Return whether the answer has an entry for each token: routing stands there too, so it brings them."""
     return wants_logprobs(request) or bool(request.include_routing_matrix and not request.token_arrays)
+
+
+def tells_text_alone(request: GenerationRequest) -> bool:
+    """Return whether a stream's chunks, but for the first and the last, differ in their text alone."""
+    asked = (request.return_token_ids, request.token_arrays, request.return_drafters)
+    return not (lists_tokens(request) or any(asked) or request.includes_usage_so_far)
 
 
 def seed_of_prompt(seed: int | None, position: int) -> int | None:
@@ -143,10 +177,25 @@ def top_logprobs_of(request: GenerationRequest) -> int:
             "alternatives: send one, or logprobs true",
             param="top_logprobs",
         )
-    name, count = ("logprobs", legacy) if legacy is not None else ("top_logprobs", request.top_logprobs or 0)
-    if not 0 <= count <= MAX_TOP_LOGPROBS:
-        raise RequestError(f"{name} must be in [0, {MAX_TOP_LOGPROBS}], got {count}", param=name)
+    name, count = _alternatives_asked(request)
+    if count < 0:
+        raise RequestError(f"{name} must be at least 0, got {count}", param=name)
     return count
+
+
+def check_top_logprobs(request: GenerationRequest, most: int) -> None:
+    """Raise RequestError for more alternatives of a token than the operator allows (`--max-logprobs`)."""
+    name, count = _alternatives_asked(request)
+    if not 0 <= count <= most:
+        raise RequestError(f"{name} must be in [0, {most}], got {count}", param=name)
+
+
+def _alternatives_asked(request: GenerationRequest) -> tuple[str, int]:
+    """Return how many alternatives are asked for, and by which field."""
+    asked = getattr(request, "logprobs", None)
+    if isinstance(asked, int) and not isinstance(asked, bool):
+        return "logprobs", asked
+    return "top_logprobs", request.top_logprobs or 0
 
 
 def _by_id(bias: dict[str, float]) -> dict[int, float]:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.params import SamplingParams
 from myserve.errors import RequestError
-from myserve.server.parsing.tool_calls import ToolStyle
+from myserve.server.parsing.tool_styles import ToolStyle
+from myserve.server.prompts.call_grammars import calls_in_text, forced_calls, rules_of_calls
 from myserve.wire.chat import ChatCompletionRequest
-from myserve.wire.structured import NamedTool, Schema, Tool
+from myserve.wire.structured import NamedTool, Tool
 
 __all__ = ["MAX_TOOLS", "callable_tools", "checked_tools", "constrained"]
 
-NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-# What may stand beside empty properties in a schema that admits no others.
-_OF_NO_PROPERTIES = frozenset(
-    {"$schema", "additionalProperties", "description", "properties", "required", "title", "type"}
-)
 MAX_TOOLS = 128  # OpenAI's own limit
 
 
@@ -69,7 +63,13 @@ def constrained(
     if tools and style is not None:
         grammar = _grammar(request, tools, style, grammar)
     thinks = reasoning is not None and (grammar is not None or reasoning.budget is not None)
-    return replace(params, grammar=grammar, reasoning=reasoning if thinks else None)
+    shown = {*(style.shown_ids if tools and style else ()), *(reasoning.shown_ids if reasoning else ())}
+    return replace(
+        params,
+        grammar=grammar,
+        reasoning=reasoning if thinks else None,
+        shown_special_ids=tuple(sorted(shown)),
+    )
 
 
 def _grammar(
@@ -78,79 +78,19 @@ def _grammar(
     choice, one = request.tool_choice, request.parallel_tool_calls is False
     if isinstance(choice, NamedTool):
         named = [tool for tool in tools if tool.function.name == choice.function.name]
-        return Grammar("lark", f"start: call\n{_calls(named, style, style.begin)}")
-    calls = "call" if one else f"call ({json.dumps(style.between)} call)*"
+        return Grammar("lark", f"start: {forced_calls(style, one=True)}\n{rules_of_calls(named, style)}")
     if choice == "required":
-        return Grammar("lark", f"start: {calls}\n{_calls(tools, style, style.begin)}")
+        return Grammar("lark", f"start: {forced_calls(style, one=one)}\n{rules_of_calls(tools, style)}")
     if answer is not None:
         if answer.kind != "json_schema":
             raise RequestError(
                 "with tools an answer's form can be JSON alone: send response_format, or tool_choice 'none'",
                 param="tools",
             )
+        calls = forced_calls(style, one=one)
         return Grammar(
-            "lark",
-            f"start: answer | {calls}\nanswer: %json {answer.source}\n{_calls(tools, style, style.begin)}",
+            "lark", f"start: answer | {calls}\nanswer: %json {answer.source}\n{rules_of_calls(tools, style)}"
         )
     if one or any(tool.function.strict for tool in tools):
-        return _calls_in_text(tools, style, one=one)
+        return Grammar("lark", calls_in_text(tools, style, one=one))
     return None
-
-
-def _calls_in_text(tools: Sequence[Tool], style: ToolStyle, *, one: bool) -> Grammar:
-    """Return the grammar of free text, in which whatever begins like a call goes on as one."""
-    if not style.begin:
-        raise RequestError(
-            f"this model writes calls in the style {style.name}, in which a call cannot be told from text as it "
-            "begins: strict tools and parallel_tool_calls false need tool_choice 'required', or a tool's name",
-            param="tools",
-        )
-    # a lazy lexeme is any text up to the mark, which then cannot be read as text
-    begin, rest = style.begin.strip(), style.begin[len(style.begin.rstrip()) :]
-    return Grammar(
-        "lark",
-        f"start: {'TEXT | opened call' if one else '(opened call)* TEXT'}\n"
-        f"opened[lazy]: TEXT {json.dumps(begin)}\nTEXT: /(.|\\n)*/\n" + _calls(tools, style, rest),
-    )
-
-
-def _calls(tools: Sequence[Tool], style: ToolStyle, begin: str) -> str:
-    """Return Lark's rules of one call, of any of these tools."""
-    lines = ["call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
-    for i, tool in enumerate(tools):
-        header = begin + style.header(tool.function.name)[len(style.begin) :]
-        schema = _of_object(tool.function.parameters)
-        lines.append(
-            f"call_{i}: {json.dumps(header)} arguments_{i} {json.dumps(style.footer)}\n"
-            f"arguments_{i}: %json {json.dumps(_compact(schema), ensure_ascii=False)}"
-        )
-    return "\n".join(lines)
-
-
-def _of_object(parameters: Schema | None) -> dict[str, Any]:
-    """Return the schema of a tool's arguments, which are an object whatever the tool says of them.
-
-    Without parameters, or with none in them, the list is empty, as OpenAI has it: the one object is `{}`.
-
-    >>> _of_object({"properties": {"a": {"type": "integer"}}})
-    {'properties': {'a': {'type': 'integer'}}, 'type': 'object'}
-    >>> _of_object({"type": "object", "properties": {}})["additionalProperties"]
-    False
-    """
-    if parameters is None or parameters == {}:
-        return NO_ARGUMENTS
-    schema = dict(parameters) if isinstance(parameters, dict) else {}
-    kinds = schema.get("type", "object")
-    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
-        raise RequestError(f"a tool's parameters must be of type 'object', got {kinds!r:.80}", param="tools")
-    lists_none = (
-        schema.get("properties") == {}
-        and not schema.keys() - _OF_NO_PROPERTIES
-        and not schema.get("additionalProperties")
-    )
-    return NO_ARGUMENTS if lists_none else schema | {"type": "object"}
-
-
-def _compact(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of arguments on one line, as models are trained to write them."""
-    return {"x-guidance": {"whitespace_pattern": " "}, **schema}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -14,13 +16,15 @@ from myserve.server.answers.respond import answer_request
 from myserve.server.answers.writer import AnswerWriter, Plan
 from myserve.server.choice import Choice
 from myserve.server.parsing.message_reader import AnswerReader
-from myserve.server.parsing.thinking import ThinkingReader, thinking_tokens
+from myserve.server.parsing.thinking import ThinkingCount, thought_reader
 from myserve.server.parsing.tool_calls import CallReader
 from myserve.server.prompts.lengths import check_lengths
-from myserve.server.prompts.sampling import chat_params, lists_tokens, work_of_params
+from myserve.server.prompts.required_prefix import DrawnTurns, keeping_prefix
+from myserve.server.prompts.sampling import chat_params, lists_tokens, tells_text_alone, work_of_params
 from myserve.server.prompts.tools import callable_tools, checked_tools, constrained
-from myserve.server.routes.body import documented, read_request
-from myserve.wire.chat import ChatCompletionRequest
+from myserve.server.routes.body import documented, models_of, read_request, settings_of
+from myserve.server.settings import Settings
+from myserve.wire.chat import ChatCompletionRequest, ChatMessage
 from myserve.wire.responses import (
     ChatChoice,
     ChatChunk,
@@ -31,13 +35,17 @@ from myserve.wire.responses import (
 )
 from myserve.wire.structured import Tool
 
-__all__ = ["router"]
+__all__ = ["ChatWriter", "plan_chat", "prompt_of", "router"]
 
 router = APIRouter()
 
 # Characters that a message or a tool is worth when it is decided where to tokenize.
 CHARS_PER_MESSAGE = 32
 CHARS_PER_TOOL = 256
+
+ChatWriters = Callable[
+    [ActiveAnswer[ChatCompletionRequest], Sequence[Tool], Reasoning | None], AnswerWriter[Any]
+]
 
 DOCUMENTED = documented(ChatCompletionRequest, ChatCompletion, ChatChunk)
 
@@ -47,26 +55,67 @@ DOCUMENTED = documented(ChatCompletionRequest, ChatCompletion, ChatChunk)
 async def create_chat_completion(http: Request) -> Response:
     """Draw `n` answers to one conversation; whole, or as server-sent events with `stream`."""
     request = await read_request(http, ChatCompletionRequest)
-    return await answer_request(http, request, _plan, answer_id=f"chatcmpl-{uuid.uuid4().hex}")
+    plan = partial(plan_chat, settings_of(http))
+    return await answer_request(http, request, plan, answer_id=f"chatcmpl-{uuid.uuid4().hex}")
 
 
-async def _plan(answer: ActiveAnswer[ChatCompletionRequest]) -> Plan:
-    request, model = answer.request, answer.model
+async def plan_chat(
+    settings: Settings,
+    answer: ActiveAnswer[ChatCompletionRequest],
+    write: ChatWriters | None = None,
+    drawn: DrawnTurns | None = None,
+) -> Plan:
+    """Return the draws of a chat. `write` makes the writer of another dialect that was read as a chat.
+
+    `drawn` are earlier turns that the prompt has as they were drawn where its text agrees, and is told where not.
+    """
+    request = answer.request
+    model = answer.model = answer.model.with_template(request.chat_template, settings)
     codec, style = model.codec, model.style
+    kwargs = style.template_kwargs(request.reasoning_effort, request.chat_template_kwargs)
     offered = checked_tools(request, style.tools)
     tools = callable_tools(request, offered)
     texts = [message.text for message in request.messages]
+    prefix = request.prefix_token_ids
 
     def plan() -> Plan:
-        check_lengths(texts, codec, model.engine.max_model_len, param="messages")
+        check_lengths(["".join(texts)], codec, model.engine.max_model_len, param="messages")
         params = chat_params(request, codec)
-        prompt = codec.encode_chat(request.messages, request.chat_template_kwargs or {}, offered)
-        reasoning = style.reasoning(codec, prompt, request.thinking_token_budget)
+        prompt = codec.encode_chat(
+            request.messages,
+            kwargs,
+            offered,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            continue_final_message=bool(request.continue_final_message),
+        )
+        eos_ids = model.engine.eos_token_ids
+        if prefix is not None:
+            prompt = keeping_prefix(prompt, prefix, request.messages, codec, kwargs, eos_ids)
+        elif drawn is not None:
+            prompt = drawn.kept(prompt, request.messages, codec, kwargs, eos_ids)
+        if answer.session is not None:
+            is_placed = prefix is not None or (drawn is not None and drawn.lost is None)
+            prompt = answer.session.spliced(
+                prompt, request, offered, kwargs, codec.token_bytes, is_required=is_placed
+            )
+        begun = texts[-1] if request.continue_final_message else ""
+        reasoning = style.reasoning(codec, prompt, request.thinking_token_budget, begun)
         params = constrained(params, request, tools, style.tools, reasoning)
-        return Plan([prompt], [params], ChatWriter(answer, tools, reasoning))
+        return Plan([prompt], [params], (write or ChatWriter)(answer, tools, reasoning))
 
     size = sum(map(len, texts)) + CHARS_PER_MESSAGE * len(texts) + CHARS_PER_TOOL * len(offered)
+    size += len(prefix or ()) + (0 if drawn is None else len(drawn.token_ids))
     return await answer.tokenizing.run(size + work_of_params(request), plan)
+
+
+async def prompt_of(
+    http: Request, request: ChatCompletionRequest, drawn: DrawnTurns | None = None
+) -> list[int]:
+    """Return the prompt of a chat, of which nothing is drawn. Raises RequestError as a draw would."""
+    models = models_of(http)
+    model = await models.get(request.model)
+    answer = ActiveAnswer.begin(request, model, "", models.adapter_of(request.model))
+    return list((await plan_chat(settings_of(http), answer, drawn=drawn)).prompts[0])
 
 
 class ChatWriter(AnswerWriter[ChatCompletionRequest]):
@@ -84,6 +133,7 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
         self._lists_tokens = lists_tokens(answer.request)
         self._choices: Sequence[Choice] = ()
         self._readers: dict[int, AnswerReader] = {}  # of the choices that have begun
+        self._thoughts: dict[int, ThinkingCount] = {}
 
     def whole(self, choices: Sequence[Choice]) -> ChatCompletion:
         """Return all choices, with usage, and the first one's logprobs as the original specification has them."""
@@ -92,16 +142,16 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
             "object": "chat.completion",
             "created": self.answer.created,
             "model": self.request.model,
-            "system_fingerprint": self.answer.model.fingerprint,
+            "system_fingerprint": self.answer.fingerprint,
             "choices": [self._choice(choice) for choice in choices],
             "usage": self._usage(choices),
         }
         if (logprobs := body["choices"][0]["logprobs"]) is not None:
             body["logprobs"] = logprobs
-        if self.request.return_token_ids:
-            body["prompt_token_ids"] = list(choices[0].prompt_token_ids)
-        if (scores := body["choices"][0].get("prompt_logprobs")) is not None:
-            body["prompt_logprobs"] = scores  # where vLLM has them
+        # where vLLM has them, null where they were not asked for
+        asked = self.request.return_token_ids
+        body["prompt_token_ids"] = list(choices[0].prompt_token_ids) if asked else None
+        body["prompt_logprobs"] = body["choices"][0].get("prompt_logprobs")
         return body
 
     def began(self, choices: Sequence[Choice]) -> Iterator[ChatChunk]:
@@ -129,6 +179,21 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
             chunk["prompt_logprobs"] = scores
         yield chunk
 
+    def said(self, choice: Choice) -> ChatMessage:
+        """Return the message, with its thought also where that is not shown."""
+        message = self._reader(shows_thoughts=True).whole("".join(choice.texts))
+        return ChatMessage(
+            role="assistant",
+            content=message["content"],
+            tool_calls=tuple(dict(call) for call in message.get("tool_calls", ())),
+            reasoning_content=message.get("reasoning_content"),
+        )
+
+    def is_text_alone(self, choice: Choice) -> bool:
+        """Return True behind the first chunk, where no thoughts, calls, lists of tokens or usage so far are told."""
+        reads = bool(self._tools) or self._reasoning is not None
+        return choice.index in self._readers and not reads and tells_text_alone(self.request)
+
     def ended(self, choices: Sequence[Choice]) -> Iterator[ChatChunk]:
         """Return usage as the last chunk, where it was asked for."""
         if self.request.include_usage:
@@ -140,7 +205,7 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
             "object": "chat.completion.chunk",
             "created": self.answer.created,
             "model": self.request.model,
-            "system_fingerprint": self.answer.model.fingerprint,
+            "system_fingerprint": self.answer.fingerprint,
             "choices": choices,
         }
         if self.request.include_usage:
@@ -150,6 +215,11 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
     def _choice(self, choice: Choice) -> ChatChoice:
         reader = self._reader()
         message = reader.whole("".join(choice.texts))
+        if self._lists_tokens and self.request.return_tokens_as_token_ids:
+            # NeMo-RL's: sent back with the message, they are the beginning of the next prompt
+            message["prompt_token_ids"] = list(choice.prompt_token_ids)
+            message["generation_token_ids"] = [token.token_id for token in choice.sampled]
+            message["generation_log_probs"] = [token.sampling_logprob for token in choice.sampled]
         return {
             "index": choice.index,
             "message": message,
@@ -177,14 +247,16 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
             **self.answer.extras(choice, [*delta.tokens, *delta.stop_tokens], first=first, last=last),
         }
 
-    def _reader(self) -> AnswerReader:
-        """Return what finds thoughts and calls in one choice's text."""
+    def _reader(self, *, shows_thoughts: bool | None = None) -> AnswerReader:
+        """Return what finds thoughts and calls in one choice's text; it shows thoughts as the request wants them."""
         calls, thinking, style = None, None, self.answer.model.style.tools
         if self._tools and style is not None:
-            calls = CallReader(style, {tool.function.name for tool in self._tools})
+            calls = CallReader(style, {tool.function.name: tool.function.parameters for tool in self._tools})
         if self._reasoning is not None:
-            thinking = ThinkingReader(begun=self._reasoning.begun)
-        return AnswerReader(thinking, calls, shows_thoughts=self.request.include_reasoning is not False)
+            thinking = thought_reader(self._reasoning.marks, starts_inside=self._reasoning.starts_inside)
+        if shows_thoughts is None:
+            shows_thoughts = self.request.include_reasoning is not False
+        return AnswerReader(thinking, calls, shows_thoughts=shows_thoughts)
 
     def _logprobs(
         self, tokens: Sequence[TokenOutput], stop_tokens: Sequence[TokenOutput]
@@ -210,6 +282,13 @@ class ChatWriter(AnswerWriter[ChatCompletionRequest]):
         if self._reasoning is None:
             return 0
         table = self.answer.model.codec.token_bytes
-        return thinking_tokens(
-            [table[token.token_id] for token in choice.sampled], begun=self._reasoning.begun
-        )
+        count = self._thoughts.get(choice.index)
+        if count is None:
+            count = self._thoughts[choice.index] = ThinkingCount(
+                starts_inside=self._reasoning.starts_inside, marks=self._reasoning.marks
+            )
+        # usage so far is on every chunk: what was counted before is not read again
+        new = choice.tokens[count.num_fed :] if count.num_fed < len(choice.tokens) else ()
+        for token in (*new, *choice.stop_tokens[max(0, count.num_fed - len(choice.tokens)) :]):
+            count.feed(table[token.token_id])
+        return count.tokens

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, TokenOutput
-from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
+from myserve.engine.requests.lengths import checked_max_tokens
+from myserve.server.answers.answer import ActiveAnswer, UsageSoFar, finish_reason_of, usage_of
 from myserve.server.answers.generation import params_of_prompts
 from myserve.server.answers.logprobs import TextOffsets, legacy
 from myserve.server.answers.respond import answer_request
@@ -19,6 +21,7 @@ from myserve.server.prompts.lengths import check_lengths
 from myserve.server.prompts.sampling import (
     completion_params,
     lists_tokens,
+    tells_text_alone,
     top_logprobs_of,
     wants_logprobs,
     work_of_params,
@@ -38,6 +41,7 @@ __all__ = ["router"]
 router = APIRouter()
 
 CHARS_PER_PROMPT = 64  # characters that are tokenized in the time that it takes to begin
+CHARS_AT_ONCE = 1 << 18  # that one request has the tokenizer's thread for
 
 DOCUMENTED = documented(CompletionRequest, Completion, Completion)
 
@@ -51,23 +55,50 @@ async def create_completion(http: Request) -> Response:
 
 
 async def _plan(answer: ActiveAnswer[CompletionRequest]) -> Plan:
-    """Tokenize all prompts in one go: a thousand short ones would hold up the event loop as one long one does."""
+    """Tokenize prompts by groups: other requests' go in between, and the first that is too long ends it."""
     request, codec = answer.request, answer.model.codec
     max_model_len = answer.model.engine.max_model_len
     adds_special = request.add_special_tokens is not False
-    texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
+
+    def encode(group: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
+        check_lengths([text for text in group if isinstance(text, str)], codec, max_model_len, param="prompt")
+        encoded: list[Sequence[int]] = [
+            codec.encode(prompt, add_special_tokens=adds_special) if isinstance(prompt, str) else prompt
+            for prompt in group
+        ]
+        for prompt in encoded:
+            checked_max_tokens(len(prompt), 0 if request.max_tokens == 0 else None, max_model_len)
+        return encoded
+
+    prompts: list[Sequence[int]] = []
+    for group, size in _groups(request.prompts):
+        prompts += await answer.tokenizing.run(size, partial(encode, group))
 
     def plan() -> Plan:
-        check_lengths(texts, codec, max_model_len, param="prompt")
-        prompts: list[Sequence[int]] = [
-            codec.encode(prompt, add_special_tokens=adds_special) if isinstance(prompt, str) else prompt
-            for prompt in request.prompts
-        ]
         params = completion_params(request, codec, room=max_model_len - max(map(len, prompts)))
         return Plan(prompts, params_of_prompts(params, len(prompts)), CompletionWriter(answer))
 
-    size = sum(map(len, texts)) + CHARS_PER_PROMPT * len(texts)
-    return await answer.tokenizing.run(size + work_of_params(request), plan)
+    return await answer.tokenizing.run(CHARS_PER_PROMPT * (len(prompts) - 1) + work_of_params(request), plan)
+
+
+def _groups(
+    prompts: Sequence[str | Sequence[int]],
+) -> Iterator[tuple[list[str | Sequence[int]], int]]:
+    """Yield the prompts in groups that are tokenized at once, each with its size in characters.
+
+    >>> [(len(group), size) for group, size in _groups(["a" * 200_000, "b" * 100_000, "c", (1, 2)])]
+    [(2, 300128), (2, 65)]
+    """
+    group: list[str | Sequence[int]] = []
+    size = 0
+    for prompt in prompts:
+        group.append(prompt)
+        size += len(prompt) + CHARS_PER_PROMPT if isinstance(prompt, str) else 0
+        if size >= CHARS_AT_ONCE:
+            yield group, size
+            group, size = [], 0
+    if group:
+        yield group, size
 
 
 class CompletionWriter(AnswerWriter[CompletionRequest]):
@@ -75,7 +106,8 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
 
     def __init__(self, answer: ActiveAnswer[CompletionRequest]) -> None:
         super().__init__(answer)
-        self._choices: Sequence[Choice] = ()
+        self._so_far: UsageSoFar | None = None
+        self._tells_text_alone = tells_text_alone(answer.request)
         self._offsets: dict[int, TextOffsets] = {}  # of each choice that has begun
 
     def whole(self, choices: Sequence[Choice]) -> Completion:
@@ -90,8 +122,9 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         return body
 
     def began(self, choices: Sequence[Choice]) -> Iterator[Completion]:
-        """Remember the choices: usage so far is counted over them."""
-        self._choices = choices
+        """Begin to count the usage so far."""
+        if self.request.includes_usage_so_far:
+            self._so_far = UsageSoFar(choices)
         return iter(())
 
     def gained(self, choice: Choice, delta: Delta) -> Iterator[Completion]:
@@ -99,8 +132,12 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
         last = delta.finish_reason is not None
         chunk = self._envelope([self._write(choice, delta.text, delta.tokens, delta.stop_tokens, last=last)])
         if self.request.include_usage:
-            chunk["usage"] = usage_of(self._choices) if self.request.includes_usage_so_far else None
+            chunk["usage"] = None if self._so_far is None else self._so_far.add(choice, delta)
         yield chunk
+
+    def is_text_alone(self, choice: Choice) -> bool:
+        """Return True behind the first chunk where no list of tokens and no usage so far was asked for."""
+        return choice.index in self._offsets and self._tells_text_alone
 
     def ended(self, choices: Sequence[Choice]) -> Iterator[Completion]:
         """Return usage as the last chunk, where it was asked for."""
@@ -113,7 +150,7 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
             "object": "text_completion",
             "created": self.answer.created,
             "model": self.request.model,
-            "system_fingerprint": self.answer.model.fingerprint,
+            "system_fingerprint": self.answer.fingerprint,
             "choices": choices,
         }
 
@@ -128,7 +165,7 @@ class CompletionWriter(AnswerWriter[CompletionRequest]):
     ) -> CompletionChoice:
         first = choice.index not in self._offsets
         echoed = self._echoed(choice) if first else ()
-        echoed_text = self._echoed_text(choice, echoed)
+        echoed_text = self._echoed_text(choice, echoed) if echoed else ""
         if first:
             self._offsets[choice.index] = TextOffsets(self._codec.token_bytes, start=len(echoed_text))
         entries: list[TokenLogprob] = []

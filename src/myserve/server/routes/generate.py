@@ -10,6 +10,8 @@ from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, TokenOutput
 from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
+from myserve.server.answers.marked import weight_versions
+from myserve.server.answers.npy import as_npy, named_matrix, routed_rows
 from myserve.server.answers.respond import answer_request
 from myserve.server.answers.writer import AnswerWriter, Plan
 from myserve.server.choice import Choice
@@ -32,9 +34,9 @@ async def generate(http: Request) -> Response:
 
     async def plan(answer: ActiveAnswer[CompletionRequest]) -> Plan:
         params = await answer.tokenizing.run(
-            work_of_params(completion), lambda: generate_params(completion, answer.model.codec)
+            work_of_params(completion), lambda: generate_params(request, completion, answer.model.codec)
         )
-        writer = GenerateWriter(answer, repeats_prompt=bool(request.return_token_ids))
+        writer = GenerateWriter(answer, request)
         return Plan([request.token_ids], [params], writer)
 
     answer_id = request.request_id or f"gen-{uuid.uuid4().hex}"
@@ -44,15 +46,19 @@ async def generate(http: Request) -> Response:
 class GenerateWriter(AnswerWriter[CompletionRequest]):
     """Write vLLM's answer of ids. A stream has a chunk for each step that brought a choice tokens or its end."""
 
-    def __init__(self, answer: ActiveAnswer[CompletionRequest], *, repeats_prompt: bool) -> None:
+    def __init__(self, answer: ActiveAnswer[CompletionRequest], asked: GenerateRequest) -> None:
         super().__init__(answer)
-        self._repeats_prompt = repeats_prompt
+        self._repeats_prompt = bool(asked.return_token_ids)
+        self._names_ids = bool(asked.sampling_params.named_rows)
+        self._start = asked.sampling_params.prompt_logprob_start or 0
 
     def whole(self, choices: Sequence[Choice]) -> Generated:
         """Return all choices, with usage and the prompt's scores beside them."""
         body = self._envelope([self._choice(choice, choice.sampled, last=True) for choice in choices])
         body["usage"] = usage_of(choices)
         body["prompt_logprobs"] = self._prompt_logprobs(choices[0])
+        if self._names_ids and choices[0].prompt_logprobs is not None:
+            body["prompt_token_id_logprobs"] = named_matrix(choices[0].prompt_logprobs[1 + self._start :])
         if self._repeats_prompt:
             body["prompt_token_ids"] = list(choices[0].prompt_token_ids)
         return body
@@ -82,7 +88,13 @@ class GenerateWriter(AnswerWriter[CompletionRequest]):
         writer = self.answer.tokens
         entries = [writer.entry(token) for token in tokens] if lists_tokens(self.request) else None
         supports = [list(token.kept.token_ids) for token in tokens if token.kept is not None]
-        masks: GenerateChoice = {"sampling_mask": supports} if supports else {}
+        marks: GenerateChoice = {"sampling_mask": supports} if supports else {}
+        if last:
+            shape = self.answer.model.engine.routing_shape
+            if self.request.include_routing_matrix and shape is not None:
+                rows = routed_rows(choice, shape)
+                marks["routed_experts"] = None if rows is None else as_npy(rows)
+            marks["weight_versions"] = weight_versions(choice.sampled, self.answer.model.snapshots.labels)
         return {
             "index": choice.index,
             "logprobs": None if entries is None else {"content": entries},
@@ -90,7 +102,7 @@ class GenerateWriter(AnswerWriter[CompletionRequest]):
             "token_ids": [token.token_id for token in tokens],
             "seed": choice.seed,
             **self.answer.extras(choice, tokens, first=False, last=last),
-            **masks,
+            **marks,
         }
 
     def _prompt_logprobs(self, choice: Choice) -> list[dict[str, Any] | None] | None:

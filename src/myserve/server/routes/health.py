@@ -60,6 +60,7 @@ async def show_version(http: Request) -> Response:
             "transformers": version("transformers"),
             "torch": version("torch"),
             "exact": {name: model.engine.exactness for name, model in loaded.items()},
+            "quantization": {name: model.engine.quantization for name, model in loaded.items()},
             "weights": {
                 name: {"weight_version": model.engine.weight_version, "identity": model.snapshots.identity}
                 for name, model in loaded.items()
@@ -74,13 +75,15 @@ async def show_version(http: Request) -> Response:
 async def list_models(http: Request) -> Response:
     """Return the served names, with the context's length where the model is loaded."""
     models = models_of(http)
-    return json_response({"object": "list", "data": [_card(http, name) for name in models.names]})
+    names = [*models.names, *models.adapters]
+    return json_response({"object": "list", "data": [_card(http, name) for name in names]})
 
 
 @router.get("/v1/models/{name:path}")
 async def show_model(http: Request, name: str) -> Response:
     """Return one served model. Raises ModelNotFoundError."""
-    if name not in models_of(http).names:
+    models = models_of(http)
+    if name not in models.names and name not in models.adapters:
         raise ModelNotFoundError(f"the model {name[:200]!r} is not served here")
     return json_response(_card(http, name))
 
@@ -91,12 +94,19 @@ def _loaded(http: Request) -> dict[str, ServedModel]:
 
 
 def _card(http: Request, name: str) -> dict[str, Any]:
+    """Return what a list says of a model, or of an adapter, which has a model as its parent."""
     models = models_of(http)
-    loaded = models.if_loaded(name)
+    parent = models.adapters.get(name)
+    loaded = models.if_loaded(name if parent is None else parent)
+    of_adapter: dict[str, Any] = {}
+    if parent is not None and loaded is not None and name in loaded.engine.adapters:
+        adapter = loaded.engine.adapters[name]
+        of_adapter = {"parent": parent, "root": adapter.path, "adapter_version": adapter.version}
     return {
         "id": name,
         "object": "model",
         "created": models.created,
         "owned_by": "myserve",
         "max_model_len": None if loaded is None else loaded.engine.max_model_len,
+        **of_adapter,
     }

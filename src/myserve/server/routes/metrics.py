@@ -38,7 +38,7 @@ class ModelMetric(NamedTuple):
     label: str = ""
 
 
-_LOAD, _METERS = "engine.load.", "engine.meters."
+_LOAD, _METERS, _DRAFTS = "engine.load.", "engine.meters.", "engine.meters.drafts."
 OF_MODELS = (
     ModelMetric("vllm:num_requests_running", "gauge", _LOAD + "num_running", "Choices in the batch."),
     ModelMetric(
@@ -74,6 +74,29 @@ OF_MODELS = (
     ModelMetric("vllm:request_prompt_tokens", "histogram", _METERS + "request_prompt_tokens", "Of a choice."),
     ModelMetric(
         "vllm:request_generation_tokens", "histogram", _METERS + "request_generation_tokens", "Of a choice."
+    ),
+    ModelMetric("vllm:spec_decode_num_drafts_total", "counter", _DRAFTS + "drafts", "Drafts verified."),
+    ModelMetric(
+        "vllm:spec_decode_num_draft_tokens_total", "counter", _DRAFTS + "draft_tokens", "Tokens of drafts."
+    ),
+    ModelMetric(
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "counter",
+        _DRAFTS + "accepted_tokens",
+        "Of them, drawn.",
+    ),
+    ModelMetric(
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+        "counter",
+        _DRAFTS + "accepted_by_position",
+        "By place in the draft, from 0.",
+        "position",
+    ),
+    ModelMetric(
+        "myserve:draft_tokens_total", "counter", _DRAFTS + "draft_tokens_by_drafter", "Drafted.", "drafter"
+    ),
+    ModelMetric(
+        "myserve:accepted_draft_tokens_total", "counter", _DRAFTS + "accepted_by_drafter", "Drawn.", "drafter"
     ),
     ModelMetric(
         "myserve:step_seconds_total", "counter", _METERS + "step_seconds", "Planning and running steps."

@@ -9,24 +9,66 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from myserve.server.errors import has_anthropic_shape
 from myserve.server.routes.body import SCHEMAS
 from myserve.server.routes.tokenize import DetokenizeRequest, TokenizeRequest
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
+from myserve.wire.dialects import decisions, lora, sglang, tinker, vllm
 from myserve.wire.generate import GenerateRequest
+from myserve.wire.messages_api.answer import (
+    MessageEvent,
+    MessageOfAssistant,
+    MessagesError,
+    MessageTokensCount,
+)
+from myserve.wire.messages_api.request import CountTokensRequest, MessagesRequest
 from myserve.wire.responses import ChatChunk, ChatCompletion, Completion, ErrorResponse, Generated
+from myserve.wire.responses_api.answer import (
+    DeletedResponse,
+    InputItemList,
+    InputTokenCount,
+    ResponseEvent,
+    ResponseObject,
+)
+from myserve.wire.responses_api.request import ResponseRequest
+from myserve.wire.sessions import SessionBody
 from myserve.wire.weights import HotLoadRequest, HotLoadState, WeightsReport, WeightsRequest
 
 __all__ = ["openapi"]
 
 BODIES = (
     *(ChatCompletionRequest, CompletionRequest, GenerateRequest, WeightsRequest, HotLoadRequest),
-    *(TokenizeRequest, DetokenizeRequest),
+    *(TokenizeRequest, DetokenizeRequest, ResponseRequest, MessagesRequest, CountTokensRequest),
+    *(decisions.DecisionRequest, decisions.SystemOneRequest),
+    *(vllm.AbortRequests, vllm.WeightTransferInit, vllm.StartWeightUpdate, vllm.UpdateWeights),
+    *(vllm.FinishWeightUpdate, vllm.WeightVersionUpdate, vllm.WeightChecker),
+    *(lora.LoadAdapter, lora.UnloadAdapter),
+    *(sglang.MemoryTags, sglang.WeightsChecker),
+    *(sglang.PauseGeneration, sglang.ContinueGeneration, sglang.AbortRequest),
+    *(
+        tinker.CreateSession,
+        tinker.SessionHeartbeat,
+        tinker.CreateSamplingSession,
+        tinker.JoinSamplingSession,
+    ),
+    *(tinker.TinkerSample, tinker.PromiseName),
+    *(sglang.UpdateWeightsFromDisk, sglang.UpdateWeightsFromTensor, sglang.NativeGenerate),
 )
-ANSWERS = (ChatCompletion, ChatChunk, Completion, Generated, WeightsReport, HotLoadState, ErrorResponse)
+ANSWERS = (
+    *(ChatCompletion, ChatChunk, Completion, Generated, WeightsReport, HotLoadState, ErrorResponse),
+    *(sglang.NativeAnswer, decisions.Decision, decisions.SystemOneAnswers, SessionBody),
+    *(MessageOfAssistant, MessageEvent, MessageTokensCount, MessagesError),
+    *(ResponseObject, ResponseEvent, DeletedResponse, InputItemList, InputTokenCount),
+)
 ERROR = {
     "description": "What was wrong and whose fault it is, in OpenAI's shape.",
     "content": {"application/json": {"schema": {"$ref": SCHEMAS + "ErrorResponse"}}},
+}
+
+MESSAGES_ERROR = {
+    "description": "What was wrong and whose fault it is, in Anthropic's shape.",
+    "content": {"application/json": {"schema": {"$ref": SCHEMAS + "MessagesError"}}},
 }
 
 
@@ -35,11 +77,11 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=version("myserve"), routes=app.routes)
         document.setdefault("components", {})["schemas"] = _schemas()
-        for path in document["paths"].values():
-            for operation in path.values():
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
                 # FastAPI's own; here it is a 400
                 operation["responses"].pop("422", None)
-                operation["responses"]["default"] = ERROR
+                operation["responses"]["default"] = MESSAGES_ERROR if has_anthropic_shape(path) else ERROR
         app.openapi_schema = document
     return app.openapi_schema
 

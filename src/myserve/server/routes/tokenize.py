@@ -12,10 +12,11 @@ from myserve.errors import RequestError
 from myserve.server.answers.streaming import json_response
 from myserve.server.models.models import ServedModel
 from myserve.server.prompts.codec import Tokenizing
-from myserve.server.prompts.lengths import check_memory
-from myserve.server.routes.body import documented, models_of, read_request
+from myserve.server.prompts.lengths import check_lengths
+from myserve.server.prompts.required_prefix import keeping_prefix
+from myserve.server.routes.body import documented, models_of, read_request, settings_of
 from myserve.wire.base import WireModel
-from myserve.wire.chat import ChatMessage
+from myserve.wire.chat import ChatMessage, ChatTemplate, ReasoningEffort, check_prompt_end, prefix_token_ids
 from myserve.wire.fields import MAX_MESSAGES, MAX_TOOLS, TokenIds
 from myserve.wire.peers import REFUSED, Refused
 from myserve.wire.structured import Tool
@@ -26,20 +27,35 @@ router = APIRouter()
 
 
 class TokenizeRequest(WireModel):
-    """`POST /tokenize`: a text or a conversation. Without a model, the first served one."""
+    """`POST /tokenize`: a text or a conversation. Without a model, the first served one.
+
+    The tokenizer's own BOS or EOS is put around a text, and not around a conversation, unless `add_special_tokens` says
+    otherwise: a chat template writes its own.
+    """
 
     model: str | None = None
     prompt: str | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     messages: (
         Annotated[tuple[ChatMessage, ...], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
         | None
     ) = None
     tools: Annotated[tuple[Tool, ...], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    chat_template: ChatTemplate | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool = False
+    required_prefix_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None  # as in a chat
 
     REFUSED: ClassVar[Mapping[str, Refused]] = REFUSED
+
+    def check(self) -> None:
+        """Raise RequestError for what no field alone is wrong about."""
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", param="prompt")
+        check_prompt_end(self.messages, self.add_generation_prompt, self.continue_final_message)
 
 
 class DetokenizeRequest(WireModel):
@@ -54,13 +70,16 @@ class DetokenizeRequest(WireModel):
 async def tokenize(http: Request) -> Response:
     """`{"tokens": [...], "count": ..., "max_model_len": ...}`."""
     request = await read_request(http, TokenizeRequest)
-    if (request.prompt is None) == (request.messages is None):
-        raise RequestError("send either prompt or messages", param="prompt")
     model = await models_of(http).get(request.model)
+    model = model.with_template(request.chat_template, settings_of(http))
     ids = await Tokenizing(model.tokenizer_thread).run(_size(request), lambda: _encode(model, request))
-    body: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_model_len}
-    if request.return_token_strs:
-        body["token_strs"] = [model.codec.token_text(i) for i in ids]
+    texts = [model.codec.token_text(i) for i in ids] if request.return_token_strs else None
+    body = {
+        "tokens": ids,
+        "count": len(ids),
+        "max_model_len": model.engine.max_model_len,
+        "token_strs": texts,
+    }
     return json_response(body)
 
 
@@ -84,13 +103,25 @@ async def detokenize(http: Request) -> Response:
 
 
 def _encode(model: ServedModel, request: TokenizeRequest) -> list[int]:
-    texts = [request.prompt or "", *(message.text for message in request.messages or ())]
-    check_memory(sum(map(len, texts)))
-    if request.messages is not None:
-        return model.codec.encode_chat(
-            request.messages, request.chat_template_kwargs or {}, request.tools or ()
-        )
-    return model.codec.encode(request.prompt or "", add_special_tokens=request.add_special_tokens)
+    """Return the ids. A text that no prompt could be is refused by its length, as it is where tokens are drawn."""
+    codec, longest = model.codec, model.engine.max_model_len
+    if request.messages is None:
+        text = request.prompt or ""
+        check_lengths([text], codec, longest, param="prompt")
+        return codec.encode(text, add_special_tokens=request.add_special_tokens is not False)
+    check_lengths(["".join(message.text for message in request.messages)], codec, longest, param="messages")
+    kwargs = model.style.template_kwargs(request.reasoning_effort, request.chat_template_kwargs)
+    ids = codec.encode_chat(
+        request.messages,
+        kwargs,
+        request.tools or (),
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
+    )
+    prefix = prefix_token_ids(request.messages, request.required_prefix_token_ids)
+    if prefix is not None:
+        ids = keeping_prefix(ids, prefix, request.messages, codec, kwargs, model.engine.eos_token_ids)
+    return codec.with_special_tokens(ids) if request.add_special_tokens else ids
 
 
 def _size(request: TokenizeRequest) -> int:

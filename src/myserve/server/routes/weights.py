@@ -92,13 +92,19 @@ async def show_hot_load(http: Request) -> Response:
 
 def replica_of(model: ServedModel) -> Replica:
     snapshots = model.snapshots
-    return {
+    replica: Replica = {
         "current_snapshot_identity": snapshots.identity,
         "readiness": model.engine.is_alive,
         "loading_state": snapshots.loading_state(),
         "weight_version": model.engine.weight_version,
         "checksum": snapshots.checksum,
     }
+    if loaded := model.engine.adapters.values():
+        replica["loaded_adapters"] = [
+            {"identity": a.path, "status": "loaded", "name": a.name, "adapter_version": a.version}
+            for a in loaded
+        ]
+    return replica
 
 
 def _state(model: ServedModel) -> HotLoadState:

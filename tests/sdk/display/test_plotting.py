@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from myserve.sdk.plotting import PlottingError, check_chart_path, line_plot
+from myserve.sdk.display.plotting import PlottingError, check_chart_path, line_plot
 
 SERIES = {"reward": [(0, 0.1), (1, 0.4)], "held out": [(0, 0.2), (1, 0.3)]}
 WORDS = {"title": "GRPO", "x": "step", "y": "share right"}

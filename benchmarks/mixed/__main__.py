@@ -1,0 +1,97 @@
+"""Mixed requests alone, at once, staggered and after a restart, on several numbers of threads: equal bits.
+
+    python -m benchmarks.mixed MODEL --threads 1,2,3,5,6 --dtype float32
+    python -m benchmarks.mixed MODEL --dtype bfloat16 -- --max-num-batched-tokens 65 --prefill-chunk 13
+    python -m benchmarks.mixed MODEL --dtype float32 --parity          # and transformers' own tokens
+
+MODEL is a folder. What stands behind `--` goes to `myserve serve` as it is. The first number of threads sends the
+requests one after another, whole or streamed as it comes; every other pass must give the same ids, text, logprobs,
+alternatives, behaviour logprobs, scored prompts and finish reasons. `--kept FILE` keeps the first answers, so that a
+later run, of another commit or with other options, is compared with them. Ends with status 1, and says each difference.
+`-- --exact off` is the control: it must find some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.mixed.parity import compare_with_transformers
+from benchmarks.mixed.passes import Server, compare_all, serving
+from benchmarks.mixed.requests import MixedRequest, mixed_requests
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's end ends the servers too
+    ours, passed_on = _split(sys.argv[1:])
+    parser = argparse.ArgumentParser(prog="benchmarks.mixed", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", type=Path, help="a folder")
+    parser.add_argument("--threads", default="1,2,3", help="numbers, with commas; the first is compared with")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--max-tokens", type=int, default=16, help="of most requests")
+    parser.add_argument("--longest", type=int, default=300, help="tokens of the longest prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alone-everywhere", action="store_true", help="one after another on each server")
+    parser.add_argument("--kept", type=Path, help="answers to compare with; written where there are none")
+    parser.add_argument(
+        "--parity", action="store_true", help="compare with transformers.generate, in float32"
+    )
+    asked = parser.parse_args(ours)
+    began, options = time.monotonic(), ["--dtype", asked.dtype, *passed_on]
+    threads = [int(count) for count in asked.threads.split(",") if count]
+    failed = False
+    if asked.parity:
+        with serving(asked.model, ["--dtype", "float32", *passed_on]) as server:
+            parity = compare_with_transformers(server, asked.model)
+        print("\n".join(parity.lines()), flush=True)
+        failed = bool(parity.differences)
+    if threads:
+        vocab_size = _vocab_size(asked.model)
+
+        def requests(server: Server) -> list[MixedRequest]:
+            return mixed_requests(
+                server.model,
+                count=asked.requests,
+                seed=asked.seed,
+                vocab_size=vocab_size,
+                max_tokens=asked.max_tokens,
+                longest=asked.longest,
+            )
+
+        report = asyncio.run(
+            compare_all(
+                asked.model,
+                requests,
+                threads=threads,
+                options=options,
+                seed=asked.seed,
+                alone_everywhere=asked.alone_everywhere,
+                kept=asked.kept,
+            )
+        )
+        print("\n".join(report.lines()))
+        failed = failed or bool(report.differences)
+    print(f"{asked.model} {' '.join(options)}: {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is ours, and what stands behind `--`."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _vocab_size(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    size: int = config.get("text_config", config)["vocab_size"]
+    return size
+
+
+if __name__ == "__main__":
+    sys.exit(main())

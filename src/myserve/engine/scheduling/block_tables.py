@@ -1,0 +1,112 @@
+"""The blocks that each request holds: found in the prefix cache, added as it grows, shared by forks, given back."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from myserve.engine.scheduling.adapter import AdapterVersion
+from myserve.engine.scheduling.blocks import BlockPool
+from myserve.engine.scheduling.request import Request
+
+__all__ = ["BlockTables", "CachedPrefix"]
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """Full blocks of the prefix cache that hold the first `num_tokens` tokens of a request."""
+
+    blocks: list[int] = field(default_factory=list)
+    content_ids: list[int] = field(default_factory=list)  # the cache's names of them
+    num_tokens: int = 0
+
+
+class BlockTables:
+    """Keep `block_table` and `content_ids` of the requests that run on one pool of blocks."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+
+    def find_cached(self, request: Request, weight_version: int) -> CachedPrefix:
+        """Return the longest prefix of a request that the cache has, computed by these weights and its adapter.
+
+        At least one token is always left to run, for its logits are what the next token is drawn from.
+        """
+        if request.needs_prompt_logits and request.num_output_tokens == 0:
+            return CachedPrefix()
+        tokens = request.token_ids[: request.num_tokens - 1]
+        blocks, content_ids = self._pool.match(_root(request, weight_version, request.adapter), tokens)
+        return CachedPrefix(blocks, content_ids, len(blocks) * self._pool.block_size)
+
+    def has_room(self, prefix: CachedPrefix, count: int) -> bool:
+        """Return whether the pool has blocks for a cached prefix and `count` tokens after it."""
+        # a cached block that no request holds counts as free until it is held
+        newly_held = sum(1 for block in prefix.blocks if not self._pool.is_held(block))
+        needed = self._pool.blocks_for(prefix.num_tokens + count) - len(prefix.blocks)
+        return needed + newly_held <= self._pool.num_free
+
+    def begin(self, request: Request, prefix: CachedPrefix) -> None:
+        """Let a request without blocks begin with a cached prefix."""
+        self._pool.hold(prefix.blocks)
+        request.block_table, request.content_ids = list(prefix.blocks), list(prefix.content_ids)
+        request.num_computed_tokens = prefix.num_tokens
+
+    def extend(self, request: Request, count: int) -> bool:
+        """Add the blocks that `count` more tokens need. False, and nothing added, where they are not to be had."""
+        missing = self._pool.blocks_for(request.num_computed_tokens + count) - len(request.block_table)
+        if missing > self._pool.num_free:
+            return False
+        if missing > 0:
+            request.block_table += self._pool.allocate(missing)
+        return True
+
+    def cut(self, request: Request) -> None:
+        """Give back the blocks behind the request's own tokens: those of a draft that was wrong."""
+        needed = self._pool.blocks_for(request.num_tokens)
+        if len(request.block_table) > needed:
+            self._pool.release(request.block_table[needed:])
+            del request.block_table[needed:]
+
+    def room_of(self, request: Request) -> int:
+        """Return how many tokens more fit the blocks that the request has."""
+        return len(request.block_table) * self._pool.block_size - request.num_computed_tokens
+
+    def can_fork(self, leader: Request) -> bool:
+        """Return whether a sibling can share the leader's prompt: its partly filled last block needs a copy."""
+        return self._pool.num_free >= (1 if leader.num_prompt_tokens % self._pool.block_size else 0)
+
+    def fork(self, leader: Request, sibling: Request) -> list[tuple[int, int]]:
+        """Share the leader's full prompt blocks with a sibling; return what is to be copied: (from, to) or nothing."""
+        full, rest = divmod(leader.num_prompt_tokens, self._pool.block_size)
+        shared = leader.block_table[:full]
+        self._pool.hold(shared)
+        sibling.block_table, sibling.content_ids = list(shared), []
+        sibling.num_computed_tokens = leader.num_prompt_tokens
+        if not rest:
+            return []
+        sibling.block_table += self._pool.allocate(1)
+        return [(leader.block_table[full], sibling.block_table[full])]
+
+    def give_back(self, request: Request) -> None:
+        """Take all blocks from a request: none of its tokens counts as computed any more."""
+        self._pool.release(request.block_table)
+        request.block_table, request.content_ids = [], []
+        request.num_computed_tokens = 0
+
+    def publish_full(self, request: Request) -> None:
+        """Name the request's full blocks for the prefix cache."""
+        size = self._pool.block_size
+        for index in range(len(request.content_ids), request.num_computed_tokens // size):
+            root = _root(request, request.weight_version, request.first_adapter)
+            parent = request.content_ids[-1] if request.content_ids else root
+            tokens = request.token_ids[index * size : (index + 1) * size]
+            request.content_ids.append(self._pool.publish(request.block_table[index], parent, tokens))
+
+
+def _root(request: Request, weight_version: int, adapter: AdapterVersion | None) -> Hashable:
+    """Return where the names of a request's blocks begin: two versions' blocks are never taken for one another,
+    nor those of two adapters.
+
+    Versions only grow, so blocks that older weights began can never be found again, whatever is added to them.
+    """
+    return (request.cache_root, weight_version, None if adapter is None else adapter.version)

@@ -1,0 +1,1 @@
+"""A run as a person sees it: charts in files, and progress in a terminal."""

@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: read as a chat, answered as blocks."""

@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: read as a chat, answered as items."""

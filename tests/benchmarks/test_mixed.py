@@ -1,0 +1,49 @@
+"""Mixed requests have equal bits alone, at once, staggered and after a restart; and have not without exactness."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.mixed.passes import Report, Server, compare_all
+from benchmarks.mixed.requests import ECHO, KINDS, MixedRequest, mixed_requests
+from conftest import VOCAB_SIZE
+
+
+def compare(model: Path, *, threads: list[int], options: list[str], kept: Path | None = None) -> Report:
+    def requests(server: Server) -> list[MixedRequest]:
+        return mixed_requests(server.model, count=len(KINDS) + 1, vocab_size=VOCAB_SIZE, longest=90)
+
+    return asyncio.run(
+        compare_all(
+            model, requests, threads=threads, options=["--dtype", "float32", *options], seed=0, kept=kept
+        )
+    )
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("arch", ["odd_gemma3", "qwen3_moe"])
+def test_all_passes_are_equal(arch: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """A window and GeGLU of odd width; experts. `python -m benchmarks.mixed MODEL` does it to any model."""
+    kept = tmp_path / "answers.json"
+    report = compare(tiny_model(arch), threads=[3], options=[], kept=kept)
+    assert report.differences == []
+    assert report.compared == 4 * (len(KINDS) + 1)
+    assert len(json.loads(kept.read_text())) == len(KINDS) + 1
+
+
+@pytest.mark.timeout(600)
+def test_control_without_exactness_they_are_not(tiny_model: Callable[[str], Path]) -> None:
+    report = compare(tiny_model("odd_gemma3"), threads=[3], options=["--exact", "off"])
+    assert report.differences and all("choice" in words for words in report.differences)
+
+
+def test_every_kind_is_asked_for_and_a_seed_gives_the_same() -> None:
+    one, other = (mixed_requests("m", count=60, seed=5, vocab_size=500) for _ in range(2))
+    assert one == other
+    assert {request.kind for request in one} == {*KINDS, ECHO}
+    assert {request.path for request in one} == {"/v1/completions", "/v1/chat/completions"}

@@ -1,0 +1,63 @@
+"""`myserve quantize` as a process, and a server on what it wrote: `/version` says what runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import make_tiny_model
+
+COMMAND = [sys.executable, "-m", "myserve"]
+
+
+def quantize(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, "quantize", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def test_writes_a_checkpoint_that_a_server_serves(tmp_path: Path) -> None:
+    model = make_tiny_model("qwen3", tmp_path / "model")
+    done = quantize(model, tmp_path / "int8")
+    assert done.returncode == 0, done.stderr
+    assert f"serve it with: myserve serve {tmp_path / 'int8'}" in done.stderr
+    names = {path.name for path in (tmp_path / "int8").iterdir()}
+    assert names == {path.name for path in model.iterdir()}
+    command = [*COMMAND, "serve", str(tmp_path / "int8"), "--port", "0", "--served-model-name", "tiny"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        url = server.stderr.readline().split()[-1]
+        body = json.dumps({"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 3}).encode()
+        request = urllib.request.Request(url + "/v1/completions", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] > 0
+        with urllib.request.urlopen(url + "/version") as answer:
+            told = json.load(answer)["quantization"]["tiny"]
+        assert told["method"] == "int8" and told["layers"] == 15 and told["unquantized"] == []
+    finally:
+        server.terminate()
+        server.stderr.close()
+        server.wait(timeout=30)
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    (tmp_path / "there").mkdir()
+    for args, reason in (
+        ((tiny_model("qwen3"), tmp_path / "there"), "exists already"),
+        ((tmp_path / "nowhere", tmp_path / "out"), "is no folder"),
+        ((tmp_path / "there", tmp_path / "out"), "is no model"),
+    ):
+        done = quantize(*args)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and reason in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
