@@ -15,9 +15,11 @@ from myserve.engine.kernels import cache_folder
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    cache_folder.cache_folder.cache_clear()
+    # held here: a test's monkeypatch may still stand in its place at the end
+    asked = cache_folder.cache_folder
+    asked.cache_clear()
     yield
-    cache_folder.cache_folder.cache_clear()
+    asked.cache_clear()
 
 
 class _Nowhere:
