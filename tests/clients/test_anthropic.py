@@ -35,6 +35,12 @@ def test_create_and_stream_agree(client: Any, served: Any) -> None:
     assert whole._request_id
 
 
+def test_models_are_listed(client: Any, served: Any) -> None:
+    listed = list(client.models.list(limit=1))
+    assert listed[0].id == served.model
+    assert client.models.retrieve(served.model).max_input_tokens == listed[0].max_input_tokens > 0
+
+
 def test_a_tool_is_called_and_its_result_read(client: Any, served: Any) -> None:
     asked = {"model": served.model, "max_tokens": 200, "tools": [TOOL], "extra_body": {"seed": 2}}
     choice = {"type": "any", "disable_parallel_tool_use": True}

@@ -252,6 +252,49 @@ def test_other_routes_have_the_same_shape(server: Any, method: str, path: str, s
     check_shape(response)
 
 
+LONG = "a b " * 2000  # more than the context, in any tokens
+TEXT = {"messages": [{"role": "user", "content": LONG}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": USER, "max_tokens": 10_000}, "max_tokens"),
+        (CHAT, {"messages": USER, "max_completion_tokens": 10_000}, "max_completion_tokens"),
+        (CHAT, TEXT, "messages"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": 10_000}, "max_tokens"),
+        (COMPLETIONS, {"prompt": [5] * 600}, "prompt"),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 10_000}, "max_output_tokens"),
+        ("/v1/responses", {"input": LONG}, "input"),
+        ("/v1/messages", TEXT | {"max_tokens": 9}, "messages"),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [5], "sampling_params": {"max_tokens": 10_000}},
+            "sampling_params.max_tokens",
+        ),
+        ("/inference/v1/generate", {"token_ids": [5] * 600, "sampling_params": {}}, "token_ids"),
+        (
+            "/generate",
+            {"input_ids": [5], "sampling_params": {"max_new_tokens": 10_000}},
+            "sampling_params.max_new_tokens",
+        ),
+        ("/generate", {"text": LONG}, "text"),
+    ],
+)
+def test_what_is_too_long_is_named_as_the_route_calls_it(
+    server: Any, path: str, body: dict[str, Any], param: str
+) -> None:
+    answer = httpx.post(server.url + path, json={"model": "tiny", **body})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    said = error if "message" in error else answer.json()
+    assert "512 tokens" in said["message"]
+    # in SGLang's shape no field is named apart
+    assert said["param"] == param
+    if param.endswith("tokens"):
+        assert f"{param} is 10000" in said["message"]
+
+
 def test_an_unknown_model_is_a_404_and_says_what_there_is(server: Any) -> None:
     for route, minimal in MINIMAL.items():
         response = httpx.post(server.url + route, json=minimal | {"model": "../../etc"})

@@ -289,7 +289,7 @@ def _replica_class(urls: tuple[str, ...], options: Mapping[str, Any]) -> type[An
                 raise ValueError(
                     f"replica {self.replica_rank} has no server: {len(urls)} URLs were registered"
                 )
-            actor = ray.remote(RolloutServer).options(
+            actor: Any = ray.remote(RolloutServer).options(
                 name=f"myserve_server_{self.replica_rank}{self.name_suffix}",
                 num_cpus=0,
                 max_concurrency=self.max_concurrency + ACTOR_CALLS,

@@ -345,3 +345,26 @@ def test_without_transformers_decisions_it_is_told(server: Any, monkeypatch: pyt
 def test_a_label_without_any_probability_has_none() -> None:
     assert probabilities_of([None, -2.0, None]) == [0.0, 1.0, 0.0]
     assert probabilities_of([None, None]) is None
+
+
+@pytest.mark.parametrize("path", ["/v1/systemone", "/v1/decisions"])
+def test_a_session_has_no_effect_and_the_answer_says_so(server: Any, path: str) -> None:
+    predicate = {"type": "predicate", "instructions": "Is it spam?"}
+    body = (
+        body_of() if path == "/v1/systemone" else {"model": "tiny", "input": "hi", "questions": [predicate]}
+    )
+    told = [
+        httpx.post(server.url + path, json=body, headers=headers, timeout=60).json()
+        for headers in ({}, {"X-Session-ID": "decided"})
+    ]
+    assert told[0]["warnings"] == []
+    assert told[1]["warnings"] == [
+        "the session 'decided' has no effect: a decision draws nothing that a later turn could go on from"
+    ]
+    for answers in (
+        [*one["answers"].values()] if path == "/v1/systemone" else one["answers"] for one in told
+    ):
+        for answer in answers:
+            answer.pop("diagnostics", None)  # how much of it was cached
+    assert told[0]["answers"] == told[1]["answers"]
+    assert httpx.get(server.url + "/v1/sessions/decided").status_code == 404

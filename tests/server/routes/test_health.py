@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def test_no_probe_starts_a_load(path: str) -> None:
 
     assert asyncio.run(ask()).status_code in (200, 503)
     assert app.state.models.readiness() == {"m": "unloaded"}
+
+
+def test_anthropic_s_clients_get_models_in_their_shape(server: Any) -> None:
+    headers = {"anthropic-version": "2023-06-01"}
+    page = httpx.get(server.url + "/v1/models", headers=headers, params={"limit": 1}).json()
+    ids = [model["id"] for model in httpx.get(server.url + "/v1/models").json()["data"]]
+    assert [model["id"] for model in page["data"]] == ids
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (ids[0], ids[-1], False)
+    one = httpx.get(server.url + "/v1/models/tiny", headers=headers).json()
+    assert one == page["data"][0]
+    assert (one["type"], one["display_name"], one["max_input_tokens"]) == ("model", "tiny", 512)
+    assert datetime.fromisoformat(one["created_at"]).timestamp() == server.app.state.models.created
+    behind = httpx.get(server.url + "/v1/models", headers=headers, params={"after_id": ids[-1]}).json()
+    assert behind["data"] == []
 
 
 def test_a_model_that_is_not_served_is_a_404(server: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request, Response
 
+from myserve.engine.requests.lengths import checked_max_tokens
 from myserve.server import caller
 from myserve.server.answers.answer import ActiveAnswer
 from myserve.server.answers.bursts import bursts_of
@@ -55,6 +56,9 @@ async def begin_request(
     check_top_logprobs(request, http.app.state.settings.max_logprobs)
     engine.check_room(request.num_choices)
     planned = await plan(answer)
+    # the engine does so too, but knows no route's names
+    for prompt, params in zip(planned.prompts, planned.params, strict=True):
+        checked_max_tokens(len(prompt), params.max_tokens, engine.max_model_len, planned.fields)
     check_known_size(
         planned.prompts,
         planned.params,

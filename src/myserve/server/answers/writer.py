@@ -12,6 +12,7 @@ import orjson
 
 from myserve.core.params import SamplingParams
 from myserve.engine.outputs import Delta, TokenOutput
+from myserve.engine.requests.lengths import OURS, LengthFields
 from myserve.server.answers.answer import ActiveAnswer
 from myserve.server.answers.streaming import error_event
 from myserve.server.choice import Choice
@@ -126,3 +127,4 @@ class Plan:
     request_ids: Sequence[str] | None = None  # of the prompts, where the client named them one by one
     adapters: Sequence[str | None] | None = None  # of the prompts; None: what the request's model names
     differ: bool = False  # whether the prompts' parameters differ in more than the seed
+    fields: LengthFields = OURS  # what the request calls them

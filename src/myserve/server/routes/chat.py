@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from myserve.core.grammar import Reasoning
 from myserve.engine.outputs import Delta, TokenOutput
+from myserve.engine.requests.lengths import LengthFields
 from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
 from myserve.server.answers.respond import answer_request
 from myserve.server.answers.writer import AnswerWriter, Plan
@@ -64,12 +65,15 @@ async def plan_chat(
     answer: ActiveAnswer[ChatCompletionRequest],
     write: ChatWriters | None = None,
     drawn: DrawnTurns | None = None,
+    fields: LengthFields | None = None,
 ) -> Plan:
     """Return the draws of a chat. `write` makes the writer of another dialect that was read as a chat.
 
     `drawn` are earlier turns that the prompt has as they were drawn where its text agrees, and is told where not.
+    `fields`: what the other dialect calls its conversation and its limit.
     """
     request = answer.request
+    fields = fields or _length_fields(request)
     model = answer.model = answer.model.with_template(request.chat_template, settings)
     codec, style = model.codec, model.style
     kwargs = style.template_kwargs(request.reasoning_effort, request.chat_template_kwargs)
@@ -79,7 +83,7 @@ async def plan_chat(
     prefix = request.prefix_token_ids
 
     def plan() -> Plan:
-        check_lengths(["".join(texts)], codec, model.engine.max_model_len, param="messages")
+        check_lengths(["".join(texts)], codec, model.engine.max_model_len, param=fields.prompt)
         params = chat_params(request, codec)
         prompt = codec.encode_chat(
             request.messages,
@@ -101,21 +105,30 @@ async def plan_chat(
         begun = texts[-1] if request.continue_final_message else ""
         reasoning = style.reasoning(codec, prompt, request.thinking_token_budget, begun)
         params = constrained(params, request, tools, style.tools, reasoning)
-        return Plan([prompt], [params], (write or ChatWriter)(answer, tools, reasoning))
+        return Plan([prompt], [params], (write or ChatWriter)(answer, tools, reasoning), fields=fields)
 
     size = sum(map(len, texts)) + CHARS_PER_MESSAGE * len(texts) + CHARS_PER_TOOL * len(offered)
     size += len(prefix or ()) + (0 if drawn is None else len(drawn.token_ids))
     return await answer.tokenizing.run(size + work_of_params(request), plan)
 
 
+def _length_fields(request: ChatCompletionRequest) -> LengthFields:
+    return LengthFields(
+        "messages", "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    )
+
+
 async def prompt_of(
-    http: Request, request: ChatCompletionRequest, drawn: DrawnTurns | None = None
+    http: Request,
+    request: ChatCompletionRequest,
+    drawn: DrawnTurns | None = None,
+    fields: LengthFields | None = None,
 ) -> list[int]:
     """Return the prompt of a chat, of which nothing is drawn. Raises RequestError as a draw would."""
     models = models_of(http)
     model = await models.get(request.model)
     answer = ActiveAnswer.begin(request, model, "", models.adapter_of(request.model))
-    return list((await plan_chat(settings_of(http), answer, drawn=drawn)).prompts[0])
+    return list((await plan_chat(settings_of(http), answer, drawn=drawn, fields=fields)).prompts[0])
 
 
 class ChatWriter(AnswerWriter[ChatCompletionRequest]):

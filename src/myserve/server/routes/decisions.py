@@ -24,6 +24,7 @@ from myserve.server.answers.streaming import json_response, unless_gone
 from myserve.server.choice import Choice
 from myserve.server.prompts.decisions import AskedQuestion
 from myserve.server.routes.body import documented, models_of, read_request
+from myserve.server.sessions.store import session_id_of
 from myserve.wire.dialects.decisions import (
     Decision,
     DecisionFields,
@@ -78,6 +79,7 @@ async def decide_as_system_one(http: Request) -> Response:
         "usage": {"input_tokens": usage["input_tokens"], "output_tokens": 0},
         "diagnostics": {reading.asked.question.name: reading.diagnostics for reading in readings},
         "system_fingerprint": answer.fingerprint,
+        "warnings": _without_effect(http),
     }
     return json_response(body)
 
@@ -97,8 +99,18 @@ async def decide_as_openai(http: Request) -> Response:
         ],
         "usage": _usage(readings),
         "system_fingerprint": answer.fingerprint,
+        "warnings": _without_effect(http),
     }
     return json_response(body)
+
+
+def _without_effect(http: Request) -> list[str]:
+    """Say that a session has none. It is no error: routers go by the header, and clients send it with everything."""
+    if (name := session_id_of(http.headers)) is None:
+        return []
+    return [
+        f"the session {name!r} has no effect: a decision draws nothing that a later turn could go on from"
+    ]
 
 
 def openai_answer(question: Any, reading: LabelReading) -> OpenAIAnswer:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, TokenOutput
+from myserve.engine.requests.lengths import LengthFields
 from myserve.server.answers.answer import ActiveAnswer, finish_reason_of, usage_of
 from myserve.server.answers.marked import weight_versions
 from myserve.server.answers.npy import as_npy, named_matrix, routed_rows
@@ -25,6 +26,8 @@ __all__ = ["router"]
 
 router = APIRouter()
 
+LENGTH_FIELDS = LengthFields("token_ids", "sampling_params.max_tokens")
+
 
 @router.post("/inference/v1/generate", openapi_extra=documented(GenerateRequest, Generated, Generated))
 async def generate(http: Request) -> Response:
@@ -37,7 +40,7 @@ async def generate(http: Request) -> Response:
             work_of_params(completion), lambda: generate_params(request, completion, answer.model.codec)
         )
         writer = GenerateWriter(answer, request)
-        return Plan([request.token_ids], [params], writer)
+        return Plan([request.token_ids], [params], writer, fields=LENGTH_FIELDS)
 
     answer_id = request.request_id or f"gen-{uuid.uuid4().hex}"
     return await answer_request(http, completion, plan, answer_id=answer_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -11,10 +12,13 @@ from myserve.errors import ModelNotFoundError
 from myserve.server.answers.streaming import json_response, to_json
 from myserve.server.models.models import ServedModel
 from myserve.server.routes.body import models_of
+from myserve.wire.messages_api.answer import MessagesModel, MessagesModelList
 
 __all__ = ["router"]
 
 router = APIRouter()
+
+ANTHROPIC_VERSION = "anthropic-version"  # the header that all of Anthropic's clients send
 
 NOT_READY: dict[int | str, dict[str, Any]] = {
     503: {"description": "Not ready yet, or dead: the body says which."}
@@ -73,9 +77,22 @@ async def show_version(http: Request) -> Response:
 
 @router.get("/v1/models")
 async def list_models(http: Request) -> Response:
-    """Return the served names, with the context's length where the model is loaded."""
+    """Return the served names, with the context's length where the model is loaded.
+
+    In Anthropic's shape to a client that sends `anthropic-version`: all at once, whatever page it asks for.
+    """
     models = models_of(http)
     names = [*models.names, *models.adapters]
+    if ANTHROPIC_VERSION in http.headers:
+        asked = http.query_params
+        rest = [] if "after_id" in asked or "before_id" in asked else names
+        page = MessagesModelList(
+            data=[_anthropic_card(http, name) for name in rest],
+            first_id=rest[0] if rest else None,
+            last_id=rest[-1] if rest else None,
+            has_more=False,
+        )
+        return json_response(page)
     return json_response({"object": "list", "data": [_card(http, name) for name in names]})
 
 
@@ -85,12 +102,28 @@ async def show_model(http: Request, name: str) -> Response:
     models = models_of(http)
     if name not in models.names and name not in models.adapters:
         raise ModelNotFoundError(f"the model {name[:200]!r} is not served here")
+    if ANTHROPIC_VERSION in http.headers:
+        return json_response(_anthropic_card(http, name))
     return json_response(_card(http, name))
 
 
 def _loaded(http: Request) -> dict[str, ServedModel]:
     models = models_of(http)
     return {name: model for name in models.names if (model := models.if_loaded(name)) is not None}
+
+
+def _anthropic_card(http: Request, name: str) -> MessagesModel:
+    card = _card(http, name)
+    longest = card["max_model_len"]
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(card["created"], UTC).isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": longest,
+        "max_tokens": longest,
+    }
 
 
 def _card(http: Request, name: str) -> dict[str, Any]:

@@ -319,6 +319,7 @@ class SystemOneAnswers(TypedDict):
     usage: SystemOneUsage
     diagnostics: dict[str, Diagnostics]
     system_fingerprint: str
+    warnings: list[str]  # what was asked for and has no effect
 
 
 class CachedTokens(TypedDict):
@@ -370,3 +371,4 @@ class Decision(TypedDict):
     answers: list[OpenAIAnswer]
     usage: DecisionUsage
     system_fingerprint: str
+    warnings: list[str]

@@ -14,6 +14,7 @@ from myserve.wire.completions import CompletionRequest
 from myserve.wire.fields import MAX_STOP_STRINGS, LogitBias, TokenIds
 from myserve.wire.peers import REFUSED, Refused
 from myserve.wire.responses import VersionSpan
+from myserve.wire.sessions import SessionAnswer
 from myserve.wire.structured import Schema, StructuredOutputs
 
 __all__ = [
@@ -454,6 +455,7 @@ class MetaInfo(TypedDict):
     e2e_latency: float
     seed: int
     adapter_version: NotRequired[int]  # ours too
+    session: NotRequired[SessionAnswer]  # where the request names one
     input_token_logprobs: NotRequired[list[LogprobTriple]]
     output_token_logprobs: NotRequired[list[LogprobTriple]]
     output_token_logprobs_length: NotRequired[int]

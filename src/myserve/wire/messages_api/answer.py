@@ -16,6 +16,8 @@ __all__ = [
     "MessageTokensCount",
     "MessageUsage",
     "MessagesError",
+    "MessagesModel",
+    "MessagesModelList",
     "TextOut",
     "ThinkingOut",
     "ToolUseOut",
@@ -118,3 +120,22 @@ class MessagesError(TypedDict):
 
     type: Literal["error"]
     error: MessagesErrorBody
+
+
+class MessagesModel(TypedDict):
+    """A served model as Anthropic's clients list it."""
+
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str  # RFC 3339
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None  # None: it is not loaded
+    max_tokens: int | None
+
+
+class MessagesModelList(TypedDict):
+    data: list[MessagesModel]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

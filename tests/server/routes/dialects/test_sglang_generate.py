@@ -355,3 +355,17 @@ def test_bad_input_is_a_400_that_says_so(server: Any, body: dict[str, Any], word
 def test_a_default_never_makes_a_request_too_long(server: Any) -> None:
     answer = send(server, input_ids=[5] * 500, sampling_params={"ignore_eos": True})
     assert answer["meta_info"]["completion_tokens"] == 12
+
+
+def test_an_answer_says_where_it_stands_in_its_session(server: Any) -> None:
+    def told(ids: list[int], **headers: str) -> Any:
+        body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+        return httpx.post(server.url + "/generate", json=body, headers=headers, timeout=60).json()
+
+    name = "test_an_answer_says_where_it_stands_in_its_session"
+    first = told(IDS, **{"X-Session-ID": name})
+    drawn = IDS + first["output_ids"]
+    second = told([*drawn, 5], **{"X-Session-ID": name})["meta_info"]["session"]
+    assert (second["id"], second["turn"], second["continues"]) == (name, 1, 0)
+    assert (second["kept_tokens"], second["new_tokens"], second["drift"]) == (len(drawn), 1, [])
+    assert "session" not in told(IDS)["meta_info"]

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from myserve.engine.outputs import Delta, PromptLogprob, TokenOutput
+from myserve.engine.requests.lengths import LengthFields
 from myserve.errors import RequestError
 from myserve.server.answers.answer import ActiveAnswer
 from myserve.server.answers.marked import weight_versions
@@ -99,6 +100,7 @@ async def generate_natively(http: Request) -> Response:
                 request.rids(answer.id),
                 request.adapters,
                 differ=isinstance(request.sampling_params, tuple),
+                fields=LengthFields("text" if texts else "input_ids", "sampling_params.max_new_tokens"),
             )
 
         size = sum(map(len, texts)) + CHARS_PER_PROMPT * len(texts)
@@ -160,6 +162,8 @@ class NativeWriter(AnswerWriter[CompletionRequest]):
         }
         if choice.adapter_version is not None:
             meta["adapter_version"] = choice.adapter_version
+        if self.answer.session is not None and choice.last is not None:
+            meta["session"] = self.answer.session.told(choice)
         if self._asked.returns_logprobs(choice.prompt):
             self._add_logprobs(meta, choice)
         self._add_supports(meta, choice)

@@ -8,6 +8,7 @@ from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
+from myserve.engine.requests.lengths import LengthFields
 from myserve.server.answers.answer import ActiveAnswer
 from myserve.server.answers.respond import answer_request
 from myserve.server.answers.streaming import json_response
@@ -25,6 +26,7 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["Messages"])
 
+LENGTH_FIELDS = LengthFields("messages", "max_tokens")
 MADE = documented(MessagesRequest, MessageOfAssistant, MessageEvent)
 
 
@@ -35,7 +37,9 @@ async def create_message(http: Request) -> Response:
     turn = await _turn(http, asked)
 
     async def plan(answer: ActiveAnswer[ChatCompletionRequest]) -> Plan:
-        planned = await plan_chat(settings_of(http), answer, partial(MessagesWriter, turn=turn))
+        planned = await plan_chat(
+            settings_of(http), answer, partial(MessagesWriter, turn=turn), fields=LENGTH_FIELDS
+        )
         room = answer.model.engine.max_model_len - len(planned.prompts[0])
         return replace(planned, params=[turn.fitting(params, room) for params in planned.params])
 

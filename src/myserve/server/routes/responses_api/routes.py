@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from myserve.engine.requests.lengths import LengthFields
 from myserve.errors import RequestError
 from myserve.server import caller
 from myserve.server.answers.answer import ActiveAnswer
@@ -48,6 +49,7 @@ router = APIRouter(tags=["Responses"])
 
 ROOT = "/v1/responses"
 MOST_LISTED = 100
+LENGTH_FIELDS = LengthFields("input", "max_output_tokens")
 BYTES_PER_ITEM = 64  # of a conversation's JSON, at least
 
 MADE = documented(ResponseRequest, ResponseObject, ResponseEvent)
@@ -69,7 +71,7 @@ async def create_response(http: Request) -> Response:
 async def count_input_tokens(http: Request) -> Response:
     """Return how many tokens the prompt of a request has."""
     turn = await _turn(http, await read_request(http, ResponseRequest))
-    prompt = await prompt_of(http, turn.chat, turn.drawn)
+    prompt = await prompt_of(http, turn.chat, turn.drawn, LENGTH_FIELDS)
     return json_response(InputTokenCount(object="response.input_tokens", input_tokens=len(prompt)))
 
 
@@ -181,7 +183,7 @@ def _planned(http: Request, turn: ResponseTurn, keep: Any = None) -> Any:
         if turn.asked.truncation == "auto" and (word := await fit_prompt(answer)) is not None:
             turn.words.append(word)
         write = partial(ResponseWriter, turn=turn, keep=keep)
-        return await plan_chat(settings_of(http), answer, write, turn.drawn)
+        return await plan_chat(settings_of(http), answer, write, turn.drawn, LENGTH_FIELDS)
 
     return plan
 
