@@ -10,7 +10,7 @@ __all__ = ["OURS", "LengthFields", "checked_max_tokens"]
 
 
 class LengthFields(NamedTuple):
-    """What a request calls its prompt and its limit, for errors in its own words."""
+    """Names of a request's prompt and of its limit, for errors in its own words."""
 
     prompt: str = "prompt"
     limit: str = "max_tokens"
