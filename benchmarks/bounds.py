@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import httpx
 
 CHAT, COMPLETIONS, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
+RESPONSES, MESSAGES, DECISIONS = "/v1/responses", "/v1/messages", "/v1/systemone"
 
 
 class Case(NamedTuple):
@@ -67,6 +68,14 @@ def cases(
     wide = {"n": 128, "max_tokens": 16, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
     yield case("bytes of an answer", CHAT, messages=user, **wide)
     yield case("bytes of a stream", CHAT, messages=user, stream=True, **wide)
+    yield case("items of a response", RESPONSES, input=user * 16_384)
+    yield case("bytes of a response's input", RESPONSES, input=text)
+    yield case("turns of Messages", MESSAGES, messages=user * 16_384)
+    choice = {"type": "choice", "instructions": "Which?", "criteria": dict.fromkeys("abcdefghijklmnop")}
+    questions = {f"q{i}": choice for i in range(min(400, max_queue))}
+    yield case("questions", DECISIONS, state="hi", questions=questions)
+    states = {str(i): ["x" * 50] for i in range(60_000)}
+    yield case("a state of many parts", DECISIONS, state=states, questions={"q": choice})
     yield case("scores of a prompt", COMPLETIONS, prompt=[5] * long, prompt_logprobs=1024)
 
 

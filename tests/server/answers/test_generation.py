@@ -13,9 +13,9 @@ from myserve.core.params import SamplingParams
 from myserve.errors import MyserveError, OverloadedError
 from myserve.server.answers import generation, size
 from myserve.server.answers.generation import Generation, params_of_prompts
-from myserve.server.answers.turns import LoopTurns
 from myserve.server.models.in_flight import InFlight
 from myserve.server.prompts.sampling import seed_of_prompt
+from myserve.server.turns import LoopTurns
 from myserve.wire.completions import CompletionRequest
 
 PROMPTS = [[1, 2]] * 50

@@ -12,9 +12,9 @@ from myserve.server.answers.answer import ActiveAnswer
 from myserve.server.answers.generation import Generation
 from myserve.server.answers.size import delta_size
 from myserve.server.answers.streaming import WRITTEN_INLINE_BYTES, to_json, to_json_in_slices
-from myserve.server.answers.turns import LOOP_SECONDS
 from myserve.server.answers.writer import AnswerWriter, Body
 from myserve.server.choice import Choice
+from myserve.server.turns import LOOP_SECONDS
 from myserve.wire.fields import GenerationRequest
 
 __all__ = ["bursts_of"]

@@ -14,13 +14,13 @@ from myserve.errors import EngineError, MyserveError
 from myserve.server import caller
 from myserve.server.answers.pacing import DeltaPacer
 from myserve.server.answers.size import CHOICE, check_size, delta_size
-from myserve.server.answers.turns import LoopTurns
 from myserve.server.choice import Choice
 from myserve.server.models.models import ServedModel
 from myserve.server.models.served_engine import ServedStream
 from myserve.server.observe import traces
 from myserve.server.observe.logs import note
 from myserve.server.prompts.sampling import seed_of_prompt
+from myserve.server.turns import LoopTurns
 from myserve.wire.fields import GenerationRequest
 
 __all__ = ["Generation", "params_of_prompts"]
@@ -194,8 +194,10 @@ class Generation:
         """Return every choice, once all have ended. Raises RequestError when they are too large for one answer."""
         self.size = CHOICE * len(self.choices)
         num_tokens = 0
+        turns = LoopTurns()
         async with aclosing(self.steps()) as steps:
             async for step in steps:
+                await turns.take()
                 for _, delta in step:
                     self.size += delta_size(delta)
                     num_tokens += len(delta.tokens)

@@ -15,6 +15,7 @@ import jinja2
 from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import EngineError, RequestError
 from myserve.server.prompts.control_tokens import ControlTokens
+from myserve.server.turns import LoopTurns
 from myserve.wire.chat import ChatMessage
 from myserve.wire.structured import Tool
 
@@ -177,13 +178,17 @@ class Tokenizing:
 
     def __init__(self, worker: ThreadPoolExecutor) -> None:
         self._worker = worker
+        self._turns = LoopTurns()
         self.queued = 0.0  # seconds
         self.spent = 0.0
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
         """Return `work()`, which is to tokenize about `size` characters."""
         if size <= INLINE_CHARACTERS:
-            return self._timed(work, time.perf_counter())
+            done = self._timed(work, time.perf_counter())
+            # one of hundreds, it may be
+            await self._turns.take()
+            return done
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, self._timed, work, time.perf_counter())
 

@@ -55,6 +55,7 @@ class DecisionPrompts:
     def __init__(self, codec: Codec, folder: str | None = None) -> None:
         self._codec = codec
         self._folder = folder if folder is not None and Path(folder).is_dir() else None
+        self._ids: dict[str, int | None] = {}  # of labels
 
     @cached_property
     def _config(self) -> Any:
@@ -84,13 +85,17 @@ class DecisionPrompts:
 
     def _ids_of(self, labels: Sequence[str]) -> tuple[int, ...] | None:
         """Return the id of each label; None unless each is a token, and no two the same."""
-        ids = [self._codec.encode(label, add_special_tokens=False) for label in labels]
-        single = [one[0] for one, label in zip(ids, labels, strict=True) if self._is_label(one, label)]
-        return tuple(single) if len(set(single)) == len(labels) else None
+        single = tuple(one for one in map(self._id_of, labels) if one is not None)
+        return single if len(set(single)) == len(labels) else None
 
-    def _is_label(self, ids: Sequence[int], label: str) -> bool:
-        # one that the tokenizer does not know is a token too, and reads otherwise
-        return len(ids) == 1 and self._codec.decode(ids).strip() == label
+    def _id_of(self, label: str) -> int | None:
+        """Return the label's token; None unless it is one. Looked up once: hundreds of questions have the same."""
+        if label not in self._ids:
+            ids = self._codec.encode(label, add_special_tokens=False)
+            # one that the tokenizer does not know is a token too, and reads otherwise
+            alone = len(ids) == 1 and self._codec.decode(ids).strip() == label
+            self._ids[label] = ids[0] if alone else None
+        return self._ids[label]
 
     def parse(self, questions: Mapping[str, Any]) -> list[Any]:
         """Return transformers' questions. Raises RequestError that tells all that is wrong with them."""

@@ -22,9 +22,11 @@ from myserve.server.answers.answer import ActiveAnswer
 from myserve.server.answers.generation import Generation
 from myserve.server.answers.streaming import json_response, unless_gone
 from myserve.server.choice import Choice
+from myserve.server.prompts.codec import INLINE_CHARACTERS
 from myserve.server.prompts.decisions import AskedQuestion
 from myserve.server.routes.body import documented, models_of, read_request
 from myserve.server.sessions.store import session_id_of
+from myserve.server.turns import LoopTurns
 from myserve.wire.dialects.decisions import (
     Decision,
     DecisionFields,
@@ -155,7 +157,8 @@ async def _decide(
     answer = ActiveAnswer.begin(generation, model, answer_id, models.adapter_of(request.model))
     engine, decisions, kwargs = model.engine, model.decisions, request.chat_template_kwargs or {}
     engine.check_room(len(questions))
-    parsed = await answer.tokenizing.run(0, partial(decisions.parse, questions))
+    # off the loop: the first reads the labels of the model's tokenizer, some hundred of them
+    parsed = await answer.tokenizing.run(INLINE_CHARACTERS + 1, partial(decisions.parse, questions))
     size = len(str(state))
     asked: list[AskedQuestion] = []
     for question in parsed:
@@ -166,10 +169,11 @@ async def _decide(
     choices = await _drawn(http, answer, asked[:1])
     if len(asked) > 1:
         choices += await _drawn(http, answer, asked[1:])
-    readings = [
-        _read(answer, one, choice, tells_prompt=bool(request.return_token_ids))
-        for one, choice in zip(asked, choices, strict=True)
-    ]
+    readings: list[LabelReading] = []
+    turns = LoopTurns()
+    for one, choice in zip(asked, choices, strict=True):
+        readings.append(_read(answer, one, choice, tells_prompt=bool(request.return_token_ids)))
+        await turns.take()
     return answer, readings
 
 
