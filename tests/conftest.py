@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from model_zoo import SERVED
+from myserve.engine.steps import recordings
+from myserve.engine.steps.recordings import likely_shapes
+
 if TYPE_CHECKING:
     from myserve.engine.engine import Engine
-from model_zoo import SERVED
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Hello, hello world! One, two, three, four.",
@@ -114,6 +118,17 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     return True
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_shapes_are_recorded_ahead() -> Iterator[None]:
+    """An idle engine records some 140 likely shapes, seconds of CPU each time; the hundreds of engines here, four.
+
+    tests/engine/steps/test_recordings.py asks for all of them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recordings, "likely_shapes", lambda: islice(likely_shapes(), 4))
+        yield
 
 
 @cache
