@@ -56,7 +56,8 @@ def _parameters() -> Iterator[inspect.Parameter]:
     """Yield the command's parameters: the model, the file, and every declared option."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     model = typer.Argument(
-        help="A folder or a hub id; name=folder gives it a name. Default: $MYSERVE_MODEL, else the embedded model."
+        help="A folder, a GGUF file or a hub id; name=folder gives it a name. Default: $MYSERVE_MODEL, else the "
+        "embedded model."
     )
     config = typer.Option(
         "--config", metavar="FILE", help="YAML with any of these options: its keys are their names."

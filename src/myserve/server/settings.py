@@ -33,8 +33,8 @@ class ServedNames:
 
     model: tuple[str, ...] = option(
         (),
-        "A folder or hub id, or name=folder; several, with commas. On the command line and in a file a single folder "
-        "goes by its last part; in the variable, by what stands there.",
+        "A folder, a GGUF file or a hub id, or name=folder; several, with commas. On the command line and in a file a "
+        "single folder goes by its last part; in the variable, by what stands there.",
         group=_MODELS,
         unset="the embedded model",
     )
@@ -315,11 +315,13 @@ def _name_and_path(text: str) -> tuple[str, str]:
 
 
 def _name_of(model: str) -> str:
-    """Return a model's served name: a hub id is its own, a folder goes by its last part.
+    """Return a model's served name: a hub id is its own, a folder goes by its last part, a GGUF file by its stem.
 
-    >>> _name_of("Qwen/Qwen3-0.6B")
-    'Qwen/Qwen3-0.6B'
+    >>> _name_of("Qwen/Qwen3-0.6B"), _name_of("models/Qwen3-0.6B-Q8_0.gguf")
+    ('Qwen/Qwen3-0.6B', 'Qwen3-0.6B-Q8_0')
     """
     name, path = _name_and_path(model)
     folder = Path(path)
+    if name == path and folder.suffix == ".gguf":
+        return folder.stem
     return folder.resolve().name if name == path and folder.is_dir() else name

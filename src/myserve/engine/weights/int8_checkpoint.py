@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.core_model_loading import Concatenate, MergeModulelist
-from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from myserve.engine.batch_invariance.patch import has_experts, is_linear, is_router
 from myserve.engine.batch_invariance.quantized import Int8Values, can_quantize, hold_stored, quantize
+from myserve.engine.weights.empty_model import checkpoint_folder, model_without_values
 from myserve.engine.weights.loading_report import judge
 from myserve.engine.weights.plan import LoadPlan, WeightGroup, WeightNames, group_tensors, make_plan
 from myserve.engine.weights.snapshot import INDEX, FolderSnapshot, TensorInfo
@@ -62,7 +60,7 @@ class _Layer:
 def int8_scheme(config: Any) -> bool:
     """Return whether a model's config says that its checkpoint is in this format.
 
-    Raises UnsupportedModelError for another scheme of compressed-tensors.
+    Another scheme of compressed-tensors is `formats.compressed_tensors`'s, which decodes it.
     """
     described = getattr(config, "quantization_config", None)
     if not isinstance(described, Mapping) or described.get("quant_method") != "compressed-tensors":
@@ -72,12 +70,7 @@ def int8_scheme(config: Any) -> bool:
     for name, wanted in (("weights", _WEIGHTS), ("input_activations", _ACTIVATIONS)):
         found = groups[0].get(name) if fits else None
         fits = isinstance(found, Mapping) and all(found.get(key) == value for key, value in wanted.items())
-    if not fits or described.get("kv_cache_scheme"):
-        raise UnsupportedModelError(
-            "the checkpoint is quantised by another scheme of compressed-tensors than int8 weights per channel with "
-            "dynamic int8 activations per token; serve the original with --quantize int8"
-        )
-    return True
+    return fits and not described.get("kv_cache_scheme")
 
 
 # --- reading -------------------------------------------------------------------------------------------------
@@ -89,7 +82,7 @@ def load_int8(model: str, config: Any, dtype: Any, *, attention: str, trust_remo
     Raises BadCheckpointError for one that is torn, another model's, or not whole.
     """
     folder = checkpoint_folder(model)
-    loaded = _without_values(config, dtype, attention=attention, trust_remote_code=trust_remote_code)
+    loaded = model_without_values(config, dtype, attention=attention, trust_remote_code=trust_remote_code)
     try:
         _fill(loaded, folder)
     except BadSnapshotError as error:
@@ -97,41 +90,6 @@ def load_int8(model: str, config: Any, dtype: Any, *, attention: str, trust_remo
     with suppress(OSError):  # it need not have one
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
-
-
-def checkpoint_folder(model: str) -> Path:
-    """Return the folder of a path, or of a hub id as it is in the hub's cache or comes from the hub.
-
-    Raises RequestError for what is neither.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (ValueError, OSError, HfHubHTTPError) as error:
-        raise RequestError(
-            f"{model} is no folder, and no model that the hub or its cache gives: {str(error).splitlines()[0]}",
-            param="model",
-        ) from error
-
-
-def _without_values(config: Any, dtype: Any, *, attention: str | None, trust_remote_code: bool) -> Any:
-    """A model whose parameters were never written to, so that they take no memory; its buffers are right."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    chosen = getattr(config, "dtype", None) or torch.float32 if dtype == "auto" else dtype
-    how = {"attn_implementation": attention} if attention else {}
-    make: Any = AutoModelForCausalLM.from_config
-    with no_init_weights():
-        model = make(config, dtype=chosen, trust_remote_code=trust_remote_code, **how)
-    model.tie_weights()  # which is a part of the initialisation that was left out
-    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    for name, parameter in model.named_parameters():
-        if any(f".{part}." in f".{name}." for part in kept):
-            parameter.data = torch.empty_like(parameter.data, dtype=torch.float32)
-    return model
 
 
 def _fill(model: Any, folder: Path) -> None:
@@ -246,7 +204,7 @@ def write_int8(model: str, out: Path, *, trust_remote_code: bool = False) -> Pat
         raise BadCheckpointError(f"{model} is no model: {str(error).splitlines()[0]}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{model} is quantised already; take the checkpoint that it was made of")
-    structure = _without_values(config, "auto", attention=None, trust_remote_code=trust_remote_code)
+    structure = model_without_values(config, "auto", attention=None, trust_remote_code=trust_remote_code)
     partial_folder = out.with_name(out.name + ".partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +19,26 @@ from myserve.engine.batch_invariance import vml_warmup
 from myserve.engine.config import EngineConfig
 from myserve.engine.kernels.warm import warm
 from myserve.engine.mixers.attention_pass import ATTENTION_NAME, register_attention
+from myserve.engine.weights.empty_model import (
+    checkpoint_folder,
+    fill,
+    has_more_than_text,
+    keep_text_alone,
+    model_without_values,
+)
+from myserve.engine.weights.formats.decoded import DecodedSnapshot, described_quantization
+from myserve.engine.weights.formats.gguf_file import GgufFile, is_gguf
+from myserve.engine.weights.formats.gguf_model import (
+    GgufSnapshot,
+    gguf_config,
+    gguf_tokenizer,
+    scale_frequencies,
+)
 from myserve.engine.weights.int8_checkpoint import MARK, int8_scheme, load_int8
 from myserve.engine.weights.loading_report import judge
 from myserve.engine.weights.plan import WeightNames
-from myserve.errors import BadCheckpointError, UnsupportedModelError
+from myserve.engine.weights.snapshot import FolderSnapshot, Snapshot
+from myserve.errors import BadCheckpointError, BadSnapshotError, UnsupportedModelError
 
 __all__ = ["LoadedModel", "load", "resolve_device"]
 
@@ -52,24 +69,25 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
     vml_warmup.initialize()
     register_attention()
     device = torch.device(resolve_device(config.device))
-    hf_config = _read_config(model, config.trust_remote_code)
+    gguf = GgufFile(model) if is_gguf(model) else None
+    hf_config = gguf_config(gguf) if gguf else _read_config(model, config.trust_remote_code)
     text_config = hf_config.get_text_config(decoder=True)
     refuse_what_cannot_be_packed(hf_config)
     refuse_what_cannot_be_packed(text_config)
     longest = context_length(text_config)
     is_int8 = int8_scheme(hf_config)
+    described = None if is_int8 else described_quantization(hf_config)
     quantize = config.quantize if getattr(hf_config, MARK, None) != "int8" else "int8"
     if is_int8 or quantize == "int8":
         _refuse_where_int8_cannot_run(device, config, model if is_int8 else "quantize=int8")
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = _dtype(config, hf_config, gguf, is_decoded=described is not None)
     if device.type == "cpu":  # while weights are read and packed: both leave Python to others
         half = torch.bfloat16 in (dtype, hf_config.dtype)
         kernels = partial(warm, torch.bfloat16 if half else torch.float32, int8=quantize == "int8")
         threading.Thread(target=kernels).start()
+    removed: tuple[str, ...] = ()
     with ThreadPoolExecutor(1) as beside:
-        tokenizer_coming = beside.submit(
-            AutoTokenizer.from_pretrained, model, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer_coming = beside.submit(_tokenizer, model, gguf, config.trust_remote_code)
         if is_int8:
             loaded = load_int8(
                 model,
@@ -78,6 +96,10 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
                 attention=ATTENTION_NAME,
                 trust_remote_code=config.trust_remote_code,
             )
+        elif gguf is not None:
+            loaded = _fill_from_gguf(gguf, hf_config, dtype)
+        elif described is not None or has_more_than_text(hf_config):
+            loaded, removed = _fill_from_folder(model, hf_config, described, dtype, config.trust_remote_code)
         else:
             loaded = _load_weights(model, dtype, config.trust_remote_code)
         tokenizer = tokenizer_coming.result()
@@ -93,7 +115,7 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
         max_model_len=longest,
         vocab_size=vocab_size,
         device=device,
-        weight_names=WeightNames.of(loaded),
+        weight_names=WeightNames.of(loaded, removed),
         num_weights=_num_weights(loaded),
         casts=config.dtype != "auto",
         quantize=quantize,
@@ -116,6 +138,60 @@ def _read_config(model: str, trust_remote_code: bool) -> Any:
         raise BadCheckpointError(
             f"config.json of {model} is no config of its model: {reason[:300]}"
         ) from error
+
+
+def _tokenizer(model: str, gguf: GgufFile | None, trust_remote_code: bool) -> Any:
+    if gguf is not None:
+        return gguf_tokenizer(gguf)
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+def _dtype(config: EngineConfig, hf_config: Any, gguf: GgufFile | None, *, is_decoded: bool) -> Any:
+    """Return the type that is asked for; of decoded weights a CPU's 16 bits, whatever their scales are in."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if gguf is not None:
+        is_whole = all(tensor.kind.name == "F32" for tensor in gguf.tensors.values())
+        return torch.float32 if is_whole else torch.bfloat16
+    if is_decoded:
+        named = getattr(hf_config, "dtype", None) or hf_config.get_text_config(decoder=True).dtype
+        return torch.float32 if named == torch.float32 else torch.bfloat16
+    return "auto"
+
+
+def _fill_from_gguf(gguf: GgufFile, hf_config: Any, dtype: Any) -> Any:
+    made = model_without_values(hf_config, dtype, attention=ATTENTION_NAME, trust_remote_code=False)
+    try:
+        fill(made, GgufSnapshot(gguf, made, dtype))
+    except (BadSnapshotError, BadCheckpointError) as error:
+        raise BadCheckpointError(f"{gguf.path.name} cannot be served: {error}") from error
+    scale_frequencies(made, gguf)
+    return made
+
+
+def _fill_from_folder(
+    model: str, hf_config: Any, described: Mapping[str, Any] | None, dtype: Any, trust_remote_code: bool
+) -> tuple[Any, tuple[str, ...]]:
+    """Return the text part of a model, its weights decoded where they are quantised, and what was left out of it."""
+    folder = checkpoint_folder(model)
+    made = model_without_values(
+        hf_config, dtype, attention=ATTENTION_NAME, trust_remote_code=trust_remote_code
+    )
+    removed = keep_text_alone(made)
+    if removed:
+        log.info("text alone is served: %s is without %s", model, ", ".join(removed))
+    try:
+        stored: Snapshot = FolderSnapshot(folder)
+        try:
+            fill(
+                made, DecodedSnapshot(stored, described, made.dtype) if described else stored, folder, removed
+            )
+        finally:
+            stored.close()
+    except (BadSnapshotError, BadCheckpointError) as error:
+        kind = f"the {described['quant_method']} checkpoint" if described else "the checkpoint"
+        raise BadCheckpointError(f"{kind} {model} cannot be served: {error}") from error
+    return made, removed
 
 
 def _load_weights(model: str, dtype: Any, trust_remote_code: bool) -> Any:

@@ -24,9 +24,10 @@ class WeightNames:
 
     infos: Mapping[str, TensorInfo]
     tied: Sequence[frozenset[str]]
+    removed: tuple[str, ...] = ()  # prefixes of modules that the checkpoint has and no text needs: towers
 
     @classmethod
-    def of(cls, model: nn.Module) -> WeightNames:
+    def of(cls, model: nn.Module, removed: tuple[str, ...] = ()) -> WeightNames:
         """Return the names of a model as it was loaded, before `make_exact`.
 
         >>> WeightNames.of(nn.Linear(3, 2)).infos["weight"].shape
@@ -37,7 +38,7 @@ class WeightNames:
         for name, tensor in model.state_dict(keep_vars=True).items():
             infos[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
             names_of.setdefault(id(tensor), set()).add(name)
-        return cls(infos, [frozenset(names) for names in names_of.values() if len(names) > 1])
+        return cls(infos, [frozenset(names) for names in names_of.values() if len(names) > 1], removed)
 
     def twins(self, name: str) -> frozenset[str]:
         """Return all names of the tensor that has this name."""
@@ -120,7 +121,7 @@ def make_plan(
 def group_tensors(
     tensors: Iterable[str], model: Any, names: WeightNames
 ) -> tuple[list[WeightGroup], list[str]]:
-    """Return which tensors make which weight together, and those that make none."""
+    """Return which tensors make which weight together, and those that make none; a removed tower's are neither."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -135,7 +136,8 @@ def group_tensors(
                 name, renamings, converters, model.base_model_prefix, dict(names.infos)
             )
         if target not in names.infos:
-            unknown.append(name)
+            if not target.startswith(names.removed):
+                unknown.append(name)
             continue
         group = groups.setdefault(target, WeightGroup(target))
         if group.sources and (pattern is None or group.converter is None):
@@ -173,7 +175,8 @@ def _check(name: str, info: TensorInfo, names: WeightNames, group: WeightGroup) 
 def _check_dtype(name: str, dtypes: Iterable[torch.dtype], names: WeightNames, *, may_cast: bool) -> None:
     wanted = names.infos[name].dtype
     for dtype in dtypes:
-        castable = may_cast and dtype.is_floating_point and wanted.is_floating_point
+        # 8-bit floats are nothing without their scales
+        castable = may_cast and dtype.is_floating_point and wanted.is_floating_point and dtype.itemsize > 1
         if dtype != wanted and not castable:
             raise BadSnapshotError(
                 f"{name} is {dtype} and the model's is {wanted}; save it so, or load the model with an explicit "

@@ -28,7 +28,8 @@ __all__ = [
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
@@ -172,6 +173,8 @@ def _read_into(file: FileIO, memory: memoryview) -> int:
 
 def _described(entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
     begin, end = map(int, entry["data_offsets"])
+    if isinstance(entry["dtype"], str) and entry["dtype"] not in DTYPES:
+        raise BadSnapshotError(f"it has tensors of the type {entry['dtype'][:20]}, which is not read here")
     return TensorInfo(DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))), begin, end
 
 
