@@ -107,7 +107,7 @@ class OverloadedError(EngineError):
 
 
 class NotEnoughMemoryError(EngineError):
-    """New weights do not fit beside the old ones, which go on serving."""
+    """A model does not fit into memory, or new weights not beside the old ones, which go on serving."""
 
 
 class WeightsLoadingError(EngineError):

@@ -128,7 +128,7 @@ class Engine:
         """
         try:
             with phase(f"reading the weights of {model}"):
-                loaded = load(model, config := config or EngineConfig())
+                loaded = load(model, config := config or EngineConfig(), reserve)
             return cls(loaded, config, reserve=reserve)
         finally:
             if reserve is not None:

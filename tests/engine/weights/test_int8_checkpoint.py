@@ -158,7 +158,7 @@ def test_another_scheme_is_refused(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
     (copied / "config.json").write_text(json.dumps(config))
-    assert "another scheme" in refused(copied)
+    assert "of 4 bits, and 8 are read" in refused(copied)
 
 
 def test_options_that_exclude_it_are_refused(copied: Path, tiny_model: Callable[[str], Path]) -> None:

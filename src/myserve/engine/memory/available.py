@@ -1,7 +1,8 @@
-"""Free memory is what the machine has left or, if that is less, what a container's limit leaves."""
+"""Free memory is what the machine has left or, if that is less, what a container's or the process's limit leaves."""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,15 @@ V2 = _Names("memory.max", "memory.current", "inactive_file")
 
 def free_host_memory() -> int:
     """Return how many bytes could be taken now without swapping, or being killed for it."""
-    return min([int(psutil.virtual_memory().available), *_left_by_limits(CGROUPS, OWN_CGROUPS)])
+    free = int(psutil.virtual_memory().available)
+    return min([free, *_left_by_limits(CGROUPS, OWN_CGROUPS), *_left_to_process()])
+
+
+def _left_to_process() -> Iterator[int]:
+    """Return what `ulimit -v` leaves: it counts addresses, used or not."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield max(0, limit - int(psutil.Process().memory_info().vms))
 
 
 def _left_by_limits(root: Path, own: Path) -> Iterator[int]:

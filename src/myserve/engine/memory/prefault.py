@@ -40,6 +40,7 @@ class Reserve:
         self._address = _map(size := -(-size // HUGE_PAGE) * HUGE_PAGE)
         self._size, self._used = size, 0
         self._writing: int | None = None  # where a step is being filled
+        self.num_filled = 0  # bytes that the system has handed out for it
         self._changed = threading.Condition()
 
     def fill(self) -> Iterator[None]:
@@ -53,6 +54,7 @@ class Reserve:
                     return
                 self._writing = begin
             ctypes.memset(self._address + begin, 0, size)  # without the GIL
+            self.num_filled += size
             with self._changed:
                 self._writing = None
                 self._changed.notify_all()

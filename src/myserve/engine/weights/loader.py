@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from myserve.engine.batch_invariance import vml_warmup
 from myserve.engine.config import EngineConfig
 from myserve.engine.kernels.warm import warm
+from myserve.engine.memory.prefault import Reserve
 from myserve.engine.mixers.attention_pass import ATTENTION_NAME, register_attention
 from myserve.engine.weights.empty_model import (
     checkpoint_folder,
@@ -36,8 +37,9 @@ from myserve.engine.weights.formats.gguf_model import (
 )
 from myserve.engine.weights.int8_checkpoint import MARK, int8_scheme, load_int8
 from myserve.engine.weights.loading_report import judge
+from myserve.engine.weights.memory_gate import refuse_what_does_not_fit, stored_tensors
 from myserve.engine.weights.plan import WeightNames
-from myserve.engine.weights.snapshot import FolderSnapshot, Snapshot
+from myserve.engine.weights.snapshot import FolderSnapshot, Snapshot, TensorInfo
 from myserve.errors import BadCheckpointError, BadSnapshotError, UnsupportedModelError
 
 __all__ = ["LoadedModel", "load", "resolve_device"]
@@ -61,10 +63,11 @@ class LoadedModel:
     quantize: Literal["off", "int8"] = "off"  # what its linear layers, experts and output layer become
 
 
-def load(model: str, config: EngineConfig) -> LoadedModel:
-    """Load `model`, a path or hub id, with our attention in place of its own.
+def load(model: str, config: EngineConfig, reserve: Reserve | None = None) -> LoadedModel:
+    """Load `model`, a path or hub id, with our attention in place of its own. `reserve`: memory it has already.
 
-    Raises UnsupportedModelError for a model that cannot be batched, BadCheckpointError for weights that are not whole.
+    Raises UnsupportedModelError for a model that cannot be batched, BadCheckpointError for weights that are not whole,
+    NotEnoughMemoryError for one that would not fit.
     """
     vml_warmup.initialize()
     register_attention()
@@ -81,6 +84,21 @@ def load(model: str, config: EngineConfig) -> LoadedModel:
     if is_int8 or quantize == "int8":
         _refuse_where_int8_cannot_run(device, config, model if is_int8 else "quantize=int8")
     dtype = _dtype(config, hf_config, gguf, is_decoded=described is not None)
+    gate = partial(
+        refuse_what_does_not_fit,
+        model,
+        hf_config,
+        config,
+        device,
+        dtype,
+        in_hand=reserve.num_filled if reserve is not None else 0,
+        is_int8=is_int8,
+        is_decoded=described is not None or gguf is not None,
+    )
+    if gguf is not None:
+        gate({name: TensorInfo(torch.float32, tensor.shape) for name, tensor in gguf.tensors.items()})
+    else:
+        gate(stored_tensors(model, described, text_alone=has_more_than_text(hf_config)))
     if device.type == "cpu":  # while weights are read and packed: both leave Python to others
         half = torch.bfloat16 in (dtype, hf_config.dtype)
         kernels = partial(warm, torch.bfloat16 if half else torch.float32, int8=quantize == "int8")
@@ -178,6 +196,8 @@ def _fill_from_folder(
         hf_config, dtype, attention=ATTENTION_NAME, trust_remote_code=trust_remote_code
     )
     removed = keep_text_alone(made)
+    if described:
+        log.info("its weights are decoded from %s into %s", described["quant_method"], made.dtype)
     if removed:
         log.info("text alone is served: %s is without %s", model, ", ".join(removed))
     try:

@@ -26,7 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     writer.add_token_list([f"token{i}" for i in range(20)])
     writer.add_array("llama.numbers", [1, 2, 3])
     writer.add_tensor("a", np.arange(64, dtype=np.float32).reshape(2, 32))
-    writer.add_tensor("b", gguf.quantize(np.ones((2, 32), np.float32), gguf.GGMLQuantizationType.Q8_0),
+    writer.add_tensor("b", gguf.quantize(np.full((2, 32), 127, np.float32), gguf.GGMLQuantizationType.Q8_0),
                       raw_dtype=gguf.GGMLQuantizationType.Q8_0)  # fmt: skip
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -45,7 +45,7 @@ def test_reads_what_was_written(whole: bytes, tmp_path: Path) -> None:
     assert file.metadata["llama.context_length"] == 512 and file.metadata["llama.numbers"] == [1, 2, 3]
     assert file.metadata["tokenizer.ggml.tokens"][19] == "token19"
     assert file.read("a").tolist() == np.arange(64, dtype=np.float32).reshape(2, 32).tolist()
-    assert file.read("b").tolist() == np.ones((2, 32)).tolist()
+    assert file.read("b").tolist() == np.full((2, 32), 127.0).tolist()
 
 
 def test_a_file_that_is_cut_anywhere_is_refused(whole: bytes, tmp_path: Path) -> None:

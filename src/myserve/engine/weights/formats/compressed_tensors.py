@@ -104,6 +104,11 @@ def _recipe(
         return _fp4(module, 16 if layout.startswith("nv") else 32, tensors)
     if layout == "pack-quantized":
         return _packed(module, weights, tensors, read)
+    if weights.get("num_bits") != 8:
+        raise UnsupportedModelError(
+            f"{name} is {layout} of {weights.get('num_bits')} bits, and 8 are read: take another, or the original with "
+            "--quantize int8"
+        )
     info = part_of(tensors, name, name)
     scale = part_of(tensors, f"{name}_scale", name)
     if info.dtype not in (*FLOAT8, torch.int8):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +18,6 @@ from myserve.engine.weights.snapshot import Snapshot, TensorInfo
 from myserve.errors import BadCheckpointError, UnsupportedModelError
 
 __all__ = ["DecodedSnapshot", "described_quantization"]
-
-log = logging.getLogger(__name__)
 
 _METHODS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, TensorInfo], Read], Recipes]] = {
     "awq": awq_recipes,
@@ -89,9 +86,6 @@ class DecodedSnapshot:
             raise BadCheckpointError(f"{strange[0]} is in FP8, and nothing tells by which scales")
         made = {name: TensorInfo(dtype, recipe.shape) for name, recipe in self._recipes.items()}
         self.tensors: dict[str, TensorInfo] = plain | made
-        log.info(
-            "%d weights are decoded from %s into %s", len(made), method, str(dtype).removeprefix("torch.")
-        )
 
     def read(self, name: str) -> Tensor:
         recipe = self._recipes.get(name)
