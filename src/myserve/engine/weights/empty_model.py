@@ -24,7 +24,14 @@ from myserve.engine.weights.plan import WeightNames, group_tensors, make_plan
 from myserve.engine.weights.snapshot import Snapshot
 from myserve.errors import RequestError
 
-__all__ = ["checkpoint_folder", "fill", "has_more_than_text", "keep_text_alone", "model_without_values"]
+__all__ = [
+    "auto_class",
+    "checkpoint_folder",
+    "fill",
+    "has_more_than_text",
+    "keep_text_alone",
+    "model_without_values",
+]
 
 
 def checkpoint_folder(model: str) -> Path:
@@ -51,9 +58,10 @@ def model_without_values(config: Any, dtype: Any, *, attention: str | None, trus
         del config.quantization_config
     chosen = getattr(config, "dtype", None) or torch.float32 if dtype == "auto" else dtype
     how = {"attn_implementation": attention} if attention else {}
-    auto: Any = AutoModelForImageTextToText if _is_of_pictures_alone(config) else AutoModelForCausalLM
     with no_init_weights():
-        model = auto.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code, **how)
+        model = auto_class(config).from_config(
+            config, dtype=chosen, trust_remote_code=trust_remote_code, **how
+        )
     model.tie_weights()  # which is a part of the initialisation that was left out
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     for name, parameter in model.named_parameters():
@@ -92,12 +100,13 @@ def fill(model: Any, snapshot: Snapshot, folder: Path | None = None, removed: tu
 # --- models that see or hear ---------------------------------------------------------------------------------
 
 
-def _is_of_pictures_alone(config: Any) -> bool:
-    """Return whether transformers has the type as a model of text and pictures, and not as one of text."""
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that makes a model of a type: of text, or where there is none, with pictures."""
     kind = config.model_type
-    return (
-        kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    )
+    has_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not has_text:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def has_more_than_text(config: Any) -> bool:

@@ -82,13 +82,13 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
 
 
 def _architecture(file: GgufFile) -> tuple[str, _Architecture]:
-    name = file.metadata.get("general.architecture")
+    name = str(file.metadata.get("general.architecture"))
     if name not in _ARCHITECTURES:
         raise UnsupportedModelError(
             f"{file.path.name} is of the architecture {name}; {', '.join(_ARCHITECTURES)} are read from GGUF: take the "
             "model's safetensors"
         )
-    return str(name), _ARCHITECTURES[name]
+    return name, _ARCHITECTURES[name]
 
 
 def gguf_config(file: GgufFile) -> Any:
@@ -253,7 +253,8 @@ class GgufSnapshot:
             heads = self._heads[part[1] == "k"]
             if values.shape[0] % (2 * heads):
                 raise BadCheckpointError(f"{source} has {values.shape[0]} rows, which are no {heads} heads")
-            return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
+            halves = values.reshape(heads, -1, 2, *values.shape[1:])
+            return halves.transpose(1, 2).reshape(values.shape)
         return values
 
     def _add_experts(self, layer: str, part: str, names: Mapping[str, str]) -> None:
