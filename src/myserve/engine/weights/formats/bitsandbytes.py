@@ -27,7 +27,7 @@ _KINDS = ("nf4", "fp4")
 
 
 class _Blocks(NamedTuple):
-    """What the JSON says: the weight's shape, the values of a block, and of nested scales their own blocks."""
+    """Sizes from the JSON: the weight's shape, the values of a block, and of nested scales their own blocks."""
 
     shape: tuple[int, ...]
     size: int

@@ -50,7 +50,7 @@ _EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_(gate|up|down)_exps\.weight$")
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """What a GGUF architecture is in transformers."""
+    """Counterpart of a GGUF architecture in transformers."""
 
     model_type: str
     names: Mapping[str, str] = field(default_factory=lambda: _NAMES)
@@ -158,7 +158,7 @@ def _rope(file: GgufFile, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(values: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """What llama.cpp knows of Gemma 3 without the file's saying so."""
+    """Return what llama.cpp knows of Gemma 3 without the file's saying so."""
     # the largest scales queries by the width of a model's share of heads, all others by the width of a head
     largest = values["num_hidden_layers"] == 62
     scalar = values["hidden_size"] // values["num_attention_heads"] if largest else values["head_dim"]
