@@ -58,6 +58,22 @@ _YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_DELTA = {
+    "num_hidden_layers": 4,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+}
+_SCAN = {
+    "num_hidden_layers": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 12,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 16,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 # name -> (type, config). Served: as transformers has them.
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     # keys and values of different widths
@@ -146,6 +162,22 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     # layers without positions among layers with a window
     "exaone4": ("exaone4", _SMALL | {"head_dim": 8, "sliding_window": 24, "sliding_window_pattern": 2}),
     "smollm3": ("smollm3", _SMALL),
+    # recurrent layers: the gated delta rule, with experts and with projections of its own
+    "qwen3_5_text": ("qwen3_5_text", _SMALL | _DELTA | {"head_dim": 8}),
+    "qwen3_next": ("qwen3_next", _SMALL | _DELTA | _EXPERTS | {"head_dim": 8, "num_experts": 4}),
+    "olmo_hybrid": ("olmo_hybrid", _SMALL | _DELTA),
+    # Mamba-2's scan, in layers of its own and beside attention
+    "granitemoehybrid-scan": (
+        "granitemoehybrid",
+        _SMALL | _SCAN | {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4}
+        | {"num_experts_per_tok": 2, "shared_intermediate_size": 16},
+    ),
+    "falcon_h1": ("falcon_h1", _SMALL | _SCAN | {"num_hidden_layers": 2, "head_dim": 8, "mamba_d_ssm": 64}),
+    # short convolutions alone
+    "lfm2": (
+        "lfm2",
+        _SMALL | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3},
+    ),
     # text and pictures: the text is served
     "gemma3": (
         "gemma3",
@@ -199,7 +231,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mamba": (
         "mamba",
         {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
-        "linear_attention",
+        "context may be",
+    ),
+    # recurrences that are not ours: written into a layer, or Mamba-1's
+    "minimax": ("minimax", _SMALL | {"num_local_experts": 2, "block_size": 16}, "keeps state"),
+    "jamba": (
+        "jamba",
+        _SMALL | {"mamba_d_state": 4, "num_experts": 2, "attn_layer_offset": 1},
+        "cannot be run",
     ),
     "llama4_text": (
         "llama4_text",

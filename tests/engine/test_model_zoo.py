@@ -76,6 +76,9 @@ def numbers(completion: Completion) -> list[float]:
         "afmoe",
         "qwen2_moe",
         "gemma4-shared",
+        "olmo_hybrid",
+        "falcon_h1",
+        "lfm2",
     ],
 )
 def test_a_trainer_has_the_servers_bits(name: str, tiny_model: Callable[[str], Path]) -> None:

@@ -32,6 +32,7 @@ from myserve.engine.runner import kept_self_test
 from myserve.engine.runner.combined_drafts import CombinedDrafts
 from myserve.engine.runner.device_backend import DeviceBackend
 from myserve.engine.runner.draft_model import DraftModel, check_vocabulary
+from myserve.engine.runner.kv_cache import SLOTS_A_REQUEST
 from myserve.engine.runner.model_runner import ModelRunner
 from myserve.engine.scheduling.adapter import AdapterVersion
 from myserve.engine.scheduling.batch import Limits
@@ -41,6 +42,7 @@ from myserve.engine.scheduling.queue_bound import QueueBound
 from myserve.engine.scheduling.row_costs import RowCosts
 from myserve.engine.scheduling.scheduler import Scheduler
 from myserve.engine.scheduling.speculation import Speculation
+from myserve.engine.scheduling.state_slots import StateSlots
 from myserve.engine.thread import EngineThread
 from myserve.engine.token_bytes import TokenBytes
 from myserve.engine.weights.loader import LoadedModel, load
@@ -87,9 +89,13 @@ class Engine:
         if unknown := sorted(set(loaded.eos_token_ids) - set(eos_token_ids)):
             logger.warning("the config's EOS ids %s are not in the vocabulary, and end nothing", unknown)
         self.facts = ModelFacts(loaded.vocab_size, longest, eos_token_ids, routing)
-        side_by_side = config.max_num_seqs or min(NUM_SEQS_AT_ANY_PACE, config.most_seqs)
+        states = StateSlots(cache.num_state_slots) if cache.states else None
+        most = (
+            config.most_seqs if states is None else min(config.most_seqs, states.num_slots // SLOTS_A_REQUEST)
+        )
+        side_by_side = min(config.max_num_seqs or NUM_SEQS_AT_ANY_PACE, most)
         limits = Limits(
-            config.most_seqs,
+            most,
             config.max_num_batched_tokens,
             config.prefill_chunk,
             longest,
@@ -99,7 +105,7 @@ class Engine:
         )
         pool = BlockPool(cache.num_blocks, cache.block_size)
         self.draft_model = None if draft is None else DraftModel(draft, config, loaded.vocab_size)
-        self.scheduler = Scheduler(pool, limits, self._speculation(limits))
+        self.scheduler = Scheduler(pool, limits, self._speculation(limits), states)
         if config.exact == "on" and not self._independent:
             logger.warning(
                 "%s: tokens depend on their batch; no way to compute was found exact", loaded.device
@@ -367,6 +373,7 @@ class Engine:
         self.scheduler.released |= tags  # first: whatever fails below, no step runs without its memory
         if "kv_cache" in tags:
             spill.drop(tensor for layer in self.runner.kv_cache.layers for tensor in layer)
+            spill.drop(self.runner.kv_cache.states)
         if "weights" in tags and self._spilled is None:
             self._spilled = spill.Spilled(places_of_weights(self.runner.model))
 
@@ -409,6 +416,14 @@ class Engine:
     def _speculation(self, limits: Limits) -> Speculation | None:
         """Return what adds drafts to steps; None where they are off, or would show in what is drawn."""
         asked = self.config.speculation
+        if self.runner.structure.states:
+            if asked not in ("auto", "off") or self.draft_model is not None:
+                raise UnsupportedModelError(
+                    f"{type(self.runner.model).__name__} has recurrent layers, whose states drafts would have to roll "
+                    "back: drafts cannot be had with it; leave speculation and draft_model out",
+                    param="speculation" if self.draft_model is None else "draft_model",
+                )
+            return None
         if asked == "off" or self.config.exact == "off" or not self._independent:
             return None
         number = None if asked == "auto" else int(asked)

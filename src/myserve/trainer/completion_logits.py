@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from myserve.errors import RequestError, UnsupportedModelError
 from myserve.trainer.exact_attention import TRAINER_NAME, Spans
+from myserve.trainer.exact_recurrence import has_recurrent_layers
 from myserve.trainer.replay_routing import replay_routing
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def completion_logits(
 
     Raises `RequestError` for a model that `exact_forward` has not made exact, for prompts, completions or routing whose
     lengths do not fit, and for routing under gradient checkpointing; `UnsupportedModelError` for a model that keeps a
-    state between tokens.
+    state of another kind than `exact_forward` computes.
 
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> from myserve import exact_forward
@@ -146,7 +147,7 @@ def _check(
 ) -> None:
     if model.config._attn_implementation != TRAINER_NAME:
         raise RequestError("completion_logits takes a model that exact_forward has made exact", param="model")
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) and not has_recurrent_layers(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps a state between tokens: its prompts cannot be shared"
         )

@@ -30,6 +30,7 @@ from myserve.engine.batch_invariance.rope_table import look_up_angles
 from myserve.errors import RequestError
 from myserve.trainer.exact_adapters import add_expert_adapters, is_lora_layer, make_lora_exact
 from myserve.trainer.exact_attention import TRAINER_NAME, register_exact_attention
+from myserve.trainer.exact_recurrence import make_recurrent_layers_exact
 
 __all__ = ["exact_forward", "exact_linear"]
 
@@ -80,6 +81,7 @@ def exact_forward(
     ALL_EXPERTS_FUNCTIONS.register(experts, partial(_experts_forward, quantize=quantize))
     model.set_attn_implementation(TRAINER_NAME)
     install_activations(model, _activation)
+    make_recurrent_layers_exact(model)
     modules: list[Any] = list(model.modules())
     for module in modules:
         if is_lora_layer(module):

@@ -499,6 +499,7 @@ def test_a_forward_that_cannot_be_captured_runs_as_it_is() -> None:
 
 class OneCache:
     layers = ()
+    states = ()
     block_size = 4
     device = CPU
     pages = device_pages.DevicePages(None)

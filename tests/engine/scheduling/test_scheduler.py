@@ -11,6 +11,7 @@ from myserve.engine.scheduling.batch import Batch, Limits
 from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.request import Event, Request, State
 from myserve.engine.scheduling.scheduler import AGEING, Scheduler
+from myserve.engine.scheduling.state_slots import StateSlots
 
 EOS = 0
 
@@ -269,17 +270,13 @@ class RandomLives(RuleBasedStateMachine):
     """Submissions, steps, failures and aborts in any order, on a pool too small for all of them."""
 
     requests = Bundle("requests")
+    num_slots = 0  # of states of recurrent layers; 0: the model has none
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make_scheduler(
-            num_blocks=9,
-            block_size=3,
-            max_num_seqs=4,
-            max_num_batched_tokens=12,
-            prefill_chunk=5,
-            max_model_len=27,
-        )
+        limits = Limits(max_num_seqs=4, max_num_batched_tokens=12, prefill_chunk=5, max_model_len=27)
+        self.states = StateSlots(self.num_slots) if self.num_slots else None
+        self.scheduler = Scheduler(BlockPool(9, 3), limits, states=self.states)
         self.submitted: list[Request] = []
 
     @rule(
@@ -316,7 +313,11 @@ class RandomLives(RuleBasedStateMachine):
         assert bool(batch.scheduled) == had_work, "there is work, and nothing is planned"
         assert batch.num_tokens <= 12
         assert all(request.state is State.RUNNING for request, _ in batch.draws)
+        self.compute(batch)
         self.scheduler.update(batch, [[token] for token in drawn[: len(batch.draws)]], 0.0)
+
+    def compute(self, batch: Batch) -> None:
+        """What a step would do with states; nothing here."""
 
     @rule(request=requests)
     def abort(self, request: Request) -> None:
@@ -334,7 +335,48 @@ class RandomLives(RuleBasedStateMachine):
             self.scheduler.update(batch, [[1]] * len(batch.draws), 0.0)
         assert all(r.is_finished for r in self.submitted), "a request was forgotten"
         assert self.scheduler.pool.num_free == 9, "blocks leaked"
+        assert self.states is None or self.states.num_free == self.num_slots, "slots leaked"
+
+
+class RandomStates(RandomLives):
+    """The same with states, in slots too few for all: what a slot holds is the tokens that its state has taken in."""
+
+    num_slots = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, list[int]] = {}
+
+    def compute(self, batch: Batch) -> None:
+        read = {part.request.state_slot for part in batch.scheduled}
+        written = [part.request.next_state_slot for part in batch.scheduled]
+        assert len({*written}) == len(written) and -1 not in written, "two requests write one slot"
+        assert read.isdisjoint(written), "a step writes what it reads, so it could not be run again"
+        for part in batch.scheduled:
+            request = part.request
+            before = self.held[request.state_slot] if request.state_slot >= 0 else []
+            assert before == request.token_ids[: part.start], "the state is of other tokens"
+        for part in batch.scheduled:
+            self.held[part.request.next_state_slot] = part.request.token_ids[: part.start + part.count]
 
 
 TestRandomLives = RandomLives.TestCase
 TestRandomLives.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+TestRandomStates = RandomStates.TestCase
+TestRandomStates.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize(
+    "broken", ["hold", "release"], ids=["a choice that does not hold what it reads", "a slot that is kept"]
+)
+def test_the_control_a_broken_slot_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = StateSlots(8)
+    scheduler = Scheduler(BlockPool(64, 4), Limits(8, 64, 16, 64), states=states)
+    leader, sibling = request(arrival=0), request(arrival=0, index=1)
+    leader.siblings = [sibling]
+    scheduler.add(leader)
+    monkeypatch.setattr(states, broken, lambda slot: None)
+    with pytest.raises(AssertionError, match=r"holders differ|released but not held"):
+        for _ in range(3):
+            run(scheduler)

@@ -18,6 +18,7 @@ class Cache:
     layers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     block_size: int = SIZE
     pages: None = None
+    states: tuple[torch.Tensor, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 

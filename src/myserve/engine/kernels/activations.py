@@ -24,7 +24,7 @@ from myserve.engine.kernels.lanes import next_item, size_of, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
 from myserve.engine.kernels.pointwise import ROWS, as_bits, as_float, element_kind, fused, rounded, wide
 
-__all__ = ["ACTIVATIONS", "activation_kernel"]
+__all__ = ["ACTIVATIONS", "activation_kernel", "exp_of_negative", "silu"]
 
 # `up` is the address of what the activation is multiplied by (SwiGLU, GeGLU), or 0.
 ACTIVATE = ("x", "x_row", "up", "up_row", "out", "rows", "width")
@@ -37,7 +37,7 @@ _inlined = njit(error_model="numpy", forceinline=True)  # a loop with a call in 
 
 
 @_inlined
-def _exp_of_negative(x: Any) -> Any:
+def exp_of_negative(x: Any) -> Any:
     """exp(x) for x <= 0; 1e-38 below -87.5; NaN stays. 1 ulp.
 
     2^n * p(r) with n = round(x / ln 2): Cody and Waite's reduction and a Taylor polynomial of degree 7.
@@ -64,7 +64,7 @@ def _exp_of_half_square(size: Any) -> Any:
     """exp(-size^2 / 2) for 0 <= size <= 13.2; NaN stays. 2 ulp.
 
     The square is kept whole, as q + rest: an error of it is multiplied by its own size. Reduced as in
-    `_exp_of_negative`, and the polynomial is one of exp(-r / 2), of degree 6, found by least squares at Chebyshev's
+    `exp_of_negative`, and the polynomial is one of exp(-r / 2), of degree 6, found by least squares at Chebyshev's
     points.
     """
     q = size * size
@@ -110,14 +110,14 @@ def _normal_tail(size: Any) -> Any:
 
 @_inlined
 def _sigmoid(x: Any) -> Any:
-    e = _exp_of_negative(-abs(x))
+    e = exp_of_negative(-abs(x))
     return (np.float32(1.0) if x >= np.float32(0.0) else e) / (np.float32(1.0) + e)
 
 
 @_inlined
 def _tanh(x: Any) -> Any:
     size = abs(x)
-    e = _exp_of_negative(np.float32(-2.0) * size)
+    e = exp_of_negative(np.float32(-2.0) * size)
     far = (np.float32(1.0) - e) / (np.float32(1.0) + e)
     far = -far if x < np.float32(0.0) else far
     z = x * x
@@ -183,7 +183,7 @@ def gelu_tanh(kind: Kind, x: Any) -> Any:
     """
     size = abs(x)
     double = np.float32(1.5957691216057308) * (size + np.float32(0.044715) * (size * size * size))
-    e = _exp_of_negative(-double)
+    e = exp_of_negative(-double)
     return x * ((np.float32(1.0) if x >= np.float32(0.0) else e) / (np.float32(1.0) + e))
 
 
@@ -207,7 +207,7 @@ def quick_gelu(kind: Kind, x: Any) -> Any:
 @_inlined
 def softplus(kind: Kind, x: Any) -> Any:
     """log(1 + exp(x)), to 4 ulp."""
-    e = _exp_of_negative(-abs(x))
+    e = exp_of_negative(-abs(x))
     s = e / (np.float32(2.0) + e)  # log(1 + e) = 2 artanh(s), s <= 1/3
     z = s * s
     p = np.float32(0.24413065612316132)
@@ -223,7 +223,7 @@ def softplus(kind: Kind, x: Any) -> Any:
 @_inlined
 def mish(kind: Kind, x: Any) -> Any:
     """x * tanh(softplus(x)) (Misra, arXiv:1908.08681), by w = exp(x): (w^2 + 2w) / (w^2 + 2w + 2); to 5 ulp."""
-    e = _exp_of_negative(-abs(x))
+    e = exp_of_negative(-abs(x))
     positive = np.float32(1.0) + np.float32(2.0) * e  # both sides divided by w^2 where w is large
     negative = e * (e + np.float32(2.0))
     above = positive if x > np.float32(0.0) else negative

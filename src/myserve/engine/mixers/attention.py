@@ -20,6 +20,7 @@ from myserve.engine.kernels.launch import this_thread, threads_for
 from myserve.engine.kernels.store import store_kernel
 from myserve.engine.kernels.tiles import tile_configuration
 from myserve.engine.memory import huge_pages
+from myserve.engine.mixers.recurrent import StateRows
 
 __all__ = [
     "PagedContext", "Pages", "allocate_layer", "bytes_per_block", "dense_attention", "paged_attention", "store_kv",
@@ -41,6 +42,9 @@ class PagedContext:
     query_start: Tensor  # [R + 1] int32: request r owns the rows query_start[r] .. query_start[r + 1]
     context_lens: Tensor  # [R] int32: keys of each request, its new ones included
     pages: Pages | None = None  # stores and attends; None: our CPU kernels
+    # the states of all slots, for each call of a recurrent function in a forward pass; and where the rows' are
+    states: Sequence[Tensor] = ()
+    state_rows: StateRows | None = None
     # of a context on a device: the same numbers, to be looked at without waiting
     on_host: PagedContext | None = None
 

@@ -1,4 +1,5 @@
-"""A model's calls of attention, seen by running it once: shapes and windows are read off them, not its config.
+"""A model's calls of attention and recurrence, seen by running it once: shapes and windows are read off them, not its
+config.
 
 A config's `head_dim` is not the width of the values of DeepSeek-V3, nor of every layer of Gemma 4; and where a layer's
 window stands in the mask alone (Qwen2-MoE), no argument names it. So the masks of the model are read, too: each is a
@@ -14,7 +15,9 @@ from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
 from myserve.engine.mixers.attention import dense_attention
-from myserve.engine.mixers.attention_pass import AttentionCall
+from myserve.engine.mixers.attention_pass import AttentionCall, StateCall
+from myserve.engine.mixers.recurrent import whole_sequences
+from myserve.engine.mixers.recurrent_call import RecurrentCall
 from myserve.errors import UnsupportedModelError
 
 __all__ = ["AttentionObserver", "window_of_mask"]
@@ -30,6 +33,7 @@ class AttentionObserver:
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
         self.calls: list[AttentionCall] = []
+        self.states: list[StateCall] = []
 
     def mask(self, arguments: dict[str, Any]) -> Tensor | None:
         """Build a model's mask, marked with its window: None for what is no window, which a call of attention refuses.
@@ -67,6 +71,13 @@ class AttentionObserver:
         )
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [heads, T, D]
         return dense_attention(query, key, value, **options | {"window": window}).transpose(0, 1)
+
+    def mix(self, call: RecurrentCall) -> Tensor:
+        """Keep a call of a recurrent function, and mix its rows [1, T, ...] from the beginning."""
+        mixing = call.packed(lambda x: x[0])
+        self.states.append(StateCall(call.name, mixing.state))
+        count = call.size[1]
+        return mixing.compute(None, whole_sequences(torch.tensor([0, count], dtype=torch.int32)))[None]
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(

@@ -1,4 +1,5 @@
-"""A forward pass of transformers' own model whose attention is ours: each call of attention has a cache of its own.
+"""A forward pass of transformers' own model whose attention is ours: each call of attention has a cache of its own, and
+each call of a recurrent function states of its own (`recurrent_functions`).
 
 A model takes its attention from transformers' `AttentionInterface` under our name. The step that is run stands in a
 variable of the thread, since some models do not hand keywords down to their layers:
@@ -26,8 +27,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from myserve.engine.mixers import attention
 from myserve.engine.mixers.attention import PagedContext
+from myserve.engine.mixers.recurrent import StateShape
+from myserve.engine.mixers.recurrent_call import RecurrentCall
 
-__all__ = ["ATTENTION_NAME", "AttentionCall", "Mode", "attending", "register_attention", "using"]
+__all__ = [
+    "ATTENTION_NAME", "AttentionCall", "Mode", "StateCall", "attending", "current_mode",
+    "register_attention", "using",
+]  # fmt: skip
 
 ATTENTION_NAME = "myserve_paged"  # a model's `attn_implementation`
 
@@ -46,8 +52,18 @@ class AttentionCall:
     sinks: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class StateCall:
+    """One call of a convolution or a recurrence in a model's forward pass, as it was observed."""
+
+    name: str  # of the function of transformers that was called
+    state: StateShape  # what it keeps of each request
+
+
 class Mode(Protocol):
-    """Answer calls of our attention while a model runs: by a step's pages, or by the observer at load."""
+    """Answer calls of attention and of recurrent functions while a model runs: by a step's pages and states, or by the
+    observer at load.
+    """
 
     def attend(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
@@ -55,6 +71,9 @@ class Mode(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
     def mask(self, arguments: dict[str, Any]) -> Tensor | None: ...
+    def mix(self, call: RecurrentCall) -> Tensor:
+        """Return what a recurrent function mixes, [B, T, ...]."""
+        ...
 
 
 class _Current(threading.local):
@@ -62,6 +81,11 @@ class _Current(threading.local):
 
 
 _current = _Current()
+
+
+def current_mode() -> Mode | None:
+    """Return what answers the models that this thread runs now."""
+    return _current.mode
 
 
 @contextmanager
@@ -75,27 +99,40 @@ def using(mode: Mode) -> Iterator[None]:
 
 
 @contextmanager
-def attending(context: PagedContext, calls: Sequence[AttentionCall]) -> Iterator[None]:
+def attending(
+    context: PagedContext, calls: Sequence[AttentionCall], states: Sequence[StateCall] = ()
+) -> Iterator[None]:
     """Let one forward pass store and attend in the pages of `context`, its calls being `calls` in their order.
+
+    `states`: its calls of recurrent functions, in theirs.
 
     Raises RuntimeError where the pass makes other calls than it was observed to make.
     """
     if len(calls) != len(context.layers):
         raise RuntimeError(f"{len(calls)} calls of attention have {len(context.layers)} caches")
-    step = _PagedPass(context, calls)
+    if len(states) != len(context.states):
+        raise RuntimeError(f"{len(states)} recurrent calls have the states of {len(context.states)}")
+    step = _PagedPass(context, calls, states)
     with using(step):
         yield
     if step.done != len(calls):
         raise RuntimeError(
             f"the model made {step.done} calls of attention, and {len(calls)} when it was observed"
         )
+    if step.mixed != len(states):
+        raise RuntimeError(
+            f"the model made {step.mixed} recurrent calls, and {len(states)} when it was observed"
+        )
 
 
 class _PagedPass:
     """One forward pass over the pages of one step."""
 
-    def __init__(self, context: PagedContext, calls: Sequence[AttentionCall]) -> None:
-        self.context, self.calls, self.done = context, calls, 0
+    def __init__(
+        self, context: PagedContext, calls: Sequence[AttentionCall], states: Sequence[StateCall]
+    ) -> None:
+        self.context, self.calls, self.states = context, calls, states
+        self.done = self.mixed = 0
 
     def mask(self, arguments: dict[str, Any]) -> Tensor | None:
         """No mask is built: what each call may see was read off the model's masks when it was observed."""
@@ -117,6 +154,17 @@ class _PagedPass:
         attention.store_kv(key, value, key_cache, value_cache, context.slot_mapping)
         tables, starts, lens = context.block_tables, context.query_start, context.context_lens
         return attention.paged_attention(query, key_cache, value_cache, tables, starts, lens, **options)
+
+    def mix(self, call: RecurrentCall) -> Tensor:
+        """Mix the step's rows [1, T, ...] from the states of their requests, and leave new ones."""
+        mixing, rows = call.packed(lambda x: x[0]), self.context.state_rows
+        if self.mixed == len(self.states) or rows is None:
+            raise RuntimeError(f"{call.name} is called more often than it was observed to be")
+        observed, states = self.states[self.mixed], self.context.states[self.mixed]
+        self.mixed += 1
+        if observed != StateCall(call.name, mixing.state):
+            raise RuntimeError(f"{call.name} keeps {mixing.state}, which it was not observed to do")
+        return mixing.compute(states, rows)[None]
 
     def _next(self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionCall:
         if self.done == len(self.calls):

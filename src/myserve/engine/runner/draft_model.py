@@ -62,6 +62,12 @@ class DraftModel:
             config, kv_cache_bytes=bytes_, kv_cache_share=_SHARE * config.kv_cache_share, draft_model=None
         )
         self.runner = ModelRunner(loaded, own)
+        if self.runner.structure.states:
+            raise UnsupportedModelError(
+                f"the draft model {type(loaded.model).__name__} has recurrent layers, whose states it would have to "
+                "roll back where a draft is wrong; give one without, or none",
+                param="draft_model",
+            )
         self._vocab_size = min(vocab_size, loaded.vocab_size)
         self._chunk = config.prefill_chunk
         self._tables = BlockTables(

@@ -1,4 +1,4 @@
-"""The tensors that the blocks stand for: keys and values of every layer, allocated once."""
+"""The tensors that blocks and slots stand for: keys and values of every layer, and states of recurrent ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from myserve.engine.config import NUM_SEQS_AT_ANY_PACE, EngineConfig
 from myserve.engine.memory import huge_pages
 from myserve.engine.memory.device import free_memory
 from myserve.engine.memory.prefault import HUGE_PAGE
+from myserve.engine.mixers.recurrent import StateShape
 from myserve.engine.runner.device_backend import DeviceBackend, LayerShape
 
-__all__ = ["KVCache"]
+__all__ = ["SLOTS_A_REQUEST", "KVCache"]
 
 MOST_BYTES_UNASKED = 4 << 30
 AHEAD = 2048  # tokens, for whose blocks memory lies ready
+STATES_SHARE = 0.5  # of the cache's memory, what states may take
+SLOTS_A_REQUEST = 2  # one that a step reads, and one that it writes
 
 
 class KVCache:
@@ -34,16 +37,25 @@ class KVCache:
         dtype: torch.dtype,
         backend: DeviceBackend,
         config: EngineConfig,
+        states: Sequence[StateShape] = (),
     ) -> None:
-        """`shapes`: of the keys and values of each call of attention. `longest`: positions the model was made for."""
+        """`shapes`: of the keys and values of each call of attention. `longest`: positions the model was made for.
+
+        `states`: of each call of a recurrent function.
+        """
         self.device, self.block_size, self.pages = backend.device, backend.block_size, backend.pages
         size = sum(backend.bytes_per_block(shape, dtype) for shape in shapes)
+        self.num_state_slots = _affordable_slots(states, backend, config)
+        self.states = [
+            huge_pages.zeros((self.num_state_slots, *state.shape), state.dtype) for state in states
+        ]
         self.num_blocks = config.num_blocks or _affordable_blocks(size, longest, backend, config)
         self.layers: list[tuple[Tensor, Tensor]] = [
             backend.allocate_layer(self.num_blocks, shape, dtype) for shape in shapes
         ]
         self.num_bytes = self.num_blocks * size
-        self._ready = 0 if self.device.type == "cpu" else self.num_blocks  # whose memory lies ready
+        # whose memory lies ready; blocks of a model that never attends have none
+        self._ready = 0 if self.device.type == "cpu" and self.layers else self.num_blocks
         self._touching = self._touch_pages()
 
     def make_ready(self, num_used: int) -> bool:
@@ -73,6 +85,17 @@ class KVCache:
             values[targets] = values[sources]
 
 
+def _affordable_slots(states: Sequence[StateShape], backend: DeviceBackend, config: EngineConfig) -> int:
+    """As many slots as requests side by side need, or half of the cache's memory pays for; two at least."""
+    size = sum(state.num_bytes for state in states)
+    if not size:
+        return 0
+    budget = config.kv_cache_bytes or int(config.kv_cache_share * free_memory(backend.device))
+    if not config.kv_cache_bytes:
+        budget = min(budget, 2 * MOST_BYTES_UNASKED)
+    return max(SLOTS_A_REQUEST, min(int(STATES_SHARE * budget) // size, SLOTS_A_REQUEST * config.most_seqs))
+
+
 def _affordable_blocks(size: int, longest: int, backend: DeviceBackend, config: EngineConfig) -> int:
     """As many blocks as the budget pays for; never more than the requests that surely run side by side could.
 
@@ -80,10 +103,13 @@ def _affordable_blocks(size: int, longest: int, backend: DeviceBackend, config: 
     `MOST_BYTES_UNASKED` at most, unless somebody asked for more or one request alone may need more.
     """
     context = -(-(config.max_model_len or longest) // backend.block_size)
+    most = (config.max_num_seqs or NUM_SEQS_AT_ANY_PACE) * context
+    if not size:
+        return most
     if config.kv_cache_bytes:
         affordable = config.kv_cache_bytes // size
     else:
         affordable = int(config.kv_cache_share * free_memory(backend.device)) // size
         if backend.device.type == "cpu":
             affordable = min(affordable, max(context, MOST_BYTES_UNASKED // size))
-    return max(1, min(affordable, (config.max_num_seqs or NUM_SEQS_AT_ANY_PACE) * context))
+    return max(1, min(affordable, most))

@@ -55,7 +55,7 @@ class LogitRows:
         parent_path, _, name = self._body.rpartition(".")
         parent = self._model.get_submodule(parent_path)
         body = getattr(parent, name)
-        setattr(parent, name, _CachedBody(type(self._outputs[0])(last_hidden_state=hidden)))
+        setattr(parent, name, _CachedBody(type(self._outputs[0])(last_hidden_state=hidden), body))
         try:
             nothing = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
             logits: Tensor = self._model(input_ids=nothing, use_cache=False).logits[0]
@@ -65,11 +65,14 @@ class LogitRows:
 
 
 class _CachedBody(nn.Module):
-    """A body that repeats an output."""
+    """A body that repeats an output; what else a head looks up in it, a factor of Falcon-H1's, is the body's own."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, body: nn.Module) -> None:
         super().__init__()
-        self._output = output
+        self._output, self._own = output, (body,)  # in a tuple, so that it is no module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_own"][0], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self._output

@@ -84,7 +84,9 @@ class ModelRunner:
         self.exact_report = replace(made, mode=config.exact, attention=self.backend.attention)
         self._own_experts = experts_implementation(loaded.model)
         self.routed_experts = RoutedExperts(loaded.model)
-        self.kv_cache = KVCache(layer_shapes(calls), loaded.max_model_len, dtype, self.backend, config)
+        states = [call.state for call in self.structure.states]
+        shapes = layer_shapes(calls)
+        self.kv_cache = KVCache(shapes, loaded.max_model_len, dtype, self.backend, config, states)
         size = self.kv_cache.block_size
         usual = unscaled_length(loaded.model.config.get_text_config(decoder=True)) or loaded.max_model_len
         self.max_model_len = min(
@@ -288,7 +290,7 @@ class ModelRunner:
     def _run_model(self, inputs: StepInputs) -> Tensor:
         """Logits [wanted, V]."""
         passing = self.adapters.slots.passing(inputs.adapters)
-        with passing, attending(inputs.context, self.structure.calls):
+        with passing, attending(inputs.context, self.structure.calls, self.structure.states):
             out = self.model(
                 input_ids=inputs.ids,
                 position_ids=inputs.positions,

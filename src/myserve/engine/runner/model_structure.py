@@ -1,4 +1,4 @@
-"""The structure of a loaded model, seen by running it once: its calls of attention, and where its head begins.
+"""The structure of a loaded model, seen by running it once: its calls of attention and recurrence, and its head.
 
 A model that cannot be run so is refused here, in one sentence, whatever its own code raised.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from myserve.engine.mixers.attention_observer import AttentionObserver
-from myserve.engine.mixers.attention_pass import AttentionCall, using
+from myserve.engine.mixers.attention_pass import AttentionCall, StateCall, using
+from myserve.engine.mixers.recurrent_functions import stand_before
 from myserve.engine.runner.logit_rows import LogitRows, body_outputs
 from myserve.engine.scheduling.step_costs import AttentionCost
 from myserve.errors import MyserveError, UnsupportedModelError
@@ -33,6 +34,7 @@ class ModelStructure:
 
     calls: tuple[AttentionCall, ...]  # of attention in one forward pass, in their order
     body: str  # path of the module whose last hidden state the head takes
+    states: tuple[StateCall, ...] = ()  # calls of recurrent functions, in their order
 
     @property
     def longest_window(self) -> int:
@@ -58,6 +60,7 @@ def observe(model: Any) -> ModelStructure:
     """
     name = type(model).__name__
     observer = AttentionObserver(name)
+    stand_before(model)
     ids = torch.arange(TOKENS, device=model.device)[None]
     wanted = torch.tensor(WANTED, device=model.device)
     try:
@@ -70,7 +73,7 @@ def observe(model: Any) -> ModelStructure:
             f"{name} cannot be run with the engine's attention and products ({type(error).__name__}: "
             f"{_first_line(error)}); serve another model, or report this one"
         ) from error
-    if not observer.calls:
+    if not observer.calls and not observer.states:
         raise UnsupportedModelError(
             f"{name} does not take its attention from transformers' AttentionInterface, so its requests cannot be "
             "batched; models of the Llama, Qwen, Mistral, Gemma, GPT-2, OLMo and MoE kinds do"
@@ -79,7 +82,7 @@ def observe(model: Any) -> ModelStructure:
         raise UnsupportedModelError(
             f"{name} gives {logits.shape[0]} rows of logits where {len(WANTED)} are asked for"
         )
-    return ModelStructure(tuple(observer.calls), _body(model, outputs, logits))
+    return ModelStructure(tuple(observer.calls), _body(model, outputs, logits), tuple(observer.states))
 
 
 def _body(model: Any, outputs: dict[str, Any], logits: Tensor) -> str:

@@ -176,10 +176,14 @@ def _verified_rows_leave_alone(runner: ModelRunner, prompt: list[int], alone: Te
     request, length = _request_from_the_end(runner, prompt), len(prompt)
     before = length - max(VERIFIED)
     parts = [(0, before, DECODED)] * 2 + [(length - rows, length, rows) for rows in VERIFIED]
+    if runner.structure.states:  # each needs the state at its own beginning
+        pairs = (((0, length - rows, DECODED), (length - rows, length, rows)) for rows in VERIFIED)
+        parts = [part for pair in pairs for part in pair]
     for start, end, wanted in parts:
         batch = Batch()
         batch.add(ScheduledTokens(request, start, end - start))
         logits = runner.forward(batch, list(range(end - start - wanted, end - start)))
+        _take_state(request)
         if not torch.equal(logits, alone[end - wanted : end]):
             return False
     return True
@@ -250,6 +254,7 @@ def _logits_alone(runner: ModelRunner, prompt: list[int], last: int | None = Non
         batch.add(ScheduledTokens(request, start, end - start))
         wanted = list(range(max(0, first - start), end - start)) or [end - start - 1]
         logits = runner.forward(batch, wanted).clone()
+        _take_state(request)
         rows += [logits] if end > first else []
     return torch.cat(rows)
 
@@ -259,7 +264,14 @@ def _request_from_the_end(runner: ModelRunner, prompt: list[int]) -> Request:
     cache = runner.kv_cache
     request = Request(id="self-test", prompt_token_ids=prompt, max_tokens=1)
     request.block_table = [cache.num_blocks - 1 - i for i in range(-(-len(prompt) // cache.block_size))]
+    if cache.states:
+        request.state_slot, request.next_state_slot = cache.num_state_slots - 1, cache.num_state_slots - 2
     return request
+
+
+def _take_state(request: Request) -> None:
+    """Let a request go on from the state that its last step has left."""
+    request.state_slot, request.next_state_slot = request.next_state_slot, request.state_slot
 
 
 def _packed_logits(runner: ModelRunner, prompts: list[list[int]], stride: int = 1) -> list[Tensor]:

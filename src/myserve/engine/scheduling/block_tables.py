@@ -1,4 +1,4 @@
-"""The blocks that each request holds: found in the prefix cache, added as it grows, shared by forks, given back."""
+"""The blocks and the state that each request holds: found in the prefix cache, added, shared by forks, given back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from myserve.engine.scheduling.adapter import AdapterVersion
 from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.request import Request
+from myserve.engine.scheduling.state_slots import StateSlots
 
 __all__ = ["BlockTables", "CachedPrefix"]
 
@@ -22,16 +23,25 @@ class CachedPrefix:
 
 
 class BlockTables:
-    """Keep `block_table` and `content_ids` of the requests that run on one pool of blocks."""
+    """Keep `block_table`, `content_ids` and the state slots of the requests that run on one pool of blocks.
 
-    def __init__(self, pool: BlockPool) -> None:
+    A step reads a request's `state_slot` and writes `next_state_slot`, which `commit` makes the former. So a state is
+    never written over while somebody may read it: a step can be run again, and forks share a slot instead of copying.
+    """
+
+    def __init__(self, pool: BlockPool, states: StateSlots | None = None) -> None:
+        """`states`: of a model with recurrent layers; None: it keeps nothing but keys and values."""
         self._pool = pool
+        self.states = states
 
     def find_cached(self, request: Request, weight_version: int) -> CachedPrefix:
         """Return the longest prefix of a request that the cache has, computed by these weights and its adapter.
 
-        At least one token is always left to run, for its logits are what the next token is drawn from.
+        At least one token is always left to run, for its logits are what the next token is drawn from. A model with
+        recurrent layers finds none: its state at the end of the prefix was not kept.
         """
+        if self.states is not None:
+            return CachedPrefix()
         if request.needs_prompt_logits and request.num_output_tokens == 0:
             return CachedPrefix()
         tokens = request.token_ids[: request.num_tokens - 1]
@@ -40,6 +50,8 @@ class BlockTables:
 
     def has_room(self, prefix: CachedPrefix, count: int) -> bool:
         """Return whether the pool has blocks for a cached prefix and `count` tokens after it."""
+        if self.states is not None and not self.states.num_free:
+            return False
         # a cached block that no request holds counts as free until it is held
         newly_held = sum(1 for block in prefix.blocks if not self._pool.is_held(block))
         needed = self._pool.blocks_for(prefix.num_tokens + count) - len(prefix.blocks)
@@ -54,11 +66,26 @@ class BlockTables:
     def extend(self, request: Request, count: int) -> bool:
         """Add the blocks that `count` more tokens need. False, and nothing added, where they are not to be had."""
         missing = self._pool.blocks_for(request.num_computed_tokens + count) - len(request.block_table)
-        if missing > self._pool.num_free:
+        needs_slot = self.states is not None and request.next_state_slot < 0
+        if missing > self._pool.num_free or (
+            needs_slot and self.states is not None and not self.states.num_free
+        ):
             return False
         if missing > 0:
             request.block_table += self._pool.allocate(missing)
+        if needs_slot and self.states is not None:
+            request.next_state_slot = self.states.allocate()
         return True
+
+    def commit(self, request: Request) -> None:
+        """Make the state that a step has left the request's own."""
+        if self.states is not None:
+            self._release(request.state_slot)
+            request.state_slot, request.next_state_slot = request.next_state_slot, -1
+
+    def _release(self, slot: int) -> None:
+        if self.states is not None and slot >= 0:
+            self.states.release(slot)
 
     def cut(self, request: Request) -> None:
         """Give back the blocks behind the request's own tokens: those of a draft that was wrong."""
@@ -82,6 +109,9 @@ class BlockTables:
         self._pool.hold(shared)
         sibling.block_table, sibling.content_ids = list(shared), []
         sibling.num_computed_tokens = leader.num_prompt_tokens
+        if self.states is not None:  # what the step at hand will leave
+            sibling.state_slot = leader.next_state_slot
+            self.states.hold(sibling.state_slot)
         if not rest:
             return []
         sibling.block_table += self._pool.allocate(1)
@@ -92,6 +122,9 @@ class BlockTables:
         self._pool.release(request.block_table)
         request.block_table, request.content_ids = [], []
         request.num_computed_tokens = 0
+        self._release(request.state_slot)
+        self._release(request.next_state_slot)
+        request.state_slot = request.next_state_slot = -1
 
     def publish_full(self, request: Request) -> None:
         """Name the request's full blocks for the prefix cache."""

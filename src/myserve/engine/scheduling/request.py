@@ -92,6 +92,10 @@ class Request:
     recomputed_at: int | None = None
     block_table: list[int] = field(default_factory=list)
     content_ids: list[int] = field(default_factory=list)  # the prefix cache's names of the full blocks
+    # of a model with recurrent layers: the slot of the state after its computed tokens (-1: it has none, and begins
+    # from zeros), and the one that its next step leaves it in
+    state_slot: int = -1
+    next_state_slot: int = -1
     times: Times = field(default_factory=Times)
 
     def __post_init__(self) -> None:

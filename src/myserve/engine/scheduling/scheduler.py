@@ -13,6 +13,7 @@ from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.prompt_budget import PromptBudget
 from myserve.engine.scheduling.request import Event, Request, State
 from myserve.engine.scheduling.speculation import Speculation
+from myserve.engine.scheduling.state_slots import StateSlots
 from myserve.engine.scheduling.step_costs import READING_PACE, StepCosts
 from myserve.engine.scheduling.waiting import WaitingRequests
 
@@ -35,9 +36,16 @@ class Scheduler:
     prefilled again later (from the prefix cache, often).
     """
 
-    def __init__(self, pool: BlockPool, limits: Limits, speculation: Speculation | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: Limits,
+        speculation: Speculation | None = None,
+        states: StateSlots | None = None,
+    ) -> None:
+        """`states`: of a model with recurrent layers."""
         self.pool = pool
-        self.block_tables = BlockTables(pool)
+        self.block_tables = BlockTables(pool, states)
         self.limits = limits
         self.speculation = speculation  # None: every token is drawn in a step of its own
         self.running: list[Request] = []  # kept sorted by Request.order
@@ -342,6 +350,7 @@ class Scheduler:
         for part in batch.scheduled:
             if not part.request.is_finished:
                 part.request.num_computed_tokens += part.count - len(part.draft)
+                self.block_tables.commit(part.request)
                 self.block_tables.publish_full(part.request)
         ended: list[tuple[Request, str]] = []
         for request in batch.scored:
@@ -391,6 +400,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert what must hold between any two steps."""
         self.pool.check_integrity(r.block_table for r in self.running)
+        if (states := self.block_tables.states) is not None:
+            states.check_integrity(slot for r in self.running for slot in (r.state_slot, r.next_state_slot))
         assert all(r.state is State.RUNNING for r in self.running), "a running request is in another state"
         assert all(r.state is State.WAITING and not r.block_table for r in self.waiting), (
             "a waiting request holds blocks"

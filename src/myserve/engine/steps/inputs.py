@@ -12,6 +12,7 @@ from torch import Tensor
 
 from myserve.engine.batch_invariance.low_rank import AdapterRows
 from myserve.engine.mixers.attention import PagedContext, Pages
+from myserve.engine.mixers.recurrent import StateRows
 from myserve.engine.scheduling.batch import ScheduledTokens
 
 __all__ = ["Cache", "Layers", "Shape", "Staging", "StepInputs", "Take"]
@@ -29,6 +30,8 @@ class Cache(Protocol):
     def block_size(self) -> int: ...
     @property
     def pages(self) -> Pages | None: ...
+    @property
+    def states(self) -> Sequence[Tensor]: ...
     @property
     def device(self) -> torch.device: ...
 
@@ -100,6 +103,9 @@ class StepInputs:
         tables = take(requests * max_blocks, torch.int32).view(requests, max_blocks)
         starts, lens = take(requests + 1, torch.int32), take(requests, torch.int32)
         context = PagedContext(cache.layers, slots, tables, starts, lens, cache.pages)
+        if cache.states:
+            places = take(requests, torch.int32), take(requests, torch.int32)
+            context = replace(context, states=cache.states, state_rows=StateRows(starts, lens, *places))
         return cls(ids[None], positions[None], wanted, context, cache.block_size)
 
     @classmethod
@@ -121,6 +127,11 @@ class StepInputs:
     def cut(self, shape: Shape) -> StepInputs:
         """Return inputs of a smaller shape over the same memory."""
         context, host = self.context, None if self.host is None else self.host.cut(shape)
+        starts, lens = context.query_start[: shape.requests + 1], context.context_lens[: shape.requests]
+        states = context.state_rows
+        if states is not None:
+            places = states.read[: shape.requests], states.write[: shape.requests]
+            states = StateRows(starts, lens, *places)
         return StepInputs(
             self.ids[:, : shape.rows],
             self.positions[:, : shape.rows],
@@ -129,8 +140,9 @@ class StepInputs:
                 context,
                 slot_mapping=context.slot_mapping[: shape.rows],
                 block_tables=context.block_tables[: shape.requests],
-                query_start=context.query_start[: shape.requests + 1],
-                context_lens=context.context_lens[: shape.requests],
+                query_start=starts,
+                context_lens=lens,
+                state_rows=states,
                 on_host=None if host is None else host.context,
             ),
             self.block_size,
@@ -167,6 +179,8 @@ class StepInputs:
         first = np.array([part.start for part in scheduled])
         lens[: len(scheduled)] = first + counts
         lens[len(scheduled) :] = 0
+        if context.state_rows is not None:
+            _write_slots(context.state_rows, scheduled)
         size = self.block_size
         owner = np.repeat(np.arange(len(scheduled)), counts)  # [T]
         position = np.arange(ends[-1]) + (first - ends + counts)[owner]
@@ -194,6 +208,14 @@ class StepInputs:
             adapters = [part.request.adapter for part in scheduled]
             slots = np.array([-1 if adapter is None else adapter.slot for adapter in adapters])
             self.adapters.fill(slots[owner])
+
+
+def _write_slots(rows: StateRows, scheduled: Sequence[ScheduledTokens]) -> None:
+    """Write which slots the requests' states are read from and left in; requests without rows have none."""
+    for slots, name in ((rows.read, "state_slot"), (rows.write, "next_state_slot")):
+        array = slots.numpy()
+        array[: len(scheduled)] = [getattr(part.request, name) for part in scheduled]
+        array[len(scheduled) :] = -1
 
 
 def _zeros(count: int, dtype: torch.dtype) -> Tensor:

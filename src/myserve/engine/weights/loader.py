@@ -261,18 +261,24 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# As configs call layers that attend with or without a window, are recurrent, or do neither: those that may be tried.
+# What a layer does is seen when the model is run (`model_structure`).
+_LAYER_TYPES = {
+    "full_attention", "sliding_attention", "attention", "linear_attention", "mamba", "conv", "hybrid", "moe", "mlp",
+}  # fmt: skip
+
+
 def refuse_what_cannot_be_packed(config: Any) -> None:
     """Refuse, by its config, a model whose state is not keys and values of a causal attention."""
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{config.model_type} is an encoder-decoder; only causal models can be served"
         )
-    known = {"full_attention", "sliding_attention"}
-    strange = sorted(set(getattr(config, "layer_types", None) or known) - known)
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:
         raise UnsupportedModelError(
             f"{config.model_type} has layers of type {', '.join(strange)}; the engine batches "
-            "full and sliding-window attention alone"
+            "full and sliding-window attention, and recurrent layers"
         )
 
 
