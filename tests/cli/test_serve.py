@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import typer
 
+from gguf_files import write_gguf
 from myserve.cli import app
+from myserve.embedded import embedded_model_path
 from myserve.server.settings import OPTIONS
 
 has_ipv6 = socket.has_ipv6
@@ -151,3 +154,24 @@ def is_ready(url: str) -> bool:
             return bool(answer.status == 200)
     except urllib.error.HTTPError:
         return False
+
+
+def test_a_gguf_file_is_served_by_its_own_name_and_a_torn_one_is_a_sentence(tmp_path: Path) -> None:
+    file = write_gguf(embedded_model_path(), tmp_path / "Small-Q8_0.gguf", gguf.GGMLQuantizationType.Q8_0)
+    torn = tmp_path / "torn.gguf"
+    torn.write_bytes(file.read_bytes()[:-100_000])
+    failed = myserve("serve", str(torn), "--port", "0")
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith(
+        "error: torn did not load: torn.gguf is torn or no GGUF file: "
+    )
+    with serving(str(file), "--no-force-echo", "--max-model-len", "128") as url:
+        assert names(url) == ["Small-Q8_0"]
+        asked = {"messages": [{"role": "user", "content": "Solve: 2+2="}], "max_tokens": 4, "temperature": 0}
+        request = urllib.request.Request(
+            url + "/v1/chat/completions",
+            json.dumps(asked).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["choices"][0]["message"]["content"].startswith("4")

@@ -320,4 +320,7 @@ def _succeeded(future: Future[ServedModel]) -> bool:
 
 def _log_failure(path: str, future: Future[ServedModel]) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
-        log.error("the model at %s did not load", path, exc_info=error)
+        if isinstance(error, MyserveError):  # it says in a sentence what is wrong, and whose fault that is
+            log.error("the model at %s did not load: %s", path, error)
+        else:
+            log.error("the model at %s did not load", path, exc_info=error)

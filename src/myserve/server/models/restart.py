@@ -128,6 +128,9 @@ class RestartRecord:
 def files_of(model: str) -> Files:
     """Return the files that a model is loaded from, without reading them; of a hub id, those in the cache."""
     folder = Path(model)
+    if folder.is_file():  # GGUF: all of the model is in one
+        stat = folder.stat()
+        return {folder.name: (stat.st_size, stat.st_mtime_ns)}
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
