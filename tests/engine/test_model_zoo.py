@@ -84,7 +84,7 @@ def numbers(completion: Completion) -> list[float]:
 def test_a_trainer_has_the_servers_bits(name: str, tiny_model: Callable[[str], Path]) -> None:
     """Where values are narrower than keys, where a window stands in the mask alone, and with gates, biases, GELU.
 
-    `python -m tools.model_sweep` compares every kind that runs.
+    `python -m tools.models` compares every kind that runs.
     """
     path = tiny_model(name)
     engine = Engine.from_pretrained(str(path), EngineConfig(num_blocks=64))

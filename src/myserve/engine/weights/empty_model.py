@@ -87,10 +87,17 @@ def fill(model: Any, snapshot: Snapshot, folder: Path | None = None, removed: tu
         if not plan.group_of.keys() & names.twins(name) and not any(p.search(name) for p in made_by_itself)
     ]
     judge(model, {"missing_keys": missing})
-    parameters = model.state_dict(keep_vars=True)
+    parameters, filled = model.state_dict(keep_vars=True), set[int]()
     for group in plan.groups:
         for name, value in group.make(snapshot.read, model).items():
-            parameters[name].data = value.to(parameters[name].dtype)
+            parameter, value = parameters[name], value.to(parameters[name].dtype)
+            if id(parameter) in filled and not torch.equal(parameter.data, value):
+                # as transformers does: two that differ are not tied, whatever the config says
+                owner, _, last = name.rpartition(".")
+                setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+                continue
+            parameter.data = value
+            filled.add(id(parameter))
     if folder is None:
         return
     with suppress(OSError):  # it need not have one
