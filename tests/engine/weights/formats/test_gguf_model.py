@@ -20,6 +20,7 @@ from gguf_files import decoded, write_gguf
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.weights.formats.gguf_file import GgufFile
+from myserve.engine.weights.formats.gguf_model import gguf_tokenizer
 from myserve.engine.weights.loader import LoadedModel, load
 from myserve.errors import RequestError
 from runs import mixed_requests
@@ -104,6 +105,15 @@ def test_the_tokenizer_and_its_template_come_from_the_file(tmp_path: Path) -> No
     ]
     assert rendered[0] == rendered[1]
     assert tokenizer.eos_token_id == own.eos_token_id
+
+
+def test_a_split_of_text_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    """It would be cut as GPT-2 cuts, and give other tokens."""
+    folder = make_tiny_model("qwen3", tmp_path / "model")
+    file = GgufFile(write_gguf(folder, tmp_path / "model.gguf", Kind.F32))
+    file.metadata["tokenizer.ggml.pre"] = "command-r"
+    with pytest.raises(RequestError, match="command-r"):
+        gguf_tokenizer(file)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from myserve.engine.weights.formats.gguf_file import GgufFile, need_gguf
 from myserve.engine.weights.snapshot import TensorInfo
@@ -43,6 +44,7 @@ _READ = {
     "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "vocab_size",
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "attention.value_length",
 }  # fmt: skip
+_PLAIN_SPLITS = ("default", "gpt-2", "gpt2")
 _NEEDED = ("context_length", "block_count", "embedding_length", "attention.head_count")
 _ROPE_FACTORS = "rope_freqs.weight"
 _EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_(gate|up|down)_exps\.weight$")
@@ -186,6 +188,14 @@ def _special(file: GgufFile) -> dict[str, Any]:
 
 def gguf_tokenizer(file: GgufFile) -> Any:
     """Return transformers' tokenizer of a file, its chat template included. Raises BadCheckpointError."""
+    split = file.metadata.get("tokenizer.ggml.pre", "default")
+    known = {*GGUF_PRE_TOKENIZER_SPLITS, *_PLAIN_SPLITS}
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and split not in known:
+        # transformers would cut text as GPT-2 does, and give other tokens than the model was trained on
+        raise UnsupportedModelError(
+            f"{file.path.name} cuts text before its tokenizer by {split!r}, which is not read from GGUF: take the "
+            "model's safetensors"
+        )
     try:
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
     except Exception as error:  # transformers and tokenizers raise what the file makes them
