@@ -116,6 +116,25 @@ def test_new_weights_compute_from_the_next_request_on(tmp_path: Path) -> None:
 
 
 @each_model
+def test_a_second_turn_begins_from_the_state_of_the_first(
+    arch: str, dtype: str, make_engine: MakeEngine
+) -> None:
+    engine, whole = make_engine(arch, dtype=dtype), make_engine(arch, dtype=dtype, prefix_caching=False)
+    params = SamplingParams(max_tokens=40, seed=9, ignore_eos=True)
+    prompt = [(3 + 7 * i) % 380 for i in range(150)]
+    [[first]] = run(engine, [Asked(prompt, params)])
+    again = [
+        Asked(prompt, params),
+        Asked([*prompt, *first.ids, 5, 6, 7], SamplingParams(max_tokens=8, seed=2)),
+    ]
+    for one, cached in zip(again, (128, 160), strict=True):  # the last border of the prompt; of its answer
+        [[warm]] = run(engine, [one])
+        assert warm.metrics is not None and warm.metrics.cached_tokens == cached
+        assert [warm.numbers] == numbers(whole, [one])
+    engine.scheduler.check_integrity()
+
+
+@each_model
 def test_a_trainer_has_the_servers_bits_padded_or_with_shared_prompts(
     arch: str, dtype: str, make_engine: MakeEngine, tiny_model: Callable[[str], Path]
 ) -> None:

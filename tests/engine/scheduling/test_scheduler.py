@@ -345,6 +345,7 @@ class RandomStates(RandomLives):
 
     def __init__(self) -> None:
         super().__init__()
+        self.scheduler.block_tables.worth_a_step = 3
         self.held: dict[int, list[int]] = {}
 
     def compute(self, batch: Batch) -> None:

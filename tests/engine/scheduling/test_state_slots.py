@@ -28,6 +28,27 @@ def test_what_nobody_holds_is_neither_shared_nor_released() -> None:
         slots.allocate()
 
 
+def test_a_state_is_found_by_name_until_its_slot_is_handed_out() -> None:
+    slots = StateSlots(3)
+    a, b, c = (slots.allocate() for _ in range(3))
+    slots.publish(a, 7)
+    slots.publish(b, 8)
+    slots.publish(c, 8)  # computed side by side: the first one stays
+    slots.release(a)
+    slots.release(b)
+    slots.release(c)
+    assert (slots.find(7), slots.find(8), slots.num_free) == (a, b, 3)
+    assert slots.allocate() == c, "what remembers nothing goes first"
+    slots.hold(b)
+    assert slots.is_held(b) and slots.allocate() == a and slots.find(7) is None
+    slots.check_integrity([a, b, c])
+    slots.forget(8)
+    slots.forget(9)
+    assert slots.find(8) is None
+    slots.release(b)
+    assert slots.num_free == 1
+
+
 def test_a_leak_and_a_double_use_are_found() -> None:
     slots = StateSlots(2)
     slots.check_integrity([])

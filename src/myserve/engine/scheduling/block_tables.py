@@ -12,6 +12,8 @@ from myserve.engine.scheduling.state_slots import StateSlots
 
 __all__ = ["BlockTables", "CachedPrefix"]
 
+WORTH_A_STEP = 128  # tokens: a step of a few rows takes some hundredths of what these take
+
 
 @dataclass(frozen=True, slots=True)
 class CachedPrefix:
@@ -20,6 +22,7 @@ class CachedPrefix:
     blocks: list[int] = field(default_factory=list)
     content_ids: list[int] = field(default_factory=list)  # the cache's names of them
     num_tokens: int = 0
+    state_slot: int = -1  # of a model with recurrent layers: the state after them
 
 
 class BlockTables:
@@ -33,25 +36,32 @@ class BlockTables:
         """`states`: of a model with recurrent layers; None: it keeps nothing but keys and values."""
         self._pool = pool
         self.states = states
+        self.worth_a_step = WORTH_A_STEP
 
     def find_cached(self, request: Request, weight_version: int) -> CachedPrefix:
         """Return the longest prefix of a request that the cache has, computed by these weights and its adapter.
 
         At least one token is always left to run, for its logits are what the next token is drawn from. A model with
-        recurrent layers finds none: its state at the end of the prefix was not kept.
+        recurrent layers finds a prefix that has its state kept, too.
         """
-        if self.states is not None:
-            return CachedPrefix()
         if request.needs_prompt_logits and request.num_output_tokens == 0:
             return CachedPrefix()
         tokens = request.token_ids[: request.num_tokens - 1]
         blocks, content_ids = self._pool.match(_root(request, weight_version, request.adapter), tokens)
-        return CachedPrefix(blocks, content_ids, len(blocks) * self._pool.block_size)
+        slot = -1
+        if self.states is not None:
+            while content_ids and (found := self.states.find(content_ids[-1])) is None:
+                del blocks[-1], content_ids[-1]
+            slot = found if content_ids and found is not None else -1
+        return CachedPrefix(blocks, content_ids, len(blocks) * self._pool.block_size, slot)
 
     def has_room(self, prefix: CachedPrefix, count: int) -> bool:
         """Return whether the pool has blocks for a cached prefix and `count` tokens after it."""
-        if self.states is not None and not self.states.num_free:
-            return False
+        if self.states is not None:
+            # that of a prefix counts as free until it is held, as its blocks do
+            taken = int(prefix.state_slot >= 0 and not self.states.is_held(prefix.state_slot))
+            if self.states.num_free < 1 + taken:
+                return False
         # a cached block that no request holds counts as free until it is held
         newly_held = sum(1 for block in prefix.blocks if not self._pool.is_held(block))
         needed = self._pool.blocks_for(prefix.num_tokens + count) - len(prefix.blocks)
@@ -62,6 +72,20 @@ class BlockTables:
         self._pool.hold(prefix.blocks)
         request.block_table, request.content_ids = list(prefix.blocks), list(prefix.content_ids)
         request.num_computed_tokens = prefix.num_tokens
+        if self.states is not None and prefix.state_slot >= 0:
+            self.states.hold(prefix.state_slot)
+            request.state_slot = prefix.state_slot
+
+    def to_border(self, request: Request, count: int) -> int:
+        """Return `count` tokens of a prompt, or fewer where they would end it: up to its last block's border.
+
+        There its state can be kept for the prompts that begin with it. A step more is worth it only behind many tokens.
+        """
+        start, size = request.num_computed_tokens, self._pool.block_size
+        border = (request.num_tokens - 1) // size * size
+        if self.states is None or start + count < request.num_tokens or border - start < self.worth_a_step:
+            return count
+        return border - start
 
     def extend(self, request: Request, count: int) -> bool:
         """Add the blocks that `count` more tokens need. False, and nothing added, where they are not to be had."""
@@ -134,6 +158,18 @@ class BlockTables:
             parent = request.content_ids[-1] if request.content_ids else root
             tokens = request.token_ids[index * size : (index + 1) * size]
             request.content_ids.append(self._pool.publish(request.block_table[index], parent, tokens))
+        if self.states is not None and request.num_computed_tokens % size == 0 and request.content_ids:
+            self._publish_state(self.states, request)
+
+    def _publish_state(self, states: StateSlots, request: Request) -> None:
+        """Name the request's state for the prefix cache; of those of its completion, the last one alone stays."""
+        name = request.content_ids[-1]
+        if states.find(name) is None:
+            states.publish(request.state_slot, name)
+            if request.num_computed_tokens > request.num_prompt_tokens:
+                if request.kept_state is not None:
+                    states.forget(request.kept_state)
+                request.kept_state = name
 
 
 def _root(request: Request, weight_version: int, adapter: AdapterVersion | None) -> Hashable:

@@ -96,6 +96,7 @@ class Request:
     # from zeros), and the one that its next step leaves it in
     state_slot: int = -1
     next_state_slot: int = -1
+    kept_state: int | None = None  # the content that the prefix cache has its completion's last state of
     times: Times = field(default_factory=Times)
 
     def __post_init__(self) -> None:

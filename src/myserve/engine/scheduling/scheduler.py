@@ -210,6 +210,7 @@ class Scheduler:
                 count = budget.offer(request.num_pending_tokens, context)
                 if not count:
                     return
+                count = self.block_tables.to_border(request, count)
                 if not self.block_tables.extend(request, count):
                     # what becomes free is for the prompts that have begun
                     admits = False
@@ -264,9 +265,10 @@ class Scheduler:
         count = budget.offer(request.num_tokens - found.num_tokens, found.num_tokens)
         if not count or not self.block_tables.has_room(found, count):
             return 0
-        budget.spend(count, found.num_tokens)
         self.waiting.admit(request)
         self.block_tables.begin(request, found)
+        count = self.block_tables.to_border(request, count)
+        budget.spend(count, found.num_tokens)
         self._admitted(request, found.num_tokens, now)
         self.block_tables.extend(request, count)
         self._plan(request, count, batch)
