@@ -11,6 +11,7 @@ import pytest
 from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.params import SamplingParams
 from myserve.core.ranges import ranges_of, shown
+from myserve.core.waterfall import WaterfallOptions
 from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import RequestError
 
@@ -45,6 +46,8 @@ ACCEPTED: dict[str, list[object]] = {
     "kept": [True],
     "routed_experts": [True],
     "ranks": [True],
+    "entropies": [True],
+    "waterfall": [None, WaterfallOptions(at=3)],
     "prompt_logprobs": [None, 0, 1024],
     "prompt_logprob_start": [0, 7],
     "prompt_logprob_token_ids": [(), ((5, 6),), ((5,), (6,))],
@@ -86,6 +89,8 @@ REFUSED: dict[str, list[object]] = {
     "kept": [1],
     "routed_experts": [[]],
     "ranks": [1],
+    "entropies": [0],
+    "waterfall": [True, (3, 20)],
     "top_logprobs": [-1, 1025, True, 2**64],
     "logprobs_mode": ["cooked"],
     "logprob_token_ids": [(-1,)],

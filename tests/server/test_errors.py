@@ -70,7 +70,16 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "priority": NOT_INTEGERS,
     "cache_salt": (5, [], True),
     **dict.fromkeys(
-        ("stream", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "kept", "raw_output"),
+        (
+            "stream",
+            "counts_prior_tokens",
+            "token_stats",
+            "ignore_eos",
+            "include_stop_str_in_output",
+            "skip_special_tokens",
+            "kept",
+            "raw_output",
+        ),
         NOT_BOOLEANS,
     ),
     **dict.fromkeys(

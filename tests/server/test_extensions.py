@@ -405,7 +405,7 @@ def test_health(server: Any) -> None:
     assert "version" in httpx.get(server.url + "/version").json()
 
 
-def test_the_playground_asks_nobody_else(server: Any) -> None:
+def test_the_inspector_asks_nobody_else(server: Any) -> None:
     page = httpx.get(server.url + "/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.ranges import MAX_ID, MAX_TOKENS, Range, check_ranges, ranged, ranges_of, shown
+from myserve.core.waterfall import WaterfallOptions
 from myserve.errors import RequestError
 
 __all__ = ["SamplingParams"]
@@ -30,6 +31,7 @@ _SWITCHES = (
     "kept",
     "routed_experts",
     "ranks",
+    "entropies",
 )
 _TOKEN_ID = Range(0, MAX_ID)
 _FINITE = Range(-sys.float_info.max, sys.float_info.max)
@@ -118,6 +120,10 @@ class SamplingParams:
     """Report which experts of a mixture each token's forward pass used; with `prompt_logprobs`, the prompt's too."""
     ranks: bool = False
     """Report the rank of each token among all ids by the model's own scores, 1 the likeliest."""
+    entropies: bool = False
+    """Report the entropy, in nats, of the model's own distribution at each token."""
+    waterfall: WaterfallOptions | None = None
+    """Report the distribution of one token after every stage, and the race that chose it; None: do not."""
     prompt_logprobs: int | None = ranged(None, 0, MAX_TOP_LOGPROBS)
     """Report the prompt's logprobs with so many alternatives, 0 to 1024; None: do not."""
     prompt_logprob_start: int = ranged(0, 0, MAX_TOKENS)
@@ -160,6 +166,7 @@ class SamplingParams:
                 raise RequestError("bad_words_ids must not hold an empty sequence", param="bad_words_ids")
         _instance("grammar", self.grammar, Grammar)
         _instance("reasoning", self.reasoning, Reasoning)
+        _instance("waterfall", self.waterfall, WaterfallOptions)
         if self.grammar is not None and self.ignore_eos:
             raise RequestError(
                 "ignore_eos cannot be had with a grammar: the grammar says where the text ends",

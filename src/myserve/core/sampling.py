@@ -17,14 +17,17 @@ from torch import Tensor
 from myserve.core.batched.behaviour import scale, truncate
 from myserve.core.batched.edits import ScoreScratch, edit
 from myserve.core.batched.reports import Reports
+from myserve.core.batched.trace import trace
 from myserve.core.compiled import fast_path
 from myserve.core.isolation import failure_of, raise_if_of_the_device
 from myserve.core.logprobs import Kept, Normaliser, TopLogprobs, masses, normalisers_of, ranks
 from myserve.core.noise import draw_counter, draw_torch, openings
-from myserve.core.numerics import log_mass, weights_of
+from myserve.core.numerics import log_mass, quanta, weights_of
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
+from myserve.core.stages import entropy_of
 from myserve.core.transfer import download, upload
+from myserve.core.waterfall import Waterfall, WaterfallOptions
 from myserve.errors import ConstraintError, NonFiniteLogitsError, RequestFailedError
 
 __all__ = [
@@ -51,6 +54,8 @@ class Sampled:
     token_id_logprobs: tuple[tuple[int, float | None], ...] = ()
     kept: Kept | None = None
     rank: int | None = None  # among all ids by the raw logits; of equals the lower id comes first
+    entropy: float | None = None  # nats, of the raw logits
+    waterfall: Waterfall | None = None
 
 
 Outcome = Sampled | Exception
@@ -124,6 +129,10 @@ class Sampler:
             part = (raw, edited) if len(places) == len(rows) else (raw[places], edited[places])
             outcomes.update(zip(places, draw(*part, [rows[b] for b in places]), strict=True))
         self._add_ranks(raw, rows, outcomes)
+        self._add_entropies(raw, rows, outcomes)
+        for b, row in enumerate(rows):
+            if row.params.waterfall is not None:
+                outcomes[b] = _with_waterfall(outcomes[b], raw[b : b + 1], row, row.params.waterfall)
         return [outcomes[b] for b in range(len(rows))]
 
     @staticmethod
@@ -140,6 +149,17 @@ class Sampler:
         for (b, drawn), rank in zip(asked.items(), ranks(scores, scores.gather(1, ids), ids), strict=True):
             outcomes[b] = replace(drawn, rank=rank)
 
+    @staticmethod
+    def _add_entropies(raw: Tensor, rows: Sequence[RowState], outcomes: dict[int, Outcome]) -> None:
+        asked = [b for b, row in enumerate(rows) if row.params.entropies and isinstance(outcomes[b], Sampled)]
+        if not asked:
+            return
+        scores = raw[upload(asked, torch.int64, raw.device)]
+        largest, weights = weights_of(scores)
+        total = quanta(weights).sum(-1, keepdim=True)
+        for b, entropy in zip(asked, entropy_of(largest, scores, weights, total)[:, 0].tolist(), strict=True):
+            outcomes[b] = replace(outcomes[b], entropy=entropy)  # type: ignore[type-var]  # a Sampled
+
     def _divide(self, rows: Sequence[RowState], device: torch.device) -> list[tuple[Draw, list[int]]]:
         """Return each way of drawing with the rows that take it."""
         quick = self._compiled and device.type == "cpu"
@@ -147,6 +167,13 @@ class Sampler:
         others = sorted(set(range(len(rows))) - set(known))
         ways: list[tuple[Draw, list[int]]] = [(_draw_compiled, known), (_draw_tensors, others)]
         return [(draw, places) for draw, places in ways if places]
+
+
+def _with_waterfall(outcome: Outcome, raw: Tensor, row: RowState, asked: WaterfallOptions) -> Outcome:
+    """Return the outcome with its waterfall, where this is the token that it was asked for."""
+    if asked.at != row.num_completion_tokens or not isinstance(outcome, Sampled):
+        return outcome
+    return replace(outcome, waterfall=trace(raw, row, asked.top))
 
 
 def _at(scores: Tensor, places: Sequence[int] | None) -> Tensor:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
+from myserve.core.waterfall import Waterfall
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -58,6 +60,8 @@ class TokenOutput(Struct, frozen=True, gc=False):
     # what it adds to this text, where that depends on its place; None: its bytes of the vocabulary
     text_bytes: bytes | None = None
     rank: int | None = None  # among all ids, 1 the likeliest; None where it was not asked for
+    entropy: float | None = None  # nats, of the raw logits; None where it was not asked for
+    waterfall: Waterfall | None = None  # of the one token that it was asked for
     drafter: str | None = None  # that had it before it was drawn; None: it was drawn without a draft
 
 

@@ -32,6 +32,7 @@ from myserve.server.routes import (
     metrics,
     sessions,
     tokenize,
+    waterfall,
     weights,
 )
 from myserve.server.routes.dialects import info, lora, sglang, sglang_generate, tinker, vllm
@@ -99,6 +100,7 @@ def create_app(settings: Settings | None = None, reserve: Reserve | None = None)
         generate,
         sessions,
         tokenize,
+        waterfall,
         weights,
         health,
         metrics,

@@ -146,7 +146,7 @@ class Settings:
 
     api_keys_file: str | None = option(
         None,
-        "A key a line, read again when it changes; every route but health needs one.",
+        "A key a line, read again when it changes; every route but health and the page needs one.",
         group=_ACCESS,
         unset="no keys are needed",
     )

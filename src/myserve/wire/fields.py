@@ -97,6 +97,7 @@ class SamplingFields(WireModel):
     noise: Literal["counter", "torch"] | None = None
     sample_index: Annotated[Integer, Field(ge=0, lt=2**31)] | None = None  # of the first choice
     num_prior_tokens: Annotated[Integer, Field(ge=0)] | None = None  # the prompt's last ids: sampled before
+    counts_prior_tokens: bool | None = None  # max_tokens counts them too
     # what is reported
     top_logprobs: Integer | None = None
     logprobs_mode: Literal["raw", "processed"] | None = None
@@ -105,6 +106,7 @@ class SamplingFields(WireModel):
     ) = None
     sampling_mask: bool | None = None
     kept: bool | None = None  # its alias
+    token_stats: bool | None = None  # each entry has the token's rank and the model's entropy
     prompt_logprobs: Integer | None = None
     include_routing_matrix: bool | None = None
 

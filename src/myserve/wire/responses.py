@@ -64,7 +64,8 @@ class TokenLogprob(TypedDict):
     top_logprobs: list[TopLogprob]
     token_id: int
     sampling_logprob: NotRequired[float | None]  # not for prompt tokens: they were not drawn
-    rank: NotRequired[int]  # among all ids by the model's own scores, 1 the likeliest; the token route's
+    rank: NotRequired[int]  # among all ids by the model's own scores, 1 the likeliest
+    entropy: NotRequired[float]  # nats, of the model's own distribution
     text_offset: NotRequired[int]  # in characters, completions only
     token_id_logprobs: NotRequired[list[dict[str, Any]]]
     sampling_mask: NotRequired[dict[str, Any]]

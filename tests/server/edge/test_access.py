@@ -133,7 +133,7 @@ def test_a_page_is_refused_unless_it_is_named(locked: str) -> None:
     allowed = httpx.get(url, headers=key | {"origin": PAGE})
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, PAGE)
     own = httpx.get(url, headers=key | {"origin": locked})
-    assert own.status_code == 200  # the playground
+    assert own.status_code == 200  # the inspector
     asks = {
         "origin": PAGE,
         "access-control-request-method": "POST",

@@ -72,7 +72,9 @@ def test_the_table_above_is_complete() -> None:
     # and what test_call_grammars.py tests
     renamed |= {"shown_special_ids"}
     # and what tests/server/routes/test_generate.py tests, of the one route that has it
-    renamed |= {"prompt_logprob_start", "prompt_logprob_token_ids", "ranks"}
+    renamed |= {"prompt_logprob_start", "prompt_logprob_token_ids"}
+    # and what tests/server/routes/test_waterfall.py tests
+    renamed |= {"ranks", "entropies", "waterfall"}
     unnamed = {field.name for field in fields(SamplingParams) if field.init} - renamed
     assert unnamed <= set(SENT)
 

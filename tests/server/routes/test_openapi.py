@@ -67,7 +67,7 @@ def test_every_route_is_in_it(document: dict[str, Any]) -> None:
         for found in walk_packages(routes_package.__path__, routes_package.__name__ + ".")
     ]
     routes = {route.path.replace(":path", "") for module in modules for route in routes_of(module)}
-    assert set(document["paths"]) == routes - {"/"}  # the playground is a page
+    assert set(document["paths"]) == routes - {"/"}  # the inspector is a page
     statuses = {
         status
         for path in document["paths"].values()

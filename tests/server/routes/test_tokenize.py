@@ -115,3 +115,19 @@ def test_a_text_beyond_the_context_is_counted(server: Any) -> None:
     longest = server.model("tiny").engine.max_model_len
     answer = post(server, "/tokenize", prompt="a b c " * longest).json()
     assert answer["count"] > answer["max_model_len"] == longest
+
+
+def test_tokens_are_told_one_by_one_for_who_asks(server: Any) -> None:
+    ids = [1, 60, 233, 2]
+    plain = post(server, "/detokenize", tokens=ids).json()
+    told = post(server, "/detokenize", tokens=ids, return_tokens=True).json()
+    assert told.pop("tokens") == [
+        {
+            "token_id": i,
+            "token": table[i].decode("utf-8", "replace"),
+            "bytes": None if i in (1, 2) else list(table[i]),
+        }
+        for table in [server.model("tiny").codec.token_bytes]
+        for i in ids
+    ]
+    assert told == plain

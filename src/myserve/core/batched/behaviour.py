@@ -6,7 +6,7 @@ support.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from myserve.core.stages import (
 )
 from myserve.core.transfer import upload
 
-__all__ = ["scale", "truncate"]
+__all__ = ["scale", "truncate", "truncations"]
 
 Rows = Sequence[SamplingParams]
 
@@ -42,21 +42,33 @@ def scale(edited: Tensor, params: Rows) -> Tensor:
 def truncate(scaled: Tensor, params: Rows) -> Tensor:
     """Stages 6 to 9, [B, V]. At T = 0 there is nothing left to remove."""
     scores = scaled
+    for _, left in truncations(scaled, params):
+        scores = left
+    return scores
+
+
+def truncations(scaled: Tensor, params: Rows) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each stage of truncation that any row asks for, and the scores [B, V] that it leaves."""
+    scores = scaled
     drawn = [b for b, p in enumerate(params) if p.temperature > 0]
     if rows := [b for b in drawn if (params[b].top_k or 0) > 0]:
         k, most = _column(params, rows, "top_k", scores, torch.int64), max(params[b].top_k or 0 for b in rows)
         scores = _on_rows(scores, rows, lambda some: keep_top_k(some, k, most))
+        yield "top_k", scores
     if rows := [b for b in drawn if params[b].top_p < 1.0]:
         scores = _on_rows(scores, rows, keep_top_p, _column(params, rows, "top_p", scores))
+        yield "top_p", scores
     if rows := [b for b in drawn if params[b].min_p > 0.0]:
         scores = _on_rows(scores, rows, keep_min_p, _column(params, rows, "min_p", scores))
+        yield "min_p", scores
     if rows := [b for b in drawn if params[b].typical_p < 1.0]:
         scores = _on_rows(scores, rows, keep_typical, _column(params, rows, "typical_p", scores))
+        yield "typical_p", scores
     if rows := [b for b in drawn if params[b].top_n_sigma is not None]:
         untruncated = scaled[upload(rows, torch.int64, scaled.device)]
         n = _column(params, rows, "top_n_sigma", scores)
         scores = _on_rows(scores, rows, lambda some: keep_top_n_sigma(some, untruncated, n))
-    return scores
+        yield "top_n_sigma", scores
 
 
 def _only_the_largest(scores: Tensor) -> Tensor:

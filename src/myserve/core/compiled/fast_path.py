@@ -76,7 +76,8 @@ def warm_up() -> None:
 def is_alone(row: RowState) -> bool:
     """Return whether nothing but the compiled draw looks at the row's scores: no stage before, and no report."""
     p = row.params
-    return not (row.edits_scores or p.top_logprobs or p.logprob_token_ids or p.ranks) and knows(row)
+    reports = p.top_logprobs or p.logprob_token_ids or p.ranks or p.entropies or p.waterfall
+    return not (row.edits_scores or reports) and knows(row)
 
 
 def knows(row: RowState) -> bool:

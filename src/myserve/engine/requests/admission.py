@@ -91,11 +91,20 @@ def admit(
             f"got {num_prior_tokens}",
             param="num_prior_tokens",
         )
-    max_tokens = checked_max_tokens(len(prompt), params.max_tokens, facts.max_model_len)
-    if params.min_tokens > max_tokens:
+    num_counted = num_prior_tokens if options.counts_prior_tokens else 0
+    asked = None if params.max_tokens is None else params.max_tokens - num_counted
+    if asked is not None and num_counted and asked < 1:
         raise RequestError(
-            f"min_tokens must be in [0, {max_tokens}], which the context leaves behind a prompt of {len(prompt)} "
-            f"tokens, got {params.min_tokens}",
+            f"the completion has {num_counted} tokens already, and max_tokens is {params.max_tokens}: nothing is left "
+            "to draw",
+            param="max_tokens",
+        )
+    max_tokens = checked_max_tokens(len(prompt), asked, facts.max_model_len)
+    most = max_tokens + num_prior_tokens
+    if params.min_tokens > most:
+        raise RequestError(
+            f"min_tokens must be in [0, {most}], which the context leaves behind a prompt of "
+            f"{len(prompt) - num_prior_tokens} tokens, got {params.min_tokens}",
             param="min_tokens",
         )
     params.check_vocabulary(facts.vocab_size)

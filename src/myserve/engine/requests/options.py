@@ -16,8 +16,8 @@ MAX_SAMPLES = 2**32  # sample indices of one seed: a word of the counter noise
 class SubmitOptions:
     """Everything that `Engine.submit` takes beside the prompt and `SamplingParams`.
 
-    Of these, `n`, `sample_index`, `num_prior_tokens` and `adapter` say which draws are made; the others say when and
-    for whom, and change no token. Raises `RequestError` with the field, the value and the range.
+    Of these, `n`, `sample_index`, `num_prior_tokens`, `counts_prior_tokens` and `adapter` say which draws are made; the
+    others say when and for whom, and change no token. Raises `RequestError` with the field, the value and the range.
 
     >>> SubmitOptions(n=4, client="alice").sample_index
     0
@@ -34,6 +34,8 @@ class SubmitOptions:
     num_prior_tokens: int = ranged(0, 0, MAX_TOKENS)
     """So many ids at the prompt's end count as a completion already begun, fewer than the prompt has: penalties,
     constraints and torch noise go on as if it had never been cut off."""
+    counts_prior_tokens: bool = False
+    """`max_tokens` counts the prior tokens too: the request goes on under the parameters that it began with."""
     request_id: str | None = None
     """The name in `RequestStream.request_id` and in messages; None: one is made."""
     priority: int = ranged(0, -(2**31), 2**31 - 1)

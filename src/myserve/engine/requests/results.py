@@ -121,6 +121,8 @@ def token_output(
         recomputed=recomputed,
         time=now,
         rank=draw.rank,
+        entropy=draw.entropy,
+        waterfall=draw.waterfall,
         drafter=drafter,
     )
 

@@ -88,6 +88,7 @@ class Generation:
             cache_salt=asked.cache_salt or "",
             sample_index=asked.sample_index or 0,
             num_prior_tokens=asked.num_prior_tokens or 0,
+            counts_prior_tokens=bool(asked.counts_prior_tokens),
         )
         turns = LoopTurns()
         for position, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):

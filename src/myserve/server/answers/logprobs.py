@@ -73,6 +73,8 @@ class TokenWriter:
         }
         if token.rank is not None:
             entry["rank"] = token.rank
+        if token.entropy is not None:
+            entry["entropy"] = token.entropy
         if token.token_id_logprobs:
             entry["token_id_logprobs"] = [
                 {"token_id": i, "logprob": None if value is None else _finite(value)}

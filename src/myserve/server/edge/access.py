@@ -19,8 +19,9 @@ from myserve.wire.weights import HOT_LOAD, WEIGHTS
 
 __all__ = ["Access", "AccessControl"]
 
-# probes have no keys, and learn nothing else
-OPEN = frozenset({"/health", "/healthz", "/ready", LIVENESS, TINKER_HEALTH})
+# probes have no keys, and learn nothing else; the page asks for one
+OPEN = frozenset({"/", "/health", "/healthz", "/ready", LIVENESS, TINKER_HEALTH})
+PAGE_FILES = "/inspector/"  # as `server.pages` has them
 # what changes the server for everyone
 ADMIN = frozenset({("POST", WEIGHTS), ("POST", HOT_LOAD)})
 
@@ -55,7 +56,7 @@ class Access:
         if reached is not None:
             self._check_host(headers, reached)
         self._check_origin(headers)
-        if path in OPEN:
+        if path in OPEN or path.startswith(PAGE_FILES):
             return
         admin = self._owner(self.admin_keys, headers)
         user = self._owner(self.keys, headers)

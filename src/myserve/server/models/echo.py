@@ -18,7 +18,10 @@ from myserve.server.errors import EchoHasNoModelError
 __all__ = ["EchoEngine", "EchoStream"]
 
 # These need a distribution. The other parameters shape a draw, and an echo draws nothing.
-_NEEDS_A_MODEL = ("top_logprobs", "prompt_logprobs", "kept", "logprob_token_ids", "routed_experts")
+_NEEDS_A_MODEL = (
+    *("top_logprobs", "prompt_logprobs", "kept", "logprob_token_ids", "routed_experts"),
+    *("ranks", "entropies", "waterfall"),
+)
 
 
 class CharacterTokenizer:

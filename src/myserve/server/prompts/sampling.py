@@ -155,6 +155,7 @@ def _params(
 ) -> SamplingParams:
     fields: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
     fields["grammar"] = grammar_of(request)
+    fields["ranks"] = fields["entropies"] = request.token_stats
     fields |= asked
     fields["max_tokens"] = max_tokens
     fields["kept"] = request.sampling_mask or request.kept

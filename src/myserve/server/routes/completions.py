@@ -36,7 +36,7 @@ from myserve.wire.responses import (
     TokenLogprob,
 )
 
-__all__ = ["router"]
+__all__ = ["plan_completion", "router"]
 
 router = APIRouter()
 
@@ -51,11 +51,14 @@ DOCUMENTED = documented(CompletionRequest, Completion, Completion)
 async def create_completion(http: Request) -> Response:
     """Draw `n` completions of one or many prompts; whole, or as server-sent events with `stream`."""
     request = await read_request(http, CompletionRequest)
-    return await answer_request(http, request, _plan, answer_id=f"cmpl-{uuid.uuid4().hex}")
+    return await answer_request(http, request, plan_completion, answer_id=f"cmpl-{uuid.uuid4().hex}")
 
 
-async def _plan(answer: ActiveAnswer[CompletionRequest]) -> Plan:
-    """Tokenize prompts by groups: other requests' go in between, and the first that is too long ends it."""
+async def plan_completion(answer: ActiveAnswer[CompletionRequest]) -> Plan:
+    """Return the draws of a request.
+
+    Prompts are tokenized by groups: other requests' go in between, and the first that is too long ends it.
+    """
     request, codec = answer.request, answer.model.codec
     max_model_len = answer.model.engine.max_model_len
     adds_special = request.add_special_tokens is not False

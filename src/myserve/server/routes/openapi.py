@@ -9,9 +9,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from myserve.core.params import SamplingParams
+from myserve.core.ranges import Range, ranges_of
 from myserve.server.errors import has_anthropic_shape
 from myserve.server.routes.body import SCHEMAS
 from myserve.server.routes.tokenize import DetokenizeRequest, TokenizeRequest
+from myserve.server.routes.waterfall import WaterfallAnswer, WaterfallRequest
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.dialects import decisions, lora, sglang, tinker, vllm
@@ -39,7 +42,8 @@ __all__ = ["openapi"]
 
 BODIES = (
     *(ChatCompletionRequest, CompletionRequest, GenerateRequest, WeightsRequest, HotLoadRequest),
-    *(TokenizeRequest, DetokenizeRequest, ResponseRequest, MessagesRequest, CountTokensRequest),
+    *(TokenizeRequest, DetokenizeRequest, WaterfallRequest),
+    *(ResponseRequest, MessagesRequest, CountTokensRequest),
     *(decisions.DecisionRequest, decisions.SystemOneRequest),
     *(vllm.AbortRequests, vllm.WeightTransferInit, vllm.StartWeightUpdate, vllm.UpdateWeights),
     *(vllm.FinishWeightUpdate, vllm.WeightVersionUpdate, vllm.WeightChecker),
@@ -57,7 +61,7 @@ BODIES = (
 )
 ANSWERS = (
     *(ChatCompletion, ChatChunk, Completion, Generated, WeightsReport, HotLoadState, ErrorResponse),
-    *(sglang.NativeAnswer, decisions.Decision, decisions.SystemOneAnswers, SessionBody),
+    *(WaterfallAnswer, sglang.NativeAnswer, decisions.Decision, decisions.SystemOneAnswers, SessionBody),
     *(MessageOfAssistant, MessageEvent, MessageTokensCount, MessagesError),
     *(ResponseObject, ResponseEvent, DeletedResponse, InputItemList, InputTokenCount),
 )
@@ -76,7 +80,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI document, which is made once."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=version("myserve"), routes=app.routes)
-        document.setdefault("components", {})["schemas"] = _schemas()
+        document.setdefault("components", {})["schemas"] = _schemas(app.state.settings.max_logprobs)
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 # FastAPI's own; here it is a 400
@@ -86,7 +90,17 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def _schemas() -> dict[str, Any]:
+def _add_ranges(properties: dict[str, Any], max_logprobs: int) -> None:
+    """Add what `SamplingParams` takes to the fields of its parameters, for forms that are made of the schema."""
+    ranges = dict(ranges_of(SamplingParams)) | {"top_logprobs": Range(0, max_logprobs)}
+    for name, allowed in ranges.items():
+        for kind in properties.get(name, {}).get("anyOf", ()):
+            if kind.get("type") in ("integer", "number"):
+                kind["exclusiveMinimum" if allowed.open_low else "minimum"] = allowed.low
+                kind["maximum"] = allowed.high
+
+
+def _schemas(max_logprobs: int) -> dict[str, Any]:
     inputs: list[tuple[str, Any, TypeAdapter[Any]]] = [
         *((kind.__name__, "validation", TypeAdapter(kind)) for kind in BODIES),
         *((kind.__name__, "serialization", TypeAdapter(kind)) for kind in ANSWERS),
@@ -94,6 +108,8 @@ def _schemas() -> dict[str, Any]:
     tops, shared = TypeAdapter.json_schemas(inputs, ref_template=SCHEMAS + "{model}")
     schemas: dict[str, Any] = shared["$defs"]
     schemas |= {name: schema for (name, _), schema in tops.items() if "$ref" not in schema}
+    for kind in (ChatCompletionRequest, CompletionRequest):
+        _add_ranges(schemas[kind.__name__]["properties"], max_logprobs)
     for schema in schemas.values():
         # the rest of a docstring is examples in Python
         if "description" in schema:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from myserve.errors import RequestError
+from myserve.server.answers.logprobs import TokenWriter
 from myserve.server.answers.streaming import json_response
 from myserve.server.models.models import ServedModel
 from myserve.server.prompts.codec import Tokenizing
@@ -64,6 +65,7 @@ class DetokenizeRequest(WireModel):
     model: str | None = None
     tokens: TokenIds
     skip_special_tokens: bool = False
+    return_tokens: bool = False  # each token's text and bytes too
 
 
 @router.post("/tokenize", openapi_extra=documented(TokenizeRequest))
@@ -85,7 +87,7 @@ async def tokenize(http: Request) -> Response:
 
 @router.post("/detokenize", openapi_extra=documented(DetokenizeRequest))
 async def detokenize(http: Request) -> Response:
-    """`{"prompt": "..."}`."""
+    """`{"prompt": "..."}`; with `return_tokens` also `tokens`, each with its text and bytes, null for a special one."""
     request = await read_request(http, DetokenizeRequest)
     model = await models_of(http).get(request.model)
     for position, token_id in enumerate(request.tokens):
@@ -99,7 +101,13 @@ async def detokenize(http: Request) -> Response:
     text = await Tokenizing(model.tokenizer_thread).run(
         len(request.tokens), lambda: model.codec.decode(request.tokens, skip_special_tokens=skips)
     )
-    return json_response({"prompt": text})
+    if not request.return_tokens:
+        return json_response({"prompt": text})
+    writer = TokenWriter(model.codec.token_bytes, skip_special_tokens=True, as_ids=False)
+    tokens = [
+        {"token_id": i, "token": writer.text(i), "bytes": writer.bytes_in_text(i)} for i in request.tokens
+    ]
+    return json_response({"prompt": text, "tokens": tokens})
 
 
 def _encode(model: ServedModel, request: TokenizeRequest) -> list[int]:

@@ -13,7 +13,7 @@ from myserve.server.edge.access import ADMIN, OPEN
 from myserve.server.settings import Settings
 from myserve.wire.dialects.paths import ADMIN_PATHS, TINKER, TINKER_TRAINING
 
-DRAWS = {"/generate", "/inference/v1/generate", "/tokenize", "/detokenize"}
+DRAWS = {"/generate", "/inference/v1/generate", "/tokenize", "/detokenize", "/v1/waterfall"}
 DRAWS |= {"/v1/decisions", "/v1/systemone"}
 DRAWS |= {f"{root}/v1/{kind}" for root in ("", "/inference") for kind in ("completions", "chat/completions")}
 # a response that is kept is its owner's alone, who may delete it
