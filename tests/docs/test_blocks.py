@@ -19,7 +19,14 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = [
     pytest.param(language, code, id=f"{page}-{number}")
-    for page in ("README.md", "docs/quickstart.md", "docs/questions.md", "docs/sessions.md", "docs/agents.md")
+    for page in (
+        "README.md",
+        "docs/quickstart.md",
+        "docs/questions.md",
+        "docs/sessions.md",
+        "docs/agents.md",
+        "docs/verify.md",
+    )
     for number, (language, code) in enumerate(
         re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     )

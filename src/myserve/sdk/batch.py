@@ -132,7 +132,7 @@ class _Runner:
 
         def on_end(end: SampledCompletion | SamplingError) -> None:
             if self._journal is not None and isinstance(end, SampledCompletion):
-                self._journal.add(fingerprint, end)
+                self._journal.add(fingerprint, end, call.request)
             # With "refill", a failure is asked for again; it counts when it is a sample.
             is_final = isinstance(end, SampledCompletion) or call.on_error == "keep"
             if self._bar is not None and is_final:

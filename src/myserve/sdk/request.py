@@ -6,7 +6,7 @@ import hashlib
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 __all__ = ["DEFAULT_MAX_TOKENS", "SampleRequest", "as_token_ids"]
@@ -57,6 +57,23 @@ class SampleRequest:
         values = {name: getattr(self, name) for name in self.__slots__}
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object, without its prompt; what is at its default is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompt_token_ids"}
+        defaults = {f.name: f.default for f in fields(self)} | {"extra": {}}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], prompt_token_ids: Sequence[int]) -> SampleRequest:
+        """Return the request that `to_json` wrote. Raises ValueError or TypeError for what is none.
+
+        >>> request = SampleRequest(prompt_token_ids=(1, 2), model="m", seed=7, stop=("\n",))
+        >>> SampleRequest.from_json(request.to_json(), [1, 2]) == request
+        True
+        """
+        values = {**data, "stop": tuple(data.get("stop") or ())}
+        return cls(prompt_token_ids=tuple(prompt_token_ids), **values)
 
 
 # What the sampler sends on its own account; a caller's value would break what it promises.

@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import Any
 
 from myserve.errors import MyserveError
+from myserve.sdk.request import SampleRequest
 from myserve.sdk.types import SampledCompletion
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Journal", "JournalError"]
+__all__ = ["Journal", "JournalError", "request_of"]
 
 _VERSION = 1
 # A first line that was cut in writing: enough of it that it is ours.
@@ -73,9 +74,15 @@ class Journal:
         places = self._places.get(fingerprint, {})
         return {index: self._read(index, offset) for index, offset in places.items()}
 
-    def add(self, fingerprint: str, sample: SampledCompletion) -> None:
-        """Write one sample. Once this returns, a kill of the process does not lose it. Raises JournalError."""
-        offset = self._append({"key": fingerprint, "index": sample.index, "sample": sample.to_json()})
+    def add(self, fingerprint: str, sample: SampledCompletion, request: SampleRequest | None = None) -> None:
+        """Write one sample. Once this returns, a kill of the process does not lose it. Raises JournalError.
+
+        With its `request`, the line has all that draws the sample again (`myserve replay`).
+        """
+        entry: dict[str, Any] = {"key": fingerprint, "index": sample.index, "sample": sample.to_json()}
+        if request is not None:
+            entry["request"] = request.to_json()
+        offset = self._append(entry)
         self._places.setdefault(fingerprint, {})[sample.index] = offset
 
     def close(self) -> None:
@@ -164,6 +171,18 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def request_of(entry: dict[str, Any]) -> SampleRequest | None:
+    """Return the request of a journal's entry, its prompt from the sample; None where the entry was written without.
+
+    Raises ValueError or TypeError for what is no request.
+    """
+    fields = entry.get("request")
+    if fields is None:
+        return None
+    sample = SampledCompletion.from_json(entry["sample"])
+    return SampleRequest.from_json(fields, sample.prompt_tokens)
 
 
 def _object_of(line: bytes) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""Tests any OpenAI-compatible sampler from outside, by the public wire alone."""
