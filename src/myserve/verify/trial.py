@@ -75,7 +75,7 @@ class Trial:
         return top
 
     def _may_be_silent(self, name: str) -> bool:
-        """Whether a token may end the text without an entry of its own, which a server that names ids gives it."""
+        """Return whether a token may end the text without an entry of its own; a server that names ids gives it one."""
         return not self.traits.names_ids and (not name or (name.startswith("<") and name.endswith(">")))
 
     async def draw(self, **fields: Any) -> Counter[str]:

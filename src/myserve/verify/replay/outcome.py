@@ -1,4 +1,4 @@
-"""What an answer says of one choice, in one form: a stream put together is the whole answer, field by field."""
+"""Reads one choice of any answer into one form: a stream put together is the whole answer, field by field."""
 
 from __future__ import annotations
 
