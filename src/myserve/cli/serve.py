@@ -23,6 +23,7 @@ from myserve.server.settings import OPTIONS, Settings
 
 if TYPE_CHECKING:
     from myserve.engine.memory.prefault import Reserve
+    from myserve.server.models.models import ModelLoader
 
 __all__ = ["serve"]
 
@@ -88,6 +89,9 @@ def serve(model: str | None = None, config: str | None = None, **given: Any) -> 
         settings = Settings.read(asked if model is None else {**asked, "model": (model,)}, file=config)
         # before the imports: a taken port is known at once
         listener = _listen(settings.host, settings.port)
+        if settings.replicas is not None:
+            _run_fleet(settings, listener)
+            return
         reserve = _ask_for_memory(settings)
     except MyserveError as error:
         fail(str(error))
@@ -153,9 +157,26 @@ def has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
-def _run(settings: Settings, listener: socket.socket, reserve: Reserve | None) -> None:
+def _run_fleet(settings: Settings, listener: socket.socket) -> None:
+    """Serve by a fleet: the engines are in processes of Ray's, and HTTP is here."""
+    from myserve.cluster.local import local_fleet
+    from myserve.cluster.one_model import one_model
+
+    gc.enable()
+    settings = one_model(settings)
+    err.print("[bold]myserve[/]  [dim]starting Ray[/]")
+    with local_fleet(settings) as load:
+        _run(settings, listener, None, load)
+
+
+def _run(
+    settings: Settings,
+    listener: socket.socket,
+    reserve: Reserve | None,
+    load: ModelLoader | None = None,
+) -> None:
     # code that comes with a checkpoint, or runs on a GPU, may use all of torch
-    if runs_on_cpu(settings) and not settings.engine.trust_remote_code:
+    if runs_on_cpu(settings) and not settings.engine.trust_remote_code and load is None:
         lean_imports.begin()
     try:
         from myserve.server.app import create_app
@@ -168,7 +189,7 @@ def _run(settings: Settings, listener: socket.socket, reserve: Reserve | None) -
     err.print(f"[bold]myserve[/]  [dim]{', '.join(settings.preload or ())}[/]  at [bold]{url}[/]")
     logs.configure(settings.log_level, settings.log_format)
     try:
-        server = GracefulServer(app := create_app(settings, reserve))
+        server = GracefulServer(app := create_app(settings, reserve, load))
     except MyserveError as error:
         fail(str(error))
     if host not in ("127.0.0.1", "::1") and settings.api_keys_file is None:

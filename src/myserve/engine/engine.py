@@ -27,7 +27,7 @@ from myserve.engine.requests.admission import ModelFacts, Submission, admit
 from myserve.engine.requests.detokenizer import Detokenizer
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.requests.results import request_metrics
-from myserve.engine.requests.stream import RequestStream
+from myserve.engine.requests.stream import OutcomeReceiver, RequestStream, Submitted
 from myserve.engine.runner import kept_self_test
 from myserve.engine.runner.combined_drafts import CombinedDrafts
 from myserve.engine.runner.device_backend import DeviceBackend
@@ -212,24 +212,25 @@ class Engine:
         what else is not about sampling. Raises `RequestError` for what cannot be asked, `ContextLengthError` for what
         does not fit the context, `OverloadedError` when the queue is full, `EngineDeadError`.
         """
-        options = options or SubmitOptions()
-        if options.adapter is not None:
-            self.runner.adapters.find(options.adapter)
-        submission = admit(
-            prompt_token_ids,
-            params,
-            options,
-            self.facts,
-            arrival=next(self._arrivals),
-            cache_root=self._cache_root(options),
-            constraints=self.constraints,
-            now=time.monotonic(),
-        )
-        self.thread.enter(options.n)
-        submission.stream = self._stream_of(submission)
-        self.thread.add(submission)
-        self.start()
-        return submission.stream
+        submission = self._admit(prompt_token_ids, params, options or SubmitOptions())
+        stream = self._stream_of(submission)
+        self._begin(submission, stream)
+        return stream
+
+    def submit_raw(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        options: SubmitOptions,
+        receiver: OutcomeReceiver,
+    ) -> Submitted:
+        """Queue one prompt as `submit` does; its tokens go to `receiver` as they are drawn, without their text.
+
+        Stop strings are the receiver's matter: it aborts what they end. Raises what `submit` raises.
+        """
+        submission = self._admit(prompt_token_ids, params, options)
+        self._begin(submission, receiver)
+        return self._submitted(submission)
 
     def update_weights(
         self,
@@ -241,13 +242,14 @@ class Engine:
         checksum: str | None = None,
         refuse_new: bool = False,
         reset_prefix_cache: bool = False,
+        held: bool = False,
     ) -> WeightUpdate:
         """New weights for the same model, from a folder of safetensors or a `state_dict`: await it, or `.result()`.
 
         They are read, checked and packed beside the old ones, and then put in place between two steps. `mode`:
         "drain" lets requests in flight finish first and keeps new ones waiting (`refuse_new`: WeightsLoadingError
         instead); "keep" lets them go on with the keys and values they have; "abort" ends them with the tokens they
-        have. `UpdateOptions` has the rest. Tensors of a state dict must not change until it is done.
+        have. `UpdateOptions` has the rest. `held`: what is prepared waits for `WeightUpdate.release`. Tensors of a state dict must not change until it is done.
         Raises RequestError here, BadSnapshotError from the update: then nothing was changed.
         """
         options = UpdateOptions(
@@ -258,7 +260,7 @@ class Engine:
             refuse_new=refuse_new,
             reset_prefix_cache=reset_prefix_cache,
         )
-        update = WeightUpdate(source, options)
+        update = WeightUpdate(source, options, held=held)
         self.thread.updates.add(update, lambda: self.weight_version)
         self.start()
         return update
@@ -456,7 +458,29 @@ class Engine:
             return object()  # no two requests agree on a fresh object
         return ("" if self.config.share_prefix_cache else options.client, options.cache_salt)
 
-    def _stream_of(self, submission: Submission) -> RequestStream:
+    def _admit(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, options: SubmitOptions
+    ) -> Submission:
+        if options.adapter is not None:
+            self.runner.adapters.find(options.adapter)
+        return admit(
+            prompt_token_ids,
+            params,
+            options,
+            self.facts,
+            arrival=next(self._arrivals),
+            cache_root=self._cache_root(options),
+            constraints=self.constraints,
+            now=time.monotonic(),
+        )
+
+    def _begin(self, submission: Submission, receiver: OutcomeReceiver) -> None:
+        self.thread.enter(submission.options.n)
+        submission.stream = receiver
+        self.thread.add(submission)
+        self.start()
+
+    def _submitted(self, submission: Submission) -> Submitted:
         requests = submission.requests
 
         def abort(indices: list[int], reason: FinishReason) -> None:
@@ -466,9 +490,17 @@ class Engine:
             now, usage = time.monotonic(), self.scheduler.pool.usage
             return request_metrics(requests[index], now, time.time(), self._queue.num_open, usage)
 
-        detokenizers = [Detokenizer(self.token_bytes, submission.params) for _ in requests]
+        return Submitted(submission.seed, abort, metrics)
+
+    def _stream_of(self, submission: Submission) -> RequestStream:
+        submitted = self._submitted(submission)
+        detokenizers = [Detokenizer(self.token_bytes, submission.params) for _ in submission.requests]
         return RequestStream(
-            submission.request_id, submission.seed, detokenizers, abort=abort, metrics=metrics
+            submission.request_id,
+            submission.seed,
+            detokenizers,
+            abort=submitted.abort,
+            metrics=submitted.metrics,
         )
 
 

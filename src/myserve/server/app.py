@@ -20,7 +20,7 @@ from myserve.server.answers.streaming import ClientGoneError
 from myserve.server.edge.access import Access, AccessControl
 from myserve.server.edge.edge import Edge
 from myserve.server.errors import error_response, http_error_response, status_of
-from myserve.server.models.models import Models, load_model
+from myserve.server.models.models import ModelLoader, Models, load_model
 from myserve.server.observe.http_meters import HttpMeters, LoopWatchdog
 from myserve.server.observe.traces import Traces
 from myserve.server.routes import (
@@ -66,11 +66,16 @@ SERVED_INSTEAD = {
 }
 
 
-def create_app(settings: Settings | None = None, reserve: Reserve | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None,
+    reserve: Reserve | None = None,
+    load: ModelLoader | None = None,
+) -> FastAPI:
     """Return an ASGI application that serves what `settings` say, by default what the environment says.
 
     Models load with the lifespan or, where none is run, when a request first names them. Raises RequestError for files
     of keys that hold none. `reserve`: memory that a command has asked for ahead of the first model (`prefault.begin`).
+    `load` takes the place of `load_model`: a fleet's engine is elsewhere.
 
     >>> app = create_app(Settings(models={"mine": "models/mine"}))
     >>> app.state.models.names
@@ -86,7 +91,9 @@ def create_app(settings: Settings | None = None, reserve: Reserve | None = None)
     )
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.settings = settings
-    app.state.models = Models(settings, partial(load_model, reserve=reserve))
+    app.state.models = Models(
+        settings, load or partial(load_model, reserve=reserve), None if load is None else load.cancel
+    )
     app.state.promises = Promises()
     app.state.responses = ResponseStore()
     app.state.background_runs = BackgroundRuns(app.state.responses)

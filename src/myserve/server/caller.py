@@ -16,6 +16,8 @@ class Caller:
     arrived: float
     # the key's owner; "" where no keys are needed
     name: str = ""
+    # the conversation that the request names; "" where it names none
+    session: str = ""
 
 
 _current: ContextVar[Caller | None] = ContextVar("myserve_caller", default=None)
@@ -36,6 +38,6 @@ def current(now: float) -> Caller:
     """Return the current caller; outside of a request, one without a name that arrived `now`.
 
     >>> current(7.0)
-    Caller(arrived=7.0, name='')
+    Caller(arrived=7.0, name='', session='')
     """
     return _current.get() or Caller(now)

@@ -25,6 +25,7 @@ DEFAULT_ON_DEMAND = "sshleifer/tiny-gpt2"
 
 _MODELS, _ADDRESS, _ACCESS, _TLS = "Models served", "Address", "Access", "TLS"
 _API, _LIMITS, _LIFE, _LOGS = "API", "Limits", "Start and end", "Logs and traces"
+_FLEET = "Fleet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +207,33 @@ class Settings:
         False, "End with status 1 when an engine has stopped, for a supervisor to start it anew.", group=_LIFE
     )
 
+    replicas: int | None = option(
+        None,
+        "Serve by so many engines in processes of their own, on Ray: one dies, and its streams go on at another. "
+        "RAY_ADDRESS names a cluster; without it Ray is started here.",
+        group=_FLEET,
+        unset="one engine, in the server's own process",
+        at_least=1,
+        at_most=4096,
+    )
+    max_replicas: int | None = option(
+        None,
+        "With more to do than --target-ongoing-requests for each, add replicas up to so many; with less, take them "
+        "away again.",
+        group=_FLEET,
+        unset="always --replicas",
+        at_least=1,
+        at_most=4096,
+    )
+    target_ongoing_requests: int = option(
+        64, "Choices in flight for each replica from which on another is added.", group=_FLEET, at_least=1
+    )
+    replica_cpus: float = option(
+        1.0, "Cores of each replica: Ray places it where they are free, and it computes with as many.",
+        group=_FLEET, above=0,
+    )
+    replica_gpus: float = option(0.0, "GPUs of each replica.", group=_FLEET, at_least=0)
+
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "warning", "info has a line for each request, without its text.", group=_LOGS
     )
@@ -222,6 +250,11 @@ class Settings:
             raise RequestError(
                 "TLS needs a certificate: give ssl_certfile beside ssl_keyfile and ssl_ca_certs",
                 param="ssl_certfile",
+            )
+        if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
+            raise RequestError(
+                f"max_replicas must be at least replicas, which is {self.replicas or 1}; got {self.max_replicas}",
+                param="max_replicas",
             )
         if taken := self.adapters.keys() & self.models.keys():
             raise RequestError(f"lora: {min(taken)!r} is a model's name", param="lora")

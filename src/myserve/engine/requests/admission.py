@@ -17,11 +17,11 @@ from myserve.engine.constraints.factory import Constraints, ForkableConstraint
 from myserve.engine.outputs import RoutingShape
 from myserve.engine.requests.lengths import checked_max_tokens
 from myserve.engine.requests.options import SubmitOptions
-from myserve.engine.requests.stream import RequestStream
+from myserve.engine.requests.stream import OutcomeReceiver
 from myserve.engine.scheduling.request import Request
 from myserve.errors import RequestError
 
-__all__ = ["ModelFacts", "Submission", "admit", "checked_prompt"]
+__all__ = ["ModelFacts", "Submission", "admit", "checked_prompt", "checked_request"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Submission:
     loop: asyncio.AbstractEventLoop
     constraint: ForkableConstraint | None  # behind the prior tokens, and copied for each choice
     requests: list[Request] = field(default_factory=list)
-    stream: RequestStream = field(init=False)
+    stream: OutcomeReceiver = field(init=False)
 
     def row_state(self, index: int, device: torch.device) -> RowState:
         """The sampling state of choice `index`. Prior tokens count as its completion, not as its prompt."""
@@ -83,6 +83,47 @@ def admit(
     `arrival` is its place in the order of submission, `cache_root` what a cached prefix must agree on, `now` the
     scheduler's clock. Raises `RequestError`, `ContextLengthError`.
     """
+    prompt, max_tokens = checked_request(prompt_token_ids, params, options, facts)
+    # a model may know no EOS, but a grammar's text must be able to end
+    eos_token_ids = facts.eos_token_ids if params.grammar is None else constraints.end_ids
+    ends = StopIds(
+        eos_token_ids=eos_token_ids, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
+    )
+    submission = Submission(
+        prompt,
+        params,
+        options,
+        facts,
+        request_id=options.request_id or f"req-{arrival}",
+        seed=secrets.randbits(64) if params.seed is None else params.seed,
+        eos_token_ids=eos_token_ids,
+        ends=ends,
+        loop=asyncio.get_running_loop(),
+        constraint=constraints.begin(params, max_tokens, prompt[len(prompt) - options.num_prior_tokens :]),
+    )
+    for index in range(options.n):
+        request = Request(
+            id=f"{submission.request_id}/{index}",
+            prompt_token_ids=prompt,
+            max_tokens=max_tokens,
+            index=index,
+            stop_ids=ends,
+            priority=options.priority,
+            client=options.client,
+            arrival=arrival,
+            cache_root=cache_root,
+            needs_prompt_logits=params.prompt_logprobs is not None and index == 0,
+        )
+        request.times.arrived = now
+        submission.requests.append(request)
+    submission.requests[0].siblings = submission.requests[1:]
+    return submission
+
+
+def checked_request(
+    prompt_token_ids: Sequence[int], params: SamplingParams, options: SubmitOptions, facts: ModelFacts
+) -> tuple[list[int], int]:
+    """Return the prompt and how many tokens may be drawn behind it. Raises `RequestError`, `ContextLengthError`."""
     prompt = checked_prompt(prompt_token_ids, facts.vocab_size)
     num_prior_tokens = options.num_prior_tokens
     if num_prior_tokens >= len(prompt):
@@ -114,40 +155,7 @@ def admit(
             "this model is dense: it has no experts to report (include_routing_matrix, routed_experts); leave it out",
             param="include_routing_matrix",
         )
-    # a model may know no EOS, but a grammar's text must be able to end
-    eos_token_ids = facts.eos_token_ids if params.grammar is None else constraints.end_ids
-    ends = StopIds(
-        eos_token_ids=eos_token_ids, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos
-    )
-    submission = Submission(
-        prompt,
-        params,
-        options,
-        facts,
-        request_id=options.request_id or f"req-{arrival}",
-        seed=secrets.randbits(64) if params.seed is None else params.seed,
-        eos_token_ids=eos_token_ids,
-        ends=ends,
-        loop=asyncio.get_running_loop(),
-        constraint=constraints.begin(params, max_tokens, prompt[len(prompt) - num_prior_tokens :]),
-    )
-    for index in range(options.n):
-        request = Request(
-            id=f"{submission.request_id}/{index}",
-            prompt_token_ids=prompt,
-            max_tokens=max_tokens,
-            index=index,
-            stop_ids=ends,
-            priority=options.priority,
-            client=options.client,
-            arrival=arrival,
-            cache_root=cache_root,
-            needs_prompt_logits=params.prompt_logprobs is not None and index == 0,
-        )
-        request.times.arrived = now
-        submission.requests.append(request)
-    submission.requests[0].siblings = submission.requests[1:]
-    return submission
+    return prompt, max_tokens
 
 
 def _check_scoring(num_prompt_tokens: int, params: SamplingParams) -> None:

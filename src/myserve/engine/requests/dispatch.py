@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Protocol
 
-from myserve.engine.requests.admission import Submission
-from myserve.engine.requests.stream import RequestStream, StepOutcome
+from myserve.engine.requests.stream import OutcomeReceiver, StepOutcome
 
 __all__ = ["Dispatcher"]
 
-_Outcomes = list[tuple[RequestStream, StepOutcome]]
+
+class Owner(Protocol):
+    """What an outcome is for: a `Submission`, or what stands for one in a fleet."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+    @property
+    def stream(self) -> OutcomeReceiver: ...
+
+
+_Outcomes = list[tuple[OutcomeReceiver, StepOutcome]]
 
 
 class Dispatcher:
@@ -20,7 +30,7 @@ class Dispatcher:
     def __init__(self) -> None:
         self._outcomes: defaultdict[asyncio.AbstractEventLoop, _Outcomes] = defaultdict(list)
 
-    def add(self, owner: Submission, outcome: StepOutcome) -> None:
+    def add(self, owner: Owner, outcome: StepOutcome) -> None:
         """Keep an outcome for the stream of `owner`."""
         self._outcomes[owner.loop].append((owner.stream, outcome))
 

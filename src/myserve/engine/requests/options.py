@@ -17,7 +17,8 @@ class SubmitOptions:
     """Everything that `Engine.submit` takes beside the prompt and `SamplingParams`.
 
     Of these, `n`, `sample_index`, `num_prior_tokens`, `counts_prior_tokens` and `adapter` say which draws are made; the
-    others say when and for whom, and change no token. Raises `RequestError` with the field, the value and the range.
+    others say when, where and for whom, and change no token. Raises `RequestError` with the field, the value and the
+    range.
 
     >>> SubmitOptions(n=4, client="alice").sample_index
     0
@@ -36,6 +37,8 @@ class SubmitOptions:
     constraints and torch noise go on as if it had never been cut off."""
     counts_prior_tokens: bool = False
     """`max_tokens` counts the prior tokens too: the request goes on under the parameters that it began with."""
+    session: str = ""
+    """The conversation that it belongs to: a fleet sends the requests of one to one replica, if it can."""
     request_id: str | None = None
     """The name in `RequestStream.request_id` and in messages; None: one is made."""
     priority: int = ranged(0, -(2**31), 2**31 - 1)
@@ -55,7 +58,7 @@ class SubmitOptions:
                 f"sample_index must be in [0, {MAX_SAMPLES} - n], got {self.sample_index} with n = {self.n}",
                 param="sample_index",
             )
-        for name in ("client", "cache_salt", "request_id", "adapter"):
+        for name in ("client", "cache_salt", "session", "request_id", "adapter"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (name in ("request_id", "adapter") and value is None):
                 raise RequestError(f"{name} must be a string, got {value!r:.80}", param=name)

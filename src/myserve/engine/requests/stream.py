@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -12,7 +13,7 @@ from myserve.core.isolation import failure_of
 from myserve.engine.outputs import Delta, FinishReason, PromptLogprob, RequestMetrics, TokenOutput
 from myserve.engine.requests.detokenizer import Detokenizer, ReleasedText
 
-__all__ = ["RequestStream", "StepOutcome"]
+__all__ = ["OutcomeReceiver", "RequestStream", "StepOutcome", "Submitted"]
 
 
 class StepOutcome(Struct, frozen=True):
@@ -26,6 +27,21 @@ class StepOutcome(Struct, frozen=True):
     hides_token: bool = False  # the token is the EOS or stop id that ended it: it has no text
     error: Exception | None = None
     prompt_logprobs: tuple[PromptLogprob, ...] | None = None
+
+
+class Submitted(NamedTuple):
+    """What a caller may still do with a request: end choices of it, and ask what one has cost."""
+
+    seed: int
+    abort: Callable[[list[int], FinishReason], None]
+    metrics: Callable[[int], RequestMetrics]
+
+
+class OutcomeReceiver(Protocol):
+    """What takes a request's outcomes in on its event loop: a stream, or what passes them on to one elsewhere."""
+
+    def receive(self, outcome: StepOutcome) -> None: ...
+    def fail(self, index: int, error: Exception) -> None: ...
 
 
 class RequestStream(AsyncIterator[Delta]):

@@ -6,7 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -23,9 +24,12 @@ Stage = Literal["preparing", "draining", "done", "failed"]
 class WeightUpdate:
     """One update on its way: `await` it, or `result()` where nothing is awaited. Giving up does not stop it."""
 
-    def __init__(self, source: Source, options: UpdateOptions) -> None:
+    def __init__(self, source: Source, options: UpdateOptions, *, held: bool = False) -> None:
         self.source = source
         self.options = options
+        self._released: Future[None] = Future()
+        if not held:
+            self._released.set_result(None)
         self._checked: Future[None] = Future()
         self._report: Future[WeightReport] = Future()
 
@@ -34,7 +38,7 @@ class WeightUpdate:
         """The part of its way that it is in. Requests are served in all of them."""
         if self._report.done():
             return "failed" if self._report.exception() is not None else "done"
-        return "draining" if self._checked.done() else "preparing"
+        return "draining" if self._checked.done() and self._released.done() else "preparing"
 
     @property
     def error(self) -> BaseException | None:
@@ -61,7 +65,23 @@ class WeightUpdate:
 
         self._report.add_done_callback(done)
 
+    def release(self) -> None:
+        """Let a held update go on to the swap. Harmless where it has been let or withdrawn."""
+        with suppress(InvalidStateError):
+            self._released.set_result(None)
+
+    def withdraw(self, error: Exception) -> bool:
+        """End a held update with `error`, and change nothing; False where it has been let go on, or has ended."""
+        with suppress(InvalidStateError):
+            self._released.set_exception(error)
+            return True
+        return False
+
     # ---- for the engine
+
+    def wait_for_release(self) -> None:
+        """Wait while it is held. Raises what withdrew it."""
+        self._released.result()
 
     def set_checked(self) -> None:
         if not self._checked.done():
@@ -72,8 +92,8 @@ class WeightUpdate:
 
     def fail(self, error: BaseException) -> None:
         """End it with an error; what has ended stays as it is."""
-        for future in (self._checked, self._report):
-            if not future.done():
+        for future in (self._checked, self._report, self._released):
+            with suppress(InvalidStateError):
                 future.set_exception(error)
 
 
@@ -185,6 +205,7 @@ class WeightUpdates:
             update.source = {}  # the tensors are the caller's again, and no longer kept here
         self._current = update
         update.set_checked()
+        update.wait_for_release()
         self._post(lambda: self._begin(_Swap(update, prepared, version)))
         update.result()
 

@@ -85,6 +85,7 @@ class Generation:
             request_id=self._request_id,
             priority=asked.priority or 0,
             client=caller.current(0.0).name,
+            session=caller.current(0.0).session,
             cache_salt=asked.cache_salt or "",
             sample_index=asked.sample_index or 0,
             num_prior_tokens=asked.num_prior_tokens or 0,

@@ -25,7 +25,7 @@ from myserve.server.answers.writer import AnswerWriter, Body, Plan
 from myserve.server.models.models import Models
 from myserve.server.prompts.sampling import check_top_logprobs
 from myserve.server.sessions.call import SessionCall
-from myserve.server.sessions.store import Sessions, session_id_of
+from myserve.server.sessions.store import Sessions, session_id_of, session_named
 from myserve.wire.fields import GenerationRequest
 
 __all__ = ["Begun", "answer_request", "begin_request"]
@@ -52,6 +52,7 @@ async def begin_request(
     model = await models.get(request.model)
     answer = ActiveAnswer.begin(request, model, answer_id, models.adapter_of(request.model))
     answer.session = _session_call(http, answer)
+    caller.current(0.0).session = session_named(http.headers)
     engine = answer.model.engine
     check_top_logprobs(request, http.app.state.settings.max_logprobs)
     engine.check_room(request.num_choices)

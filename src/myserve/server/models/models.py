@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 from myserve.engine.memory.prefault import Reserve
 from myserve.errors import ModelNotFoundError, MyserveError, RequestError
@@ -38,7 +38,7 @@ from myserve.server.prompts.codec import Codec
 from myserve.server.prompts.decisions import DecisionPrompts
 from myserve.server.settings import Settings
 
-__all__ = ["Models", "ServedModel", "load_model"]
+__all__ = ["ModelLoader", "Models", "ServedModel", "load_adapters", "load_model", "serve_engine"]
 
 log = logging.getLogger("myserve.server")
 
@@ -82,6 +82,13 @@ class ServedModel:
         return replace(self, codec=codec, style=style)
 
 
+class ModelLoader(Protocol):
+    """Loads a model in the calling thread; `cancel`, from another one, makes it raise soon."""
+
+    def __call__(self, path: str, settings: Settings) -> ServedModel: ...
+    def cancel(self) -> None: ...
+
+
 def _freeze_garbage(_: object) -> None:
     """Take all objects out of the garbage collector's sight: what a load leaves lives as long as the server."""
     gc.freeze()
@@ -92,10 +99,14 @@ class Models:
     """The served models by name. `get` loads what is not loaded; it may be called from any event loop and thread."""
 
     def __init__(
-        self, settings: Settings, load: Callable[[str, Settings], ServedModel] | None = None
+        self,
+        settings: Settings,
+        load: Callable[[str, Settings], ServedModel] | None = None,
+        cancel_load: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
         self._load = load or load_model
+        self._cancel_load = cancel_load
         self._lock = threading.Lock()
         self._loads: dict[str, Future[ServedModel]] = {}  # by path: two names of one path share an engine
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="myserve-load")  # one load at a time
@@ -177,6 +188,8 @@ class Models:
     def close_door(self) -> None:
         """Take no new generations; those in flight go on."""
         self._closing = True
+        if self._cancel_load is not None:
+            self._cancel_load()
         for model in self._loaded():
             model.in_flight.close()
 
@@ -287,20 +300,26 @@ def load_model(path: str, settings: Settings, reserve: Reserve | None = None) ->
             transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         engine = Engine.from_pretrained(path, settings.engine, reserve)
     if path == next(iter(settings.models.values())):
-        _load_adapters(engine, settings)
+        load_adapters(engine, settings)
+    model = serve_engine(engine, path, settings)
+    if not settings.force_echo:
+        # not by the first request: what steps of likely shapes need is made ready before one comes
+        engine.start()
+    return model
+
+
+def serve_engine(engine: Any, path: str, settings: Settings) -> ServedModel:
+    """Return what routes need beside an engine: its tokenizer's codec, its chat style, its fingerprint."""
     identity = f"{version('myserve')}/{path}/{settings.engine}/{settings.force_echo}"
     digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
     style = ChatStyle.of(engine.tokenizer, settings.tool_style)
     files = {} if settings.force_echo else files_of(path)
     codec, in_flight = Codec(engine.tokenizer, engine.token_bytes), InFlight(settings.request_timeout)
-    if not settings.force_echo:
-        # not by the first request: what steps of likely shapes need is made ready before one comes
-        engine.start()
     decisions = DecisionPrompts(codec, None if settings.force_echo else path)
     return ServedModel(engine, codec, digest, decisions, style=style, in_flight=in_flight, files=files)
 
 
-def _load_adapters(engine: Any, settings: Settings) -> None:
+def load_adapters(engine: Any, settings: Settings) -> None:
     try:
         for name, folder in settings.adapters.items():
             engine.load_adapter(name, folder).result()

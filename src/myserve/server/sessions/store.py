@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from myserve.server.sessions.kept import KeptSession
 from myserve.wire.sessions import SESSION_HEADERS, checked_session_id
 
-__all__ = ["SESSION_BYTES", "Sessions", "session_id_of"]
+__all__ = ["SESSION_BYTES", "Sessions", "session_id_of", "session_named"]
 
 SESSION_BYTES = 4096  # of a session without its turns
 
@@ -24,8 +24,12 @@ def session_id_of(headers: Headers) -> str | None:
     >>> session_id_of(Headers({"X-Session-ID": "rollout-3", "session_id": "other"}))
     'rollout-3'
     """
-    name = next((value for header in SESSION_HEADERS if (value := headers.get(header))), None)
-    return None if name is None else checked_session_id(name)
+    return checked_session_id(name) if (name := session_named(headers)) else None
+
+
+def session_named(headers: Headers) -> str:
+    """Return what a request's headers call its session, good or not; "" where they name none."""
+    return next((value for header in SESSION_HEADERS if (value := headers.get(header))), "")
 
 
 class Sessions:

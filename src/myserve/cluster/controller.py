@@ -1,0 +1,325 @@
+"""The fleet's one list of replicas, and its changes as transactions: all prepare, all swap, then it is published.
+
+Knows no Ray: a deployment of one replica runs it, and whoever joins calls it. It may die at any moment: its decisions
+are in the journal before they are carried out, and streams do not pass through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from myserve.cluster.journal import Adapter, Journal, Snapshot
+from myserve.cluster.link import Link
+from myserve.cluster.messages import Entry, Member, Members, Standing
+from myserve.errors import EngineDeadError, EngineError, RequestError
+
+__all__ = ["Controller", "Peer"]
+
+log = logging.getLogger("myserve.cluster")
+
+T = TypeVar("T")
+
+SILENT_SECONDS = 15.0  # a member that has not called for so long is gone
+WATCH_SECONDS = 10.0  # that `members` waits for a change
+
+
+class Peer(Protocol):
+    """A replica as the controller calls it."""
+
+    async def call(self, method: str, **args: Any) -> Any: ...
+    def close(self) -> None: ...
+
+
+class Controller:
+    """Used on one event loop. `file` keeps the journal; None: in memory alone, and no weights are taken.
+
+    `connect` returns an open peer; by default a `Link` that shows `secret`.
+    """
+
+    def __init__(
+        self,
+        secret: str,
+        file: Path | None = None,
+        connect: Callable[[Member], Awaitable[Peer]] | None = None,
+    ) -> None:
+        self._secret = secret
+        self._file = file
+        self._connect = connect or self._open_link
+        self.journal = Journal() if file is None else Journal.read(file)
+        self._members: dict[str, Member] = {}
+        self._heard: dict[str, float] = {}
+        self._expelled: set[str] = set()
+        self._epoch, self._count = secrets.token_hex(4), 0
+        self._changed = asyncio.Event()
+        self._changing = asyncio.Lock()  # one transaction at a time; nobody joins in the midst of it
+        self._outcomes: dict[str, dict[str, Any] | BaseException] = {}
+        self._settle_pending()
+
+    def _settle_pending(self) -> None:
+        """Carry on where an earlier controller has died.
+
+        Prepared and not decided: replicas drop it when their connection ends, so nothing was changed. Decided: it is
+        published; a replica that has not swapped is behind, is in no member list until it has caught up, and says so.
+        """
+        pending = self.journal.pending
+        if pending is None:
+            return
+        if self.journal.phase == "swap":
+            log.warning("weights %d were decided by a controller that died: published", pending.weight_version)
+            self._record(replace(self.journal.with_change(pending), pending=None, phase="idle"))
+        else:
+            log.warning("weights %d were prepared by a controller that died: dropped", pending.weight_version)
+            self._record(replace(self.journal, pending=None, phase="idle"))
+
+    # ---- replicas
+
+    async def heartbeat(self, member: Member) -> Standing:
+        """Take a replica into the list, or keep it there. Called once a second by each, from its load on."""
+        journal = self.journal
+        if member.name in self._expelled:
+            return Standing(is_expelled=True)
+        if self._changing.locked():
+            # known ones stay; a new one waits, or it would miss what is being decided
+            if is_known := member.name in self._members:
+                self._heard_of(member.name)
+            return Standing(is_known)
+        missing = journal.missing(member.weight_version, member.num_adapter_changes)
+        if missing:
+            self._drop(member.name)
+            return Standing(False, False, missing, journal.paused, journal.released)
+        self._heard_of(member.name)
+        is_new = member.name not in self._members
+        if self._members.get(member.name) != member:
+            self._members[member.name] = member
+            self._note_change()
+        return Standing(True, paused=journal.paused, released=journal.released) if is_new else Standing(True)
+
+    def is_member(self, name: str) -> bool:
+        return name in self._members
+
+    async def leave(self, name: str) -> None:
+        """Take a replica off the list: it ends."""
+        self._drop(name)
+
+    async def members(self, known: str = "") -> Members:
+        """Return the fleet, at once where it is not the `known` generation, else when it has changed or after 10 s."""
+        self._drop_silent()
+        if known == self._generation:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(WATCH_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._drop_silent()
+        journal = self.journal
+        return Members(
+            self._generation, tuple(self._members.values()), journal.weight_version, journal.phase
+        )
+
+    # ---- changes
+
+    async def update_weights(self, name: str, change: Snapshot | None, **options: Any) -> dict[str, Any]:
+        """Put new weights in place everywhere, as one, and return the report of `WeightReport`'s fields.
+
+        `name` is the transaction's, by which `outcome` finds how it ended. `options`: a snapshot's fields, where its
+        version is the next. Raises RequestError, and what a replica raised that could not prepare: nothing was changed.
+        """
+        async with self._changing:
+            try:
+                report = await self._update(name, change or self._next(**options))
+            except BaseException as error:
+                self._outcomes[name] = error
+                raise
+            self._outcomes[name] = report
+            return report
+
+    def _next(self, version: int | None = None, **fields: Any) -> Snapshot:
+        current = self.journal.weight_version
+        version = current + 1 if version is None else version
+        if version <= current:
+            raise RequestError(
+                f"the version must grow, or tokens of different weights would look alike: it is {current}, got "
+                f"{version}",
+                param="version",
+            )
+        return Snapshot(weight_version=version, **fields)
+
+    async def outcome(self, name: str) -> dict[str, Any] | BaseException | None:
+        """Return how a transaction has ended: its report, or its error. None: this controller has not seen it."""
+        return self._outcomes.get(name)
+
+    async def _update(self, name: str, change: Snapshot) -> dict[str, Any]:
+        peers = await self._peers()
+        try:
+            self._record(replace(self.journal, pending=change, phase="prepare"))
+            ready = await self._prepare(peers, name, change)
+            # decided: from here on every replica, new ones too, goes to these weights
+            self._record(replace(self.journal, phase="swap"))
+            reports = await self._on_each(ready, "swap_weights", transaction=name)
+        except BaseException:
+            if self.journal.phase == "prepare":
+                self._record(replace(self.journal, pending=None, phase="idle"))
+            raise
+        finally:
+            for peer in peers.values():
+                peer.close()
+        good = {member: report for member, report in reports.items() if isinstance(report, dict)}
+        for member in self._members.keys() - good.keys():
+            self._expel(member, reports.get(member))
+        checksum = next((report["checksum"] for report in good.values()), change.checksum)
+        published = self.journal.with_change(replace(change, checksum=checksum))
+        self._record(replace(published, pending=None, phase="idle"))
+        for member in good:
+            self._members[member] = replace(self._members[member], weight_version=change.weight_version)
+        self._note_change()
+        if not good:
+            raise EngineError(
+                f"every replica was lost while it swapped: those that come back have version {change.weight_version}"
+            )
+        return _slowest(list(good.values()))
+
+    async def _prepare(self, peers: dict[str, Peer], name: str, change: Snapshot) -> dict[str, Peer]:
+        """Have all prepare; return those that have. Raises what one raised, once all have dropped it again.
+
+        A replica that dies is none that refuses: the others go on, and it comes back with what is published then.
+        """
+        results = await self._on_each(peers, "prepare_weights", transaction=name, change=change)
+        refusals = [
+            e for e in results.values() if isinstance(e, BaseException) and not isinstance(e, EngineDeadError)
+        ]
+        ready = {m: peer for m, peer in peers.items() if not isinstance(results[m], BaseException)}
+        if refusals or not ready:
+            await self._on_each(ready, "withdraw_weights", transaction=name)
+            raise refusals[0] if refusals else EngineDeadError("no replica is left that could take weights")
+        return ready
+
+    async def change_adapter(self, change: Adapter) -> Any:
+        """Load or unload an adapter everywhere; return what the first replica says. Raises what one raises.
+
+        It is tried on one replica first: what is wrong with the files fails there, and nothing was changed.
+        """
+        async with self._changing:
+            peers = await self._peers()
+            try:
+                first, *others = sorted(peers)
+                version = await peers[first].call("adapter", change=change)
+                self._record(self.journal.with_change(change))
+                rest = {member: peers[member] for member in others}
+                for member, result in (await self._on_each(rest, "adapter", change=change)).items():
+                    if isinstance(result, BaseException):
+                        self._expel(member, result)
+            finally:
+                for peer in peers.values():
+                    peer.close()
+            self._note_change()
+            return version
+
+    async def everywhere(self, method: str, **args: Any) -> None:
+        """Have every replica do one of pause, resume, forget_prefixes, release_memory, restore_memory."""
+        async with self._changing:
+            peers = await self._peers()
+            try:
+                results = await self._on_each(peers, method, **args)
+            finally:
+                for peer in peers.values():
+                    peer.close()
+            failed = [e for e in results.values() if isinstance(e, BaseException)]
+            failed = [e for e in failed if not isinstance(e, EngineDeadError)] or failed[: len(results) == len(failed)]
+            if failed:
+                raise failed[0]
+            self._record(_noted(self.journal, method, args))
+
+    # ---- pieces
+
+    async def _peers(self) -> dict[str, Peer]:
+        """Return every member that can be reached. Raises EngineDeadError where there is none."""
+        members = list(self._members.values())
+        opened = await asyncio.gather(*(self._connect(m) for m in members), return_exceptions=True)
+        found = {}
+        for member, peer in zip(members, opened, strict=True):
+            if isinstance(peer, BaseException):
+                self._drop(member.name)
+            else:
+                found[member.name] = peer
+        if not found:
+            raise EngineDeadError("no replica is left: try again once one is back")
+        return found
+
+    @staticmethod
+    async def _on_each(peers: dict[str, Peer], method: str, **args: Any) -> dict[str, Any]:
+        """Call all side by side; a failure stands in place of its answer."""
+        calls: list[Coroutine[Any, Any, Any]] = [peer.call(method, **args) for peer in peers.values()]
+        return dict(zip(peers, await asyncio.gather(*calls, return_exceptions=True), strict=True))
+
+    async def _open_link(self, member: Member) -> Peer:
+        link = Link(member, self._secret, _Unmoved())
+        await link.open()
+        return link
+
+    def _record(self, journal: Journal) -> None:
+        if self._file is not None:
+            journal.write(self._file)
+        self.journal = journal
+        self._note_change()
+
+    def _expel(self, name: str, why: object) -> None:
+        log.error("the replica %s leaves the fleet: it did not take what the others have (%s)", name, why)
+        self._expelled.add(name)
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._heard.pop(name, None)
+        if self._members.pop(name, None) is not None:
+            self._note_change()
+
+    def _heard_of(self, name: str) -> None:
+        self._heard[name] = asyncio.get_running_loop().time()
+
+    def _drop_silent(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for name in [name for name, at in self._heard.items() if now - at > SILENT_SECONDS]:
+            self._drop(name)
+
+    @property
+    def _generation(self) -> str:
+        return f"{self._epoch}-{self._count}"
+
+    def _note_change(self) -> None:
+        self._count += 1
+        self._changed.set()
+
+
+class _Unmoved:
+    """Owns the controller's links, which carry calls alone."""
+
+    def on_entries(self, link: Link, entries: list[Entry]) -> None: ...
+    def on_status(self, link: Link) -> None: ...
+    def on_leaving(self, link: Link) -> None: ...
+    def on_lost(self, link: Link) -> None: ...
+
+
+def _noted(journal: Journal, method: str, args: dict[str, Any]) -> Journal:
+    """Return the journal with what a replica that joins later has to do as well."""
+    match method:
+        case "pause":
+            return replace(journal, paused=args["mode"])
+        case "resume":
+            return replace(journal, paused=None)
+        case "release_memory":
+            return replace(journal, released=tuple(sorted({*journal.released, *args["tags"]})))
+        case "restore_memory":
+            return replace(journal, released=tuple(sorted({*journal.released} - {*args["tags"]})))
+    return journal
+
+
+def _slowest(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one report for all: the same weights, the longest durations, everything that was aborted."""
+    durations = ("prepare_duration", "drain_duration", "pause_duration")
+    longest = {name: max(report[name] for report in reports) for name in durations}
+    return {**reports[0], **longest, "num_aborted": sum(report["num_aborted"] for report in reports)}

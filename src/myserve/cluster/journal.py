@@ -1,0 +1,112 @@
+"""What a fleet has changed since it began: enough to make a new replica's weights and adapters those of the others."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["Adapter", "Change", "Journal", "Snapshot"]
+
+Mode = Literal["drain", "keep", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """New weights, as all replicas have them."""
+
+    folder: str
+    weight_version: int
+    partial: bool = False
+    checksum: str | None = None
+    mode: Mode = "drain"
+    refuse_new: bool = False
+    reset_prefix_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter that was loaded, or taken away: then it has no folder."""
+
+    name: str
+    folder: str | None = None
+    path: str | None = None
+    replaces: bool = True
+    mode: Mode = "drain"
+
+
+Change = Snapshot | Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The published state of a fleet, and the transaction that is on its way.
+
+    `changes`, made in this order on a freshly loaded replica, give it the published weights and adapters. `pending` is
+    a snapshot in phase "prepare", which may still be dropped, or "swap", which is decided: whoever reads the journal
+    then carries it through.
+
+    >>> journal = Journal().with_change(Snapshot("/w/1", 1)).with_change(Snapshot("/w/2", 2, partial=True))
+    >>> journal.weight_version, len(journal.changes)
+    (2, 2)
+    >>> len(journal.with_change(Snapshot("/w/3", 3)).changes)
+    1
+    """
+
+    changes: tuple[Change, ...] = ()
+    pending: Snapshot | None = None
+    phase: Literal["idle", "prepare", "swap"] = "idle"
+    paused: str | None = None  # the mode of a pause that `resume` has not ended
+    released: tuple[str, ...] = ()  # memory that was not restored
+
+    @property
+    def weight_version(self) -> int:
+        versions = [change.weight_version for change in self.changes if isinstance(change, Snapshot)]
+        return versions[-1] if versions else 0
+
+    def with_change(self, change: Change) -> Journal:
+        """Return the journal with a change that all have made; what it makes void is left out."""
+        kept = self.changes
+        if isinstance(change, Snapshot) and not change.partial:
+            kept = tuple(c for c in kept if isinstance(c, Adapter))
+        return replace(self, changes=(*kept, change))
+
+    def missing(self, weight_version: int, num_adapter_changes: int) -> tuple[Change, ...]:
+        """Return what a replica has yet to take that is of this version and has made so many adapters' changes."""
+        adapters = [change for change in self.changes if isinstance(change, Adapter)][num_adapter_changes:]
+        return tuple(
+            change
+            for change in self.changes
+            if (change in adapters if isinstance(change, Adapter) else change.weight_version > weight_version)
+        )
+
+    def write(self, path: Path) -> None:
+        """Put the journal in a file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".new")
+        with beside.open("w") as file:
+            json.dump(self._to_json(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Journal:
+        """Return the journal of a file; an empty one where there is none."""
+        try:
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
+            return cls()
+        changes = tuple(_change(change) for change in found.pop("changes"))
+        pending = found.pop("pending")
+        found["released"] = tuple(found["released"])
+        return cls(changes, None if pending is None else Snapshot(**pending), **found)
+
+    def _to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _change(found: dict[str, Any]) -> Change:
+    return Snapshot(**found) if "weight_version" in found else Adapter(**found)

@@ -1,0 +1,146 @@
+"""`myserve serve --replicas N`: Ray is started here, or joined where RAY_ADDRESS says, and ended with the server.
+
+HTTP stays with our own server: TLS, limits and timeouts mean what they mean without a fleet. Ray listens on loopback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from myserve.errors import EngineError, RequestError
+from myserve.server.models.models import ModelLoader, ServedModel
+from myserve.server.settings import Settings
+
+__all__ = ["local_fleet"]
+
+log = logging.getLogger("myserve.cluster")
+
+OBJECT_STORE_BYTES = 128 << 20  # nothing of ours goes through it
+NEEDS_RAY = "--replicas needs Ray, which the other installs leave out: pip install 'myserve[ray]'"
+
+
+@contextmanager
+def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
+    """Connect to Ray, and yield what loads the model: it deploys the replicas and waits for them.
+
+    On leaving, the application is deleted; a Ray that was started here is ended, with all its processes. Raises
+    RequestError for an address where no Ray is, and for more replicas than there is room for.
+    """
+    try:
+        # read when Ray is imported
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+    except ModuleNotFoundError as error:
+        raise RequestError(f"{NEEDS_RAY}  (missing: {error.name})") from error
+
+    address = os.environ.get("RAY_ADDRESS")
+    name = f"myserve-{secrets.token_hex(4)}"
+    try:
+        _connect(ray, address, settings)
+        _check_room(ray, settings)
+        yield _LocalLoader(settings, name)
+    finally:
+        if ray.is_initialized():
+            if address is not None:
+                _delete(name)
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, settings: Settings) -> None:
+    quiet = {"log_to_driver": settings.log_level == "debug", "logging_level": logging.ERROR}
+    if address is not None:
+        began = time.monotonic()
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RequestError(
+                f"no Ray is reached at RAY_ADDRESS={address} ({time.monotonic() - began:.0f} s): {reason}"
+            ) from error
+        return
+    # loopback alone: no one else has to reach a Ray of one machine
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, 1),
+        include_dashboard=False,
+        dashboard_host="127.0.0.1",
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        **quiet,
+    )
+
+
+def _check_room(ray: Any, settings: Settings) -> None:
+    """Raise RequestError where the replicas ask for more than there is: Ray would wait for it without end."""
+    number = settings.replicas or 1
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", settings.replica_cpus), ("GPU", settings.replica_gpus)):
+        if number * each > there.get(kind, 0.0):
+            raise RequestError(
+                f"{number} replicas ask for {number * each:g} {kind}s, and Ray has {there.get(kind, 0.0):g}; "
+                f"ask for fewer, or for less with --replica-{kind.lower()}s",
+                param="replicas",
+            )
+
+
+class _LocalLoader:
+    """Deploys the replicas on the Ray that is connected, then waits for the first of them."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self._settings = settings
+        self._name = name
+        self._waiting: Any = None
+        self._is_cancelled = False
+
+    def __call__(self, path: str, settings: Settings) -> ServedModel:
+        from ray import serve
+
+        from myserve.cluster.application import FleetLoader, fleet_of
+        from myserve.cluster.deployments import CONTROLLER, ControllerClient
+
+        _, replicas, secret = fleet_of(self._settings)
+        serve.start(proxy_location="Disabled")
+        target = serve.RunTarget(replicas, name=self._name, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
+        client = ControllerClient(serve.get_deployment_handle(CONTROLLER, self._name))
+        self._waiting = FleetLoader(client, secret, self._check)
+        if self._is_cancelled:
+            self._waiting.cancel()
+        model: ServedModel = self._waiting(path, settings)
+        return model
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _check(self) -> None:
+        from ray import serve
+
+        state = serve.status().applications.get(self._name)
+        if state is not None and state.status == "DEPLOY_FAILED":
+            raise EngineError(f"the replicas did not start: {_reason(state)}")
+
+
+def _reason(state: Any) -> str:
+    """Return the last words of a deployment's failure, which is a trace of another process."""
+    told = "\n".join([state.message, *(d.message for d in state.deployments.values())])
+    lines = [line.strip() for line in told.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)]
+    return lines[-1] if lines else " ".join(told.split())[-300:]
+
+
+def _delete(name: str) -> None:
+    from ray import serve
+
+    try:
+        serve.delete(name)
+    except Exception as error:
+        log.warning("the application %s was not deleted from Ray: %s", name, error)
