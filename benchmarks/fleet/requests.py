@@ -1,4 +1,4 @@
-"""Requests of every shape that a fleet must answer with a single server's bytes, and what two answers have in common."""
+"""Requests of every shape that a fleet must answer with a single server's bytes, and what an answer says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import aiohttp
 __all__ = ["Asked", "Told", "ask", "requests"]
 
 # of one answer alone: its name, its time, and what it cost
-OWN = re.compile(rb'"(id|request_id)":"(cmpl|chatcmpl|gen|call|resp|msg)[-_][0-9a-f]+"|"created":\d+|"cached_tokens":\d+')
+OWN = re.compile(
+    rb'"(id|request_id)":"(cmpl|chatcmpl|gen|call|resp|msg)[-_][0-9a-f]+"|"created":\d+|"cached_tokens":\d+'
+)
 
 SCHEMA = {
     "type": "object",
@@ -67,13 +69,32 @@ def requests(model: str, seed: int, max_tokens: int = 96) -> list[Asked]:
     }
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     return [
-        Asked("completions, streamed", completions, {**story, **usage, "prompt": "Once upon a time", "logprobs": 3}),
-        Asked("completions, whole", completions, {**story, "prompt": "One day", "n": 2, "return_token_ids": True}),
-        Asked("completions, stop", completions, {**story, **usage, "prompt": "The robot", "stop": ["the f", "."]}),
+        Asked(
+            "completions, streamed",
+            completions,
+            {**story, **usage, "prompt": "Once upon a time", "logprobs": 3},
+        ),
+        Asked(
+            "completions, whole",
+            completions,
+            {**story, "prompt": "One day", "n": 2, "return_token_ids": True},
+        ),
+        Asked(
+            "completions, stop",
+            completions,
+            {**story, **usage, "prompt": "The robot", "stop": ["the f", "."]},
+        ),
         Asked(
             "completions, echoed",
             completions,
-            {**story, **usage, "prompt": "The sea was", "echo": True, "logprobs": 1, "min_tokens": max_tokens // 2},
+            {
+                **story,
+                **usage,
+                "prompt": "The sea was",
+                "echo": True,
+                "logprobs": 1,
+                "min_tokens": max_tokens // 2,
+            },
         ),
         Asked("chat, n = 3", chat, {**said, **usage, "n": 3, "logprobs": True, "top_logprobs": 2}),
         Asked("chat, penalties", chat, {**said, **usage, "frequency_penalty": 0.7, "presence_penalty": 0.3}),

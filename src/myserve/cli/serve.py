@@ -159,7 +159,7 @@ def has_gpu() -> bool:
 
 def _run_fleet(settings: Settings, listener: socket.socket) -> None:
     """Serve by a fleet: the engines are in processes of Ray's, and HTTP is here."""
-    from myserve.cluster.local import local_fleet
+    from myserve.cluster.on_ray.local import local_fleet
     from myserve.cluster.one_model import one_model
 
     gc.enable()

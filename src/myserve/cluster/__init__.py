@@ -11,6 +11,6 @@ def app(args: dict[str, Any]) -> Any:
     Raises RequestError for arguments that cannot be, ImportError where Ray is not installed (`myserve[ray]`).
     """
     # ray is an extra, and takes a second to import
-    from myserve.cluster import application
+    from myserve.cluster.on_ray import application
 
     return application.app(args)

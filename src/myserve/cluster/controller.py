@@ -19,7 +19,7 @@ from myserve.cluster.link import Link
 from myserve.cluster.messages import Entry, Member, Members, Standing
 from myserve.errors import EngineDeadError, EngineError, RequestError
 
-__all__ = ["Controller", "Peer"]
+__all__ = ["Controller", "ControllerLostError", "Peer"]
 
 log = logging.getLogger("myserve.cluster")
 
@@ -27,6 +27,10 @@ T = TypeVar("T")
 
 SILENT_SECONDS = 15.0  # a member that has not called for so long is gone
 WATCH_SECONDS = 10.0  # that `members` waits for a change
+
+
+class ControllerLostError(EngineError):
+    """The controller has died during a call: the journal says whether it was decided."""
 
 
 class Peer(Protocol):
@@ -58,7 +62,6 @@ class Controller:
         self._epoch, self._count = secrets.token_hex(4), 0
         self._changed = asyncio.Event()
         self._changing = asyncio.Lock()  # one transaction at a time; nobody joins in the midst of it
-        self._outcomes: dict[str, dict[str, Any] | BaseException] = {}
         self._settle_pending()
 
     def _settle_pending(self) -> None:
@@ -71,7 +74,9 @@ class Controller:
         if pending is None:
             return
         if self.journal.phase == "swap":
-            log.warning("weights %d were decided by a controller that died: published", pending.weight_version)
+            log.warning(
+                "weights %d were decided by a controller that died: published", pending.weight_version
+            )
             self._record(replace(self.journal.with_change(pending), pending=None, phase="idle"))
         else:
             log.warning("weights %d were prepared by a controller that died: dropped", pending.weight_version)
@@ -118,26 +123,18 @@ class Controller:
             except TimeoutError:
                 self._drop_silent()
         journal = self.journal
-        return Members(
-            self._generation, tuple(self._members.values()), journal.weight_version, journal.phase
-        )
+        return Members(self._generation, tuple(self._members.values()), journal.weight_version, journal.phase)
 
     # ---- changes
 
-    async def update_weights(self, name: str, change: Snapshot | None, **options: Any) -> dict[str, Any]:
+    async def update_weights(self, name: str, **options: Any) -> dict[str, Any]:
         """Put new weights in place everywhere, as one, and return the report of `WeightReport`'s fields.
 
-        `name` is the transaction's, by which `outcome` finds how it ended. `options`: a snapshot's fields, where its
-        version is the next. Raises RequestError, and what a replica raised that could not prepare: nothing was changed.
+        `name` is the transaction's. `options`: a snapshot's fields, `version` among them, by default the next. Raises
+        RequestError, and what a replica raised that could not prepare: nothing was changed.
         """
         async with self._changing:
-            try:
-                report = await self._update(name, change or self._next(**options))
-            except BaseException as error:
-                self._outcomes[name] = error
-                raise
-            self._outcomes[name] = report
-            return report
+            return await self._update(name, self._next(**options))
 
     def _next(self, version: int | None = None, **fields: Any) -> Snapshot:
         current = self.journal.weight_version
@@ -149,10 +146,6 @@ class Controller:
                 param="version",
             )
         return Snapshot(weight_version=version, **fields)
-
-    async def outcome(self, name: str) -> dict[str, Any] | BaseException | None:
-        """Return how a transaction has ended: its report, or its error. None: this controller has not seen it."""
-        return self._outcomes.get(name)
 
     async def _update(self, name: str, change: Snapshot) -> dict[str, Any]:
         peers = await self._peers()
@@ -230,7 +223,9 @@ class Controller:
                 for peer in peers.values():
                     peer.close()
             failed = [e for e in results.values() if isinstance(e, BaseException)]
-            failed = [e for e in failed if not isinstance(e, EngineDeadError)] or failed[: len(results) == len(failed)]
+            failed = [e for e in failed if not isinstance(e, EngineDeadError)] or failed[
+                : len(results) == len(failed)
+            ]
             if failed:
                 raise failed[0]
             self._record(_noted(self.journal, method, args))

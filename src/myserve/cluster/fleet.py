@@ -52,7 +52,12 @@ class Fleet:
     """The links of one ingress and what runs on them. Every method but `__init__` is for its own loop."""
 
     def __init__(
-        self, directory: Directory, secret: str, *, shares_prefixes: bool = False, router: Router | None = None
+        self,
+        directory: Directory,
+        secret: str,
+        *,
+        shares_prefixes: bool = False,
+        router: Router | None = None,
     ) -> None:
         self.links: dict[str, Link] = {}
         self.counts: defaultdict[str, RouteCounts] = defaultdict(RouteCounts)
@@ -82,8 +87,16 @@ class Fleet:
                 await asyncio.sleep(TICK_SECONDS)
         finally:
             watching.cancel()
-            for link in list(self.links.values()):
-                link.close()
+
+    async def end(self) -> None:
+        """Close every link; what still runs is asked for no more."""
+        await asyncio.sleep(0)
+        for link in list(self.links.values()):
+            link.close()
+        for task in list(self._tasks):
+            task.cancel()
+        # in which the transports close their sockets
+        await asyncio.sleep(0.01)
 
     async def first_link(self) -> Link:
         """Wait for a replica and return its link."""
@@ -152,7 +165,9 @@ class Fleet:
     def abort(self, placed: Placed, indices: Sequence[int], reason: FinishReason) -> None:
         """End choices of a request wherever they run; their stream has ended already."""
         placed.open.difference_update(indices)
-        for number, (part, link) in [(n, held) for n, held in self._parts.items() if held[0].placed is placed]:
+        for number, (part, link) in [
+            (n, held) for n, held in self._parts.items() if held[0].placed is placed
+        ]:
             of_part = [i - part.first for i in indices if part.first <= i < part.first + part.n]
             if of_part:
                 link.send(Kind.ABORT, (number, of_part, reason))
@@ -173,7 +188,9 @@ class Fleet:
         part.placed.bits = link.member.bits
         link.send(Kind.SUBMIT, (number, part.prompt, part.params, part.options))
         if len(part.open) < part.n:
-            ended = [i - part.first for i in range(part.first, part.first + part.n) if i not in part.placed.open]
+            ended = [
+                i - part.first for i in range(part.first, part.first + part.n) if i not in part.placed.open
+            ]
             link.send(Kind.ABORT, (number, ended, "abort"))
 
     def _choose(self, part: Part) -> Link | None:
@@ -185,7 +202,9 @@ class Fleet:
             links = _of_one_class(links, placed.options.session)
         if (version := placed.weight_version) is not None:
             # by other weights it would go on as another completion
-            same = [link for link in links if link.status is not None and link.status.weight_version == version]
+            same = [
+                link for link in links if link.status is not None and link.status.weight_version == version
+            ]
             links = same or links
         if not links:
             return None
@@ -240,7 +259,9 @@ class Fleet:
         now = asyncio.get_running_loop().time()
         for part in [part for part, since in self._parked.items() if now - since > PATIENCE_SECONDS]:
             del self._parked[part]
-            self._fail(part, EngineDeadError(f"no replica came in {PATIENCE_SECONDS:g} s that could go on with this"))
+            self._fail(
+                part, EngineDeadError(f"no replica came in {PATIENCE_SECONDS:g} s that could go on with this")
+            )
 
     def _fail(self, part: Part, error: Exception) -> None:
         mail = Dispatcher()

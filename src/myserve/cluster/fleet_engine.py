@@ -8,14 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from myserve.cluster.controller import ControllerLostError
 from myserve.cluster.fleet import Directory, Fleet
 from myserve.cluster.journal import Adapter
 from myserve.cluster.link import Link
-from myserve.cluster.messages import ReplicaStatus
+from myserve.cluster.messages import Members, ReplicaStatus
 from myserve.cluster.placed import Placed
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
@@ -30,7 +32,14 @@ from myserve.engine.scheduling.pausing import PAUSE_MODES, PauseMode
 from myserve.engine.token_bytes import TokenBytes
 from myserve.engine.weights.prepare import UpdateOptions, WeightReport
 from myserve.engine.weights.queue import WeightUpdate
-from myserve.errors import EngineDeadError, ModelNotFoundError, OverloadedError, RequestError, WeightsLoadingError
+from myserve.errors import (
+    EngineDeadError,
+    EngineError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+    WeightsLoadingError,
+)
 from myserve.server.errors import EngineRestartingError
 
 __all__ = ["ControlPlane", "FleetEngine"]
@@ -42,7 +51,6 @@ class ControlPlane(Directory, Protocol):
     """The controller, however it is reached."""
 
     async def update_weights(self, name: str, **options: Any) -> dict[str, Any]: ...
-    async def outcome(self, name: str) -> dict[str, Any] | BaseException | None: ...
     async def change_adapter(self, change: Adapter) -> Any: ...
     async def everywhere(self, method: str, **args: Any) -> None: ...
 
@@ -284,6 +292,7 @@ class FleetEngine:
 
     async def _outcome_of(self, name: str, folder: str, options: UpdateOptions) -> dict[str, Any]:
         """Return the report of a transaction, of whose controller another may have taken the place."""
+        before = self.fleet.members.weight_version
         try:
             return await self.control.update_weights(
                 name,
@@ -295,10 +304,25 @@ class FleetEngine:
                 refuse_new=options.refuse_new,
                 reset_prefix_cache=options.reset_prefix_cache,
             )
-        except EngineDeadError:
-            raise
-        except (RequestError, OverloadedError):
-            raise
+        except ControllerLostError:
+            members = await self._members_again()
+            wanted = before + 1 if options.version is None else options.version
+            if members.weight_version != wanted:
+                raise EngineError(
+                    f"the fleet's controller died before it had decided: the weights are still version "
+                    f"{members.weight_version}; send them again"
+                ) from None
+            zeros = dict.fromkeys(("prepare_duration", "drain_duration", "pause_duration"), 0.0)
+            counts = dict.fromkeys(("num_tensors", "num_bytes", "num_aborted"), 0)
+            return {"weight_version": wanted, "checksum": members.checksum or "", **counts, **zeros}
+
+    async def _members_again(self) -> Members:
+        """Ask until a controller answers. Raises ControllerLostError after a minute."""
+        for _ in range(60):
+            with suppress(ControllerLostError):
+                return await self.control.members("")
+            await asyncio.sleep(1.0)
+        raise ControllerLostError("the fleet's controller has died, and none has come in its place")
 
     async def _follow(self, update: WeightUpdate) -> None:
         """Tell the update's stage as the controller's goes on."""
@@ -366,6 +390,7 @@ class FleetEngine:
         self._is_shut_down = True
         if self._running is not None:
             self._running.cancel()
-            self._run(asyncio.sleep(0)).result()
+            self._run(self.fleet.end()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+        self._loop.close()

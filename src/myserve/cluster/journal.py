@@ -66,6 +66,11 @@ class Journal:
         versions = [change.weight_version for change in self.changes if isinstance(change, Snapshot)]
         return versions[-1] if versions else 0
 
+    @property
+    def checksum(self) -> str | None:
+        snapshots = [change for change in self.changes if isinstance(change, Snapshot)]
+        return snapshots[-1].checksum if snapshots else None
+
     def with_change(self, change: Change) -> Journal:
         """Return the journal with a change that all have made; what it makes void is left out."""
         kept = self.changes

@@ -1,10 +1,9 @@
-"""A connection to one replica, from an ingress or the controller: requests and calls go out, a silent replica is lost."""
+"""A connection to one replica, of an ingress or the controller: a replica that is silent too long is lost."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from myserve.cluster.channel import Channel, Kind, error_from, pack, unpack
@@ -66,7 +65,9 @@ class Link:
                 await self._ready
         except (OSError, TimeoutError) as error:
             self.close()
-            raise EngineDeadError(f"the replica {self.name} is not reached: {error or 'no answer'}") from error
+            raise EngineDeadError(
+                f"the replica {self.name} is not reached: {error or 'no answer'}"
+            ) from error
         self._pinging = asyncio.ensure_future(self._ping())
 
     def send(self, kind: Kind, value: Any) -> None:

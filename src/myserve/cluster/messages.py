@@ -116,3 +116,4 @@ class Members:
     members: tuple[Member, ...]
     weight_version: int  # the published one
     phase: Literal["idle", "prepare", "swap"] = "idle"
+    checksum: str | None = None  # of the published weights

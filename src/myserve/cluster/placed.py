@@ -1,4 +1,4 @@
-"""A request of an ingress, on whichever replica it runs: what it has drawn is enough to go on at another, bit for bit."""
+"""A request on whichever replica it runs: what it has drawn is enough to go on at another, bit for bit."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ class Part:
         is_scored = placed.prompt_is_scored or self.first > 0 or bool(placed.drawn[self.first])
         if placed.params.prompt_logprobs is None or not is_scored:
             return placed.params
-        return replace(placed.params, prompt_logprobs=None, prompt_logprob_start=0, prompt_logprob_token_ids=())
+        return replace(
+            placed.params, prompt_logprobs=None, prompt_logprob_start=0, prompt_logprob_token_ids=()
+        )
 
     @property
     def options(self) -> SubmitOptions:

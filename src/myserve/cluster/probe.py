@@ -45,7 +45,11 @@ def digest_of(deltas: list[Delta]) -> str:
             if delta.error is not None:
                 raise delta.error
             for token in (*delta.tokens, *delta.stop_tokens):
-                numbers = [token.logprob, token.sampling_logprob, *(number for _, number in token.top_logprobs)]
+                numbers = [
+                    token.logprob,
+                    token.sampling_logprob,
+                    *(number for _, number in token.top_logprobs),
+                ]
                 ids = [token.token_id, *(token_id for token_id, _ in token.top_logprobs)]
                 digest.update(struct.pack(f"<{len(ids)}q{len(numbers)}d", *ids, *numbers))
     return digest.hexdigest()

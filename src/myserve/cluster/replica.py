@@ -45,13 +45,14 @@ class ReplicaServer:
         self._channels: dict[Channel, _Requests] = {}
         self._held: dict[str, tuple[Channel, WeightUpdate]] = {}
         self._thread = threading.Thread(target=self._loop.run_forever, name="myserve-replica", daemon=True)
+        self._listener: asyncio.Server | None = None
 
     def start(self) -> None:
         """Run the probe, then listen on a free port of `host`."""
         self._thread.start()
         self.bits = self.run(probe(self.engine)).result()
-        server = self.run(self._loop.create_server(self._channel, self.host, 0)).result()
-        self.port = server.sockets[0].getsockname()[1]
+        self._listener = self.run(self._loop.create_server(self._channel, self.host, 0)).result()
+        self.port = self._listener.sockets[0].getsockname()[1]
 
     def run(self, work: Any) -> Future[Any]:
         """Run a coroutine on the replica's loop."""
@@ -63,14 +64,29 @@ class ReplicaServer:
         return sum(requests.num_open for requests in list(self._channels.values()))
 
     def leave(self) -> None:
-        """Tell every ingress that no more requests are taken: those in flight go on elsewhere, or here to their ends."""
-        self._loop.call_soon_threadsafe(lambda: [c.send(Kind.LEAVING) for c in list(self._channels)])
+        """Tell every ingress that no more is taken: what is in flight goes on elsewhere, or here to its end."""
+
+        def tell() -> None:
+            for channel in list(self._channels):
+                channel.send(Kind.LEAVING)
+
+        self._loop.call_soon_threadsafe(tell)
 
     def close(self) -> None:
         """Stop the loop and the engine."""
+        self.run(self._end()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
         self.engine.shutdown()
+
+    async def _end(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        for channel in list(self._channels):
+            channel.close()
+        # in which the transports close their sockets
+        await asyncio.sleep(0.01)
 
     def status(self) -> ReplicaStatus:
         """Return the replica as it is now."""
@@ -188,7 +204,9 @@ class ReplicaServer:
 
     async def _withdraw_weights(self, channel: Channel, transaction: str) -> None:
         if (held := self._held.pop(transaction, None)) is not None:
-            held[1].withdraw(EngineError("another replica could not prepare the weights: nothing was changed"))
+            held[1].withdraw(
+                EngineError("another replica could not prepare the weights: nothing was changed")
+            )
 
     async def _apply(self, channel: Channel, changes: Collection[Change]) -> None:
         await self.apply(changes)
@@ -243,9 +261,7 @@ class _Requests:
     def num_open(self) -> int:
         return sum(len(receiver.open) for receiver in list(self._open.values()))
 
-    def submit(
-        self, number: int, prompt: list[int], params: SamplingParams, options: SubmitOptions
-    ) -> None:
+    def submit(self, number: int, prompt: list[int], params: SamplingParams, options: SubmitOptions) -> None:
         """Begin a request; what `Engine.submit` would raise is the end of each of its choices."""
         receiver = self._open[number] = _Receiver(self, number, set(range(options.n)))
         if params.grammar is None:
@@ -341,5 +357,3 @@ class _Receiver:
         self.open.discard(index)
         if not self.open:
             self.requests.ended(self.number)
-
-

@@ -249,7 +249,8 @@ class Engine:
         They are read, checked and packed beside the old ones, and then put in place between two steps. `mode`:
         "drain" lets requests in flight finish first and keeps new ones waiting (`refuse_new`: WeightsLoadingError
         instead); "keep" lets them go on with the keys and values they have; "abort" ends them with the tokens they
-        have. `UpdateOptions` has the rest. `held`: what is prepared waits for `WeightUpdate.release`. Tensors of a state dict must not change until it is done.
+        have. `UpdateOptions` has the rest. Tensors of a state dict must not change until it is done.
+        `held`: what is prepared waits for `WeightUpdate.release`.
         Raises RequestError here, BadSnapshotError from the update: then nothing was changed.
         """
         options = UpdateOptions(

@@ -229,8 +229,10 @@ class Settings:
         64, "Choices in flight for each replica from which on another is added.", group=_FLEET, at_least=1
     )
     replica_cpus: float = option(
-        1.0, "Cores of each replica: Ray places it where they are free, and it computes with as many.",
-        group=_FLEET, above=0,
+        1.0,
+        "Cores of each replica: Ray places it where they are free, and it computes with as many.",
+        group=_FLEET,
+        above=0,
     )
     replica_gpus: float = option(0.0, "GPUs of each replica.", group=_FLEET, at_least=0)
 

@@ -1,4 +1,4 @@
-"""The fleet as an application of Ray Serve: `serve run myserve.cluster:app model=… replicas=…`, or a Serve config file."""
+"""The fleet as an application of Ray Serve, for `serve run myserve.cluster:app` and Serve config files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from myserve.cluster.deployments import ControllerClient, controller_of, replicas_of
-from myserve.cluster.one_model import one_model
 from myserve.cluster.fleet_engine import FleetEngine
+from myserve.cluster.on_ray.deployments import ControllerClient, controller_of, replicas_of
+from myserve.cluster.one_model import one_model
 from myserve.errors import EngineError
 from myserve.server.app import create_app
 from myserve.server.models.models import ServedModel, serve_engine
@@ -49,7 +49,7 @@ class FleetIngress:
         self._settings = settings
         self._replicas = replicas  # held: they are of this application
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: N807  # Serve's own name for it
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's own name for it
         return create_app(self._settings, load=self._load)
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,10 +42,13 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
         raise RequestError(f"{NEEDS_RAY}  (missing: {error.name})") from error
 
     address = os.environ.get("RAY_ADDRESS")
+    if address is None and not settings.replica_gpus:
+        # known before anything is started; how many GPUs there are is Ray's to find out
+        _check_room({"CPU": os.cpu_count() or 1}, settings)
     name = f"myserve-{secrets.token_hex(4)}"
     try:
         _connect(ray, address, settings)
-        _check_room(ray, settings)
+        _check_room(ray.cluster_resources(), settings)
         yield _LocalLoader(settings, name)
     finally:
         if ray.is_initialized():
@@ -78,14 +81,13 @@ def _connect(ray: Any, address: str | None, settings: Settings) -> None:
     )
 
 
-def _check_room(ray: Any, settings: Settings) -> None:
+def _check_room(there: Mapping[str, float], settings: Settings) -> None:
     """Raise RequestError where the replicas ask for more than there is: Ray would wait for it without end."""
     number = settings.replicas or 1
-    there = ray.cluster_resources()
     for kind, each in (("CPU", settings.replica_cpus), ("GPU", settings.replica_gpus)):
         if number * each > there.get(kind, 0.0):
             raise RequestError(
-                f"{number} replicas ask for {number * each:g} {kind}s, and Ray has {there.get(kind, 0.0):g}; "
+                f"{number} replicas ask for {number * each:g} {kind}s, and there are {there.get(kind, 0.0):g}; "
                 f"ask for fewer, or for less with --replica-{kind.lower()}s",
                 param="replicas",
             )
@@ -103,8 +105,8 @@ class _LocalLoader:
     def __call__(self, path: str, settings: Settings) -> ServedModel:
         from ray import serve
 
-        from myserve.cluster.application import FleetLoader, fleet_of
-        from myserve.cluster.deployments import CONTROLLER, ControllerClient
+        from myserve.cluster.on_ray.application import FleetLoader, fleet_of
+        from myserve.cluster.on_ray.deployments import CONTROLLER, ControllerClient
 
         _, replicas, secret = fleet_of(self._settings)
         serve.start(proxy_location="Disabled")
@@ -133,7 +135,9 @@ class _LocalLoader:
 def _reason(state: Any) -> str:
     """Return the last words of a deployment's failure, which is a trace of another process."""
     told = "\n".join([state.message, *(d.message for d in state.deployments.values())])
-    lines = [line.strip() for line in told.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)]
+    lines = [
+        line.strip() for line in told.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)
+    ]
     return lines[-1] if lines else " ".join(told.split())[-300:]
 
 

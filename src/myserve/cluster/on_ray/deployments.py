@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import socket
@@ -16,23 +17,18 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
 from myserve.cluster.channel import error_from, error_to, pack, unpack
-from myserve.cluster.controller import Controller
+from myserve.cluster.controller import Controller, ControllerLostError
 from myserve.cluster.messages import Member, Members, Standing
 from myserve.errors import EngineError, MyserveError
 from myserve.server.settings import Settings
 
-__all__ = ["ControllerClient", "ControllerLostError", "controller_of", "replicas_of"]
+__all__ = ["ControllerClient", "controller_of", "replicas_of"]
 
 log = logging.getLogger("myserve.cluster")
 
 HEARTBEAT_SECONDS = 1.0
 QUIET = LoggingConfig(enable_access_log=False)  # a heartbeat a second is no access
 CONTROLLER, REPLICA = "FleetController", "FleetReplica"
-PATIENCE_SECONDS = 60.0  # a controller that has died is back by then
-
-
-class ControllerLostError(EngineError):
-    """The controller has died during a call; whether it was carried out is in the journal."""
 
 
 class FleetController:
@@ -79,7 +75,7 @@ class ControllerClient:
         await self._call("leave", name)
 
     async def update_weights(self, name: str, **options: Any) -> dict[str, Any]:
-        report: dict[str, Any] = await self._call("update_weights", name, None, **options)
+        report: dict[str, Any] = await self._call("update_weights", name, **options)
         return report
 
     async def change_adapter(self, change: Any) -> Any:
@@ -92,7 +88,8 @@ class ControllerClient:
 class FleetReplica:
     """The deployment of `ReplicaServer`: an engine that is healthy once it has the fleet's weights."""
 
-    async def __init__(self, settings: Settings, secret: str, controller: Any) -> None:
+    # Serve awaits it, which Python's own typing does not know
+    async def __init__(self, settings: Settings, secret: str, controller: Any) -> None:  # type: ignore[misc]
         self._controller = ControllerClient(controller)
         self._settings = settings
         self._is_leaving = False
@@ -179,10 +176,8 @@ class FleetReplica:
     async def __del__(self) -> None:
         """Leave: streams go on elsewhere, or to their ends here where there is no other replica."""
         self._is_leaving = True
-        try:
+        with contextlib.suppress(ControllerLostError):
             await self._controller.leave(self._name)
-        except ControllerLostError:
-            pass
         self._server.leave()
         for _ in range(round(self._settings.shutdown_timeout / 0.1)):
             await asyncio.sleep(0.1)
@@ -242,7 +237,7 @@ def replicas_of(settings: Settings, secret: str, controller: Any) -> Any:
                 max_replicas=most,
                 initial_replicas=number,
                 target_ongoing_requests=settings.target_ongoing_requests,
-                policy=AutoscalingPolicy(policy_function="myserve.cluster.deployments:one_deployment"),
+                policy=AutoscalingPolicy(policy_function="myserve.cluster.on_ray.deployments:one_deployment"),
             )
         }
     deployment: Any = serve.deployment(
