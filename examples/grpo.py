@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -58,6 +59,7 @@ class Config:
     exam_every: int = 5
     exam: int = 812  # held-out sums asked
     replay: bool = False  # a mixture of experts: the trainer uses the experts that the server used
+    replicas: int = 1  # more than one: a fleet on Ray, with the same curve (docs/scale.md)
     quantize: Quantize = "off"  # int8 rollouts, and a trainer with their bits (docs/quantization.md)
     seed: int = 7
     resume: bool = False
@@ -147,7 +149,10 @@ async def train(config: Config) -> Path:
     window = AdaptiveConcurrencyController(initial_window=64)
     weights_dir = Path(config.weights_dir or run / "weights")
     policy.save(weights_dir / "step-0000")
-    options = ("--quantize", config.quantize)
+    options = ["--quantize", config.quantize]
+    if config.replicas > 1:
+        cores = (os.cpu_count() or 1) / config.replicas
+        options += ["--replicas", str(config.replicas), "--replica-cpus", str(cores)]
     with Server(config.model, weights_dir, config.url, options) as server, Curve(run, config.steps) as curve:
         sampler = DeploymentSampler(server.url, server.name, "", policy.tokenizer, window)
         for step in range(config.steps + 1):

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 __all__ = ["app"]
 
-_COMMANDS = ("serve", "chat", "sample", "verify", "replay", "parity", "bench", "quantize")
+_COMMANDS = ("serve", "chat", "sample", "verify", "replay", "parity", "bench", "quantize", "status")
 
 
 class _Commands(TyperGroup):

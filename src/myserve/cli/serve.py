@@ -201,7 +201,9 @@ def _run(
     failures: list[str] = []
 
     def give_up(name: str, error: BaseException) -> None:
-        failures.append(f"{name} did not load: {error}")
+        # whoever ends the server while it loads knows why
+        if not server.should_exit:
+            failures.append(f"{name} did not load: {error}")
         server.should_exit = True
 
     app.state.on_load_failure = give_up

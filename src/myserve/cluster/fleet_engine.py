@@ -41,6 +41,7 @@ from myserve.errors import (
     WeightsLoadingError,
 )
 from myserve.server.errors import EngineRestartingError
+from myserve.server.models.replicas import ReplicaView
 
 __all__ = ["ControlPlane", "FleetEngine"]
 
@@ -175,6 +176,29 @@ class FleetEngine:
             max((load.kv_cache_usage for load in loads), default=0.0),
             sum(load.num_preemptions for load in loads),
         )
+
+    @property
+    def replicas(self) -> Mapping[str, ReplicaView]:
+        """Each replica as `/metrics` and `/version` show it, by name."""
+        views = {}
+        for link in self.links:
+            if link.status is not None:
+                counts = self.fleet.counts[link.name]
+                views[link.name] = ReplicaView(
+                    host=link.member.host,
+                    bits=link.member.bits,
+                    status=link.status,
+                    requests=counts.requests,
+                    prompt_tokens=counts.prompt_tokens,
+                    hit_tokens=counts.hit_tokens,
+                    is_leaving=link.is_leaving,
+                )
+        return views
+
+    @property
+    def num_moved(self) -> int:
+        """Choices that went on at another replica."""
+        return self.fleet.num_moved
 
     @property
     def meters(self) -> EngineMeters:

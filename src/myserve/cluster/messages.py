@@ -84,6 +84,10 @@ class ReplicaStatus:
     meters: EngineMeters = field(default_factory=EngineMeters)
     adapters: Mapping[str, AdapterVersion] = field(default_factory=dict)
 
+    @property
+    def exactness(self) -> Mapping[str, str | int | bool]:
+        return self.facts.exactness
+
 
 @dataclass(frozen=True, slots=True)
 class Member:

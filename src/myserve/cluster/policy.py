@@ -97,16 +97,19 @@ class PrefixIndex:
     def match(self, blocks: Sequence[int]) -> dict[str, int]:
         """Return how many of the blocks, from the first on, each replica has computed."""
         found: dict[str, int] = {}
-        alive: set[str] = set()
-        for count, block in enumerate(blocks, start=1):
+        alive: set[str] | frozenset[str] = frozenset()
+        count = 0
+        for block in blocks:
             holders = self._holders.get(block)
             if holders is None:
                 break
-            alive = set(holders) if count == 1 else alive & holders
-            if not alive:
-                break
-            found |= dict.fromkeys(alive, count)
-        return found
+            left = holders if count == 0 else alive & holders
+            if len(left) < len(alive):
+                found |= dict.fromkeys(alive - left, count)
+            if not left:
+                return found
+            alive, count = left, count + 1
+        return found | dict.fromkeys(alive, count)
 
 
 class Router:

@@ -275,7 +275,8 @@ class Models:
         if future is None:
             return "unloaded"
         if _succeeded(future) and future.result().engine.is_alive:
-            return "ready"
+            # a fleet may be without a replica for a while
+            return "ready" if getattr(future.result().engine, "is_reachable", True) else "restarting"
         if not _succeeded(future) and path not in self._restart_records:
             return "failed" if future.done() else "loading"
         comes_back = self._settings.restart_engine and not self._restarts[path].given_up

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from myserve.errors import ModelNotFoundError
 from myserve.server.answers.streaming import json_response, to_json
 from myserve.server.models.models import ServedModel
+from myserve.server.models.replicas import card_of, replicas_of
 from myserve.server.routes.body import models_of
 from myserve.wire.messages_api.answer import MessagesModel, MessagesModelList
 
@@ -57,6 +58,12 @@ async def ready(http: Request) -> Response:
 async def show_version(http: Request) -> Response:
     """Return the versions, and how each loaded model is made batch-invariant."""
     loaded = _loaded(http)
+    replicas = {name: replicas_of(model.engine) for name, model in loaded.items()}
+    fleets = {
+        name: [card_of(*each) for each in found.items()]
+        for name, found in replicas.items()
+        if found is not None
+    }
     return json_response(
         {
             "name": "myserve",
@@ -69,6 +76,7 @@ async def show_version(http: Request) -> Response:
                 name: {"weight_version": model.engine.weight_version, "identity": model.snapshots.identity}
                 for name, model in loaded.items()
             },
+            **({"replicas": fleets} if fleets else {}),
             # by which our SDK knows that it may use them
             "extensions": ["num_prior_tokens", "sample_index"],
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ from prometheus_client.utils import floatToGoString
 
 from myserve.engine.meters import Histogram
 from myserve.server.models.models import Models, ServedModel
+from myserve.server.models.replicas import replicas_of
 from myserve.server.observe.http_meters import HttpMeters, LoopWatchdog
 
 __all__ = ["registry_of", "router"]
@@ -148,17 +149,22 @@ class _Collector(Collector):
         for name in self._models.names:
             if (model := self._models.if_loaded(name)) is not None:
                 loaded.setdefault(id(model), (name, model))
+        parts = [part for name, model in loaded.values() for part in _parts_of(name, model)]
+        # of a fleet each replica has its samples, with a label that no other server's have
+        named = ["model_name", "replica"] if any(len(values) > 1 for values, _ in parts) else ["model_name"]
         for metric in OF_MODELS:
-            labels = ["model_name", metric.label] if metric.label else ["model_name"]
+            labels = [*named, metric.label] if metric.label else named
             samples: list[tuple[list[str], Value]] = []
-            for name, model in loaded.values():
-                found = attrgetter(metric.path)(model)
+            for values, part in parts:
+                values = [*values, *[""] * (len(named) - len(values))]
+                found = attrgetter(metric.path)(part)
                 if metric.label:
                     numbers = {value: n for value, n in dict(found).items() if not isinstance(n, str)}
-                    samples += [([name, value], number) for value, number in numbers.items()]
+                    samples += [([*values, value], number) for value, number in numbers.items()]
                 else:
-                    samples.append(([name], found))
+                    samples.append((values, found))
             yield _family(metric.name, metric.kind, metric.help, labels, samples)
+        yield from _of_fleets(dict(loaded.values()))
 
     def _of_http(self) -> Iterator[Metric]:
         requests = [
@@ -174,6 +180,40 @@ class _Collector(Collector):
         yield _family(in_progress, "gauge", "Being answered.", [], [([], self._meters.in_progress)])
         lag = "myserve:event_loop_lag_seconds"
         yield _family(lag, "histogram", "How late the event loop runs.", [], [([], self._watchdog.lag)])
+
+
+def _parts_of(name: str, model: ServedModel) -> list[tuple[list[str], Any]]:
+    """Return what a model's numbers are read from, with its labels' values: a fleet's replicas, one by one."""
+    replicas = replicas_of(model.engine)
+    if replicas is None:
+        return [([name], model)]
+    return [([name, replica], view) for replica, view in replicas.items()]
+
+
+def _of_fleets(models: Mapping[str, ServedModel]) -> Iterator[Metric]:
+    """Yield where requests went, and why; nothing where no fleet is served."""
+    fleets = {
+        name: found for name, model in models.items() if (found := replicas_of(model.engine)) is not None
+    }
+    if not fleets:
+        return
+    views = [([name, replica], view) for name, found in fleets.items() for replica, view in found.items()]
+    labels = ["model_name", "replica"]
+    routed = [
+        ([*values, reason], count) for values, view in views for reason, count in dict(view.requests).items()
+    ]
+    yield _family(
+        "myserve:routed_requests_total", "counter", "Sent there, and why.", [*labels, "reason"], routed
+    )
+    for metric, path, text in (
+        ("myserve:routed_prompt_tokens_total", "prompt_tokens", "Tokens of prompts sent there."),
+        ("myserve:routed_hit_tokens_total", "hit_tokens", "Of them, those that its cache should have held."),
+    ):
+        yield _family(metric, "counter", text, labels, [(v, getattr(view, path)) for v, view in views])
+    moved = [([name], float(getattr(models[name].engine, "num_moved", 0))) for name in fleets]
+    yield _family(
+        "myserve:moved_choices_total", "counter", "Went on at another replica.", ["model_name"], moved
+    )
 
 
 def _family(

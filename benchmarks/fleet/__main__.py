@@ -1,0 +1,199 @@
+"""A fleet under fire: streams of every shape while replicas are killed and weights change; each answer is compared.
+
+`python -m benchmarks.fleet` starts a single server and a fleet of the embedded model, has the single one say what is
+right, and prints what was lost (nothing may be) and what was moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+from benchmarks.fleet.requests import Asked, Told, ask, requests
+from myserve.embedded import embedded_model_path
+
+MODEL = "myserve-demo"
+
+
+class Server:
+    """`myserve serve` in a process of its own."""
+
+    def __init__(self, *options: str) -> None:
+        # output to a file: a pipe that nobody reads would stop the server
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  # as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "myserve", "serve", "--port", "0", "--tool-style", "hermes", *options],
+            stderr=self.log,
+            stdout=self.log,
+        )
+        self.url = ""
+        while not self.url:
+            if self.process.poll() is not None:
+                raise SystemExit(Path(self.log.name).read_text())
+            found = re.search(r"http://\S+", Path(self.log.name).read_text())
+            self.url = found[0] if found else ""
+            time.sleep(0.2)
+
+    async def healthy(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            with suppress(aiohttp.ClientError):
+                async with session.get(self.url + "/health") as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(0.3)
+
+    def replicas(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        found = []
+        for child in children:
+            with suppress(psutil.Error):
+                if "FleetReplica" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(60)
+
+
+@contextmanager
+def serving(*options: str):  # type: ignore[no-untyped-def]
+    server = Server(*options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+async def right_answers(server: Server, asked: list[Asked]) -> list[Told]:
+    async with aiohttp.ClientSession() as session:
+        await server.healthy(session)
+        told = [await ask(session, server.url, request) for request in asked]
+        strange = {t.status for t in told} - {200}
+        if strange:
+            raise SystemExit(f"the single server answered {strange}")
+        return told
+
+
+class Soak:
+    """What happened."""
+
+    def __init__(self, fleet: Server, asked: list[Asked], want: list[Told], args: argparse.Namespace) -> None:
+        self.fleet, self.asked, self.want, self.args = fleet, asked, want, args
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.versions: Counter[int] = Counter()
+        self.end = time.monotonic() + args.seconds
+
+    async def run(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=600)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            await self.fleet.healthy(session)
+            work = [self._stream(session, number) for number in range(self.args.streams)]
+            faults = [self._kill(), self._load(session)]
+            others = [asyncio.ensure_future(fault) for fault in faults]
+            await asyncio.gather(*work)
+            for other in others:
+                other.cancel()
+            async with session.get(self.fleet.url + "/metrics") as response:
+                for line in (await response.text()).splitlines():
+                    if line.startswith(("myserve:moved", "myserve:routed")):
+                        print(line)
+
+    async def _stream(self, session: aiohttp.ClientSession, number: int) -> None:
+        rng = random.Random(number)
+        while time.monotonic() < self.end:
+            at = rng.randrange(len(self.asked))
+            try:
+                told = await ask(session, self.fleet.url, self.asked[at])
+            except Exception as error:
+                self.counts["lost"] += 1
+                self.wrong.append(f"{self.asked[at].name}: {error!r}"[:300])
+                continue
+            self._judge(self.asked[at], told, self.want[at])
+            if told.status == 503:
+                await asyncio.sleep(1.0)
+
+    def _judge(self, asked: Asked, told: Told, want: Told) -> None:
+        """Versions are of the same weights here, so an answer is right whatever drew it; its number may differ."""
+        self.versions.update(told.weight_versions)
+        if told.status != 200:
+            self.counts[f"status {told.status}"] += 1
+            return
+        mixed = any(b'"weight_version_spans"' in choice for choice in told.choices)
+        self.counts["of two versions, told by spans" if mixed else "of one version"] += 1
+        if [_unversioned(c) for c in told.choices] != [_unversioned(c) for c in want.choices]:
+            self.counts["wrong"] += 1
+            self.wrong.append(asked.name)
+
+    async def _kill(self) -> None:
+        while True:
+            await asyncio.sleep(self.args.kill_every)
+            replicas = self.fleet.replicas()
+            if len(replicas) > 1:
+                os.kill(random.choice(replicas).pid, signal.SIGKILL)
+                self.counts["killed"] += 1
+
+    async def _load(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            await asyncio.sleep(self.args.load_every)
+            mode = random.choice(["keep", "drain"])
+            body = {"path": "step", "mode": mode}
+            async with session.post(self.fleet.url + "/v1/weights", json=body) as response:
+                self.counts[f"weights, {mode}: {response.status}"] += 1
+                if response.status != 200:
+                    print((await response.text())[:300])
+
+
+def _unversioned(choice: bytes) -> bytes:
+    choice = re.sub(
+        rb'"weight_version":\d+|"system_fingerprint":"\w+"|"weight_versions":\[[^\]]*\]', b"", choice
+    )
+    return re.sub(rb',?"(weight_version_spans|recomputed_at|recomputed)":(\[[^\]]*\]|\w+)', b"", choice)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--streams", type=int, default=128)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--replica-cpus", type=float, default=0.5)
+    parser.add_argument("--kill-every", type=float, default=20)
+    parser.add_argument("--load-every", type=float, default=30)
+    args = parser.parse_args()
+    asked = [request for seed in range(8) for request in requests(MODEL, seed)]
+    with serving() as alone:
+        want = asyncio.run(right_answers(alone, asked))
+    with tempfile.TemporaryDirectory() as folder:
+        step = Path(folder) / "step"
+        step.mkdir()
+        for file in embedded_model_path().glob("*.safetensors"):
+            (step / file.name).write_bytes(file.read_bytes())
+        options = ["--replicas", str(args.replicas), "--replica-cpus", str(args.replica_cpus)]
+        with serving(*options, "--weights-dir", folder) as fleet:
+            soak = Soak(fleet, asked, want, args)
+            asyncio.run(soak.run())
+    print(dict(soak.counts), "versions", dict(sorted(soak.versions.items())))
+    for line in soak.wrong[:10]:
+        print("  ", line)
+    bad = soak.counts["lost"] + soak.counts["wrong"]
+    raise SystemExit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
