@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,23 +27,12 @@ class Serving:
     """A server of the command line, in a process of its own."""
 
     def __init__(self, *options: str) -> None:
-        self._log: list[str] = []
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "myserve", "serve", "--port", "0", *options],
-            env=ENV,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-m", "myserve", "serve", "--port", str(port), *options], env=ENV
         )
-        self.url = ""
-
-    def wait(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self._log.append(line)
-            if "http://" in line:
-                self.url = line[line.index("http://") :].split()[0]
-                return
-        raise AssertionError("".join(self._log))
 
     def replicas(self) -> list[psutil.Process]:
         """Return the processes of its replicas: children of the Ray that it has started."""
@@ -50,10 +40,11 @@ class Serving:
         return [child for child in children if "FleetReplica" in " ".join(child.cmdline())]
 
 
-async def healthy(session: aiohttp.ClientSession, url: str) -> None:
+async def healthy(session: aiohttp.ClientSession, serving: Serving) -> None:
     while True:
+        assert serving.process.poll() is None, "the server ended before it was ready"
         try:
-            async with session.get(url + "/health") as response:
+            async with session.get(serving.url + "/health") as response:
                 if response.status == 200:
                     return
         except aiohttp.ClientError:
@@ -73,41 +64,44 @@ def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fleet(weights_dir: Path) -> Iterator[Serving]:
     serving = Serving("--replicas", "2", "--replica-cpus", "0.5", "--weights-dir", str(weights_dir))
-    try:
-        serving.wait()
-        yield serving
-    finally:
-        serving.process.kill()
-        serving.process.wait()
+    yield serving
+    # in order, or Ray's processes would stay: the last test has done so already
+    serving.process.send_signal(signal.SIGINT)
+    serving.process.wait(60)
 
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Serving]:
     serving = Serving()
-    serving.wait()
     yield serving
     serving.process.send_signal(signal.SIGTERM)
     serving.process.wait()
 
 
-async def told_by(url: str, kills: Serving | None = None) -> list[Told]:
+async def replicas_of(session: aiohttp.ClientSession, serving: Serving) -> list[Any]:
+    """Return what `/version` says of each replica."""
+    async with session.get(serving.url + "/version") as response:
+        return (await response.json())["replicas"][MODEL]
+
+
+async def told_by(serving: Serving, *, kills: bool = False) -> list[Told]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=100)) as session:
-        await healthy(session, url)
+        await healthy(session, serving)
+        while kills and len(await replicas_of(session, serving)) < 2:
+            await asyncio.sleep(0.2)
         asked = [request for seed in (1, 2) for request in requests(MODEL, seed)]
-        answers = [asyncio.ensure_future(ask(session, url, request)) for request in asked]
-        if kills is not None:
-            while len(kills.replicas()) < 2:
-                await asyncio.sleep(0.2)
+        answers = [asyncio.ensure_future(ask(session, serving.url, request)) for request in asked]
+        if kills:
             await asyncio.sleep(0.3)
-            os.kill(kills.replicas()[0].pid, signal.SIGKILL)
+            os.kill(serving.replicas()[0].pid, signal.SIGKILL)
         return list(await asyncio.gather(*answers))
 
 
 @pytest.mark.timeout(240)
 def test_a_replica_killed_in_mid_stream_takes_no_byte_with_it(fleet: Serving, alone: Serving) -> None:
-    want = asyncio.run(told_by(alone.url))
+    want = asyncio.run(told_by(alone))
     assert {told.status for told in want} == {200}
-    assert asyncio.run(told_by(fleet.url, kills=fleet)) == want
+    assert asyncio.run(told_by(fleet, kills=True)) == want
 
 
 @pytest.mark.timeout(120)

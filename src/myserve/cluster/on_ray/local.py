@@ -69,16 +69,24 @@ def _connect(ray: Any, address: str | None, settings: Settings) -> None:
                 f"no Ray is reached at RAY_ADDRESS={address} ({time.monotonic() - began:.0f} s): {reason}"
             ) from error
         return
-    # loopback alone: no one else has to reach a Ray of one machine
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, 1),
-        include_dashboard=False,
-        dashboard_host="127.0.0.1",
-        object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        **quiet,
-    )
+    for is_last in (False, True):
+        try:
+            # loopback alone: no one else has to reach a Ray of one machine
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count() or 1,
+                include_dashboard=False,
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+            return
+        except Exception as error:
+            # Ray grants its processes 30 s, too few on a busy machine; a second time their files are in memory
+            ray.shutdown()
+            if is_last:
+                raise EngineError(f"Ray did not start on this machine: {error}") from error
 
 
 def _check_room(there: Mapping[str, float], settings: Settings) -> None:
