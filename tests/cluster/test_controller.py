@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from myserve.cluster.controller import Controller
-from myserve.cluster.journal import Journal, Snapshot
+from myserve.cluster.journal import FleetJournal, FleetWeights
 from myserve.cluster.messages import Member
 from myserve.errors import BadSnapshotError, EngineDeadError, EngineError, RequestError
 
@@ -99,7 +99,7 @@ async def test_one_that_refuses_stops_it_everywhere() -> None:
     controller = await fleet_of(one, two)
     with pytest.raises(BadSnapshotError):
         await controller.update_weights("t", folder="/w/1")
-    assert (one.version, two.version, one.held, controller.journal) == (0, 0, {}, Journal())
+    assert (one.version, two.version, one.held, controller.journal) == (0, 0, {}, FleetJournal())
     assert one.calls == ["prepare_weights", "withdraw_weights"]
     assert await names(controller)() == ["one", "two"]
 
@@ -147,13 +147,15 @@ async def test_a_newcomer_waits_for_the_end_of_a_transaction() -> None:
 @pytest.mark.parametrize("phase", ["prepare", "swap"])
 async def test_a_controller_that_died_left_its_decision(tmp_path: Path, phase: Any) -> None:
     """Before the decision nothing was changed; after it, who has not swapped is behind and off the list."""
-    pending = Snapshot("/w/1", 1)
-    Journal(pending=pending, phase=phase).write(tmp_path / "j")
+    pending = FleetWeights("/w/1", 1)
+    FleetJournal(pending=pending, phase=phase).write(tmp_path / "j")
     swapped, behind = Replica("swapped"), Replica("behind")
     swapped.version = 1 if phase == "swap" else 0
     controller = await fleet_of(swapped, behind, file=tmp_path / "j")
     assert await names(controller)() == (["swapped"] if phase == "swap" else ["behind", "swapped"])
-    assert Journal.read(tmp_path / "j") == (Journal((pending,)) if phase == "swap" else Journal())
+    assert FleetJournal.read(tmp_path / "j") == (
+        FleetJournal((pending,)) if phase == "swap" else FleetJournal()
+    )
 
 
 async def test_the_decision_is_in_the_file_before_the_first_swap(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ async def test_the_decision_is_in_the_file_before_the_first_swap(tmp_path: Path)
 
     class Watching(Replica):
         async def call(self, method: str, **args: Any) -> Any:
-            seen.append((method, Journal.read(tmp_path / "j").phase))
+            seen.append((method, FleetJournal.read(tmp_path / "j").phase))
             return await super().call(method, **args)
 
     controller = await fleet_of(Watching("one"), file=tmp_path / "j")

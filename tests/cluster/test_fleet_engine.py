@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.conftest import SmallFleet
-from myserve.cluster.placed import Part
+from myserve.cluster.placed import PlacedPart
 from myserve.core.params import SamplingParams
 from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
@@ -77,10 +77,10 @@ def test_control_without_its_past_a_stream_goes_on_otherwise(
     small_fleet: SmallFleet, alone: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Taken as a part of the prompt, what was drawn counts for no penalty, and torch's noise begins anew."""
-    options = Part.options.fget
+    options = PlacedPart.options.fget
     assert options is not None
     monkeypatch.setattr(
-        Part,
+        PlacedPart,
         "options",
         property(lambda part: replace(options(part), num_prior_tokens=0, max_tokens_with_prior=False)),
     )

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from myserve.cluster.journal import Adapter, Journal, Snapshot
+from myserve.cluster.journal import Adapter, FleetJournal, FleetWeights
 from myserve.cluster.link import Link
 from myserve.cluster.messages import Entry, Member, Members, Standing
 from myserve.errors import EngineDeadError, EngineError, RequestError
@@ -55,7 +55,7 @@ class Controller:
         self._secret = secret
         self._file = file
         self._connect = connect or self._open_link
-        self.journal = Journal() if file is None else Journal.read(file)
+        self.journal = FleetJournal() if file is None else FleetJournal.read(file)
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
         self._expelled: set[str] = set()
@@ -136,7 +136,7 @@ class Controller:
         async with self._changing:
             return await self._update(name, self._next(**options))
 
-    def _next(self, version: int | None = None, **fields: Any) -> Snapshot:
+    def _next(self, version: int | None = None, **fields: Any) -> FleetWeights:
         current = self.journal.weight_version
         version = current + 1 if version is None else version
         if version <= current:
@@ -145,9 +145,9 @@ class Controller:
                 f"{version}",
                 param="version",
             )
-        return Snapshot(weight_version=version, **fields)
+        return FleetWeights(weight_version=version, **fields)
 
-    async def _update(self, name: str, change: Snapshot) -> dict[str, Any]:
+    async def _update(self, name: str, change: FleetWeights) -> dict[str, Any]:
         peers = await self._peers()
         try:
             self._record(replace(self.journal, pending=change, phase="prepare"))
@@ -177,7 +177,7 @@ class Controller:
             )
         return _slowest(list(good.values()))
 
-    async def _prepare(self, peers: dict[str, Peer], name: str, change: Snapshot) -> dict[str, Peer]:
+    async def _prepare(self, peers: dict[str, Peer], name: str, change: FleetWeights) -> dict[str, Peer]:
         """Have all prepare; return those that have. Raises what one raised, once all have dropped it again.
 
         A replica that dies is none that refuses: the others go on, and it comes back with what is published then.
@@ -257,7 +257,7 @@ class Controller:
         await link.open()
         return link
 
-    def _record(self, journal: Journal) -> None:
+    def _record(self, journal: FleetJournal) -> None:
         if self._file is not None:
             journal.write(self._file)
         self.journal = journal
@@ -299,7 +299,7 @@ class _Unmoved:
     def on_lost(self, link: Link) -> None: ...
 
 
-def _noted(journal: Journal, method: str, args: dict[str, Any]) -> Journal:
+def _noted(journal: FleetJournal, method: str, args: dict[str, Any]) -> FleetJournal:
     """Return the journal with what a replica that joins later has to do as well."""
     match method:
         case "pause":

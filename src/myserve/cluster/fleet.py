@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from myserve.cluster.channel import Kind, error_from
 from myserve.cluster.link import Link
 from myserve.cluster.messages import Entry, Member, Members
-from myserve.cluster.placed import Part, Placed, blocks_key
+from myserve.cluster.placed import Placed, PlacedPart, blocks_key
 from myserve.cluster.policy import Candidate, Router, blocks_of
 from myserve.engine.outputs import FinishReason
 from myserve.engine.requests.dispatch import Dispatcher
@@ -68,9 +68,9 @@ class Fleet:
         self._shares_prefixes = shares_prefixes
         self._router = router or Router()
         self._numbers = count()
-        self._parts: dict[int, tuple[Part, Link]] = {}
+        self._parts: dict[int, tuple[PlacedPart, Link]] = {}
         self._load: Counter[str] = Counter()  # choices in flight, by replica
-        self._parked: dict[Part, float] = {}
+        self._parked: dict[PlacedPart, float] = {}
         self._connecting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._joined = asyncio.Event()
@@ -160,7 +160,7 @@ class Fleet:
 
     def submit(self, placed: Placed) -> None:
         """Place a request."""
-        self._place(Part(placed, 0, placed.options.n))
+        self._place(PlacedPart(placed, 0, placed.options.n))
 
     def abort(self, placed: Placed, indices: Sequence[int], reason: FinishReason) -> None:
         """End choices of a request wherever they run; their stream has ended already."""
@@ -175,7 +175,7 @@ class Fleet:
         for part in [part for part in self._parked if part.placed is placed and not part.open]:
             del self._parked[part]
 
-    def _place(self, part: Part) -> None:
+    def _place(self, part: PlacedPart) -> None:
         if not part.open:
             return
         link = self._choose(part)
@@ -193,7 +193,7 @@ class Fleet:
             ]
             link.send(Kind.ABORT, (number, ended, "abort"))
 
-    def _choose(self, part: Part) -> Link | None:
+    def _choose(self, part: PlacedPart) -> Link | None:
         placed = part.placed
         links = [link for link in self._usable() if link.name not in part.refused_by]
         if placed.bits:
@@ -223,7 +223,7 @@ class Fleet:
         told = 0 if link.status is None else link.status.load.num_running + link.status.load.num_waiting
         return max(told, self._load[link.name])
 
-    def _close(self, number: int, part: Part, link: Link, ended: int) -> None:
+    def _close(self, number: int, part: PlacedPart, link: Link, ended: int) -> None:
         self._load[link.name] -= ended
         if not part.open:
             self._parts.pop(number, None)
@@ -236,7 +236,7 @@ class Fleet:
         for number, part in held:
             self._move(number, part, link)
 
-    def _move(self, number: int, part: Part, link: Link) -> None:
+    def _move(self, number: int, part: PlacedPart, link: Link) -> None:
         del self._parts[number]
         left = part.open
         self._load[link.name] -= len(left)
@@ -263,7 +263,7 @@ class Fleet:
                 part, EngineDeadError(f"no replica came in {PATIENCE_SECONDS:g} s that could go on with this")
             )
 
-    def _fail(self, part: Part, error: Exception) -> None:
+    def _fail(self, part: PlacedPart, error: Exception) -> None:
         mail = Dispatcher()
         for index in part.open:
             part.placed.open.discard(index)
@@ -290,7 +290,7 @@ class Fleet:
                 self._close(entry.request, part, link, 1)
         mail.send(self._abort_all_of)
 
-    def _goes_elsewhere(self, number: int, part: Part, link: Link, error: bytes) -> bool:
+    def _goes_elsewhere(self, number: int, part: PlacedPart, link: Link, error: bytes) -> bool:
         """Move a part whose replica cannot have it, which is no fault of the request."""
         match error_from(error):
             case EngineDeadError():

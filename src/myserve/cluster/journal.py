@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Adapter", "Change", "Journal", "Snapshot"]
+__all__ = ["Adapter", "Change", "FleetJournal", "FleetWeights"]
 
 Mode = Literal["drain", "keep", "abort"]
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class FleetWeights:
     """New weights, as all replicas have them."""
 
     folder: str
@@ -37,44 +37,44 @@ class Adapter:
     mode: Mode = "drain"
 
 
-Change = Snapshot | Adapter
+Change = FleetWeights | Adapter
 
 
 @dataclass(frozen=True, slots=True)
-class Journal:
+class FleetJournal:
     """The published state of a fleet, and the transaction that is on its way.
 
     `changes`, made in this order on a freshly loaded replica, give it the published weights and adapters. `pending` is
     a snapshot in phase "prepare", which may still be dropped, or "swap", which is decided: whoever reads the journal
     then carries it through.
 
-    >>> journal = Journal().with_change(Snapshot("/w/1", 1)).with_change(Snapshot("/w/2", 2, partial=True))
+    >>> journal = FleetJournal().with_change(FleetWeights("/w/1", 1)).with_change(FleetWeights("/w/2", 2, partial=True))
     >>> journal.weight_version, len(journal.changes)
     (2, 2)
-    >>> len(journal.with_change(Snapshot("/w/3", 3)).changes)
+    >>> len(journal.with_change(FleetWeights("/w/3", 3)).changes)
     1
     """
 
     changes: tuple[Change, ...] = ()
-    pending: Snapshot | None = None
+    pending: FleetWeights | None = None
     phase: Literal["idle", "prepare", "swap"] = "idle"
     paused: str | None = None  # the mode of a pause that `resume` has not ended
     released: tuple[str, ...] = ()  # memory that was not restored
 
     @property
     def weight_version(self) -> int:
-        versions = [change.weight_version for change in self.changes if isinstance(change, Snapshot)]
+        versions = [change.weight_version for change in self.changes if isinstance(change, FleetWeights)]
         return versions[-1] if versions else 0
 
     @property
     def checksum(self) -> str | None:
-        snapshots = [change for change in self.changes if isinstance(change, Snapshot)]
+        snapshots = [change for change in self.changes if isinstance(change, FleetWeights)]
         return snapshots[-1].checksum if snapshots else None
 
-    def with_change(self, change: Change) -> Journal:
+    def with_change(self, change: Change) -> FleetJournal:
         """Return the journal with a change that all have made; what it makes void is left out."""
         kept = self.changes
-        if isinstance(change, Snapshot) and not change.partial:
+        if isinstance(change, FleetWeights) and not change.partial:
             kept = tuple(c for c in kept if isinstance(c, Adapter))
         return replace(self, changes=(*kept, change))
 
@@ -98,7 +98,7 @@ class Journal:
         beside.replace(path)
 
     @classmethod
-    def read(cls, path: Path) -> Journal:
+    def read(cls, path: Path) -> FleetJournal:
         """Return the journal of a file; an empty one where there is none."""
         try:
             found = json.loads(path.read_text())
@@ -107,11 +107,11 @@ class Journal:
         changes = tuple(_change(change) for change in found.pop("changes"))
         pending = found.pop("pending")
         found["released"] = tuple(found["released"])
-        return cls(changes, None if pending is None else Snapshot(**pending), **found)
+        return cls(changes, None if pending is None else FleetWeights(**pending), **found)
 
     def _to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def _change(found: dict[str, Any]) -> Change:
-    return Snapshot(**found) if "weight_version" in found else Adapter(**found)
+    return FleetWeights(**found) if "weight_version" in found else Adapter(**found)

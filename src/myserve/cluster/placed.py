@@ -15,7 +15,7 @@ from myserve.engine.outputs import RequestMetrics, TokenOutput
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.requests.stream import RequestStream, StepOutcome
 
-__all__ = ["Part", "Placed", "blocks_key"]
+__all__ = ["Placed", "PlacedPart", "blocks_key"]
 
 
 @dataclass(eq=False, slots=True)
@@ -61,7 +61,7 @@ class Placed:
 
 
 @dataclass(eq=False, slots=True)
-class Part:
+class PlacedPart:
     """`n` choices of a request, from `first` on, as one replica is asked for them."""
 
     placed: Placed
@@ -101,12 +101,12 @@ class Part:
         """The choices of it that have not ended."""
         return [index for index in range(self.first, self.first + self.n) if index in self.placed.open]
 
-    def again(self) -> list[Part]:
+    def again(self) -> list[PlacedPart]:
         """Return what is to be asked for elsewhere: all as one while nothing has come, else choice by choice."""
         placed, left = self.placed, self.open
         if len(left) == self.n and not placed.prompt_is_scored and not any(placed.drawn[i] for i in left):
-            return [Part(placed, self.first, self.n, refused_by=self.refused_by)]
-        return [Part(placed, index, 1, len(placed.drawn[index]), self.refused_by) for index in left]
+            return [PlacedPart(placed, self.first, self.n, refused_by=self.refused_by)]
+        return [PlacedPart(placed, index, 1, len(placed.drawn[index]), self.refused_by) for index in left]
 
     def take(self, entry: Entry) -> StepOutcome:
         """Note what a replica has sent; return it as the stream takes it in."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from myserve.cluster.channel import Channel, Kind, error_to, pack, unpack
-from myserve.cluster.journal import Adapter, Change, Snapshot
+from myserve.cluster.journal import Adapter, Change, FleetWeights
 from myserve.cluster.messages import Entry, ReplicaFacts, ReplicaStatus, write_entries
 from myserve.cluster.probe import probe
 from myserve.core.params import SamplingParams
@@ -114,7 +114,7 @@ class ReplicaServer:
     async def apply(self, changes: Collection[Change]) -> None:
         """Make changes that the fleet has made without this replica, in their order. Raises what the first raises."""
         for change in changes:
-            if isinstance(change, Snapshot):
+            if isinstance(change, FleetWeights):
                 await self.engine.update_weights(
                     Path(change.folder),
                     mode=change.mode,
@@ -178,7 +178,7 @@ class ReplicaServer:
     async def _prepare(self, channel: Channel, params: SamplingParams) -> None:
         await self.engine.prepare(params)
 
-    async def _prepare_weights(self, channel: Channel, transaction: str, change: Snapshot) -> None:
+    async def _prepare_weights(self, channel: Channel, transaction: str, change: FleetWeights) -> None:
         source: Any = Path(change.folder)
         update = self.engine.update_weights(
             source,
