@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 30  # of one frame
 
 
 class Kind(IntEnum):
-    """What a frame holds."""
+    """The content of a frame."""
 
     HELLO = 0  # the secret, from the side that connects
     SUBMIT = 1  # a request

@@ -34,14 +34,14 @@ PATIENCE_SECONDS = 300.0
 
 
 class Directory(Protocol):
-    """Where an ingress learns which replicas there are: the controller, however it is reached."""
+    """The list of replicas as an ingress learns it: the controller, however it is reached."""
 
     async def members(self, known: str) -> Members: ...
 
 
 @dataclass(slots=True)
 class RouteCounts:
-    """What was sent to one replica, and why."""
+    """Counts of all that was sent to one replica, and why."""
 
     requests: Counter[str] = field(default_factory=Counter)  # by reason; "moved": from a lost replica
     prompt_tokens: int = 0

@@ -1,4 +1,4 @@
-"""What a fleet has changed since it began: enough to make a new replica's weights and adapters those of the others."""
+"""The changes of a fleet since it began: by them a new replica gets the weights and adapters of the others."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ CONNECT_SECONDS = 5.0
 
 
 class LinkOwner(Protocol):
-    """What is told of a link, on its event loop."""
+    """Is told of a link's life, on its event loop."""
 
     def on_entries(self, link: Link, entries: list[Entry]) -> None: ...
     def on_status(self, link: Link) -> None: ...

@@ -1,4 +1,4 @@
-"""What replicas, ingress and controller tell each other."""
+"""Messages between replicas, ingress and controller."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_entries(body: bytes) -> list[Entry]:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFacts:
-    """What does not change in a replica's life: its model's numbers, and how it computes."""
+    """Facts of a replica's whole life: its model's numbers, and how it computes."""
 
     vocab_size: int
     max_model_len: int
@@ -103,7 +103,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the controller says to a replica that calls. `missing`: what it has to change before it is a member."""
+    """The controller's answer to a replica that calls. `missing`: what it has to change before it is a member."""
 
     is_member: bool = False
     is_expelled: bool = False

@@ -1,4 +1,4 @@
-"""Which replica a request goes to: its session's, else the one with the longest cached prefix; never one too busy.
+"""Routing: a request goes to its session's replica, else to the longest cached prefix; never to one too busy.
 
 Pure: no I/O, no clock, no Ray. Whoever asks tells what is in flight, and the choice is data.
 """

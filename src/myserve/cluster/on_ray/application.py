@@ -61,7 +61,7 @@ def fleet_of(settings: Settings) -> tuple[Any, Any, str]:
 
 
 class FleetLoader:
-    """What stands in `load_model`'s place: it waits for the fleet's first replica, whose engine is the fleet.
+    """Stands in `load_model`'s place: it waits for the fleet's first replica, whose engine is the fleet.
 
     `check` is called while it waits, and raises where the wait is in vain.
     """

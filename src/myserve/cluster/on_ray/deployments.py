@@ -1,4 +1,4 @@
-"""What runs where: Ray Serve starts, watches, scales and ends these; every token goes past it, over channels."""
+"""Deployments of Ray Serve, which starts, watches, scales and ends these; every token goes past it, over channels."""
 
 from __future__ import annotations
 

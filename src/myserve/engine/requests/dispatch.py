@@ -13,7 +13,7 @@ __all__ = ["Dispatcher"]
 
 
 class Owner(Protocol):
-    """What an outcome is for: a `Submission`, or what stands for one in a fleet."""
+    """Owns outcomes: a `Submission`, or what stands for one in a fleet."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop: ...

@@ -30,7 +30,7 @@ class StepOutcome(Struct, frozen=True):
 
 
 class Submitted(NamedTuple):
-    """What a caller may still do with a request: end choices of it, and ask what one has cost."""
+    """A request that runs: its caller may end choices of it, and ask what one has cost."""
 
     seed: int
     abort: Callable[[list[int], FinishReason], None]
@@ -38,7 +38,7 @@ class Submitted(NamedTuple):
 
 
 class OutcomeReceiver(Protocol):
-    """What takes a request's outcomes in on its event loop: a stream, or what passes them on to one elsewhere."""
+    """Takes a request's outcomes in on its event loop: a stream, or what passes them on to one elsewhere."""
 
     def receive(self, outcome: StepOutcome) -> None: ...
     def fail(self, index: int, error: Exception) -> None: ...

@@ -12,7 +12,7 @@ __all__ = ["ReplicaStatusLike", "ReplicaView", "card_of", "replicas_of"]
 
 
 class ReplicaStatusLike(Protocol):
-    """What a replica said last."""
+    """The last words of a replica."""
 
     @property
     def load(self) -> EngineLoad: ...
