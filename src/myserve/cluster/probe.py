@@ -1,4 +1,4 @@
-"""The test that two machines compute the same bits: the digest of a short fixed generation by the replica's own model."""
+"""The test of equal bits on two machines: the digest of a short fixed generation by the replica's own model."""
 
 from __future__ import annotations
 
