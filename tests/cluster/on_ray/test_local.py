@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,12 @@ class Serving:
     def replicas(self) -> list[psutil.Process]:
         """Return the processes of its replicas: children of the Ray that it has started."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "FleetReplica" in " ".join(child.cmdline())]
+        found = []
+        for child in children:
+            with suppress(psutil.Error):
+                if "FleetReplica" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
 
 async def healthy(session: aiohttp.ClientSession, serving: Serving) -> None:
@@ -121,10 +127,13 @@ def test_new_weights_reach_the_fleet_and_the_replica_that_came_back(fleet: Servi
     asyncio.run(update())
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_metrics_and_status_name_each_replica(fleet: Serving) -> None:
     async def read() -> tuple[str, dict[str, Any]]:
         async with aiohttp.ClientSession() as session:
+            # one that came in between would be in the second answer alone
+            while len(await replicas_of(session, fleet)) < 2:
+                await asyncio.sleep(0.2)
             async with session.get(fleet.url + "/metrics") as response:
                 metrics = await response.text()
             async with session.get(fleet.url + "/version") as response:
