@@ -82,7 +82,7 @@ def test_control_without_its_past_a_stream_goes_on_otherwise(
     monkeypatch.setattr(
         PlacedPart,
         "options",
-        property(lambda part: replace(options(part), num_prior_tokens=0, max_tokens_with_prior=False)),
+        property(lambda part: replace(options(part), num_prior_tokens=0, counts_prior_tokens=False)),
     )
     small_fleet.lose_after(monkeypatch, 40)
     assert told(run(small_fleet.engine, requests())) != alone

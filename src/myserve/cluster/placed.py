@@ -93,7 +93,7 @@ class PlacedPart:
             n=self.n,
             sample_index=options.sample_index + self.first,
             num_prior_tokens=options.num_prior_tokens + len(self.prompt) - len(self.placed.prompt),
-            max_tokens_with_prior=True,
+            counts_prior_tokens=True,
         )
 
     @property
