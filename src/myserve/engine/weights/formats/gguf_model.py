@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from myserve.engine.weights.formats.gguf_file import GgufFile, need_gguf
 from myserve.engine.weights.snapshot import TensorInfo
@@ -188,6 +187,9 @@ def _special(file: GgufFile) -> dict[str, Any]:
 
 def gguf_tokenizer(file: GgufFile) -> Any:
     """Return transformers' tokenizer of a file, its chat template included. Raises BadCheckpointError."""
+    # here, and not above: an older transformers has no such module, and serves all but GGUF
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
     split = file.metadata.get("tokenizer.ggml.pre", "default")
     known = {*GGUF_PRE_TOKENIZER_SPLITS, *_PLAIN_SPLITS}
     if file.metadata.get("tokenizer.ggml.model") == "gpt2" and split not in known:
