@@ -24,6 +24,12 @@ from myserve.engine.steps.recordings import MOST_ROWS, likely_shapes, shape_for
 from myserve.engine.weights import loader
 
 
+@pytest.fixture(autouse=True)
+def _all_shapes_are_recorded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here as on a server; tests/conftest.py keeps all other engines of tests to a few."""
+    monkeypatch.setattr(recordings, "likely_shapes", likely_shapes)
+
+
 @pytest.fixture
 def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shape is recorded when it runs first, as on a server that has been idle."""
