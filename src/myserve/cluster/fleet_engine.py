@@ -227,11 +227,17 @@ class FleetEngine:
         if params.grammar is None:
             return
         self.check_room(1)
+        await self._do(self._first_answer("prepare", params=params))
 
-        async def prepare() -> None:
-            await (await self.fleet.first_link()).call("prepare", params=params)
-
-        await self._do(prepare())
+    async def _first_answer(self, name: str, **arguments: Any) -> Any:
+        """Return what a replica answers; another is asked where one is lost meanwhile."""
+        while True:
+            link = await self.fleet.first_link()
+            try:
+                return await link.call(name, **arguments)
+            except EngineDeadError:
+                if link.is_open:
+                    raise
 
     def submit(
         self,
@@ -400,12 +406,8 @@ class FleetEngine:
 
     async def weight_checksums(self) -> dict[str, str]:
         """Return the checksums of one replica's weights: all have the same, or have left the fleet."""
-
-        async def read() -> dict[str, str]:
-            found: dict[str, str] = await (await self.fleet.first_link()).call("weight_checksums")
-            return found
-
-        return await self._do(read())
+        found: dict[str, str] = await self._do(self._first_answer("weight_checksums"))
+        return found
 
     def shutdown(self) -> None:
         """End the links, and the loop. Replicas are others' to end."""
