@@ -259,6 +259,36 @@ def test_priority_runs_first() -> None:
     assert plan(run(scheduler)) == [("r1", 0, 6)]
 
 
+@pytest.mark.parametrize("others", [1, 0])
+def test_a_less_important_request_makes_way_and_goes_on_later(others: int) -> None:
+    """Of two places, and none makes way for an equal."""
+    scheduler = make_scheduler(max_num_seqs=2)
+    for arrival in range(2):
+        scheduler.add(request(arrival=arrival, max_tokens=4, priority=others, cache_root=arrival))
+    run(scheduler)
+    scheduler.add(request(arrival=2, max_tokens=2, cache_root=2))
+    ids = [{name for name, _, _ in plan(run(scheduler))} for _ in range(2)]
+    if others:
+        assert ids == [{"r0", "r2"}, {"r0", "r2"}]
+        assert scheduler.num_preemptions == 1
+    else:
+        assert ids == [{"r0", "r1"}, {"r0", "r1"}]
+        assert scheduler.num_preemptions == 0
+    # the one that made way has kept its token
+    while scheduler.has_work:
+        last = run(scheduler)
+    assert [r.id for r, _ in last.draws] == ["r1" if others else "r2"]
+    assert last.scheduled[-1].request.num_output_tokens == (4 if others else 2)
+
+
+def test_blocks_are_made_free_for_a_more_important_prompt() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    scheduler.add(request(prompt_len=14, max_tokens=4, priority=1))
+    run(scheduler)
+    scheduler.add(request(arrival=1, prompt_len=8, max_tokens=2, cache_root="its own"))
+    assert plan(run(scheduler)) == [("r1", 0, 8)]
+
+
 def test_a_move_that_the_table_has_not_is_refused() -> None:
     finished = request()
     finished.apply(Event.ABORT)

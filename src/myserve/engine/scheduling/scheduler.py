@@ -33,7 +33,7 @@ class Scheduler:
 
     Within a priority clients come in by turns, and each client's requests first come, first served (`waiting`). When
     blocks run out, the youngest of the least important is preempted: it loses its blocks, keeps its tokens, and is
-    prefilled again later (from the prefix cache, often).
+    prefilled again later (from the prefix cache, often). So it is when a more important one waits for its place.
     """
 
     def __init__(
@@ -166,12 +166,28 @@ class Scheduler:
         batch = Batch(planned=now)
         if self.is_paused or self.released:
             return batch
+        self._make_way(now)
         preempted = self._continue_decodes(batch)
         # what a preemption has freed goes to running requests, not to a new one
         self._run_prompts(batch, now, admits=not preempted)
         if self.speculation is not None:
             self.speculation.add_drafts(batch, self.block_tables)
         return batch
+
+    def _make_way(self, now: float) -> None:
+        """Preempt those that run and are less important than the next to come in, as far as it has no place.
+
+        Equals never make way. Before anything is planned: what is in a batch cannot leave it.
+        """
+        if not self.running or not self.waiting:
+            return
+        newcomer = self._first_waiting(now)
+        while newcomer is not None and self.running and self.running[-1].priority > newcomer.priority:
+            found = self.block_tables.find_cached(newcomer, self.weight_version)
+            first = min(newcomer.num_tokens - found.num_tokens, self.limits.prefill_chunk)
+            if self._has_place_for(newcomer) and self.block_tables.has_room(found, first):
+                return
+            self._preempt(self.running.pop())
 
     def _continue_decodes(self, batch: Batch) -> bool:
         """Give every decoding request its next token, preempting from the back where blocks run out."""
