@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +65,120 @@ def test_chat_streams_one_answer(served):
     assert myserve("chat", "Hello", *options, "--probs").stdout == plain.stdout
     coloured = myserve("chat", "Hello", *options, "--probs", FORCE_COLOR="1", TERM="xterm-256color")
     assert "\x1b[" in coloured.stdout
+
+
+def test_a_chat_in_a_pipe_is_its_answer_alone_and_goes_on_from_a_file(served, tmp_path):
+    session = tmp_path / "talk.json"
+    options = ("--url", served, "--seed", "7", "--max-tokens", "8", "--session", str(session))
+    first = myserve("chat", *options, "--system", "Be brief", stdin="Hello\n")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout.strip()
+    second = myserve("chat", "--url", served, "--session", str(session), stdin="And now?\n")
+    kept = json.loads(session.read_text())
+    assert [message["role"] for message in kept["messages"]] == ["user", "assistant"] * 2
+    said = [
+        re.sub("\r\n?", "\n", message["content"]) + "\n" for message in kept["messages"]
+    ]  # as text mode reads
+    assert (first.stdout, second.stdout) == (said[1], said[3])
+    body = {"model": "tiny", "messages": [{"role": "system", "content": "Be brief"}, *kept["messages"][:3]]}
+    request = urllib.request.Request(
+        served + "/v1/chat/completions",
+        json.dumps(body | {"seed": 7, "max_tokens": 8}).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        assert json.load(answer)["choices"][0]["message"]["content"] == kept["messages"][3]["content"]
+    nothing = myserve("chat", *options, stdin=" \n")
+    assert (nothing.returncode, nothing.stdout) == (1, "") and "stdin is empty" in nothing.stderr
+    session.write_text("{}")
+    refused = myserve("chat", "Hello", *options)
+    assert refused.returncode == 1 and "no session of a chat" in refused.stderr
+
+
+def test_a_chat_in_a_terminal(served, tmp_path):
+    """Typed into a pseudo-terminal, as a user does."""
+    session = tmp_path / "talk.json"
+    typed = [
+        "/max_tokens 6",
+        "/seed 3",
+        '"""',
+        "two",
+        'lines"""',
+        "/retry",
+        "/sed 4",
+        "Hello",
+        "/undo",
+        "/probs on",
+        "one more \\",
+        "line",
+        "/alternatives",
+        f"/save {session}",
+        "/exit",
+    ]
+    command = [sys.executable, "-m", "myserve", "chat", "--url", served]
+    leader, follower = os.openpty()
+    with subprocess.Popen(
+        command,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        close_fds=True,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"},
+    ) as process:
+        os.close(follower)
+        os.write(leader, "".join(line + "\n" for line in typed).encode())
+        seen = b""
+        while True:
+            try:
+                part = os.read(leader, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+            seen += part
+        assert process.wait(timeout=30) == 0
+    os.close(leader)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode("utf-8", "replace"))
+    kept = json.loads(session.read_text())
+    assert [m["content"] for m in kept["messages"] if m["role"] == "user"] == [
+        "two\nlines",
+        "one more \nline",
+    ]
+    assert kept["options"] == {"max_tokens": 6, "seed": 4}
+    assert "there is no command /sed" in shown and "taken back: Hello" in shown
+    assert "seed 4" in shown and "token probability" not in shown
+    # six tokens, each with its probability and others
+    assert len(re.findall(r"^'.*% ", shown, re.MULTILINE)) >= 5
+
+
+def test_sample_answers_a_batch_in_order_and_goes_on_where_it_was_killed(served, tmp_path):
+    lines = [
+        {"custom_id": f"line {at}", "url": "/v1/completions", "body": body | {"model": "tiny", "seed": at}}
+        for at, body in enumerate(
+            [{"prompt": "x", "max_tokens": 200, "ignore_eos": True}] * 12 + [{"prompt": 5}]
+        )
+    ]
+    lines[1] |= {"url": "/v1/responses", "body": {"model": "tiny", "input": "hi", "max_output_tokens": 4}}
+    batch, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    batch.write_text("\n".join(map(json.dumps, lines)))
+    journal = Path(f"{output}.journal")
+    command = ["sample", str(batch), str(output), "--url", served, "--concurrency", "1"]
+    with subprocess.Popen([sys.executable, "-m", "myserve", *command]) as killed:
+        while not journal.exists() or len(journal.read_bytes().splitlines()) < 4:
+            assert killed.poll() is None
+            time.sleep(0.005)
+        killed.kill()
+    done = myserve(*command)
+    asked = int(re.findall(r"(\d+) asked", done.stderr)[0])
+    assert done.returncode == 1 and "1 failed" in done.stderr
+    assert 1 <= asked <= 10 and not journal.exists()
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [f"line {at}" for at in range(13)]
+    assert [answer["response"]["status_code"] for answer in answers] == [200] * 12 + [400]
+    assert answers[1]["response"]["body"]["object"] == "response"
+    assert answers[12]["response"]["body"]["error"]["param"] == "prompt"
+    wrong = myserve(*command, "--max-tokens", "5")
+    assert wrong.returncode == 1 and "--max-tokens: the lines of a batch say that themselves" in wrong.stderr
 
 
 def test_sample_writes_every_sample_in_the_prompts_order_and_goes_on_from_a_journal(served, tmp_path):

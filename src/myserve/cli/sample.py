@@ -1,4 +1,4 @@
-"""`myserve sample`: prompts in JSONL to samples in JSONL, through the SDK; a killed run resumes from its journal."""
+"""`myserve sample`: prompts or a batch in JSONL to samples in JSONL; a killed run resumes from its journal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
 
 from myserve.cli.client import ServerClient
 from myserve.cli.console import DEFAULT_URL, err, fail
+from myserve.cli.sample_batch import BatchSample, is_batch_file, read_lines
 from myserve.errors import MyserveError
 from myserve.sdk import (
     AdaptiveConcurrencyController,
@@ -29,8 +30,12 @@ CONCURRENT_TOKENIZE_REQUESTS = 16
 
 
 def sample(
+    context: typer.Context,
     prompts: Annotated[
-        Path, typer.Argument(help="JSONL with prompt, messages or prompt_token_ids; - is stdin.")
+        Path,
+        typer.Argument(
+            help="JSONL with prompt, messages or prompt_token_ids, or OpenAI's batch lines; - is stdin."
+        ),
     ],
     output: Annotated[
         Path, typer.Argument(help="JSONL, one sample a line, in the prompts' order; - is stdout.")
@@ -52,19 +57,30 @@ def sample(
     journal: Annotated[Path | None, typer.Option(help="A killed run goes on from this file.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds for the whole run.")] = None,
 ) -> None:
-    """Sample completions of many prompts."""
+    """Sample completions of many prompts, or answer the lines of a batch in OpenAI's form.
+
+    A batch's lines say themselves what is asked of which route; answers and errors come in their order.
+    """
     urls = url or [DEFAULT_URL]
     api_key = os.environ.get("MYSERVE_API_KEY", "")
     controller = (
         AdaptiveConcurrencyController() if concurrency is None else FixedConcurrencyController(concurrency)
     )
+    try:
+        text = sys.stdin.read() if str(prompts) == "-" else prompts.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{prompts} cannot be read: {error}")
+    if is_batch_file(text):
+        _refuse_given(context)
+        _answer_batch(BatchInputs(text, prompts, output, urls, api_key, journal, concurrency))
+        return
     options: dict[str, Any] = {"n": n, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options |= {"top_k": top_k, "stop": stop, "logprobs": logprobs, "max_seq_len": max_seq_len, "seed": seed}
 
     async def run() -> int:
         client = ServerClient(urls[0], api_key)
         name = model or await client.first_model()
-        ids = await _tokenize(client, name, _read(prompts))
+        ids = await _tokenize(client, name, _read(text, prompts))
         sampler = DeploymentSampler(urls, name, api_key, concurrency_controller=controller)
         batch = sampler.sample_batch(
             ids, journal=journal, deadline=deadline, progress=True, on_error="keep", **options
@@ -85,10 +101,56 @@ def sample(
         raise typer.Exit(1)
 
 
-def _read(path: Path) -> list[Mapping[str, Any]]:
-    lines = sys.stdin if str(path) == "-" else path.read_text("utf-8").splitlines()
+class BatchInputs(NamedTuple):
+    """A batch, and where it is asked and answered."""
+
+    text: str
+    prompts: Path
+    output: Path
+    urls: list[str]
+    api_key: str
+    journal: Path | None
+    concurrency: int | None
+
+
+def _answer_batch(given: BatchInputs) -> None:
+    """Answer a batch. Its journal is beside the output unless another is named, and goes when all is answered."""
+    own = Path(f"{given.output}.journal") if str(given.output) != "-" and given.journal is None else None
+    try:
+        lines = read_lines(given.text, str(given.prompts))
+        with _opened(given.output) as file:
+            run = BatchSample(given.urls, given.api_key, lines, file, given.journal or own, given.concurrency)
+            asyncio.run(run.run())
+    except (MyserveError, ValueError, OSError) as error:
+        fail(str(error))
+    if own is not None:
+        own.unlink(missing_ok=True)
+    failed = f" · [red]{run.num_failed:,} failed[/]" if run.num_failed else ""
+    err.print(f"[dim]{len(lines):,} lines · {run.num_asked:,} asked{failed}[/]")
+    if run.num_failed:
+        raise typer.Exit(1)
+
+
+def _refuse_given(context: typer.Context) -> None:
+    """Refuse options that a batch's lines have themselves."""
+    given = [
+        "--" + name.replace("_", "-")
+        for name in context.params
+        if name not in ("prompts", "output", "url", "journal", "concurrency") and _is_given(context, name)
+    ]
+    if given:
+        fail(f"{', '.join(given)}: the lines of a batch say that themselves, in their body")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    # by its name: typer may bring a click of its own
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _read(text: str, path: Path) -> list[Mapping[str, Any]]:
     prompts: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
