@@ -1,4 +1,4 @@
-"""The blocks of the README, the quickstart and two pages run, as they stand, against a real server."""
+"""The blocks of the README, the quickstart and four pages run, as they stand, against a real server."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ BLOCKS = [
         "docs/sessions.md",
         "docs/agents.md",
         "docs/verify.md",
+        "docs/batches.md",
     )
     for number, (language, code) in enumerate(
         re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)

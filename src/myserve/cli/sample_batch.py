@@ -18,7 +18,7 @@ from myserve.sdk.transport.http import AiohttpTransport
 from myserve.sdk.transport.pool import root_of
 from myserve.sdk.transport.replies import failure_of, read_all
 from myserve.server.routes.batches_api.journal import AnswerJournal
-from myserve.wire.batch_lines import BatchLine, answer_line, error_line, read_batch_line
+from myserve.wire.batches_api.lines import BatchLine, answer_line, error_line, read_batch_line
 
 __all__ = ["BatchSample", "is_batch_file", "read_lines"]
 

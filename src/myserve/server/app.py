@@ -35,6 +35,8 @@ from myserve.server.routes import (
     waterfall,
     weights,
 )
+from myserve.server.routes.batches_api import routes as batches_api
+from myserve.server.routes.batches_api.batches import Batches
 from myserve.server.routes.dialects import info, lora, sglang, sglang_generate, tinker, vllm
 from myserve.server.routes.dialects.promises import Promises
 from myserve.server.routes.messages_api import routes as messages_api
@@ -49,7 +51,7 @@ __all__ = ["create_app"]
 
 log = logging.getLogger("myserve.server")
 
-DIALECTS = (responses_api, messages_api, vllm, sglang, sglang_generate, lora, tinker, info)
+DIALECTS = (responses_api, messages_api, batches_api, vllm, sglang, sglang_generate, lora, tinker, info)
 
 # nginx's number for it: the client is gone, and the number is for the access log
 CLIENT_CLOSED_REQUEST = 499
@@ -60,6 +62,8 @@ SERVED_INSTEAD = {
     "/messages": "POST /v1/messages: a client's base URL ends before /v1",
     "/api/chat": "POST /v1/chat/completions: Ollama's API is not served",
     "/api/generate": "POST /v1/completions: Ollama's API is not served",
+    "/api/tags": "GET /v1/models: Ollama's API is not served",
+    "/api/show": "GET /v1/models/NAME: Ollama's API is not served",
     "/embeddings": "nothing: this server has no embeddings",
     "/chat/completions": "POST /v1/chat/completions: a client's base URL ends with /v1",
     "/completions": "POST /v1/completions: a client's base URL ends with /v1",
@@ -74,8 +78,9 @@ def create_app(
     """Return an ASGI application that serves what `settings` say, by default what the environment says.
 
     Models load with the lifespan or, where none is run, when a request first names them. Raises RequestError for files
-    of keys that hold none. `reserve`: memory that a command has asked for ahead of the first model (`prefault.begin`).
-    `load` takes the place of `load_model`: a fleet's engine is elsewhere.
+    of keys that hold none, and for a folder of batches that cannot be used. `reserve`: memory that a command has asked
+    for ahead of the first model (`prefault.begin`). `load` takes the place of `load_model`: a fleet's engine is
+    elsewhere.
 
     >>> app = create_app(Settings(models={"mine": "models/mine"}))
     >>> app.state.models.names
@@ -98,6 +103,7 @@ def create_app(
     app.state.responses = ResponseStore()
     app.state.background_runs = BackgroundRuns(app.state.responses)
     app.state.sessions = Sessions(timeout=settings.session_timeout, most_bytes=settings.session_bytes)
+    app.state.batches = Batches(app, settings)
     # set by a command that ends when a model does not load
     app.state.on_load_failure = None
     for family in (
@@ -152,10 +158,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     models: Models = app.state.models
     models.preload(app.state.on_load_failure)
     app.state.watchdog.start()
+    app.state.batches.go_on()
     yield
     app.state.watchdog.stop()
     app.state.promises.close()
     app.state.background_runs.close()
+    await app.state.batches.close()
     await asyncio.to_thread(models.close)
     if app.state.traces is not None:
         await asyncio.to_thread(app.state.traces.close)

@@ -26,6 +26,7 @@ DEFAULT_ON_DEMAND = "sshleifer/tiny-gpt2"
 _MODELS, _ADDRESS, _ACCESS, _TLS = "Models served", "Address", "Access", "TLS"
 _API, _LIMITS, _LIFE, _LOGS = "API", "Limits", "Start and end", "Logs and traces"
 _FLEET = "Fleet"
+_BATCHES = "Batches"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +196,20 @@ class Settings:
     )
     session_timeout: float = option(
         3600.0, "Seconds after which a session that nobody used is forgotten.", group=_LIMITS, above=0
+    )
+
+    batch_directory: str | None = option(
+        None,
+        "Where the files of /v1/files and the progress of batches are kept: a server that starts with it goes on.",
+        group=_BATCHES,
+        unset="a temporary folder, gone when the server ends",
+    )
+    batch_bytes: int = option(
+        8 << 30,
+        "Room of the files of all batches, and of the answers of those that run.",
+        group=_BATCHES,
+        at_least=0,
+        is_bytes=True,
     )
 
     shutdown_timeout: float = option(

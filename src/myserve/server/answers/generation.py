@@ -79,13 +79,13 @@ class Generation:
         return generation
 
     async def _submit_all(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
-        asked = self._request
+        asked, asking = self._request, caller.current(0.0)
         options = SubmitOptions(
             n=self._n,
             request_id=self._request_id,
-            priority=asked.priority or 0,
-            client=caller.current(0.0).name,
-            session=caller.current(0.0).session,
+            priority=asking.priority(asked.priority),
+            client=asking.name,
+            session=asking.session,
             cache_salt=asked.cache_salt or "",
             sample_index=asked.sample_index or 0,
             num_prior_tokens=asked.num_prior_tokens or 0,

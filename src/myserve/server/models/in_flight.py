@@ -39,7 +39,9 @@ class InFlight:
         """
         if self._closed:
             raise ShuttingDownError
-        limits = [seconds for seconds in (timeout, self._timeout) if seconds is not None]
+        # the server's is for those who wait for their answers: a batch has its own
+        own = None if caller.current(0.0).is_batch else self._timeout
+        limits = [seconds for seconds in (timeout, own) if seconds is not None]
         self._timers[generation] = self._timer(generation, min(limits)) if limits else None
 
     def _timer(self, generation: Cuttable, limit: float) -> asyncio.TimerHandle:

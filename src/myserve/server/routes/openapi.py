@@ -15,6 +15,14 @@ from myserve.server.errors import has_anthropic_shape
 from myserve.server.routes.body import SCHEMAS
 from myserve.server.routes.tokenize import DetokenizeRequest, TokenizeRequest
 from myserve.server.routes.waterfall import WaterfallAnswer, WaterfallRequest
+from myserve.wire.batches_api.objects import (
+    BatchList,
+    BatchObject,
+    BatchRequest,
+    DeletedFile,
+    FileList,
+    FileObject,
+)
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
 from myserve.wire.dialects import decisions, lora, sglang, tinker, vllm
@@ -44,7 +52,7 @@ BODIES = (
     *(ChatCompletionRequest, CompletionRequest, GenerateRequest, WeightsRequest, HotLoadRequest),
     *(TokenizeRequest, DetokenizeRequest, WaterfallRequest),
     *(ResponseRequest, MessagesRequest, CountTokensRequest),
-    *(decisions.DecisionRequest, decisions.SystemOneRequest),
+    *(decisions.DecisionRequest, decisions.SystemOneRequest, BatchRequest),
     *(vllm.AbortRequests, vllm.WeightTransferInit, vllm.StartWeightUpdate, vllm.UpdateWeights),
     *(vllm.FinishWeightUpdate, vllm.WeightVersionUpdate, vllm.WeightChecker),
     *(lora.LoadAdapter, lora.UnloadAdapter),
@@ -64,6 +72,7 @@ ANSWERS = (
     *(WaterfallAnswer, sglang.NativeAnswer, decisions.Decision, decisions.SystemOneAnswers, SessionBody),
     *(MessageOfAssistant, MessageEvent, MessageTokensCount, MessagesError),
     *(ResponseObject, ResponseEvent, DeletedResponse, InputItemList, InputTokenCount),
+    *(FileObject, FileList, DeletedFile, BatchObject, BatchList),
 )
 ERROR = {
     "description": "What was wrong and whose fault it is, in OpenAI's shape.",

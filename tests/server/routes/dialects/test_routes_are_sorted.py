@@ -26,6 +26,8 @@ DRAWS |= {
 }
 DRAWS |= {"/v1/sessions/{session_id}"}  # each key's own
 DRAWS |= {"/v1/messages", "/v1/messages/count_tokens"}
+# files and batches are their owner's alone
+DRAWS |= {"/v1/files", "/v1/files/{file_id}", "/v1/batches", "/v1/batches/{batch_id}/cancel"}
 # Tinker's: names of sessions, draws and their promises; training is refused to everyone
 DRAWS |= {
     f"{TINKER}/{name}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from myserve.errors import MyserveError
 
-__all__ = ["OPTIONS", "Conversation", "ConversationError"]
+__all__ = ["OPTIONS", "ChatSession", "ChatSessionError"]
 
 FORMAT = "myserve chat 1"
 ALTERNATIVES = 5  # of each token, asked for with `probs`
@@ -20,7 +20,7 @@ ALTERNATIVES = 5  # of each token, asked for with `probs`
 Message = dict[str, str]
 
 
-class ConversationError(MyserveError):
+class ChatSessionError(MyserveError):
     """A file that holds no session, or an option that cannot have this value."""
 
 
@@ -43,10 +43,10 @@ OPTIONS: Mapping[str, Callable[[str], float]] = {
 
 
 @dataclass(slots=True)
-class Conversation:
+class ChatSession:
     """Messages without the system's, and how the next answer is asked for.
 
-    >>> talk = Conversation("m", system="Be brief.")
+    >>> talk = ChatSession("m", system="Be brief.")
     >>> talk.ask("Hello"); talk.answered("Hi"); talk.set("temperature", "0.5")
     >>> [message["role"] for message in talk.body()["messages"]], talk.body()["temperature"]
     (['system', 'user', 'assistant'], 0.5)
@@ -83,7 +83,7 @@ class Conversation:
         return None
 
     def set(self, name: str, text: str) -> None:
-        """Set an option from its text; "off" leaves it to the server. Raises ConversationError."""
+        """Set an option from its text; "off" leaves it to the server. Raises ChatSessionError."""
         if text == "off":
             self.options.pop(name, None)
             return
@@ -91,10 +91,10 @@ class Conversation:
             self.options[name] = OPTIONS[name](text)
         except ValueError:
             kind = "an integer" if OPTIONS[name] is int else "a number"
-            raise ConversationError(f"{name} must be {kind} or off, got {text!r}") from None
+            raise ChatSessionError(f"{name} must be {kind} or off, got {text!r}") from None
 
     def save(self, path: Path) -> None:
-        """Write all to a file, whole or not at all. Raises ConversationError."""
+        """Write all to a file, whole or not at all. Raises ChatSessionError."""
         written = {
             "format": FORMAT,
             "model": self.model,
@@ -109,18 +109,18 @@ class Conversation:
                 json.dump(written, file, ensure_ascii=False, indent=1)
             part.replace(path)
         except OSError as error:
-            raise ConversationError(f"{path} cannot be written: {error.strerror}") from error
+            raise ChatSessionError(f"{path} cannot be written: {error.strerror}") from error
 
     def load(self, path: Path) -> None:
-        """Take all of it from a file. Raises ConversationError; then nothing changes."""
+        """Take all of it from a file. Raises ChatSessionError; then nothing changes."""
         try:
             read = json.loads(path.read_text("utf-8"))
         except OSError as error:
-            raise ConversationError(f"{path} cannot be read: {error.strerror}") from error
+            raise ChatSessionError(f"{path} cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise ConversationError(f"{path} is no session of a chat: {error}") from None
+            raise ChatSessionError(f"{path} is no session of a chat: {error}") from None
         if not _is_session(read):
-            raise ConversationError(f"{path} is no session of a chat: its format is not {FORMAT!r}")
+            raise ChatSessionError(f"{path} is no session of a chat: its format is not {FORMAT!r}")
         self.model, self.system = read["model"], read["system"]
         self.options, self.messages = read["options"], read["messages"]
 

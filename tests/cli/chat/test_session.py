@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from myserve.cli.conversation import Conversation, ConversationError
+from myserve.cli.chat.session import ChatSession, ChatSessionError
 
 
 def test_a_file_gives_all_of_it_back_and_is_its_owner_s_alone(tmp_path: Path) -> None:
-    talk = Conversation("m", system="Be brief.")
+    talk = ChatSession("m", system="Be brief.")
     talk.set("seed", "7")
     talk.set("temperature", "0")
     talk.ask("naïve 你好")
     talk.answered("Hi")
     talk.save(tmp_path / "talk.json")
-    again = Conversation("other")
+    again = ChatSession("other")
     again.load(tmp_path / "talk.json")
     assert again == talk
     assert again.body()["seed"] == 7 and "logprobs" not in again.body()
@@ -34,14 +34,14 @@ def test_a_file_gives_all_of_it_back_and_is_its_owner_s_alone(tmp_path: Path) ->
     ],
 )
 def test_what_is_no_session_changes_nothing(tmp_path: Path, change: dict[str, object]) -> None:
-    Conversation("m").save(tmp_path / "talk.json")
+    ChatSession("m").save(tmp_path / "talk.json")
     written = json.loads((tmp_path / "talk.json").read_text())
     (tmp_path / "talk.json").write_text(json.dumps(written | change))
-    talk = Conversation("mine", messages=[{"role": "user", "content": "x"}])
-    with pytest.raises(ConversationError, match="no session of a chat"):
+    talk = ChatSession("mine", messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(ChatSessionError, match="no session of a chat"):
         talk.load(tmp_path / "talk.json")
     assert (talk.model, len(talk.messages)) == ("mine", 1)
-    with pytest.raises(ConversationError, match="cannot be read"):
+    with pytest.raises(ChatSessionError, match="cannot be read"):
         talk.load(tmp_path / "none.json")
 
 
@@ -49,8 +49,8 @@ def test_what_is_no_session_changes_nothing(tmp_path: Path, change: dict[str, ob
     ("name", "text"), [("seed", "1.5"), ("temperature", "hot"), ("top_p", "nan"), ("top_k", "")]
 )
 def test_an_option_that_cannot_be_is_refused(name: str, text: str) -> None:
-    talk = Conversation("m")
-    with pytest.raises(ConversationError, match=name):
+    talk = ChatSession("m")
+    with pytest.raises(ChatSessionError, match=name):
         talk.set(name, text)
     talk.set(name, "1")
     talk.set(name, "off")

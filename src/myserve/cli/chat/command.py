@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from myserve.cli.chat_commands import Desk, Outcome, run_command
+from myserve.cli.chat.session import ChatSession, ChatSessionError
+from myserve.cli.chat.slash_commands import Desk, Outcome, run_command
 from myserve.cli.client import ServerClient, ServerError
 from myserve.cli.console import DEFAULT_URL, ProbabilityPrinter, colour_of, err, fail, legend, out
-from myserve.cli.conversation import Conversation, ConversationError
 
 __all__ = ["chat"]
 
@@ -64,7 +64,7 @@ def chat(
     client = ServerClient(url, os.environ.get("MYSERVE_API_KEY", ""))
     with asyncio.Runner() as runner:
         try:
-            desk = Desk(Conversation(""), session)
+            desk = Desk(ChatSession(""), session)
             if session is not None and session.exists():
                 desk.talk.load(session)
             talk = desk.talk
@@ -73,12 +73,12 @@ def chat(
             talk.options |= {name: value for name, value in asked.items() if value is not None}
             talk.probs = probs
             if prompt is None:
-                _Dialogue(client, desk, runner).run()
+                ChatDialogue(client, desk, runner).run()
             else:
                 talk.ask(prompt)
-                runner.run(_Answer(client, talk, is_alone=True).draw())
+                runner.run(ShownAnswer(client, talk, is_alone=True).draw())
                 _keep(desk)
-        except (ServerError, ConversationError) as error:
+        except (ServerError, ChatSessionError) as error:
             fail(str(error))
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -92,7 +92,7 @@ def _keep(desk: Desk) -> None:
 
 
 @dataclass(slots=True)
-class _Dialogue:
+class ChatDialogue:
     """A conversation in a terminal. Lines are read outside the event loop, so that Ctrl-C reaches them."""
 
     client: ServerClient
@@ -129,12 +129,12 @@ class _Dialogue:
             return Outcome(draws=True)
         try:
             return run_command(self.desk, text)
-        except ConversationError as error:
+        except ChatSessionError as error:
             return Outcome(str(error))
 
     def _answer(self) -> None:
         """Draw the answer to the last question. Where there is none, the question is taken back."""
-        answer = _Answer(self.client, self.desk.talk)
+        answer = ShownAnswer(self.client, self.desk.talk)
         try:
             try:
                 self.runner.run(answer.draw())
@@ -151,7 +151,7 @@ class _Dialogue:
             err.print(
                 Text(f"{error}\nyour message was taken back; say it again when this is mended", style="red")
             )
-        except ConversationError as error:
+        except ChatSessionError as error:
             err.print(Text(str(error), style="red"))
 
 
@@ -182,11 +182,11 @@ def _read_message() -> str | None:
 
 
 @dataclass(slots=True)
-class _Answer:
+class ShownAnswer:
     """One answer as it comes. `is_alone`: stdout gets the answer's text and nothing else."""
 
     client: ServerClient
-    talk: Conversation
+    talk: ChatSession
     is_alone: bool = False
     text: str = ""
     entries: list[Mapping[str, Any]] = field(default_factory=list)

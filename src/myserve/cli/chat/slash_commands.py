@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from myserve.cli.conversation import OPTIONS, Conversation, ConversationError
+from myserve.cli.chat.session import OPTIONS, ChatSession, ChatSessionError
 
 __all__ = ["Command", "Desk", "Outcome", "run_command"]
 
@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
 class Desk:
     """The conversation, and where it is kept."""
 
-    talk: Conversation
+    talk: ChatSession
     path: Path | None = None
     seeds: list[int] = field(default_factory=list)  # of the answers so far, as the server told them
 
@@ -39,20 +39,20 @@ class Command(NamedTuple):
 
 
 def run_command(desk: Desk, line: str) -> Outcome:
-    """Run one line that begins with a slash. Raises ConversationError for what cannot be done.
+    """Run one line that begins with a slash. Raises ChatSessionError for what cannot be done.
 
-    >>> desk = Desk(Conversation("m"))
+    >>> desk = Desk(ChatSession("m"))
     >>> run_command(desk, "/seed 7").words, desk.talk.options
     ('seed 7', {'seed': 7})
     >>> run_command(desk, "/sed 7")
     Traceback (most recent call last):
     ...
-    myserve.cli.conversation.ConversationError: there is no command /sed; /help lists them
+    myserve.cli.chat.session.ChatSessionError: there is no command /sed; /help lists them
     """
     name, _, argument = line.removeprefix("/").partition(" ")
     command = COMMANDS.get(_OTHER_NAMES.get(name, name))
     if command is None:
-        raise ConversationError(f"there is no command /{name}; /help lists them")
+        raise ChatSessionError(f"there is no command /{name}; /help lists them")
     return command.run(desk, argument.strip())
 
 
@@ -100,14 +100,14 @@ def _model(desk: Desk, argument: str) -> Outcome:
 
 def _probs(desk: Desk, argument: str) -> Outcome:
     if argument not in ("", "on", "off"):
-        raise ConversationError(f"probs is on or off, got {argument!r}")
+        raise ChatSessionError(f"probs is on or off, got {argument!r}")
     desk.talk.probs = argument == "on" if argument else not desk.talk.probs
     return Outcome(f"probabilities are {'on' if desk.talk.probs else 'off'}")
 
 
 def _alternatives(desk: Desk, _: str) -> Outcome:
     if not desk.talk.probs:
-        raise ConversationError("alternatives are there with /probs on, for the answers after it")
+        raise ChatSessionError("alternatives are there with /probs on, for the answers after it")
     return Outcome(shows_alternatives=True)
 
 
@@ -121,7 +121,7 @@ def _show(desk: Desk, _: str) -> Outcome:
 def _save(desk: Desk, argument: str) -> Outcome:
     path = Path(argument) if argument else desk.path
     if path is None:
-        raise ConversationError("/save needs a file")
+        raise ChatSessionError("/save needs a file")
     desk.talk.save(path)
     desk.path = path
     return Outcome(f"saved to {path}, now and after each answer")
@@ -129,7 +129,7 @@ def _save(desk: Desk, argument: str) -> Outcome:
 
 def _load(desk: Desk, argument: str) -> Outcome:
     if not argument:
-        raise ConversationError("/load needs a file")
+        raise ChatSessionError("/load needs a file")
     desk.talk.load(Path(argument))
     desk.path = Path(argument)
     return Outcome(f"{len(desk.talk.messages)} messages from {argument}, saved there after each answer")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from myserve.cli.chat_commands import COMMANDS, Desk, run_command
-from myserve.cli.conversation import Conversation, ConversationError
+from myserve.cli.chat.session import ChatSession, ChatSessionError
+from myserve.cli.chat.slash_commands import COMMANDS, Desk, run_command
 
 
 @pytest.fixture
 def desk() -> Desk:
-    talk = Conversation("m", system="Be brief.")
+    talk = ChatSession("m", system="Be brief.")
     for question in ("one", "two"):
         talk.ask(question)
         talk.answered(question.upper())
@@ -46,15 +46,15 @@ def test_options_are_set_shown_and_left_to_the_server(desk: Desk) -> None:
     run_command(desk, "/probs")
     assert desk.talk.body()["top_logprobs"] == 5
     assert run_command(desk, "/alternatives").shows_alternatives
-    with pytest.raises(ConversationError, match="on or off"):
+    with pytest.raises(ChatSessionError, match="on or off"):
         run_command(desk, "/probs maybe")
 
 
 def test_a_conversation_is_saved_and_loaded(desk: Desk, tmp_path: Path) -> None:
-    with pytest.raises(ConversationError, match="needs a file"):
+    with pytest.raises(ChatSessionError, match="needs a file"):
         run_command(desk, "/save")
     run_command(desk, f"/save {tmp_path / 'talk.json'}")
-    other = Desk(Conversation("x"))
+    other = Desk(ChatSession("x"))
     assert "4 messages" in run_command(other, f"/load {tmp_path / 'talk.json'}").words
     assert other.talk.messages == desk.talk.messages and other.path == desk.path
 
@@ -63,5 +63,5 @@ def test_help_has_every_command_and_others_are_refused(desk: Desk) -> None:
     words = run_command(desk, "/help").words
     assert all(f"/{name}" in words for name in COMMANDS)
     assert run_command(desk, "/quit").ends
-    with pytest.raises(ConversationError, match="/help lists them"):
+    with pytest.raises(ChatSessionError, match="/help lists them"):
         run_command(desk, "/hlep")

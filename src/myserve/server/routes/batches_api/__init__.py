@@ -1,0 +1,1 @@
+"""OpenAI's files and batches: lines of requests, answered while nobody waits."""
