@@ -16,6 +16,7 @@ from myserve.cli.console import DEFAULT_URL, fail, out
 __all__ = ["status"]
 
 _COLUMNS = ("model", "replica", "state", "weights", "running", "waiting", "requests", "hits", "class")
+_PIPE_WIDTH = 240
 
 
 def status(
@@ -26,7 +27,12 @@ def status(
         version = asyncio.run(_version_of(url))
     except ServerError as error:
         fail(str(error))
-    table = Table(*_COLUMNS, box=None, header_style="bold")
+    if not out.is_terminal:
+        # a pipe has no width: names that are cut would be of no use to a script
+        out.width = _PIPE_WIDTH
+    table = Table(box=None, header_style="bold")
+    for name in _COLUMNS:
+        table.add_column(name, no_wrap=True)
     for row in rows_of(version):
         table.add_row(*row)
     out.print(table)
