@@ -82,7 +82,7 @@ def need_of(
     longest = config.max_model_len or min(LEAST_CONTEXT, _context(text))
     cache = config.kv_cache_bytes or longest * _bytes_per_token(text) * number
     hidden, vocabulary = int(text.hidden_size), int(text.vocab_size)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    inner = max(int(getattr(layer, "intermediate_size", None) or 4 * hidden) for layer in _layers(text))
     rows = min(config.max_num_batched_tokens, longest)
     step = rows * (4 * hidden + 2 * inner) * number + config.most_seqs * vocabulary * number
     return Need(weights, cache, step)
@@ -196,11 +196,21 @@ def _int8(info: TensorInfo) -> int:
 
 def _bytes_per_token(text: Any) -> int:
     """Return how many numbers of keys and values a token has in all layers."""
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    if rank := getattr(text, "qk_nope_head_dim", None):  # MLA: keys of every head, with their part of RoPE
-        heads, width = int(text.num_attention_heads), int(rank) + int(text.qk_rope_head_dim)
-    return 2 * heads * width * int(text.num_hidden_layers)
+    return sum(_bytes_per_token_of(layer) for layer in _layers(text))
+
+
+def _bytes_per_token_of(layer: Any) -> int:
+    heads = int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+    width = int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+    if rank := getattr(layer, "qk_nope_head_dim", None):  # MLA: keys of every head, with their part of RoPE
+        heads, width = int(layer.num_attention_heads), int(rank) + int(layer.qk_rope_head_dim)
+    return 2 * heads * width
+
+
+def _layers(text: Any) -> list[Any]:
+    """Return the config of each layer: its own where layers differ, as Gemma 4's do, and the model's where not."""
+    own = getattr(text, "per_layer_config", None)
+    return list(own) if own else [text] * int(text.num_hidden_layers)
 
 
 def _context(text: Any) -> int:

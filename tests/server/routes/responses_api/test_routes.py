@@ -646,7 +646,7 @@ def test_an_effort_is_what_the_template_knows_of_it(agent_server: Any) -> None:
         ({"background": True, "store": False}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"input": "x " * 4000}, "prompt"),
+        ({"input": "x " * 4000}, "input"),
     ],
 )
 def test_what_cannot_be_done_is_a_400_that_names_it(
