@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
+from myserve.engine.weights import loader
 from myserve.errors import BadCheckpointError, UnsupportedModelError
 
 Weights = dict[str, torch.Tensor]
@@ -133,6 +137,30 @@ def test_constants_that_old_checkpoints_hold_are_passed_over(
 def test_a_head_that_is_tied_is_not_missing(changed: Callable[..., Path]) -> None:
     folder = changed(lambda weights: weights.pop("lm_head.weight"), tie_word_embeddings=True)
     Engine.from_pretrained(str(folder), SMALL).shutdown()
+
+
+def test_models_that_are_loaded_at_once_are_built_one_after_the_other(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers replaces functions of the process while it builds: of two at once, one would leave heads untied."""
+    inside, most = [0], [0]
+    build = AutoModelForCausalLM.from_pretrained
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.2)
+        try:
+            return build(*args, **kwargs)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", slow)
+    with ThreadPoolExecutor(3) as threads:
+        loads = [threads.submit(loader.load, str(tiny_model("gpt2")), SMALL) for _ in range(3)]
+        models = [load.result().model for load in loads]
+    assert most == [1]
+    assert all(model.lm_head.weight is model.transformer.wte.weight for model in models)
 
 
 @pytest.mark.parametrize("tied", [True, False])

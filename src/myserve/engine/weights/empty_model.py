@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from myserve.engine.weights.snapshot import Snapshot
 from myserve.errors import RequestError
 
 __all__ = [
+    "BUILDING",
     "auto_class",
     "checkpoint_folder",
     "fill",
@@ -32,6 +34,10 @@ __all__ = [
     "keep_text_alone",
     "model_without_values",
 ]
+
+# Transformers builds a model under functions that it replaces for the whole process (`tie_weights` among them), and
+# puts back what it found: of two threads that build at once, one puts back the other's, and no head is tied from then on.
+BUILDING = threading.Lock()
 
 
 def checkpoint_folder(model: str) -> Path:
@@ -58,7 +64,7 @@ def model_without_values(config: Any, dtype: Any, *, attention: str | None, trus
         del config.quantization_config
     chosen = getattr(config, "dtype", None) or torch.float32 if dtype == "auto" else dtype
     how = {"attn_implementation": attention} if attention else {}
-    with no_init_weights():
+    with BUILDING, no_init_weights():
         model = auto_class(config).from_config(
             config, dtype=chosen, trust_remote_code=trust_remote_code, **how
         )

@@ -21,6 +21,7 @@ from myserve.engine.kernels.warm import warm
 from myserve.engine.memory.prefault import Reserve
 from myserve.engine.mixers.attention_pass import ATTENTION_NAME, register_attention
 from myserve.engine.weights.empty_model import (
+    BUILDING,
     checkpoint_folder,
     fill,
     has_more_than_text,
@@ -218,13 +219,14 @@ def _load_weights(model: str, dtype: Any, trust_remote_code: bool) -> Any:
     """The model of transformers, every weight of it from the checkpoint."""
     load_causal: Any = AutoModelForCausalLM.from_pretrained
     try:
-        loaded, report = load_causal(
-            model,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-        )
+        with BUILDING:
+            loaded, report = load_causal(
+                model,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
+            )
     except KeyError as error:
         if error.args != (ATTENTION_NAME,):
             raise
