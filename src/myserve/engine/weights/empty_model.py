@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 # Transformers builds a model under functions that it replaces for the whole process (`tie_weights` among them), and
-# puts back what it found: of two threads that build at once, one puts back the other's, and no head is tied from then on.
+# puts back what it found: of two threads that build at once, one puts back the other's, and no head is tied from then
+# on.
 BUILDING = threading.Lock()
 
 
