@@ -74,8 +74,8 @@ class PrefixIndex:
 
     >>> index = PrefixIndex()
     >>> index.add([1, 2, 3], "a"); index.add([1, 2], "b")
-    >>> index.match([1, 2, 3, 4]), index.match([9])
-    ({'a': 3, 'b': 2}, {})
+    >>> index.match([1, 2, 3, 4]) == {"a": 3, "b": 2}, index.match([9])
+    (True, {})
     """
 
     def __init__(self, most_blocks: int = MOST_BLOCKS) -> None:

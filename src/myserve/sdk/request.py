@@ -66,7 +66,7 @@ class SampleRequest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], prompt_token_ids: Sequence[int]) -> SampleRequest:
-        """Return the request that `to_json` wrote. Raises ValueError or TypeError for what is none.
+        r"""Return the request that `to_json` wrote. Raises ValueError or TypeError for what is none.
 
         >>> request = SampleRequest(prompt_token_ids=(1, 2), model="m", seed=7, stop=("\n",))
         >>> SampleRequest.from_json(request.to_json(), [1, 2]) == request

@@ -17,7 +17,7 @@ from myserve.server.app import create_app
 from myserve.server.edge.keys import KeyFile
 from myserve.server.settings import Settings
 
-OPEN = ("/health", "/healthz", "/ready", "/liveness", "/api/v1/healthz")
+OPEN = ("/", "/health", "/healthz", "/ready", "/liveness", "/api/v1/healthz")
 PAGE = "https://page.example"
 
 
@@ -58,7 +58,8 @@ def test_every_route_but_health_wants_a_key(locked: str) -> None:
     ).json()["paths"]  # fmt: skip
     routes = [(method.upper(), path) for path, methods in paths.items() for method in methods]
     assert len(routes) > 12
-    for method, path in [*routes, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/x")]:
+    assert status("GET", locked + "/") == 200
+    for method, path in [*routes, ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/x")]:
         wanted = 200 if path in OPEN else 401
         assert status(method, locked + path) == wanted, path
         assert status(method, locked + path, "sk-carol") == wanted, path
