@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Torch's CPU threads spin at barriers by default; two processes that do so on a small machine stall each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo grpo serve test fleet check clients coverage docs wheel bench clean
+.PHONY: install demo grpo serve test thorough fleet check clients coverage docs wheel bench clean
 
 install: .venv/installed ## make .venv with everything, exact versions
 
@@ -35,6 +35,9 @@ check: install ## formatting, lint, types, the laws of the house
 
 test: check ## check, then all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --ignore tests/cluster/on_ray
+
+thorough: install ## the proofs of `make test` on more models, types and draws
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m thorough tests
 
 fleet: install ## the tests of a fleet on a real Ray, which takes both cores of a small machine: alone
 	$(BIN)/python -m pytest tests/cluster/on_ray

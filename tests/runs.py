@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
 
 from myserve.core.params import SamplingParams
 from myserve.engine.engine import Engine
 from myserve.engine.outputs import Delta, RequestMetrics, TokenOutput
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.requests.stream import RequestStream
+
+
+def thorough(*values: Any) -> Any:
+    """Return a parameter of a proof that has enough of them in `make test`: `make thorough` runs it too."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.scheduling.step_costs import StepCosts
-from runs import Asked, Completion, collect, mixed_requests, run
+from runs import Asked, Completion, collect, mixed_requests, run, thorough
 
 MakeEngine = Callable[..., Engine]
 MODELS = [
@@ -26,10 +26,10 @@ MODELS = [
     ("llama", "bfloat16"),
     ("gpt2", "float32"),
     ("gemma3_text", "bfloat16"),
-    ("gemma2", "bfloat16"),
-    ("qwen3_moe", "float32"),
+    thorough("gemma2", "bfloat16"),
+    thorough("qwen3_moe", "float32"),
     ("qwen3_moe", "bfloat16"),
-    ("mixtral", "float32"),
+    thorough("mixtral", "float32"),
 ]
 each_model = pytest.mark.parametrize(("arch", "dtype"), MODELS, ids=lambda value: str(value))
 
@@ -161,8 +161,8 @@ THREADS = (1, 2, 3, 5, 6, 8)
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [
-        ("llama", "float32"),
-        ("odd_gemma3", "float32"),
+        thorough("llama", "float32"),
+        thorough("odd_gemma3", "float32"),
         ("odd_gemma3", "bfloat16"),
         ("odd_starcoder2", "float32"),
     ],

@@ -20,9 +20,15 @@ from myserve.engine.engine import Engine
 from myserve.engine.runner import self_test
 from myserve.engine.weights.snapshot import weights_checksum
 from myserve.errors import UnsupportedModelError
+from runs import thorough
 
 MakeEngine = Callable[..., Engine]
-MODELS = [("llama", "bfloat16"), ("odd_gemma3", "bfloat16"), ("gpt2", "float32"), ("qwen3_moe", "bfloat16")]
+MODELS = [
+    ("llama", "bfloat16"),
+    ("odd_gemma3", "bfloat16"),
+    thorough("gpt2", "float32"),
+    ("qwen3_moe", "bfloat16"),
+]
 PROOFS = [
     proofs.test_alone_is_in_a_batch_of_32,
     proofs.test_whole_is_chunked_at_ragged_sizes,

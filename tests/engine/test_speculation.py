@@ -22,18 +22,18 @@ from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.runner import drawing
 from myserve.engine.scheduling.request import Request
 from myserve.errors import RequestError
-from runs import Asked, Completion, collect, mixed_requests, run
+from runs import Asked, Completion, collect, mixed_requests, run, thorough
 
 MakeEngine = Callable[..., Engine]
 KINDS: tuple[Kind, ...] = ("right", "wrong", "mixed")
 PROMPT = list(range(40, 85))
 MODELS = [
-    ("llama", "float32"),
+    thorough("llama", "float32"),
     ("llama", "bfloat16"),
     ("gpt2", "float32"),
-    ("gemma3_text", "bfloat16"),
+    thorough("gemma3_text", "bfloat16"),
     ("qwen3_moe", "bfloat16"),
-    ("mixtral", "float32"),
+    thorough("mixtral", "float32"),
 ]
 each_model = pytest.mark.parametrize(("arch", "dtype"), MODELS, ids=lambda value: str(value))
 
@@ -345,12 +345,11 @@ def _fields(params: SamplingParams) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-def test_a_hundred_thousand_draws_have_the_models_distribution(
-    make_engine: MakeEngine, hf_model: Any
-) -> None:
+@pytest.mark.parametrize("rounds", [5, thorough(25)], ids=["20,000", "100,000"])
+def test_the_draws_have_the_models_distribution(rounds: int, make_engine: MakeEngine, hf_model: Any) -> None:
     engine = make_engine("llama", speculation="3", prefix_caching=True)
     before = counts(engine)
-    assert chi_square(engine, "right", hf_model("llama"), rounds=25) > 1e-4
+    assert chi_square(engine, "right", hf_model("llama"), rounds=rounds) > 1e-4
     drafted, accepted = (now - then for now, then in zip(counts(engine), before, strict=True))
     assert 0.1 < accepted / drafted < 0.9, "guesses, some right and some wrong"
 

@@ -43,7 +43,7 @@ from myserve.engine.steps.recorder import NotRecordableError
 from myserve.engine.steps.recordings import RecordedSteps
 from myserve.engine.weights import loader
 from myserve.trainer.exact_forward import exact_forward
-from runs import Asked, run, run_one
+from runs import Asked, run, run_one, thorough
 
 CPU = torch.device("cpu")
 HEADS = Heads(heads=4, kv_heads=2, head_dim=8, dtype=torch.bfloat16)
@@ -139,10 +139,10 @@ def on_libraries(model: Any) -> DeviceBackend:
 
 
 WAYS = [
-    (on_pages, "llama", "bfloat16"),
+    thorough(on_pages, "llama", "bfloat16"),
     (on_pages, "gemma3_text", "bfloat16"),
     (on_pages, "qwen3_moe", "bfloat16"),
-    (on_libraries, "llama", "float32"),
+    thorough(on_libraries, "llama", "float32"),
     (on_libraries, "gpt2", "float32"),
     (on_libraries, "qwen3_moe", "float32"),
 ]
