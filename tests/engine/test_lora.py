@@ -18,11 +18,11 @@ from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.scheduling import block_tables
 from myserve.engine.weights.lora.adapter_files import prepare_adapter
-from runs import Asked, Completion, collect, mixed_requests
+from runs import Asked, Completion, collect, mixed_requests, thorough
 
 MakeEngine = Callable[..., Engine]
 PROMPT = list(range(100, 180))
-MODELS = [("llama", "bfloat16"), ("gpt2", "float32"), ("odd_gemma3", "bfloat16")]
+MODELS = [("llama", "bfloat16"), thorough("gpt2", "float32"), ("odd_gemma3", "bfloat16")]
 each_model = pytest.mark.parametrize(("arch", "dtype"), MODELS, ids=lambda value: str(value))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runs import thorough
 from tools.embedded_model.evaluate import accuracy, color_probabilities, questions
 
 DOCS = Path(__file__).parents[2] / "docs" / "demo_model.md"
@@ -20,6 +21,7 @@ PROMISED = {
     "two-digit sums, held out": (0.60, 0.90),
     "counting to one … twenty": (0.95, 1.0),
 }
+LONG = ("two-digit sums, trained on", "two-digit sums, held out, other phrasings")
 QUOTED = {row["task"]: row for row in ROW.finditer(DOCS.read_text(encoding="utf-8"))}
 
 
@@ -27,7 +29,7 @@ def test_the_docs_quote_every_task() -> None:
     assert list(QUOTED) == list(questions())
 
 
-@pytest.mark.parametrize("task", sorted(QUOTED))
+@pytest.mark.parametrize("task", [thorough(task) if task in LONG else task for task in sorted(QUOTED)])
 def test_the_docs_quote_what_the_model_does(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str
 ) -> None:

@@ -18,7 +18,7 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.weights.snapshot import weights_checksum
 from myserve.errors import BadSnapshotError, RequestError
-from runs import Asked, run
+from runs import Asked, run, thorough
 
 SMALL = EngineConfig(num_blocks=32)
 ASKED = [Asked([5, 7, 100 + i, 41] * (1 + i), SamplingParams(max_tokens=8, seed=i)) for i in range(3)]
@@ -55,9 +55,10 @@ def two_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
     return make
 
 
-KINDS = [(arch, torch.float32) for arch in ARCHITECTURES] + [
-    (arch, torch.bfloat16) for arch in ("qwen3", "gpt2", "gemma3_text", "qwen3_moe", "mixtral")
-]
+LIKE_OTHERS = ("qwen2", "mistral", "gemma2", "olmo2", "starcoder2", "olmoe")
+KINDS = [
+    thorough(arch, torch.float32) if arch in LIKE_OTHERS else (arch, torch.float32) for arch in ARCHITECTURES
+] + [(arch, torch.bfloat16) for arch in ("qwen3", "gpt2", "gemma3_text", "qwen3_moe", "mixtral")]
 
 
 @pytest.mark.parametrize(("arch", "dtype"), KINDS, ids=str)
