@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from model_zoo import SERVED
+from model_zoo import HYBRIDS, SERVED
 from myserve.engine.steps import recordings
 from myserve.engine.steps.recordings import likely_shapes
 
@@ -158,8 +158,8 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
 def make_tiny_model(arch: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Write a random model of `arch` with its tokenizer, as `save_pretrained` writes any model."""
     torch.manual_seed(seed)
-    if arch in SERVED:
-        arch, described = SERVED[arch]
+    if arch in (zoo := SERVED | HYBRIDS):
+        arch, described = zoo[arch]
     else:
         arch, change = VARIANTS.get(arch, (arch, {}))
         described = ARCHITECTURES[arch] | change

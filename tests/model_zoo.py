@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["REFUSED", "SERVED"]
+__all__ = ["HYBRIDS", "REFUSED", "SERVED"]
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 384,
@@ -205,6 +205,35 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
         },
     ),
+}  # fmt: skip
+# Served too; in `trainer/test_exact_recurrence.py`: more of those that hold a state, in few layers of odd sizes.
+_FEW = _SMALL | {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12}
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bamba": ("bamba", _FEW | _SCAN | {"num_hidden_layers": 2, "attn_layer_indices": [1]}
+              | {"mamba_n_heads": 6, "mamba_d_head": 12, "mamba_n_groups": 3, "tie_word_embeddings": True}),
+    "kimi_linear": (
+        "kimi_linear",
+        _SMALL | _MLA | {"num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 16}
+        | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+        | {"linear_num_heads": 3, "linear_head_dim": 12, "num_expert_group": 1, "topk_group": 1},
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        _FEW | {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "num_dense_layers": 1},
+    ),
+    "lfm3": (
+        "lfm3",
+        _FEW | {"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "conv"], "sliding_window": 24},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        _FEW | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4}
+        | {"mamba_num_heads": 6, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 10, "n_routed_experts": 4}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16}
+        | {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    ),
+    "qwen3_next": SERVED["qwen3_next"],
 }  # fmt: skip
 # name -> (type, config, a word of the refusal)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -14,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import make_tiny_model
+from drafters import Kind, run_drafting
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.scheduling.block_tables import BlockTables
-from myserve.errors import UnsupportedModelError
+from myserve.engine.scheduling.request import Request
 from myserve.trainer.completion_logits import completion_logits
 from myserve.trainer.exact_forward import exact_forward
 from myserve.trainer.exact_logprobs import exact_logprobs
@@ -202,6 +203,38 @@ def test_a_mixtures_experts_are_reported_and_do_not_depend_on_the_batch(make_eng
     assert [routed(run(engine, [one]))[0] for one in asked] == together
 
 
-def test_drafts_are_refused_by_name_where_somebody_asks_for_them(tiny_model: Callable[[str], Path]) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"recurrent layers.*leave speculation"):
-        Engine.from_pretrained(str(tiny_model("qwen3_5_text")), EngineConfig(num_blocks=16, speculation="2"))
+@each_model
+def test_drafts_right_and_wrong_change_no_bit_and_states_are_rolled_back(
+    arch: str, dtype: str, make_engine: MakeEngine
+) -> None:
+    off = make_engine(arch, dtype=dtype, prefix_caching=False, speculation="off")
+    forced = make_engine(arch, dtype=dtype, speculation="5")
+    asked = [*mixed_requests(8, seed=4, max_tokens=24), Asked(PROMPT, SamplingParams(max_tokens=40, seed=1))]
+    plain = run(off, asked)
+    kinds: tuple[Kind, ...] = ("right", "wrong", "mixed")
+    for kind in kinds:
+        drafted = run_drafting(forced, asked, kind, plain)
+        assert [c[0].numbers for c in drafted] == [c[0].numbers for c in plain], kind
+        forced.scheduler.check_integrity()
+    assert forced.scheduler.speculation is not None
+    counts = forced.scheduler.speculation.counts
+    assert 0 < counts.accepted_tokens < counts.draft_tokens
+    states = forced.scheduler.block_tables.states
+    assert states is not None and states.num_free == states.num_slots
+
+
+def test_the_control_a_state_that_a_wrong_draft_left_gives_other_bits(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine("qwen3_5_text", dtype="float32", speculation="5")
+    asked = [Asked(PROMPT, SamplingParams(max_tokens=20, seed=1, ignore_eos=True))]
+    plain = run(engine, asked)
+
+    def takes_it(tables: BlockTables, request: Request, draft: int, accepted: int) -> None:
+        request.num_computed_tokens += 1 + accepted
+        tables.commit(request)
+
+    monkeypatch.setattr(BlockTables, "judge", takes_it)
+    assert [c[0].numbers for c in run_drafting(engine, asked, "wrong", plain)] != [
+        c[0].numbers for c in plain
+    ]

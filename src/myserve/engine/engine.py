@@ -419,14 +419,6 @@ class Engine:
     def _speculation(self, limits: Limits) -> Speculation | None:
         """Return what adds drafts to steps; None where they are off, or would show in what is drawn."""
         asked = self.config.speculation
-        if self.runner.structure.states:
-            if asked not in ("auto", "off") or self.draft_model is not None:
-                raise UnsupportedModelError(
-                    f"{type(self.runner.model).__name__} has recurrent layers, whose states drafts would have to roll "
-                    "back: drafts cannot be had with it; leave speculation and draft_model out",
-                    param="speculation" if self.draft_model is None else "draft_model",
-                )
-            return None
         if asked == "off" or self.config.exact == "off" or not self._independent:
             return None
         number = None if asked == "auto" else int(asked)

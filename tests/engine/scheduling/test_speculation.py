@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from myserve.engine.drafting.drafts import Draft
 from myserve.engine.scheduling.batch import Batch, Limits
+from myserve.engine.scheduling.block_tables import MOST_AGAIN
 from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.request import Request
 from myserve.engine.scheduling.row_costs import RowCosts
 from myserve.engine.scheduling.scheduler import Scheduler
 from myserve.engine.scheduling.speculation import Speculation
+from myserve.engine.scheduling.state_slots import StateSlots
 
 
 class Counting:
@@ -34,10 +37,14 @@ class Counting:
         self.ended.append(request)
 
 
-def make(num_blocks: int = 64, number: int | None = 3, **limits: int) -> Scheduler:
+def make(
+    num_blocks: int = 64, number: int | None = 3, states: StateSlots | None = None, **limits: int
+) -> Scheduler:
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "prefill_chunk": 16, "max_model_len": 64}
     bounds = Limits(**(defaults | limits))
-    return Scheduler(BlockPool(num_blocks, 4), bounds, Speculation(Counting(), bounds, RowCosts(), number))
+    return Scheduler(
+        BlockPool(num_blocks, 4), bounds, Speculation(Counting(), bounds, RowCosts(), number), states
+    )
 
 
 def request(prompt_len: int = 6, max_tokens: int = 8, arrival: int = 0) -> Request:
@@ -144,15 +151,47 @@ def test_an_ended_request_is_forgotten_by_the_drafter() -> None:
     assert scheduler.speculation.drafter.ended == [one]  # type: ignore[attr-defined]
 
 
+def test_a_state_behind_a_wrong_draft_is_let_go_and_the_next_step_computes_it_again() -> None:
+    scheduler, one = make(states=StateSlots(4)), request(prompt_len=4)
+    scheduler.add(one)
+    step(scheduler, [50])
+    before = one.state_slot
+    assert step(scheduler, [1, 77]).scheduled[0].draft == (1, 2, 3)
+    assert (one.state_slot, one.state_lag, one.num_computed_tokens, one.num_pending_tokens) == (
+        before,
+        2,
+        6,
+        1,
+    )
+    (part,) = step(scheduler, [1, 78]).scheduled
+    assert (part.start, part.again, part.token_ids) == (4, 2, [50, 1, 77, 1]), "up to the border of its block"
+    assert part.is_decode
+    assert (one.state_slot != before, one.state_lag, one.num_computed_tokens) == (True, 0, 8)
+
+
+def test_where_a_state_lags_far_behind_no_draft_is_run() -> None:
+    scheduler, one = make(states=StateSlots(4)), request(prompt_len=4, max_tokens=40)
+    scheduler.add(one)
+    step(scheduler, [50])
+    for lag, has_draft in ((MOST_AGAIN, True), (MOST_AGAIN + 1, False)):
+        one.state_lag = lag
+        assert (scheduler.block_tables.most_drafted(one, 3) > 0) == has_draft
+
+
+@pytest.mark.parametrize("num_slots", [0, 5], ids=["keys and values", "states too"])
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_random_lives_keep_integrity(data: st.DataObject) -> None:
+def test_random_lives_keep_integrity(num_slots: int, data: st.DataObject) -> None:
+    states = StateSlots(num_slots) if num_slots else None
     scheduler = make(
         num_blocks=9,
         number=data.draw(st.sampled_from([None, 1, 7])),
+        states=states,
         max_num_seqs=4,
         max_num_batched_tokens=20,
     )
+    scheduler.block_tables.worth_a_step = 3
+    held: dict[int, list[int]] = {-1: []}  # the tokens that the state in a slot has taken in
     submitted = [
         request(data.draw(st.integers(1, 14)), data.draw(st.integers(1, 9)), arrival) for arrival in range(6)
     ]
@@ -163,6 +202,11 @@ def test_random_lives_keep_integrity(data: st.DataObject) -> None:
         if not batch.scheduled:
             break
         assert batch.num_tokens <= 20
+        for part in batch.scheduled if states else ():
+            one = part.request
+            assert held[one.state_slot] == one.token_ids[: part.start], "the state is of other tokens"
+        for part in batch.scheduled:
+            held[part.request.next_state_slot] = [*part.request.token_ids[: part.start], *part.token_ids]
         drawn: list[list[int | None]] = []
         for _, index in batch.draws:
             draft = batch.scheduled[index].draft
@@ -173,3 +217,4 @@ def test_random_lives_keep_integrity(data: st.DataObject) -> None:
         scheduler.check_integrity()
     assert all(one.is_finished for one in submitted)
     assert scheduler.pool.num_free == 9, "blocks leaked"
+    assert states is None or states.num_free == num_slots, "slots leaked"

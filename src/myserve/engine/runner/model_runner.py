@@ -302,6 +302,9 @@ class ModelRunner:
 
     def _wanted_positions(self, batch: Batch) -> list[int]:
         """Packed rows that may be drawn from."""
+        if not batch.num_prefill_tokens and any(part.again for part in batch.scheduled):
+            # then a step has the shape of one that verifies drafts, of fewer rows than a prompt's
+            return list(range(batch.num_tokens))
         drawing = sorted({position for positions in drawn_positions(batch) for position in positions})
         return drawing or [batch.num_tokens - 1]  # a model cannot be asked for no logits
 

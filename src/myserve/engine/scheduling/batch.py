@@ -14,7 +14,8 @@ __all__ = ["Batch", "Limits", "ScheduledTokens"]
 class ScheduledTokens:
     """Tokens [start, start + count) of one request, to be run in this step.
 
-    Those behind the request's own tokens are its `draft`'s, which are run to be verified.
+    Those behind the request's own tokens are its `draft`'s, which are run to be verified. The first `again` were run
+    before, and are run for the recurrent state alone.
 
     >>> request = Request(id="r", prompt_token_ids=[1, 2, 3], max_tokens=9)
     >>> part = ScheduledTokens(request, start=2, count=3, draft=(7, 8))
@@ -27,6 +28,7 @@ class ScheduledTokens:
     count: int
     draft: tuple[int, ...] = ()
     drafter: str = ""
+    again: int = 0
 
     @property
     def token_ids(self) -> list[int]:
@@ -37,8 +39,8 @@ class ScheduledTokens:
 
     @property
     def is_decode(self) -> bool:
-        """True where it is one known token, and its draft, if it has one."""
-        return self.count == 1 + len(self.draft)
+        """True where it is one known token, what its state lags behind, and its draft, if it has one."""
+        return self.count == self.again + 1 + len(self.draft)
 
 
 @dataclass(slots=True)

@@ -10,9 +10,10 @@ from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.request import Request
 from myserve.engine.scheduling.state_slots import StateSlots
 
-__all__ = ["BlockTables", "CachedPrefix"]
+__all__ = ["MOST_AGAIN", "BlockTables", "CachedPrefix"]
 
 WORTH_A_STEP = 128  # tokens: a step of a few rows takes some hundredths of what these take
+MOST_AGAIN = 8  # rows that are run once more for a state; behind more, a step goes without a draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class BlockTables:
 
     A step reads a request's `state_slot` and writes `next_state_slot`, which `commit` makes the former. So a state is
     never written over while somebody may read it: a step can be run again, and forks share a slot instead of copying.
+    Behind a draft that was wrong the state is of no use: the old one stays, and lags behind (`Request.state_lag`).
     """
 
     def __init__(self, pool: BlockPool, states: StateSlots | None = None) -> None:
@@ -105,7 +107,29 @@ class BlockTables:
         """Make the state that a step has left the request's own."""
         if self.states is not None:
             self._release(request.state_slot)
-            request.state_slot, request.next_state_slot = request.next_state_slot, -1
+            request.state_slot, request.next_state_slot, request.state_lag = request.next_state_slot, -1, 0
+
+    def judge(self, request: Request, draft: int, accepted: int) -> None:
+        """Count a token and `accepted` ones of a draft behind it as computed, and take the state if these are all."""
+        request.num_computed_tokens += 1 + accepted
+        if self.states is None:
+            return
+        if accepted == draft:
+            self.commit(request)
+        else:
+            request.state_lag += 1 + accepted
+
+    def most_drafted(self, request: Request, count: int) -> int:
+        """Return `count` tokens of a draft, or fewer: with states none beyond a block's border, where one can be kept.
+
+        And none where the state lags far behind.
+        """
+        if self.states is None:
+            return count
+        if request.state_lag > MOST_AGAIN:
+            return 0
+        size = self._pool.block_size
+        return min(count, size - 1 - request.num_computed_tokens % size)
 
     def _release(self, slot: int) -> None:
         if self.states is not None and slot >= 0:
@@ -149,6 +173,7 @@ class BlockTables:
         self._release(request.state_slot)
         self._release(request.next_state_slot)
         request.state_slot = request.next_state_slot = -1
+        request.state_lag = 0
 
     def publish_full(self, request: Request) -> None:
         """Name the request's full blocks for the prefix cache."""
@@ -158,7 +183,8 @@ class BlockTables:
             parent = request.content_ids[-1] if request.content_ids else root
             tokens = request.token_ids[index * size : (index + 1) * size]
             request.content_ids.append(self._pool.publish(request.block_table[index], parent, tokens))
-        if self.states is not None and request.num_computed_tokens % size == 0 and request.content_ids:
+        is_at_border = request.num_computed_tokens % size == 0 and not request.state_lag
+        if self.states is not None and is_at_border and request.content_ids:
             self._publish_state(self.states, request)
 
     def _publish_state(self, states: StateSlots, request: Request) -> None:

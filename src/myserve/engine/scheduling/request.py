@@ -96,6 +96,9 @@ class Request:
     # from zeros), and the one that its next step leaves it in
     state_slot: int = -1
     next_state_slot: int = -1
+    state_lag: int = (
+        0  # of its computed tokens, the last that `state_slot` has not taken in: behind a wrong draft
+    )
     kept_state: int | None = None  # the content that the prefix cache has its completion's last state of
     times: Times = field(default_factory=Times)
 

@@ -193,7 +193,11 @@ class Scheduler:
         """Give every decoding request its next token, preempting from the back where blocks run out."""
         preempted = False
         for request in [r for r in self.running if r.num_pending_tokens == 1]:
-            if request.state is not State.RUNNING or batch.num_tokens == self.limits.max_num_batched_tokens:
+            rows = 1 + request.state_lag
+            if (
+                request.state is not State.RUNNING
+                or batch.num_tokens + rows > self.limits.max_num_batched_tokens
+            ):
                 continue
             # the youngest is never one that the batch has already: those are older than this one
             while request.state is State.RUNNING and not self.block_tables.extend(request, 1):
@@ -310,7 +314,8 @@ class Scheduler:
 
     def _plan(self, request: Request, count: int, batch: Batch) -> None:
         """Run `count` tokens of `request`; where they are its last known ones, draw its next, and its followers'."""
-        batch.add(ScheduledTokens(request, request.num_computed_tokens, count))
+        lag = request.state_lag
+        batch.add(ScheduledTokens(request, request.num_computed_tokens - lag, lag + count, again=lag))
         if count < request.num_pending_tokens:
             return
         if request.max_tokens == 0:
@@ -366,8 +371,8 @@ class Scheduler:
         if self.speculation is not None:
             self.speculation.count(batch, drawn)
         for part in batch.scheduled:
-            if not part.request.is_finished:
-                part.request.num_computed_tokens += part.count - len(part.draft)
+            if not part.request.is_finished and not part.draft:
+                part.request.num_computed_tokens += part.count - part.again
                 self.block_tables.commit(part.request)
                 self.block_tables.publish_full(part.request)
         ended: list[tuple[Request, str]] = []
@@ -375,10 +380,10 @@ class Scheduler:
             if not request.is_finished:
                 self.finish(request)
                 ended.append((request, "length"))
-        for (request, _), token_ids in zip(batch.draws, drawn, strict=True):
+        for (request, index), token_ids in zip(batch.draws, drawn, strict=True):
             if request.is_finished:
                 continue
-            reason = self._append(request, token_ids, now)
+            reason = self._append(request, token_ids, len(batch.scheduled[index].draft), now)
             if reason is not None:
                 self.finish(request)
                 ended.append((request, reason))
@@ -393,7 +398,9 @@ class Scheduler:
         if self.speculation is not None:
             self.speculation.observe(batch, seconds - sampling_seconds)
 
-    def _append(self, request: Request, token_ids: Sequence[int | None], now: float) -> str | None:
+    def _append(
+        self, request: Request, token_ids: Sequence[int | None], draft: int, now: float
+    ) -> str | None:
         """Give a request the tokens that one step drew for it; return why it ends with the last of them, or None."""
         reason: str | None = None
         before = request.num_tokens
@@ -409,8 +416,8 @@ class Scheduler:
             request.times.last_token = now
             if request.times.first_token is None:
                 request.times.first_token = now
-        if appended > 1:  # all but the last are the draft's, and were run
-            request.num_computed_tokens += appended - 1
+        if draft:  # all but the last are the draft's, and were run
+            self.block_tables.judge(request, draft, max(0, appended - 1))
             self.block_tables.publish_full(request)
         self.block_tables.cut(request)
         return reason

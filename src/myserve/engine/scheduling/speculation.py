@@ -63,7 +63,7 @@ class Speculation:
         room = self._room(batch)
         if not decodes or room <= 0:
             return
-        asked = [(i, most) for i in decodes if (most := self._most(batch.scheduled[i].request)) > 0]
+        asked = [(i, most) for i in decodes if (most := self._most(batch.scheduled[i].request, tables)) > 0]
         proposed = self.drafter.propose([(batch.scheduled[i].request, most) for i, most in asked])
         drafts = {i: draft for (i, _), draft in zip(asked, proposed, strict=True) if draft is not None}
         for i, count in zip(drafts, self._counts(list(drafts.values()), batch, room), strict=True):
@@ -91,7 +91,7 @@ class Speculation:
     def observe(self, batch: Batch, seconds: float) -> None:
         """Take in a step's seconds, sampling left out."""
         if not batch.num_prefill_tokens and batch.num_tokens:
-            has_drafts = any(part.draft for part in batch.scheduled)
+            has_drafts = any(part.draft or part.again for part in batch.scheduled)
             rows = padded_draft_rows(batch.num_tokens) if has_drafts else batch.num_tokens
             if rows <= MOST_ROWS:
                 self.row_costs.observe(rows, seconds)
@@ -120,12 +120,13 @@ class Speculation:
         request.num_draft_tokens += len(draft)
         request.num_accepted_tokens += accepted
 
-    def _most(self, request: Request) -> int:
+    def _most(self, request: Request, tables: BlockTables) -> int:
         """Return how many tokens its draft may have: one more is drawn, whether the draft is right or not."""
         left = min(
             request.max_tokens - request.num_output_tokens, self._limits.max_model_len - request.num_tokens
         )
-        return min(left - 1, MOST_DRAFTED if self._number is None else self._number)
+        most = min(left - 1, MOST_DRAFTED if self._number is None else self._number)
+        return tables.most_drafted(request, most)
 
     def _counts(self, drafts: Sequence[Draft], batch: Batch, room: int) -> list[int]:
         if self._number is not None:

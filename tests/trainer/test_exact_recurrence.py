@@ -1,0 +1,80 @@
+"""A trainer's recurrent layers have the engine's bits, and transformers' own gradients, whatever the model's kind.
+
+Padding on the left and choices that share a prompt's state in more than one dtype are in `engine/test_hybrids.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from model_zoo import HYBRIDS
+from myserve.core.params import SamplingParams
+from myserve.engine.config import EngineConfig
+from myserve.engine.engine import Engine
+from myserve.trainer.completion_logits import completion_logits
+from myserve.trainer.exact_forward import exact_forward
+from myserve.trainer.exact_logprobs import exact_logprobs
+from runs import Asked, run
+
+each_hybrid = pytest.mark.parametrize("arch", HYBRIDS)
+PROMPTS = [[(3 + 7 * i) % 380 for i in range(35)], [9, 8, 7, 6, 5]]
+COMPLETIONS = [[1, 2, 3], [4, 5]]
+
+
+@each_hybrid
+def test_logprobs_of_shared_prompts_are_the_servers(arch: str, tiny_model: Callable[[str], Path]) -> None:
+    path = tiny_model(arch)
+    params = SamplingParams(max_tokens=6, seed=5, ignore_eos=True)
+    engine = Engine.from_pretrained(str(path), EngineConfig(num_blocks=32, max_num_seqs=4))
+    try:
+        assert engine.exactness["rows_are_independent"]
+        drawn = run(engine, [Asked(prompt, params, n=2) for prompt in PROMPTS])
+    finally:
+        engine.shutdown()
+    samples = [(prompt, c) for prompt, choices in zip(PROMPTS, drawn, strict=True) for c in choices]
+    targets = torch.tensor([i for _, c in samples for i in c.ids])
+    prompts, ids = [p for p, _ in samples], [c.ids for _, c in samples]
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        before = completion_logits_of_theirs(model, prompts, ids)
+        logits = completion_logits(exact_forward(model), prompts, ids)
+    wanted = [t.logprob for _, c in samples for t in c.tokens]
+    assert exact_logprobs(logits, targets).tolist() == wanted
+    theirs = before.log_softmax(-1).gather(1, targets[:, None])[:, 0].tolist()
+    assert theirs == pytest.approx(wanted, abs=1e-3)
+    assert theirs != wanted  # the control: other orders of summing have other bits
+
+
+@each_hybrid
+def test_gradients_are_transformers_own(arch: str, tiny_model: Callable[[str], Path]) -> None:
+    found = []
+    for is_ours in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model(arch)).eval()
+        prompts = [PROMPTS[1]] * 2
+        if is_ours:
+            logits = completion_logits(exact_forward(model), prompts, COMPLETIONS)
+        else:
+            logits = completion_logits_of_theirs(model, prompts, COMPLETIONS)
+        F.cross_entropy(logits, torch.tensor([i for row in COMPLETIONS for i in row])).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys() and any("conv" in name for name in ours)
+    for name, grad in theirs.items():
+        close = torch.allclose(ours[name], grad, atol=1e-4 * float(grad.abs().max()) + 1e-7, rtol=1e-2)
+        assert close, name
+
+
+def completion_logits_of_theirs(
+    model: torch.nn.Module, prompts: list[list[int]], completions: list[list[int]]
+) -> torch.Tensor:  # [tokens of all completions, V]
+    rows = [
+        model(torch.tensor([p + c]), use_cache=False).logits[0, len(p) - 1 : -1]
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    return torch.cat(rows)
