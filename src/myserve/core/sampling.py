@@ -17,7 +17,7 @@ from torch import Tensor
 from myserve.core.batched.behaviour import scale, truncate
 from myserve.core.batched.edits import ScoreScratch, edit
 from myserve.core.batched.reports import Reports
-from myserve.core.batched.trace import trace
+from myserve.core.batched.trace import asked_waterfalls, trace
 from myserve.core.compiled import fast_path
 from myserve.core.isolation import failure_of, raise_if_of_the_device
 from myserve.core.logprobs import Kept, Normaliser, TopLogprobs, masses, normalisers_of, ranks
@@ -27,7 +27,7 @@ from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.stages import entropy_of
 from myserve.core.transfer import download, upload
-from myserve.core.waterfall import Waterfall, WaterfallOptions
+from myserve.core.waterfall import Waterfall
 from myserve.errors import ConstraintError, NonFiniteLogitsError, RequestFailedError
 
 __all__ = [
@@ -124,15 +124,17 @@ class Sampler:
     def _sample(self, raw: Tensor, rows: Sequence[RowState]) -> list[Outcome]:
         edited = edit(raw, rows, self._edited)
         outcomes: dict[int, Outcome] = {}
+        waterfalls = asked_waterfalls(rows)
         for draw, places in self._divide(rows, raw.device):
             # indexing copies a vocabulary a row: not when a part is the whole
             part = (raw, edited) if len(places) == len(rows) else (raw[places], edited[places])
             outcomes.update(zip(places, draw(*part, [rows[b] for b in places]), strict=True))
         self._add_ranks(raw, rows, outcomes)
         self._add_entropies(raw, rows, outcomes)
-        for b, row in enumerate(rows):
-            if row.params.waterfall is not None:
-                outcomes[b] = _with_waterfall(outcomes[b], raw[b : b + 1], row, row.params.waterfall)
+        for b, asked in waterfalls.items():
+            outcome = outcomes[b]
+            if isinstance(outcome, Sampled):
+                outcomes[b] = replace(outcome, waterfall=trace(raw[b : b + 1], rows[b], *asked))
         return [outcomes[b] for b in range(len(rows))]
 
     @staticmethod
@@ -167,13 +169,6 @@ class Sampler:
         others = sorted(set(range(len(rows))) - set(known))
         ways: list[tuple[Draw, list[int]]] = [(_draw_compiled, known), (_draw_tensors, others)]
         return [(draw, places) for draw, places in ways if places]
-
-
-def _with_waterfall(outcome: Outcome, raw: Tensor, row: RowState, asked: WaterfallOptions) -> Outcome:
-    """Return the outcome with its waterfall, where this is the token that it was asked for."""
-    if asked.at != row.num_completion_tokens or not isinstance(outcome, Sampled):
-        return outcome
-    return replace(outcome, waterfall=trace(raw, row, asked.top))
 
 
 def _at(scores: Tensor, places: Sequence[int] | None) -> Tensor:

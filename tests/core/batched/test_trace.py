@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from myserve.core.batched.trace import trace
+from myserve.core.logprobs import ranks, ranks_in_row
 from myserve.core.params import SamplingParams
 from myserve.core.rows import RowState
 from myserve.core.sampling import Sampled, Sampler
@@ -139,6 +140,18 @@ def test_another_place_has_no_waterfall_and_a_large_vocabulary_a_short_one() -> 
     assert waterfall_of(sampled).draw.token_id == sampled.token_id
     assert len(waterfall_of(sampled).tokens) <= 5 * 10
     assert trace(logits, row, 10) == sampled.waterfall, "it changes nothing that it looks at"
+
+
+def test_ranks_in_a_row_are_those_of_a_sort() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for V in (1, 7, 5000):
+        for scores in (torch.randn(V, generator=generator), torch.randn(V, generator=generator).round()):
+            scores[V // 3 :: 5] = -torch.inf
+            order = sorted(range(V), key=lambda token_id: (-float(scores[token_id]), token_id))
+            ids = torch.randint(V, (40,), generator=generator)
+            expected = [order.index(token_id) + 1 for token_id in ids.tolist()]
+            assert ranks_in_row(scores, ids) == expected
+            assert ranks(scores.expand(40, -1), scores[ids].unsqueeze(1), ids.unsqueeze(1)) == expected
 
 
 def test_entropies_are_of_the_model_s_own_distribution() -> None:

@@ -10,30 +10,40 @@ from torch import Tensor
 
 from myserve.core.batched.behaviour import scale, truncations
 from myserve.core.batched.edits import EDITS
-from myserve.core.logprobs import best_of, listed, ranks
-from myserve.core.noise import BLOCK, TorchNoise, block_noise, token_noise
+from myserve.core.batched.race import first_arrivals, first_torch_arrivals
+from myserve.core.logprobs import best_of, listed, ranks_in_row
 from myserve.core.numerics import quanta, weights_of
 from myserve.core.rows import RowState
 from myserve.core.stages import entropy_of
 from myserve.core.transfer import upload
 from myserve.core.waterfall import Draw, Stage, Waterfall, WaterfallToken
 
-__all__ = ["trace"]
+__all__ = ["asked_waterfalls", "trace"]
 
 LISTED_REMOVED = 4  # of the tokens that a stage removed, so many of the likeliest are listed
 
 
-def trace(raw: Tensor, row: RowState, top: int) -> Waterfall:
+def asked_waterfalls(rows: Sequence[RowState]) -> dict[int, tuple[int, Tensor | None]]:
+    """Return `top` and `torch_state` of each row whose next token's waterfall is asked for; before it is drawn."""
+    return {
+        b: (asked.top, None if row.torch_noise is None else row.torch_noise.generator.get_state())
+        for b, row in enumerate(rows)
+        if (asked := row.params.waterfall) is not None and asked.at == row.num_completion_tokens
+    }
+
+
+def trace(raw: Tensor, row: RowState, top: int, torch_state: Tensor | None = None) -> Waterfall:
     """Return the waterfall of the row's next draw from `raw` [1, V], float32, finite, with something left to draw.
 
-    `top`: how many tokens are listed of each distribution, and of the race.
+    `top`: how many tokens are listed of each distribution, and of the race. `torch_state`: of the row's generator
+    before the draw, where that has been made.
     """
     steps = list(_steps(raw, row))
-    race = _race(steps, row, max(2, top))
+    race = _race(steps, row, max(2, top), torch_state)
     ids = _listed_ids(steps, race, top)
     at = upload(ids, torch.int64, raw.device)  # [N]
     stages = [step.told(before, at) for before, step in zip([None, *steps], steps, strict=False)]
-    by_rank = ranks(raw.expand(len(ids), -1), raw[0, at].unsqueeze(1), at.unsqueeze(1))
+    by_rank = ranks_in_row(raw[0], at)
     columns = zip(*(step.column(at) for step in steps), strict=True)
     tokens = [
         _token(token_id, rank, steps, column, race)
@@ -48,27 +58,43 @@ class _StageScores:
 
     def __init__(self, name: str, scores: Tensor) -> None:
         self.name, self.scores = name, scores
-        self.largest, self.weights = weights_of(scores)
-        self.mass = quanta(self.weights)  # [1, V]
-        self.total = int(self.mass.sum())
-        self.left = scores > -torch.inf
+        left = (scores[0] > -torch.inf).nonzero()[:, 0]  # [K]
+        self.num_tokens = len(left)
+        # a removed token has weight 0 and adds nothing to any sum: few that are left are looked at alone
+        self.left = None if 2 * len(left) > scores.shape[1] else left
+        some = scores if self.left is None else scores[:, left]
+        largest, weights = weights_of(some)
+        mass = quanta(weights)
+        total = mass.sum(-1, keepdim=True)
+        self.entropy = float(entropy_of(largest, some, weights, total))
+        self.total = int(total)
+        self.weights, self.mass = self._spread(weights), self._spread(mass)  # [V]
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Return what is known of the tokens left [1, K], with 0 for all others."""
+        if self.left is None:
+            return values[0]
+        return values.new_zeros(self.scores.shape[1]).index_copy_(0, self.left, values[0])
 
     def column(self, at: Tensor) -> list[tuple[float, float]]:
         """Return (score, probability) of the tokens `at` [N]."""
-        scores, shares = self.scores[0, at].tolist(), self.mass[0, at].tolist()
+        scores, shares = self.scores[0, at].tolist(), self.mass[at].tolist()
         return [(score, share / self.total) for score, share in zip(scores, shares, strict=True)]
+
+    def mass_in(self, step: _StageScores) -> int:
+        """Return the mass of the tokens that a later step has left."""
+        if step.left is not None:
+            return int(self.mass[step.left].sum())
+        return int(self.mass.where(step.scores[0] > -torch.inf, 0).sum())
 
     def told(self, before: _StageScores | None, listed_at: Tensor) -> Stage:
         """Return what the stage did; `listed_at` [N] are the tokens that are told one by one."""
         num_removed, lost = 0, 0.0
-        if before is not None:
-            removed = before.left & ~self.left
-            num_removed, lost = int(removed.sum()), int(before.mass[removed].sum()) / before.total
-        entropy = entropy_of(self.largest, self.scores, self.weights, self.mass.sum(-1, keepdim=True))
-        num_tokens = int(self.left.sum())
-        rest = self.total - int(self.mass[0, listed_at].sum())
-        num_rest = num_tokens - int(self.left[0, listed_at].sum())
-        return Stage(self.name, num_tokens, num_removed, lost, float(entropy), num_rest, rest / self.total)
+        if before is not None and (num_removed := before.num_tokens - self.num_tokens):
+            lost = (before.total - before.mass_in(self)) / before.total
+        rest = self.total - int(self.mass[listed_at].sum())
+        num_rest = self.num_tokens - int((self.scores[0, listed_at] > -torch.inf).sum())
+        return Stage(self.name, self.num_tokens, num_removed, lost, self.entropy, num_rest, rest / self.total)
 
 
 def _steps(raw: Tensor, row: RowState) -> Iterator[_StageScores]:
@@ -96,32 +122,23 @@ class _Arrivals(NamedTuple):
     arrivals: dict[int, float]
 
 
-def _race(steps: Sequence[_StageScores], row: RowState, count: int) -> _Arrivals:
+def _race(steps: Sequence[_StageScores], row: RowState, count: int, torch_state: Tensor | None) -> _Arrivals:
     """Return the first `count` arrivals of the race, as the draw of the last step holds it."""
     if row.params.temperature == 0.0:
         return _argmax(steps)
-    weights = steps[-1].weights[0]
-    ids = weights.nonzero()[:, 0]  # [K], all that can arrive
-    noise = _noise_of(ids, row)
-    times = noise / weights[ids]
-    order = times.topk(min(count, len(ids)), largest=False).indices
-    first: list[int] = ids[order].tolist()
-    arrivals = dict(zip(first, times[order].tolist(), strict=True))
+    weights = steps[-1].weights
+    if row.torch_noise is not None:
+        state = row.torch_noise.generator.get_state() if torch_state is None else torch_state
+        ids, noise, times = first_torch_arrivals(weights, state, count)
+    else:
+        key = upload([row.counter_key], torch.int64, weights.device)  # [1, 4]
+        ids, noise, times = first_arrivals(weights, key, count)
+    first: list[int] = ids.tolist()
+    arrivals = dict(zip(first, times.tolist(), strict=True))
     second = first[1] if len(first) > 1 else None
     margin = None if second is None else arrivals[second] / arrivals[first[0]]
-    told = dict(zip(first, noise[order].tolist(), strict=True))
+    told = dict(zip(first, noise.tolist(), strict=True))
     return _Arrivals(Draw("race", first[0], second, margin), first, told, arrivals)
-
-
-def _noise_of(ids: Tensor, row: RowState) -> Tensor:
-    """Return the Exp(1) numbers of the row's next draw at these ids: float64, or float32 of torch noise."""
-    if row.params.noise == "torch":
-        source = TorchNoise(row.noise.seed, row.noise.sample_index, row.device)
-        source.skip(row.num_completion_tokens, row.vocab_size)
-        return source.exponentials(row.vocab_size)[ids]
-    key = upload([row.counter_key], torch.int64, ids.device)  # [1, 4]
-    least, lane = block_noise(ids // BLOCK, key)
-    return token_noise(ids, key, least, lane)
 
 
 def _argmax(steps: Sequence[_StageScores]) -> _Arrivals:
@@ -140,8 +157,8 @@ def _listed_ids(steps: Sequence[_StageScores], race: _Arrivals, top: int) -> lis
     for before, step in zip([None, *steps], steps, strict=False):
         (best,) = listed(*best_of(step.scores, [top]), [top])
         ids |= dict.fromkeys(token_id for token_id, _ in best)
-        if before is not None:
-            gone = before.scores.masked_fill(step.left, -torch.inf)
+        if before is not None and step.num_tokens < before.num_tokens:
+            gone = before.scores.masked_fill(step.scores > -torch.inf, -torch.inf)
             (lost,) = listed(*best_of(gone, [LISTED_REMOVED]), [LISTED_REMOVED])
             ids |= dict.fromkeys(token_id for token_id, _ in lost)
     return list(ids)
