@@ -245,7 +245,7 @@ def ranks(scores: Tensor, own: Tensor, ids: Tensor) -> list[int]:
 def ranks_in_row(scores: Tensor, ids: Tensor) -> list[int]:
     """Return the rank of each id of `ids` [N] among the scores [V] of one row, as `ranks`, but in two passes, not N."""
     own = scores[ids]  # [N]
-    edges = own.unique()  # [E], ascending
+    edges = own.sort().values  # [N], ascending
     # of the scores, bin e holds those in (edges[e - 1], edges[e]], and [edges[e - 1], edges[e])
     up_to, from_on = (torch.bucketize(scores, edges, right=right) for right in (False, True))
     bins = len(edges) + 1
