@@ -12,6 +12,7 @@ import pytest
 from benchmarks.mixed.passes import Report, Server, compare_all
 from benchmarks.mixed.requests import ECHO, KINDS, MixedRequest, mixed_requests
 from conftest import VOCAB_SIZE
+from runs import thorough
 
 
 def compare(model: Path, *, threads: list[int], options: list[str], kept: Path | None = None) -> Report:
@@ -26,7 +27,7 @@ def compare(model: Path, *, threads: list[int], options: list[str], kept: Path |
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("arch", ["odd_gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("arch", [thorough("odd_gemma3"), "qwen3_moe"])
 def test_all_passes_are_equal(arch: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """A window and GeGLU of odd width; experts. `python -m benchmarks.mixed MODEL` does it to any model."""
     kept = tmp_path / "answers.json"

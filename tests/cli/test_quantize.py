@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,7 +11,12 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import typer
+
 from conftest import make_tiny_model
+
+command = importlib.import_module("myserve.cli.quantize")  # the package has a command of this name
 
 COMMAND = [sys.executable, "-m", "myserve"]
 
@@ -33,8 +39,8 @@ def test_writes_a_checkpoint_that_a_server_serves(tmp_path: Path) -> None:
     assert f"serve it with: myserve serve {tmp_path / 'int8'}" in done.stderr
     names = {path.name for path in (tmp_path / "int8").iterdir()}
     assert names == {path.name for path in model.iterdir()}
-    command = [*COMMAND, "serve", str(tmp_path / "int8"), "--port", "0", "--served-model-name", "tiny"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    serve = [*COMMAND, "serve", str(tmp_path / "int8"), "--port", "0", "--served-model-name", "tiny"]
+    server = subprocess.Popen(serve, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:
         url = server.stderr.readline().split()[-1]
@@ -51,13 +57,19 @@ def test_writes_a_checkpoint_that_a_server_serves(tmp_path: Path) -> None:
         server.wait(timeout=30)
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+def test_what_cannot_be_written_is_one_line(
+    tmp_path: Path, tiny_model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "there").mkdir()
-    for args, reason in (
-        ((tiny_model("qwen3"), tmp_path / "there"), "exists already"),
-        ((tmp_path / "nowhere", tmp_path / "out"), "is no folder"),
-        ((tmp_path / "there", tmp_path / "out"), "is no model"),
+    model_folder = tiny_model("qwen3")
+    capsys.readouterr()
+    for model, out, reason in (
+        (model_folder, tmp_path / "there", "exists already"),
+        (tmp_path / "nowhere", tmp_path / "out", "is no folder"),
+        (tmp_path / "there", tmp_path / "out", "is no model"),
     ):
-        done = quantize(*args)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and reason in done.stderr
-        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+        with pytest.raises(typer.Exit) as ended:
+            command.quantize(str(model), out)
+        said = capsys.readouterr().err
+        assert ended.value.exit_code == 1 and said.startswith("error: ") and reason in said
+        assert len(said.splitlines()) == 1 and not (tmp_path / "out").exists()

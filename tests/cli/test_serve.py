@@ -24,6 +24,7 @@ from gguf_files import write_gguf
 from myserve.cli import app
 from myserve.embedded import embedded_model_path
 from myserve.server.settings import OPTIONS
+from runs import thorough
 
 has_ipv6 = socket.has_ipv6
 try:
@@ -115,7 +116,7 @@ def test_an_address_that_is_none_is_said_in_a_line() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("level", "shown"), [("warning", True), ("error", False)])
+@pytest.mark.parametrize(("level", "shown"), [thorough("warning", True), ("error", False)])
 def test_a_start_says_what_it_does(level: str, shown: bool) -> None:
     command = [
         sys.executable,

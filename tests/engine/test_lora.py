@@ -63,7 +63,7 @@ def test_alone_is_in_a_batch_of_many_adapters(arch: str, dtype: str, with_adapte
     assert engine.runner.adapter_steps is not None and engine.runner.adapter_steps.usable
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("arch", ["qwen3_moe", thorough("mixtral")])
 def test_experts_have_adapters_in_both_of_their_forms(
     arch: str, make_engine: MakeEngine, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ PROMPT = list(range(40, 85))
 MODELS = [
     thorough("llama", "float32"),
     ("llama", "bfloat16"),
-    ("gpt2", "float32"),
+    thorough("gpt2", "float32"),
     thorough("gemma3_text", "bfloat16"),
     ("qwen3_moe", "bfloat16"),
     thorough("mixtral", "float32"),

@@ -70,6 +70,7 @@ def test_a_script_that_was_killed_goes_on_from_its_journal(unbroken, tmp_path, e
     assert (folder / "curve.jsonl").read_bytes() == (unbroken / "curve.jsonl").read_bytes()
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)  # a start of a server
 def test_int8_rollouts_are_on_policy_to_the_last_bit_too(unbroken, tmp_path):
     from grpo import train
@@ -142,6 +143,7 @@ def test_the_asynchronous_loop_bounds_staleness_and_loses_nothing(tmp_path, embe
     assert {row["stale_max"] for row in curve(folder)[:4]} == {0}
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_a_mixture_of_experts_that_was_upcycled_can_add_and_learns_with_replay(tmp_path):
     from grpo import train

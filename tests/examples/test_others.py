@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 
+@pytest.mark.thorough
 def test_the_corrections_differ_in_their_weights_and_in_nothing_drawn(tmp_path):
     import corrections
 
@@ -60,6 +61,7 @@ def test_the_table_of_the_mismatch_names_each_trainer(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_the_table_of_the_routing_shows_what_replay_is_worth(tmp_path):
     import routing_table
 

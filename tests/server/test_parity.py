@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from myserve.server.app import create_app
 from myserve.server.settings import Settings
+from runs import thorough
 
 PROMPTS = ("Hello", "Zß🦄你", "Count to three:")
 MIXES: tuple[dict[str, Any], ...] = (
@@ -27,7 +28,7 @@ MIXES: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gpt2"])
+@pytest.fixture(scope="module", params=[thorough("llama"), "qwen3", "gpt2"])
 def model_and_app(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]
 ) -> Iterator[tuple[Path, Any]]:

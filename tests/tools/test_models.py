@@ -28,6 +28,7 @@ def test_a_kind_that_runs_has_the_trainers_bits_and_one_that_does_not_is_refused
     assert (llama.differs, gptj.differs) == ("", "")
 
 
+@pytest.mark.thorough
 @own_process
 def test_control_numbers_of_the_server_alone_that_are_off_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that cuts the engine's attention short of the prompt; the self-test's prompt is shorter."""
@@ -40,6 +41,7 @@ def test_control_numbers_of_the_server_alone_that_are_off_are_wrong(monkeypatch:
     assert try_kind("llama").result == "WRONG"
 
 
+@pytest.mark.thorough
 @own_process
 def test_control_a_process_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "make", lambda *_: os._exit(7))

@@ -85,6 +85,7 @@ def test_a_packed_document_has_the_loss_that_it_has_alone() -> None:
     assert not torch.allclose(mixed, expected, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_the_command_trains_saves_and_prints_the_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,6 +181,7 @@ def an_empty_row() -> tuple[list[float], dict[str, Any]]:
     )
 
 
+@pytest.mark.thorough
 def test_the_search_finds_what_ended_the_engine_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: with the mend taken out the same search finds a row without a token."""
     with pytest.raises(NoSuchExample):

@@ -141,7 +141,7 @@ def on_libraries(model: Any) -> DeviceBackend:
 WAYS = [
     thorough(on_pages, "llama", "bfloat16"),
     (on_pages, "gemma3_text", "bfloat16"),
-    (on_pages, "qwen3_moe", "bfloat16"),
+    thorough(on_pages, "qwen3_moe", "bfloat16"),
     thorough(on_libraries, "llama", "float32"),
     (on_libraries, "gpt2", "float32"),
     (on_libraries, "qwen3_moe", "float32"),

@@ -20,6 +20,7 @@ from myserve.engine.engine import Engine
 from myserve.engine.weights.loader import load
 from myserve.errors import NotEnoughMemoryError
 from quantized_checkpoints import write_quantized
+from runs import thorough
 
 # 28 million weights of products, 4 million of an embedding that is tied: large beside what a process needs anyway
 WIDE = SMALL | {
@@ -65,7 +66,7 @@ def test_weights_and_cache_are_counted_by_definition(wide: Path) -> None:
 
 
 @pytest.mark.own_process
-@pytest.mark.parametrize("quantize", ["off", "int8"])
+@pytest.mark.parametrize("quantize", ["off", thorough("int8")])
 def test_what_a_model_takes_is_what_was_said(quantize: str, wide: Path) -> None:
     """Resident memory after a first engine, which brought the kernels, and after the wide model beside it."""
     tiny = make_tiny_model("llama", wide / "tiny", dtype=torch.bfloat16)

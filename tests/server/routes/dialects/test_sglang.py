@@ -14,6 +14,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save
 
+from runs import thorough
+
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
 
@@ -98,7 +100,7 @@ def streams(url: str, stop: threading.Event, seed: int) -> list[dict[str, Any]]:
     return answers
 
 
-@pytest.mark.parametrize("mode", ["in_place", "retract"])
+@pytest.mark.parametrize("mode", ["in_place", thorough("retract")])
 def test_every_token_under_32_streams_is_what_its_marked_version_gives(
     own: Any, judge: Callable[..., Any], mode: str
 ) -> None:
