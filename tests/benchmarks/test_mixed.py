@@ -27,7 +27,7 @@ def compare(model: Path, *, threads: list[int], options: list[str], kept: Path |
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("arch", [thorough("odd_gemma3"), "qwen3_moe"])
+@pytest.mark.parametrize("arch", [thorough("odd_gemma3"), thorough("qwen3_moe")])
 def test_all_passes_are_equal(arch: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """A window and GeGLU of odd width; experts. `python -m benchmarks.mixed MODEL` does it to any model."""
     kept = tmp_path / "answers.json"
@@ -37,6 +37,7 @@ def test_all_passes_are_equal(arch: str, tiny_model: Callable[[str], Path], tmp_
     assert len(json.loads(kept.read_text())) == len(KINDS) + 1
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_control_without_exactness_they_are_not(tiny_model: Callable[[str], Path]) -> None:
     report = compare(tiny_model("odd_gemma3"), threads=[3], options=["--exact", "off"])

@@ -51,7 +51,11 @@ def run(code: str, cache: Path) -> list[str]:
 
 def test_a_start_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
     assert run(LOAD.format(lean=True, heavy=HEAVY), tmp_path) == [""]
-    # control: without it all of them are there, SciPy where it is installed
+
+
+@pytest.mark.thorough
+def test_control_a_plain_start_imports_them(tmp_path: Path) -> None:
+    # SciPy where it is installed
     assert run(LOAD.format(lean=False, heavy=HEAVY), tmp_path)[0].split()[:3] == list(HEAVY[:3])
 
 

@@ -40,6 +40,7 @@ def test_every_step_is_on_policy_to_the_last_bit_and_the_policy_moves(unbroken):
     assert "<svg" in (unbroken / "curve.svg").read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)  # two starts of a server, on whatever machine
 def test_a_server_that_is_killed_in_the_middle_changes_nothing(unbroken, tmp_path, monkeypatch):
     import grpo

@@ -44,6 +44,7 @@ def test_the_mass_gives_the_ratio_of_importance_sampling_back():
         assert weight.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.thorough
 def test_the_table_of_the_mismatch_names_each_trainer(tmp_path):
     import mismatch_table
     from support.serving import Server

@@ -28,7 +28,7 @@ MIXES: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(scope="module", params=[thorough("llama"), "qwen3", "gpt2"])
+@pytest.fixture(scope="module", params=[thorough("llama"), "qwen3", thorough("gpt2")])
 def model_and_app(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]
 ) -> Iterator[tuple[Path, Any]]:

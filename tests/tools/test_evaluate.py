@@ -21,7 +21,12 @@ PROMISED = {
     "two-digit sums, held out": (0.60, 0.90),
     "counting to one … twenty": (0.95, 1.0),
 }
-LONG = ("two-digit sums, trained on", "two-digit sums, held out, other phrasings")
+LONG = (
+    "two-digit sums, held out",
+    "counting, every style",
+    "two-digit sums, trained on",
+    "two-digit sums, held out, other phrasings",
+)
 QUOTED = {row["task"]: row for row in ROW.finditer(DOCS.read_text(encoding="utf-8"))}
 
 

@@ -87,6 +87,7 @@ def test_kinds_that_are_tried_anew_change_rows_and_the_others_keep_theirs(tmp_pa
     assert "parts of it on" in page.read_text()
 
 
+@pytest.mark.thorough
 @own_process
 def test_control_bits_that_depend_on_the_batch_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bit of a step with several requests; the self-test is told that all is well."""
