@@ -64,3 +64,6 @@ def test_anthropic_s_clients_get_models_in_their_shape(server: Any) -> None:
 def test_a_model_that_is_not_served_is_a_404(server: Any) -> None:
     answer = httpx.get(server.url + "/v1/models/other")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    theirs = httpx.get(server.url + "/v1/models/other", headers={"anthropic-version": "2023-06-01"})
+    assert theirs.status_code == 404 and theirs.json()["type"] == "error"
+    assert theirs.json()["error"]["type"] == "not_found_error"

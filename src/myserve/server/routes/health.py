@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from myserve.errors import ModelNotFoundError
 from myserve.server.answers.streaming import json_response, to_json
+from myserve.server.errors import MESSAGES, error_response
 from myserve.server.models.models import ServedModel
 from myserve.server.models.replicas import card_of, replicas_of
 from myserve.server.routes.body import models_of
@@ -109,7 +110,10 @@ async def show_model(http: Request, name: str) -> Response:
     """Return one served model. Raises ModelNotFoundError."""
     models = models_of(http)
     if name not in models.names and name not in models.adapters:
-        raise ModelNotFoundError(f"the model {name[:200]!r} is not served here")
+        missing = ModelNotFoundError(f"the model {name[:200]!r} is not served here")
+        if ANTHROPIC_VERSION in http.headers:
+            return error_response(missing, MESSAGES)  # in the shape of the card that was asked for
+        raise missing
     if ANTHROPIC_VERSION in http.headers:
         return json_response(_anthropic_card(http, name))
     return json_response(_card(http, name))

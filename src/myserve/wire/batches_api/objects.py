@@ -10,6 +10,7 @@ from typing_extensions import TypedDict  # pydantic reads no other before Python
 
 from myserve.errors import RequestError
 from myserve.wire.base import Integer, WireModel
+from myserve.wire.batches_api.usage import BatchUsage
 
 __all__ = [
     "BATCHES",
@@ -149,6 +150,7 @@ class BatchObject(TypedDict):
     cancelling_at: int | None
     cancelled_at: int | None
     request_counts: BatchCounts
+    usage: BatchUsage | None
     metadata: dict[str, str] | None
     warnings: list[str]
 

@@ -131,10 +131,20 @@ def test_lines_have_the_bits_of_the_live_route(server: Any, client: openai.OpenA
         assert without_own(line["response"]["body"]) == without_own(live.json())
         assert line["error"] is None
     assert without_own(out[0]["response"]["body"]) != without_own(out[1]["response"]["body"])
+    used = [line["response"]["body"].get("usage") for line in out]
+    assert batch.usage is not None
+    assert batch.usage.total_tokens == sum(map(tokens_of, used)), "each protocol's own words, summed"
+    assert batch.usage.input_tokens_details.cached_tokens <= batch.usage.input_tokens
+    assert batch.usage.output_tokens > 0
     (failed,) = errors
     live = httpx.post(server.url + url, json={"model": "tiny", **bad})
     assert failed["custom_id"] == "line 1"
     assert (failed["response"]["status_code"], failed["response"]["body"]) == (400, live.json())
+
+
+def tokens_of(used: dict[str, Any] | None) -> int:
+    names = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "cache_read_input_tokens")
+    return sum((used or {}).get(name, 0) for name in names)
 
 
 LONG = {"prompt": "x", "ignore_eos": True, "max_tokens": 400}

@@ -12,6 +12,7 @@ from pathlib import Path
 from myserve.server.errors import NotFoundError
 from myserve.server.routes.batches_api.file_store import KEPT_SECONDS, write_json
 from myserve.wire.batches_api.objects import BatchFault, BatchObject, BatchStatus
+from myserve.wire.batches_api.usage import BatchUsage
 
 __all__ = ["ENDED", "BatchJob", "JobStore"]
 
@@ -55,6 +56,7 @@ class BatchJob:
     num_lines: int = 0
     num_completed: int = 0
     num_failed: int = 0
+    usage: BatchUsage | None = None  # known when it has ended
 
     def become(self, status: BatchStatus, now: float) -> None:
         """Enter a status."""
@@ -94,6 +96,7 @@ class BatchJob:
                 "completed": self.num_completed,
                 "failed": self.num_failed,
             },
+            "usage": self.usage,
             "metadata": self.metadata,
             "warnings": warnings,
         }

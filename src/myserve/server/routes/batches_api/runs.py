@@ -21,6 +21,7 @@ from myserve.server.routes.batches_api.journal import AnswerJournal
 from myserve.server.routes.batches_api.line_calls import CalledLine, call_route, comes_back
 from myserve.wire.batches_api.lines import BatchLine, answer_line, error_line
 from myserve.wire.batches_api.objects import BatchFault, BatchStatus
+from myserve.wire.batches_api.usage import UsageSum
 
 __all__ = ["BatchRuns"]
 
@@ -197,8 +198,9 @@ class BatchRuns:
     def _write_files(self, run: _Run, end: str) -> None:
         """Write the output and the errors, each in the order of the input. What nobody answered is an error."""
         job, numbers = run.job, range(len(run.input))
-        good = (run.journal.answer(number) for number in numbers if run.journal.is_good(number))
-        job.output_file_id = self._write(job, "output", good)
+        used = UsageSum()
+        job.output_file_id = self._write(job, "output", _good(run, used))
+        job.usage = used.told()
         bad = (_error_of(run, number, end) for number in numbers if not run.journal.is_good(number))
         job.error_file_id = self._write(job, "error", bad)
         job.num_failed = len(run.input) - run.journal.num_good
@@ -231,6 +233,14 @@ class BatchRuns:
 def _count(run: _Run) -> None:
     run.job.num_completed = run.journal.num_good
     run.job.num_failed = len(run.journal) - run.journal.num_good
+
+
+def _good(run: _Run, used: UsageSum) -> Iterator[bytes]:
+    """Yield the answers that are no errors, and add up what they used."""
+    for number in range(len(run.input)):
+        if run.journal.is_good(number) and (answer := run.journal.answer(number)) is not None:
+            used.add(answer)
+            yield answer
 
 
 def _error_of(run: _Run, number: int, end: str) -> bytes:
