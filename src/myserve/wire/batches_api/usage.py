@@ -28,13 +28,13 @@ class BatchUsage(TypedDict):
     total_tokens: int
 
 
-class _Details(msgspec.Struct):
+class _AnyDetails(msgspec.Struct):
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
     thinking_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class _AnyUsage(msgspec.Struct):
     """The fields of all protocols: an answer has those of one."""
 
     prompt_tokens: int = 0
@@ -44,26 +44,26 @@ class _Usage(msgspec.Struct):
     cached_tokens: int = 0
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
-    output_tokens_details: _Details | None = None
+    prompt_tokens_details: _AnyDetails | None = None
+    completion_tokens_details: _AnyDetails | None = None
+    input_tokens_details: _AnyDetails | None = None
+    output_tokens_details: _AnyDetails | None = None
 
 
-class _Body(msgspec.Struct):
-    usage: _Usage | None = None
-    meta_info: _Usage | None = None  # SGLang's
+class _AnsweredBody(msgspec.Struct):
+    usage: _AnyUsage | None = None
+    meta_info: _AnyUsage | None = None  # SGLang's
 
 
-class _Response(msgspec.Struct):
-    body: _Body | list[_Body]
+class _AnsweredResponse(msgspec.Struct):
+    body: _AnsweredBody | list[_AnsweredBody]
 
 
-class _Line(msgspec.Struct):
-    response: _Response | None = None
+class _AnsweredLine(msgspec.Struct):
+    response: _AnsweredResponse | None = None
 
 
-_LINE = msgspec.json.Decoder(_Line)
+_LINE = msgspec.json.Decoder(_AnsweredLine)
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class UsageSum:
             if used is not None:
                 self._take(used)
 
-    def _take(self, used: _Usage) -> None:
+    def _take(self, used: _AnyUsage) -> None:
         # Anthropic counts what was read from the cache beside the input
         cached = used.cache_read_input_tokens
         self.input_tokens += (
