@@ -1,4 +1,4 @@
-"""What the answers of a batch have used: each protocol's own words for it, summed into OpenAI's."""
+"""Sums what a batch's answers have used: each protocol's own words for it become OpenAI's."""
 
 from __future__ import annotations
 
