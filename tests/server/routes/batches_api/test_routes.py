@@ -135,7 +135,7 @@ def test_lines_have_the_bits_of_the_live_route(server: Any, client: openai.OpenA
     assert batch.usage is not None
     assert batch.usage.total_tokens == sum(map(tokens_of, used)), "each protocol's own words, summed"
     assert batch.usage.input_tokens_details.cached_tokens <= batch.usage.input_tokens
-    assert batch.usage.output_tokens > 0
+    assert batch.usage.input_tokens > 0
     (failed,) = errors
     live = httpx.post(server.url + url, json={"model": "tiny", **bad})
     assert failed["custom_id"] == "line 1"
