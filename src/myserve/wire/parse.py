@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
@@ -93,8 +94,10 @@ def _count(text: bytes | bytearray, mark: bytes) -> int:
 
 def _refuse_unsupported(request: BaseModel) -> None:
     for path, model in _models_in(request):
-        refused: Mapping[str, Refused] = getattr(model, "REFUSED", {})
-        for name, value in (model.model_extra or {}).items():
+        if not model.model_extra:
+            continue
+        refused: Mapping[str, Refused] = getattr(type(model), "REFUSED", {})
+        for name, value in model.model_extra.items():
             if name in refused and value is not None and value not in refused[name].idle:
                 instead = refused[name].instead
                 raise RequestError(
@@ -107,8 +110,11 @@ def _refuse_unsupported(request: BaseModel) -> None:
 
 def _refuse_unknown(request: BaseModel) -> None:
     for path, model in _models_in(request):
-        known = _HARMLESS | getattr(model, "HINTS", frozenset()) | getattr(model, "REFUSED", {}).keys()
-        for name, value in (model.model_extra or {}).items():
+        if not model.model_extra:
+            continue
+        kind = type(model)
+        known = _HARMLESS | getattr(kind, "HINTS", frozenset()) | getattr(kind, "REFUSED", {}).keys()
+        for name, value in model.model_extra.items():
             if name not in known and value is not None:
                 raise RequestError(
                     f"{path}{name} is no field of this request", param=path + name, code="unknown_parameter"
@@ -118,13 +124,31 @@ def _refuse_unknown(request: BaseModel) -> None:
 def _models_in(model: BaseModel, path: str = "") -> Iterator[tuple[str, BaseModel]]:
     """The request and every model inside it, each with what its fields' names begin with."""
     yield path, model
-    for name in type(model).model_fields:
+    for name in _fields_of_models(type(model)):
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             yield from _models_in(value, f"{path}{name}.")
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
             for position, item in enumerate(value):
                 yield from _models_in(item, f"{path}{name}[{position}].")
+
+
+@cache
+def _fields_of_models(kind: type[BaseModel]) -> tuple[str, ...]:
+    """Return the fields that can hold models: of thousands of messages most fields are texts, and looking takes time."""
+
+    def holds(annotation: Any) -> bool:
+        origin, parts = get_origin(annotation), get_args(annotation)
+        if origin is Literal:
+            return False
+        if origin is Annotated:
+            return holds(parts[0])
+        if parts:
+            return any(holds(part) for part in parts if part is not Ellipsis)
+        # what an alias stands for is not looked up: it may
+        return not isinstance(annotation, type) or issubclass(annotation, BaseModel)
+
+    return tuple(name for name, field in kind.model_fields.items() if holds(field.annotation))
 
 
 def _as_request_error(error: ValidationError, body: bytes | bytearray) -> RequestError:

@@ -159,7 +159,8 @@ async def _decide(
     engine.check_room(len(questions))
     # off the loop: the first reads the labels of the model's tokenizer, some hundred of them
     parsed = await answer.tokenizing.run(INLINE_CHARACTERS + 1, partial(decisions.parse, questions))
-    size = len(str(state))
+    # of what is no text, its length is known once it has been written, which is not done on the loop
+    size = len(state) if isinstance(state, str) else INLINE_CHARACTERS + 1
     asked: list[AskedQuestion] = []
     for question in parsed:
         # one at a time, so that other requests' prompts go in between

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import AfterValidator, Field, StrictBool, WithJsonSchema, model_validator
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from myserve.errors import RequestError
@@ -32,6 +32,27 @@ __all__ = [
 MAX_QUESTIONS = 400  # OpenAI's own limit
 MAX_OPTIONS = 255  # likewise
 
+
+def _is_state(value: Any) -> Any:
+    if not isinstance(value, (str, dict, list)):
+        raise ValueError("should be a text, an object or a list")
+    return value
+
+
+# a union would have pydantic look at each value of it twice, with Python's lock held
+State = Annotated[
+    Any,
+    AfterValidator(_is_state),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "object", "additionalProperties": True},
+                {"type": "array", "items": {}},
+            ]
+        }
+    ),
+]
 Json = dict[str, Any] | tuple[dict[str, Any], ...]
 
 
@@ -78,7 +99,7 @@ class SystemOneRequest(DecisionFields):
         "instructions": Refused(("",), "state"),
     }
 
-    state: str | dict[str, Any] | list[Any]
+    state: State
     questions: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=MAX_QUESTIONS)]
 
 
