@@ -226,6 +226,12 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm3",
         _FEW | {"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "conv"], "sliding_window": 24},
     ),
+    # all states, and no positions
+    "mamba2": (
+        "mamba2",
+        {"hidden_size": 36, "num_hidden_layers": 2, "num_heads": 6, "head_dim": 12, "state_size": 10, "n_groups": 3}
+        | {"vocab_size": 384, "chunk_size": 16, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.2},
+    ),
     "nemotron_h": (
         "nemotron_h",
         _FEW | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4}
@@ -260,14 +266,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mamba": (
         "mamba",
         {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
-        "context may be",
+        "Mamba-1's selective scan",
     ),
     # recurrences that are not ours: written into a layer, or Mamba-1's
     "minimax": ("minimax", _SMALL | {"num_local_experts": 2, "block_size": 16}, "keeps state"),
     "jamba": (
         "jamba",
         _SMALL | {"mamba_d_state": 4, "num_experts": 2, "attn_layer_offset": 1},
-        "cannot be run",
+        "Mamba-1's selective scan",
     ),
     "llama4_text": (
         "llama4_text",

@@ -121,3 +121,12 @@ def test_what_does_not_fit_is_said(load: Any) -> None:
     model._is_stateful = True
     with pytest.raises(UnsupportedModelError, match="state between tokens"):
         completion_logits(model, [[1]], [[2]])
+
+
+def test_a_model_that_hands_no_keywords_down_shares_prompts_too(load: Any, samples) -> None:
+    model = exact_forward(load("nemotron"))
+    with torch.no_grad():
+        assert torch.equal(completion_logits(model, *samples), padded_logits(model, *samples))
+    model.activation_checkpointing_enable()
+    with pytest.raises(UnsupportedModelError, match="hands no keywords down"):
+        completion_logits(model, *samples)

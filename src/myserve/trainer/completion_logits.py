@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from myserve.errors import RequestError, UnsupportedModelError
-from myserve.trainer.exact_attention import TRAINER_NAME, Spans
+from myserve.trainer.exact_attention import TRAINER_NAME, Spans, sharing
 from myserve.trainer.exact_recurrence import has_recurrent_layers
 from myserve.trainer.replay_routing import replay_routing
 
@@ -61,14 +61,21 @@ def completion_logits(
     kept = torch.tensor(sorted(set(layout.drawn_from)))
     # Transformers' models hand what they do not know on to attention.
     call: Any = model
-    with nullcontext() if experts is None else replay_routing(model, experts):
+    spans = layout.spans()
+    with sharing(spans), nullcontext() if experts is None else replay_routing(model, experts):
         logits: Tensor = call(
             input_ids=torch.tensor([layout.token_ids]),
             position_ids=torch.tensor([layout.position_ids]),
             use_cache=False,
             logits_to_keep=kept,
-            spans=layout.spans(),
+            spans=spans,
         ).logits[0]  # [rows that a token was drawn from, V]
+    if spans.was_dropped and _is_checkpointed(model):
+        # backward would run the layers again without them
+        raise UnsupportedModelError(
+            f"{type(model).__name__} hands no keywords down to its layers, so its prompts cannot be shared under "
+            "gradient checkpointing; turn that off"
+        )
     return logits.index_select(0, torch.searchsorted(kept, torch.tensor(layout.drawn_from)))
 
 
@@ -163,9 +170,13 @@ def _check(
             )
     if not any(map(len, completions)):
         raise RequestError("there are no completion tokens", param="completions")
-    if routing is not None and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    if routing is not None and _is_checkpointed(model):
         # Backward runs the forward again, outside of the replay: other experts, without a word.
         raise RequestError(
             "with gradient checkpointing the replay must last until backward: use replay_routing",
             param="routing",
         )
+
+
+def _is_checkpointed(model: PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -6,7 +6,9 @@ completions share has its keys and values computed once, as in the engine's cach
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from myserve.engine.kernels.attend import BLOCK_SIZE
 from myserve.engine.mixers.attention import allocate_layer, dense_attention, paged_attention, store_kv
 
-__all__ = ["TRAINER_NAME", "Spans", "register_exact_attention"]
+__all__ = ["TRAINER_NAME", "Spans", "register_exact_attention", "sharing", "spans_of"]
 
 _WINDOW = "_myserve_window"  # the attribute of a mask
 TRAINER_NAME = "myserve_trainer"  # attention and experts, as a model's config says them
@@ -69,6 +71,7 @@ class Spans:
         self.query_start = torch.tensor([0, *lengths]).cumsum(0)
         self.lengths, self.contexts = lengths, contexts
         self.context_rows = torch.cat(list(contexts))  # [sum of K]
+        self.was_dropped = False  # whether a layer was called without them
 
     @classmethod
     def of_whole(cls, lengths: Sequence[int]) -> Spans:
@@ -102,6 +105,31 @@ class Spans:
         return groups
 
 
+class _Call(threading.local):
+    spans: Spans | None = None
+
+
+_call = _Call()
+
+
+@contextmanager
+def sharing(spans: Spans) -> Iterator[None]:
+    """Let the layers of a call have its spans, also where a model hands no keywords down (Mamba-2, Nemotron)."""
+    _call.spans = spans
+    try:
+        yield
+    finally:
+        _call.spans = None
+
+
+def spans_of(given: Spans | None) -> Spans | None:
+    """Return the spans that a layer is given, or those of the call at hand."""
+    if given is None and _call.spans is not None:
+        _call.spans.was_dropped = True
+        return _call.spans
+    return given
+
+
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -128,7 +156,7 @@ def _attention_forward(
         "softcap": softcap or 0.0,
     }
     rows = [x.transpose(1, 2) for x in (query, key, value)]  # [B, T, heads, D]
-    if spans is not None:
+    if (spans := spans_of(spans)) is not None:
         return _attend([x[0] for x in rows], s_aux, spans, options).contiguous()[None], None
     if key.shape[2] != length:
         raise ValueError(

@@ -19,7 +19,7 @@ from myserve.engine.mixers.attention_pass import using
 from myserve.engine.mixers.recurrent import StateRows, whole_sequences
 from myserve.engine.mixers.recurrent_call import RecurrentCall
 from myserve.engine.mixers.recurrent_functions import calls_functions, stand_before
-from myserve.trainer.exact_attention import Spans
+from myserve.trainer.exact_attention import Spans, spans_of
 
 __all__ = ["has_recurrent_layers", "make_recurrent_layers_exact"]
 
@@ -50,7 +50,8 @@ def _exactly(forward: Callable[..., Any]) -> Callable[..., Any]:
         given = bound.arguments
         # a trainer's sequences are whole; with a cache, a layer would ask for states that nobody reads
         given |= {name: None for name in ("cache_params", "past_key_values") if name in given}
-        with using(_TrainerLayer(given.get("attention_mask"), given.get("kwargs", {}).get("spans"))):
+        spans = spans_of(given.get("kwargs", {}).get("spans"))
+        with using(_TrainerLayer(given.get("attention_mask"), spans)):
             return forward(*bound.args, **bound.kwargs)
 
     return wrapped

@@ -65,6 +65,40 @@ def test_weights_and_cache_are_counted_by_definition(wide: Path) -> None:
     assert need(wide, kv_cache_bytes=1 << 20).cache == 1 << 20
 
 
+@pytest.mark.parametrize(
+    ("arch", "keys", "states"),
+    [
+        ("qwen3_5_text", 1 * 2 * 2 * 16, 3 * 4 * 12 * 20),  # numbers of a token; of a request
+        ("kimi_linear", 0, 4 * 4 * 12 * 12),
+        ("granitemoehybrid", 1 * 2 * 2 * 16, 3 * 8 * 16 * 12),
+        ("nemotron_h", 1 * 2 * 2 * 16, 1 * 8 * 16 * 12),
+        ("falcon_h1", 4 * 2 * 2 * 16, 4 * 8 * 16 * 12),
+        ("mamba2", 0, 4 * 8 * 16 * 12),
+        ("lfm2", 1 * 2 * 2 * 16, 0),
+    ],
+)
+def test_hybrids_are_counted_by_what_each_layer_keeps(arch: str, keys: int, states: int) -> None:
+    sizes: dict[str, Any] = {
+        **SMALL, "num_hidden_layers": 4, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "linear_num_value_heads": 4, "linear_num_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 20,
+        "linear_head_dim": 12, "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_d_head": 16, "mamba_head_dim": 16,
+        "mamba_d_state": 12, "ssm_state_size": 12, "state_size": 12, "hidden_size": 64, "mamba_d_ssm": 128,
+    }  # fmt: skip
+    layers = {
+        "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention", "mamba"]},
+        "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+        "mamba2": {"num_heads": 8},
+        "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    }
+    known = AutoConfig.for_model(arch).to_dict()
+    fitting = {name: value for name, value in sizes.items() if name in known} | layers.get(arch, {})
+    config = AutoConfig.for_model(arch, **fitting)
+    found = gate.need_of(
+        {}, config, EngineConfig(max_model_len=64), dtype=torch.bfloat16, quantize="off", is_decoded=False, packs=True
+    )  # fmt: skip
+    assert found.cache == 64 * keys * 2 + 2 * 4 * states
+
+
 @pytest.mark.own_process
 @pytest.mark.parametrize("quantize", ["off", thorough("int8")])
 def test_what_a_model_takes_is_what_was_said(quantize: str, wide: Path) -> None:

@@ -23,7 +23,7 @@ from myserve.engine.mixers.attention_pass import current_mode
 from myserve.engine.mixers.recurrent import Convolution, Mixing, Recurrence
 from myserve.engine.mixers.recurrent_call import Arguments, RecurrentCall, RecurrentFunction
 
-__all__ = ["FUNCTIONS", "calls_functions", "stand_before"]
+__all__ = ["FUNCTIONS", "OTHERS", "calls_functions", "other_recurrence_of", "stand_before"]
 
 
 def _convolution(a: Arguments) -> Mixing:
@@ -86,6 +86,24 @@ FUNCTIONS: dict[str, RecurrentFunction] = {
     "chunk_kimi_delta_attention": _DELTA,
     "mamba2_chunk_scan": RecurrentFunction(("hidden_states", "dt", "B", "C"), 1, _scan, _itself),
 }
+
+# Functions of recurrences that are not computed here, by which a refusal is told.
+OTHERS = {
+    "mamba_selective_scan": "Mamba-1's selective scan, whose states decay by each token's own step in each channel",
+}
+
+
+def other_recurrence_of(model: nn.Module) -> str | None:
+    """Return what recurrence a model's layers name that is not ours; None where there is none.
+
+    >>> other_recurrence_of(nn.Linear(1, 1)) is None
+    True
+    """
+    for module in model.modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        for name in OTHERS.keys() & set(getattr(code, "co_names", ())):
+            return OTHERS[name]
+    return None
 
 
 def calls_functions(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from myserve.engine.mixers.attention_observer import AttentionObserver
 from myserve.engine.mixers.attention_pass import AttentionCall, StateCall, using
-from myserve.engine.mixers.recurrent_functions import stand_before
+from myserve.engine.mixers.recurrent_functions import other_recurrence_of, stand_before
 from myserve.engine.runner.logit_rows import LogitRows, body_outputs
 from myserve.engine.scheduling.step_costs import AttentionCost
 from myserve.errors import MyserveError, UnsupportedModelError
@@ -59,6 +59,11 @@ def observe(model: Any) -> ModelStructure:
     Raises UnsupportedModelError, naming the model and the reason, for one whose steps could not be batched.
     """
     name = type(model).__name__
+    if (other := other_recurrence_of(model)) is not None:
+        raise UnsupportedModelError(
+            f"{name} has layers of {other}; the engine computes the gated delta rule, Kimi's delta attention, "
+            "Mamba-2's scan and short convolutions; serve another model"
+        )
     observer = AttentionObserver(name)
     stand_before(model)
     ids = torch.arange(TOKENS, device=model.device)[None]

@@ -78,7 +78,7 @@ def load(model: str, config: EngineConfig, reserve: Reserve | None = None) -> Lo
     text_config = hf_config.get_text_config(decoder=True)
     refuse_what_cannot_be_packed(hf_config)
     refuse_what_cannot_be_packed(text_config)
-    longest = context_length(text_config)
+    longest = context_length(text_config, config.max_model_len)
     is_int8 = int8_scheme(hf_config)
     described = None if is_int8 else described_quantization(hf_config)
     quantize = config.quantize if getattr(hf_config, MARK, None) != "int8" else "int8"
@@ -263,6 +263,9 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+WITHOUT_POSITIONS = (
+    32_768  # tokens of a context that a model without positions has, unless somebody asks for more
+)
 # As configs call layers that attend with or without a window, are recurrent, or do neither: those that may be tried.
 # What a layer does is seen when the model is run (`model_structure`).
 _LAYER_TYPES = {
@@ -317,11 +320,16 @@ def _token_ids(named: Any, source: str) -> list[int]:
     return ids
 
 
-def context_length(config: Any) -> int:
-    """Return how many positions the model was made for. Raises UnsupportedModelError where its config has no number."""
+def context_length(config: Any, asked: int | None = None) -> int:
+    """Return how many positions the model was made for. Raises UnsupportedModelError where its config has no number.
+
+    One that is all states (Mamba-2) has no positions: it has as many as are `asked` for, or `WITHOUT_POSITIONS`.
+    """
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
         if length := getattr(config, name, None):
             return int(length)
+    if hasattr(config, "state_size") and not hasattr(config, "num_attention_heads"):
+        return asked or WITHOUT_POSITIONS
     raise UnsupportedModelError(
         f"the config of {config.model_type} has no number for how long a context may be"
     )

@@ -27,6 +27,19 @@ __all__ = ["Need", "need_of", "refuse_what_does_not_fit", "stored_tensors"]
 LEAST_CONTEXT = 2048  # tokens of the cache, where nobody says how long contexts may be
 _LOOKED_UP = re.compile(r"(embed|\bwte\b|\bwpe\b|token_embd)")
 _OF_TOWERS = re.compile(r"(visi|visual|image|audio|tower|projector|merger)")
+# Layers as configs call them. Where a config says nothing of its layers, each is what the model's kind has (Falcon-H1's
+# both attend and hold a state).
+_WITHOUT_KEYS = {"linear_attention", "mamba", "conv", "moe", "mlp"}
+_WITH_STATE = {"", "linear_attention", "mamba", "hybrid"}
+_STATES_OF_A_REQUEST = 2  # one that a step reads, and one that it writes
+_STATE_SIZES = (
+    ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    ("linear_num_heads", "linear_head_dim", "linear_head_dim"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),
+    ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_d_state"),
+    ("num_heads", "head_dim", "state_size"),
+)
 _LEAST_CACHE = 16 << 20
 _LEAST_CONTEXT_OFFERED = 256
 _GIB = 1 << 30
@@ -80,7 +93,8 @@ def need_of(
             weights += _int8(embedding) if quantize == "int8" else _bytes(embedding, dtype)
     number = _itemsize(dtype, tensors)
     longest = config.max_model_len or min(LEAST_CONTEXT, _context(text))
-    cache = config.kv_cache_bytes or longest * _bytes_per_token(text) * number
+    states = _STATES_OF_A_REQUEST * 4 * _numbers_of_states(text)  # float32
+    cache = config.kv_cache_bytes or longest * _numbers_per_token(text) * number + states
     hidden, vocabulary = int(text.hidden_size), int(text.vocab_size)
     inner = max(int(getattr(layer, "intermediate_size", None) or 4 * hidden) for layer in _layers(text))
     rows = min(config.max_num_batched_tokens, longest)
@@ -194,17 +208,35 @@ def _int8(info: TensorInfo) -> int:
     return math.prod(info.shape) + 4 * rows
 
 
-def _bytes_per_token(text: Any) -> int:
-    """Return how many numbers of keys and values a token has in all layers."""
-    return sum(_bytes_per_token_of(layer) for layer in _layers(text))
+def _numbers_per_token(text: Any) -> int:
+    """Return how many numbers of keys and values a token has in all layers that attend."""
+    layers = zip(_layers(text), _kinds(text), strict=False)
+    return sum(_numbers_per_token_of(layer) for layer, kind in layers if kind not in _WITHOUT_KEYS)
 
 
-def _bytes_per_token_of(layer: Any) -> int:
+def _numbers_per_token_of(layer: Any) -> int:
+    if not getattr(layer, "num_attention_heads", None):  # a model that is all states
+        return 0
     heads = int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
     width = int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
     if rank := getattr(layer, "qk_nope_head_dim", None):  # MLA: keys of every head, with their part of RoPE
         heads, width = int(layer.num_attention_heads), int(rank) + int(layer.qk_rope_head_dim)
     return 2 * heads * width
+
+
+def _numbers_of_states(text: Any) -> int:
+    """Return how many numbers the recurrent states of one request have; those of convolutions, few, are not counted."""
+    for names in _STATE_SIZES:
+        sizes = [getattr(text, name, None) for name in names]
+        if all(isinstance(size, int) for size in sizes):
+            return math.prod(sizes) * sum(kind in _WITH_STATE for kind in _kinds(text))
+    return 0
+
+
+def _kinds(text: Any) -> list[str]:
+    """Return what each layer is, as configs call it; "" where nothing is said of layers."""
+    named = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    return list(named) if named else [""] * int(text.num_hidden_layers)
 
 
 def _layers(text: Any) -> list[Any]:
