@@ -135,7 +135,7 @@ def _models_in(model: BaseModel, path: str = "") -> Iterator[tuple[str, BaseMode
 
 @cache
 def _fields_of_models(kind: type[BaseModel]) -> tuple[str, ...]:
-    """Return the fields that can hold models: of thousands of messages most fields are texts, and looking takes time."""
+    """Return the fields that can hold models: most fields of thousands of messages are texts, and a look costs."""
 
     def holds(annotation: Any) -> bool:
         origin, parts = get_origin(annotation), get_args(annotation)
