@@ -227,8 +227,8 @@ def _numbers_per_token_of(layer: Any) -> int:
 def _numbers_of_states(text: Any) -> int:
     """Return how many numbers the recurrent states of one request have; those of convolutions, few, are not counted."""
     for names in _STATE_SIZES:
-        sizes = [getattr(text, name, None) for name in names]
-        if all(isinstance(size, int) for size in sizes):
+        sizes = [size for name in names if isinstance(size := getattr(text, name, None), int)]
+        if len(sizes) == len(names):
             return math.prod(sizes) * sum(kind in _WITH_STATE for kind in _kinds(text))
     return 0
 
