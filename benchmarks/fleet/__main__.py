@@ -12,76 +12,23 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
 import psutil
 
 from benchmarks.fleet.requests import Asked, Told, ask, requests
+from benchmarks.fleet.serving import MODEL, Serving, is_well, serving
 from myserve.embedded import embedded_model_path
 
-MODEL = "myserve-demo"
 
-
-class Server:
-    """`myserve serve` in a process of its own."""
-
-    def __init__(self, *options: str) -> None:
-        # output to a file: a pipe that nobody reads would stop the server
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  # as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "myserve", "serve", "--port", "0", "--tool-style", "hermes", *options],
-            stderr=self.log,
-            stdout=self.log,
-        )
-        self.url = ""
-        while not self.url:
-            if self.process.poll() is not None:
-                raise SystemExit(Path(self.log.name).read_text())
-            found = re.search(r"http://\S+", Path(self.log.name).read_text())
-            self.url = found[0] if found else ""
-            time.sleep(0.2)
-
-    async def healthy(self, session: aiohttp.ClientSession) -> None:
-        while True:
-            with suppress(aiohttp.ClientError):
-                async with session.get(self.url + "/health") as response:
-                    if response.status == 200:
-                        return
-            await asyncio.sleep(0.3)
-
-    def replicas(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        found = []
-        for child in children:
-            with suppress(psutil.Error):
-                if "FleetReplica" in " ".join(child.cmdline()):
-                    found.append(child)
-        return found
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(60)
-
-
-@contextmanager
-def serving(*options: str):  # type: ignore[no-untyped-def]
-    server = Server(*options)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-async def right_answers(server: Server, asked: list[Asked]) -> list[Told]:
+async def right_answers(server: Serving, asked: list[Asked]) -> list[Told]:
     async with aiohttp.ClientSession() as session:
-        await server.healthy(session)
+        await is_well(session, server)
         told = [await ask(session, server.url, request) for request in asked]
         strange = {t.status for t in told} - {200}
         if strange:
@@ -92,7 +39,9 @@ async def right_answers(server: Server, asked: list[Asked]) -> list[Told]:
 class Soak:
     """What happened."""
 
-    def __init__(self, fleet: Server, asked: list[Asked], want: list[Told], args: argparse.Namespace) -> None:
+    def __init__(
+        self, fleet: Serving, asked: list[Asked], want: list[Told], args: argparse.Namespace
+    ) -> None:
         self.fleet, self.asked, self.want, self.args = fleet, asked, want, args
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -103,9 +52,9 @@ class Soak:
         timeout = aiohttp.ClientTimeout(total=600)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            await self.fleet.healthy(session)
+            await is_well(session, self.fleet, self.args.replicas)
             work = [self._stream(session, number) for number in range(self.args.streams)]
-            faults = [self._kill(), self._load(session)]
+            faults = [self._kill(), self._hang(), self._kill_controller(), self._load(session)]
             others = [asyncio.ensure_future(fault) for fault in faults]
             await asyncio.gather(*work)
             for other in others:
@@ -144,10 +93,30 @@ class Soak:
     async def _kill(self) -> None:
         while True:
             await asyncio.sleep(self.args.kill_every)
-            replicas = self.fleet.replicas()
+            replicas = self.fleet.processes("FleetReplica")
             if len(replicas) > 1:
                 os.kill(random.choice(replicas).pid, signal.SIGKILL)
                 self.counts["killed"] += 1
+
+    async def _hang(self) -> None:
+        """Stop a replica for longer than a link waits; it finds its streams gone elsewhere when it goes on."""
+        while self.args.hang_every:
+            await asyncio.sleep(self.args.hang_every)
+            replicas = self.fleet.processes("FleetReplica")
+            if len(replicas) > 1:
+                hung = random.choice(replicas)
+                with suppress(psutil.Error):
+                    hung.suspend()
+                    self.counts["hung"] += 1
+                    await asyncio.sleep(15)
+                    hung.resume()
+
+    async def _kill_controller(self) -> None:
+        while self.args.controller_every:
+            await asyncio.sleep(self.args.controller_every)
+            for process in self.fleet.processes("FleetController"):
+                os.kill(process.pid, signal.SIGKILL)
+                self.counts["controllers killed"] += 1
 
     async def _load(self, session: aiohttp.ClientSession) -> None:
         while True:
@@ -175,6 +144,8 @@ def main() -> None:
     parser.add_argument("--replica-cpus", type=float, default=0.5)
     parser.add_argument("--kill-every", type=float, default=20)
     parser.add_argument("--load-every", type=float, default=30)
+    parser.add_argument("--hang-every", type=float, default=0, help="0: none hangs")
+    parser.add_argument("--controller-every", type=float, default=0, help="0: the controller lives")
     args = parser.parse_args()
     asked = [request for seed in range(8) for request in requests(MODEL, seed)]
     with serving() as alone:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from myserve.cluster.controller import Controller
+from cluster.stores import ControllerDiedError, Store
+from myserve.cluster.controller import Controller, ControllerLostError
 from myserve.cluster.fleet_engine import FleetEngine
 from myserve.cluster.link import Link
 from myserve.cluster.messages import Entry, Member
@@ -29,6 +30,7 @@ class SmallFleet:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
+        self.store = Store()
         self.controller = self.run(self._controller())
         self.replicas: dict[str, ReplicaServer] = {}
         self.add("one")
@@ -40,14 +42,17 @@ class SmallFleet:
         self.wait_for(2)
 
     async def _beat(self) -> None:
-        """Each replica calls once a second, as its deployment does."""
+        """Each replica calls now and then, as its deployment does."""
         while True:
-            for name in list(self.replicas):
-                await self.controller.heartbeat(self.member(name))
-            await asyncio.sleep(1.0)
+            for name, server in list(self.replicas.items()):
+                told = self.member(name)
+                standing = await self.controller.heartbeat(told)
+                if standing.missing and self.member(name) == told:
+                    await asyncio.wrap_future(server.run(server.apply(standing.missing)))
+            await asyncio.sleep(0.3)
 
     async def _controller(self) -> Controller:
-        return Controller(SECRET)
+        return Controller(SECRET, self.store)
 
     def run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
@@ -58,9 +63,19 @@ class SmallFleet:
         async def call(*args: Any, **options: Any) -> Any:
             method = getattr(self.controller, name)
             coming = asyncio.run_coroutine_threadsafe(method(*args, **options), self._loop)
-            return await asyncio.wrap_future(coming)
+            try:
+                return await asyncio.wrap_future(coming)
+            except ControllerDiedError as died:
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._replace(), self._loop))
+                raise ControllerLostError("the fleet's controller was lost") from died
 
         return call
+
+    async def _replace(self) -> None:
+        """Start another controller, by what the one that died has written."""
+        self.store.fault = lambda body, when: None
+        dead, self.controller = self.controller, await self._controller()
+        dead._note_change()  # who waits there asks anew
 
     def add(self, name: str) -> ReplicaServer:
         """Start a replica, and let it take what the fleet has published."""

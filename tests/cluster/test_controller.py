@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.stores import Store
 from myserve.cluster.controller import Controller
-from myserve.cluster.journal import FleetJournal, FleetWeights
+from myserve.cluster.journal import Adapter, FleetJournal, FleetWeights
 from myserve.cluster.messages import Member
 from myserve.errors import BadSnapshotError, EngineDeadError, EngineError, RequestError
 
 pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("myserve.cluster.controller.SETTLE_SECONDS", 0.0)
 
 
 class Replica:
@@ -52,13 +57,13 @@ class Replica:
         self.held.clear()  # as a replica does whose caller is gone
 
 
-async def fleet_of(*replicas: Replica, file: Path | None = None) -> Controller:
+async def fleet_of(*replicas: Replica, store: Store | None = None) -> Controller:
     by_name = {replica.name: replica for replica in replicas}
 
     async def connect(member: Member) -> Replica:
         return by_name[member.name]
 
-    controller = Controller("secret", file, connect)
+    controller = Controller("secret", store, connect)
     for replica in replicas:
         await controller.heartbeat(replica.member)
     return controller
@@ -117,6 +122,7 @@ async def test_one_that_fails_to_swap_leaves_and_the_fleet_is_of_one_version() -
     await controller.update_weights("t", folder="/w/1")
     assert await names(controller)() == ["one"]
     assert (await controller.heartbeat(two.member)).is_expelled
+    assert (await controller.members("")).outside == {"two"}
 
 
 async def test_a_newcomer_is_no_member_before_it_has_the_published_version() -> None:
@@ -145,28 +151,30 @@ async def test_a_newcomer_waits_for_the_end_of_a_transaction() -> None:
 
 
 @pytest.mark.parametrize("phase", ["prepare", "swap"])
-async def test_a_controller_that_died_left_its_decision(tmp_path: Path, phase: Any) -> None:
+async def test_a_controller_that_died_left_its_decision(phase: Any) -> None:
     """Before the decision nothing was changed; after it, who has not swapped is behind and off the list."""
     pending = FleetWeights("/w/1", 1)
-    FleetJournal(pending=pending, phase=phase).write(tmp_path / "j")
+    store = Store(FleetJournal(pending=pending, phase=phase))
     swapped, behind = Replica("swapped"), Replica("behind")
     swapped.version = 1 if phase == "swap" else 0
-    controller = await fleet_of(swapped, behind, file=tmp_path / "j")
+    controller = await fleet_of(swapped, behind, store=store)
     assert await names(controller)() == (["swapped"] if phase == "swap" else ["behind", "swapped"])
-    assert FleetJournal.read(tmp_path / "j") == (
-        FleetJournal((pending,)) if phase == "swap" else FleetJournal()
-    )
+    assert (await controller.members("")).outside == ({"behind"} if phase == "swap" else set())
+    assert FleetJournal.read(store) == (FleetJournal((pending,)) if phase == "swap" else FleetJournal())
+    behind.version = 1
+    await controller.heartbeat(behind.member)
+    assert (await controller.members("")).outside == set()
 
 
-async def test_the_decision_is_in_the_file_before_the_first_swap(tmp_path: Path) -> None:
-    seen = []
+async def test_the_decision_is_kept_before_the_first_swap() -> None:
+    seen, store = [], Store()
 
     class Watching(Replica):
         async def call(self, method: str, **args: Any) -> Any:
-            seen.append((method, FleetJournal.read(tmp_path / "j").phase))
+            seen.append((method, FleetJournal.read(store).phase))
             return await super().call(method, **args)
 
-    controller = await fleet_of(Watching("one"), file=tmp_path / "j")
+    controller = await fleet_of(Watching("one"), store=store)
     await controller.update_weights("t", folder="/w/1")
     assert seen == [("prepare_weights", "prepare"), ("swap_weights", "swap")]
 
@@ -176,6 +184,31 @@ async def test_a_version_is_never_used_again() -> None:
     await controller.update_weights("t", folder="/w/5", version=5)
     with pytest.raises(RequestError, match="must grow"):
         await controller.update_weights("u", folder="/w/6", version=5)
+
+
+async def test_a_call_that_a_transaction_has_overtaken_is_no_step_back() -> None:
+    one = Replica("one")
+    controller = await fleet_of(one)
+    said_before = one.member
+    await controller.update_weights("t", folder="/w/1")
+    await controller.change_adapter(Adapter("a", "/l/a"))
+    standing = await controller.heartbeat(said_before)
+    assert (standing.is_member, standing.missing) == (True, ())
+    members = await controller.members("")
+    (member,) = members.members
+    assert (member.weight_version, member.num_adapter_changes, members.checksum) == (1, 1, "sum")
+
+
+async def test_one_that_leaves_while_the_others_swap_is_no_failure() -> None:
+    one, two = Replica("one"), Replica("two")
+    controller = await fleet_of(one, two)
+    one.waits = asyncio.Event()
+    updating = asyncio.ensure_future(controller.update_weights("t", folder="/w/1"))
+    await asyncio.sleep(0)
+    await controller.leave("two")
+    one.waits.set()
+    assert (await updating)["weight_version"] == 1
+    assert await names(controller)() == ["one"]
 
 
 async def test_a_pause_is_the_newcomers_too() -> None:

@@ -135,6 +135,25 @@ def test_a_replica_that_leaves_hands_its_streams_over(small_fleet: SmallFleet, a
     small_fleet.wait_for(2)
 
 
+def test_of_several_classes_of_bits_each_choice_says_its_own_and_a_session_stays_in_one(
+    small_fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def classes(session: str) -> set[str]:
+        params = [SamplingParams(max_tokens=2, seed=seed) for seed in range(4)]
+        streams = [
+            small_fleet.engine.submit(PROMPT, each, SubmitOptions(session=session, n=2)) for each in params
+        ]
+        answers = await asyncio.gather(*map(collect, streams))
+        return {choice.metrics.replica_class for choices in answers for choice in choices}
+
+    assert asyncio.run(classes("a")) == {""}
+    one, other = small_fleet.engine.links
+    monkeypatch.setattr(other, "member", replace(other.member, bits="other"))
+    of_sessions = [asyncio.run(classes(session)) for session in "abcdefgh"]
+    assert {len(found) for found in of_sessions} == {1}
+    assert set().union(*of_sessions) == {one.member.bits, "other"}
+
+
 def test_what_cannot_be_asked_is_refused_before_it_is_sent(small_fleet: SmallFleet) -> None:
     async def submit(prompt: list[int], **params: Any) -> None:
         small_fleet.engine.submit(prompt, SamplingParams(**params))

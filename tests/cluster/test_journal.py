@@ -1,32 +1,19 @@
-"""The journal: what a newcomer has to do, and a file that is whole or the one before."""
+"""The journal: what a newcomer has to do, and what another controller reads of it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
+from cluster.stores import Store
 from myserve.cluster.journal import Adapter, FleetJournal, FleetWeights
 
 WHOLE, PART = FleetWeights("/w/1", 3, checksum="c"), FleetWeights("/w/2", 4, partial=True)
 
 
-def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
+def test_a_store_holds_all_of_it() -> None:
     journal = FleetJournal(
         (WHOLE, PART, Adapter("a", "/l/a")), FleetWeights("/w/5", 9), "swap", "keep", ("weights",)
     )
-    journal.write(tmp_path / "deep" / "j.json")
-    assert FleetJournal.read(tmp_path / "deep" / "j.json") == journal
-    assert FleetJournal.read(tmp_path / "none") == FleetJournal()
-
-
-def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "j.json"
-    FleetJournal((WHOLE,)).write(file)
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("the disk is full")))
-    with pytest.raises(OSError, match="full"):
-        FleetJournal((WHOLE, PART)).write(file)
-    assert FleetJournal.read(file) == FleetJournal((WHOLE,))
+    assert FleetJournal.read(Store(journal)) == journal
+    assert FleetJournal.read(Store()) == FleetJournal()
 
 
 def test_a_replica_is_told_what_it_lacks_and_nothing_else() -> None:

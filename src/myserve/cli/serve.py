@@ -165,8 +165,13 @@ def _run_fleet(settings: Settings, listener: socket.socket) -> None:
     gc.enable()
     settings = one_model(settings)
     err.print("[bold]myserve[/]  [dim]starting Ray[/]")
-    with local_fleet(settings) as load:
-        _run(settings, listener, None, load)
+    # Ray's start takes seconds, and its processes have to be ended as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with local_fleet(settings) as load:
+            _run(settings, listener, None, load)
+    except KeyboardInterrupt:
+        return  # ended before it served, as asked
 
 
 def _run(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from myserve.cluster.journal import Adapter, FleetJournal, FleetWeights
+from myserve.cluster.journal import Adapter, FleetJournal, FleetWeights, JournalStore
 from myserve.cluster.link import Link
 from myserve.cluster.messages import Entry, Member, Members, Standing
 from myserve.errors import EngineDeadError, EngineError, RequestError
@@ -26,6 +27,7 @@ log = logging.getLogger("myserve.cluster")
 T = TypeVar("T")
 
 SILENT_SECONDS = 15.0  # a member that has not called for so long is gone
+SETTLE_SECONDS = 2.5  # of a controller's life, in which every replica has called it
 WATCH_SECONDS = 10.0  # that `members` waits for a change
 
 
@@ -41,7 +43,7 @@ class Peer(Protocol):
 
 
 class Controller:
-    """Used on one event loop. `file` keeps the journal; None: in memory alone, and no weights are taken.
+    """Used on one event loop. `store` keeps the journal; None: in memory alone, so another one does not know it.
 
     `connect` returns an open peer; by default a `Link` that shows `secret`.
     """
@@ -49,19 +51,22 @@ class Controller:
     def __init__(
         self,
         secret: str,
-        file: Path | None = None,
+        store: JournalStore | None = None,
         connect: Callable[[Member], Awaitable[Peer]] | None = None,
     ) -> None:
         self._secret = secret
-        self._file = file
+        self._store = store
         self._connect = connect or self._open_link
-        self.journal = FleetJournal() if file is None else FleetJournal.read(file)
+        self.journal = FleetJournal() if store is None else FleetJournal.read(store)
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
         self._expelled: set[str] = set()
+        self._behind: set[str] = set()  # they lack a change that is published
         self._epoch, self._count = secrets.token_hex(4), 0
         self._changed = asyncio.Event()
         self._changing = asyncio.Lock()  # one transaction at a time; nobody joins in the midst of it
+        # it may have taken another's place: a transaction now would find no replica, or leave some behind
+        self._settled_at = time.monotonic() + SETTLE_SECONDS
         self._settle_pending()
 
     def _settle_pending(self) -> None:
@@ -94,13 +99,25 @@ class Controller:
             if is_known := member.name in self._members:
                 self._heard_of(member.name)
             return Standing(is_known)
+        known = self._members.get(member.name)
+        if known is not None:
+            # a call that was on its way while a transaction ended says what was so before
+            member = replace(
+                member,
+                weight_version=max(member.weight_version, known.weight_version),
+                num_adapter_changes=max(member.num_adapter_changes, known.num_adapter_changes),
+            )
         missing = journal.missing(member.weight_version, member.num_adapter_changes)
         if missing:
             self._drop(member.name)
+            if member.name not in self._behind:
+                self._behind.add(member.name)
+                self._note_change()
             return Standing(False, False, missing, journal.paused, journal.released)
+        self._behind.discard(member.name)
         self._heard_of(member.name)
-        is_new = member.name not in self._members
-        if self._members.get(member.name) != member:
+        is_new = known is None
+        if known != member:
             self._members[member.name] = member
             self._note_change()
         return Standing(True, paused=journal.paused, released=journal.released) if is_new else Standing(True)
@@ -110,6 +127,7 @@ class Controller:
 
     async def leave(self, name: str) -> None:
         """Take a replica off the list: it ends."""
+        self._behind.discard(name)
         self._drop(name)
 
     async def members(self, known: str = "") -> Members:
@@ -123,7 +141,14 @@ class Controller:
             except TimeoutError:
                 self._drop_silent()
         journal = self.journal
-        return Members(self._generation, tuple(self._members.values()), journal.weight_version, journal.phase)
+        return Members(
+            self._generation,
+            tuple(self._members.values()),
+            journal.weight_version,
+            journal.phase,
+            journal.checksum,
+            frozenset(self._behind | self._expelled),
+        )
 
     # ---- changes
 
@@ -133,7 +158,7 @@ class Controller:
         `name` is the transaction's. `options`: a snapshot's fields, `version` among them, by default the next. Raises
         RequestError, and what a replica raised that could not prepare: nothing was changed.
         """
-        async with self._changing:
+        async with self._transaction():
             return await self._update(name, self._next(**options))
 
     def _next(self, version: int | None = None, **fields: Any) -> FleetWeights:
@@ -168,7 +193,7 @@ class Controller:
         checksum = next((report["checksum"] for report in good.values()), change.checksum)
         published = self.journal.with_change(replace(change, checksum=checksum))
         self._record(replace(published, pending=None, phase="idle"))
-        for member in good:
+        for member in good.keys() & self._members.keys():  # one may have left meanwhile
             self._members[member] = replace(self._members[member], weight_version=change.weight_version)
         self._note_change()
         if not good:
@@ -197,16 +222,20 @@ class Controller:
 
         It is tried on one replica first: what is wrong with the files fails there, and nothing was changed.
         """
-        async with self._changing:
+        async with self._transaction():
             peers = await self._peers()
             try:
                 first, *others = sorted(peers)
                 version = await peers[first].call("adapter", change=change)
                 self._record(self.journal.with_change(change))
                 rest = {member: peers[member] for member in others}
-                for member, result in (await self._on_each(rest, "adapter", change=change)).items():
+                results = {first: None, **await self._on_each(rest, "adapter", change=change)}
+                for member, result in results.items():
                     if isinstance(result, BaseException):
                         self._expel(member, result)
+                    elif (known := self._members.get(member)) is not None:
+                        count = known.num_adapter_changes + 1
+                        self._members[member] = replace(known, num_adapter_changes=count)
             finally:
                 for peer in peers.values():
                     peer.close()
@@ -215,7 +244,7 @@ class Controller:
 
     async def everywhere(self, method: str, **args: Any) -> None:
         """Have every replica do one of pause, resume, forget_prefixes, release_memory, restore_memory."""
-        async with self._changing:
+        async with self._transaction():
             peers = await self._peers()
             try:
                 results = await self._on_each(peers, method, **args)
@@ -231,6 +260,13 @@ class Controller:
             self._record(_noted(self.journal, method, args))
 
     # ---- pieces
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        if (left := self._settled_at - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        async with self._changing:
+            yield
 
     async def _peers(self) -> dict[str, Peer]:
         """Return every member that can be reached. Raises EngineDeadError where there is none."""
@@ -258,8 +294,8 @@ class Controller:
         return link
 
     def _record(self, journal: FleetJournal) -> None:
-        if self._file is not None:
-            journal.write(self._file)
+        if self._store is not None:
+            journal.write(self._store)
         self.journal = journal
         self._note_change()
 

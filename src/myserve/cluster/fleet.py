@@ -118,7 +118,11 @@ class Fleet:
         return [
             link
             for link in list(self.links.values())
-            if link.is_open and not link.is_leaving and link.status is not None and link.status.is_alive
+            if link.is_open
+            and not link.is_leaving
+            and link.name not in self.members.outside
+            and link.status is not None
+            and link.status.is_alive
         ]
 
     async def _watch(self) -> None:
@@ -126,6 +130,10 @@ class Fleet:
             try:
                 self.members = await self._directory.members(self.members.generation)
                 self._connect_missing()
+                if self._usable():
+                    # one may have caught up, over the connection that it had
+                    self._joined.set()
+                    self._place_parked()
             except Exception as error:
                 # streams do not pass through the controller: they go on without it
                 log.warning("the list of replicas was not had: %s", error)
@@ -186,6 +194,7 @@ class Fleet:
         self._parts[number] = part, link
         self._load[link.name] += len(part.open)
         part.placed.bits = link.member.bits
+        part.placed.tells_class |= len({each.member.bits for each in self.links.values()}) > 1
         link.send(Kind.SUBMIT, (number, part.prompt, part.params, part.options))
         if len(part.open) < part.n:
             ended = [

@@ -192,6 +192,7 @@ class FleetEngine:
                     prompt_tokens=counts.prompt_tokens,
                     hit_tokens=counts.hit_tokens,
                     is_leaving=link.is_leaving,
+                    is_behind=link.name in self.fleet.members.outside,
                 )
         return views
 

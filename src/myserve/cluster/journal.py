@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-__all__ = ["Adapter", "Change", "FleetJournal", "FleetWeights"]
+__all__ = ["Adapter", "Change", "FleetJournal", "FleetWeights", "JournalStore"]
 
 Mode = Literal["drain", "keep", "abort"]
 
@@ -38,6 +36,13 @@ class Adapter:
 
 
 Change = FleetWeights | Adapter
+
+
+class JournalStore(Protocol):
+    """Keeps one value beyond the life of the process that writes it: whole, or the one before."""
+
+    def read(self) -> bytes | None: ...
+    def write(self, body: bytes) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,30 +92,21 @@ class FleetJournal:
             if (change in adapters if isinstance(change, Adapter) else change.weight_version > weight_version)
         )
 
-    def write(self, path: Path) -> None:
-        """Put the journal in a file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".new")
-        with beside.open("w") as file:
-            json.dump(self._to_json(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+    def write(self, store: JournalStore) -> None:
+        """Put the journal in a store, in place of the one before."""
+        store.write(json.dumps(asdict(self)).encode())
 
     @classmethod
-    def read(cls, path: Path) -> FleetJournal:
-        """Return the journal of a file; an empty one where there is none."""
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
+    def read(cls, store: JournalStore) -> FleetJournal:
+        """Return the journal of a store; an empty one where none was written."""
+        body = store.read()
+        if body is None:
             return cls()
+        found = json.loads(body)
         changes = tuple(_change(change) for change in found.pop("changes"))
         pending = found.pop("pending")
         found["released"] = tuple(found["released"])
         return cls(changes, None if pending is None else FleetWeights(**pending), **found)
-
-    def _to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _change(found: dict[str, Any]) -> Change:

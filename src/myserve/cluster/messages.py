@@ -121,3 +121,5 @@ class Members:
     weight_version: int  # the published one
     phase: Literal["idle", "prepare", "swap"] = "idle"
     checksum: str | None = None  # of the published weights
+    # that run and are not at what is published: they take no requests until they are members again
+    outside: frozenset[str] = frozenset()

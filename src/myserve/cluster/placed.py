@@ -37,6 +37,7 @@ class Placed:
     metrics: dict[int, RequestMetrics] = field(default_factory=dict)
     prompt_is_scored: bool = False  # its logprobs have come
     bits: str = ""  # the class that it draws with
+    tells_class: bool = False  # the fleet has had several while it ran
     num_moves: int = 0
 
     def __post_init__(self) -> None:
@@ -53,6 +54,8 @@ class Placed:
     def metrics_of(self, index: int) -> RequestMetrics:
         """Return what a choice has cost, as far as its replica has told: its first token, and its end."""
         known = self.metrics.get(index) or RequestMetrics(prompt_tokens=len(self.prompt))
+        if self.tells_class:
+            known = replace(known, replica_class=self.bits)
         last = self.last[index]
         if last is None or not known.time_to_first_token:
             return known

@@ -124,6 +124,7 @@ class RequestMetrics:
     kv_cache_usage: float = 0.0  # blocks that running requests hold, just after this one gave back its own
     num_draft_tokens: int = 0  # that were verified
     num_accepted_tokens: int = 0  # of them, those that were drawn
+    replica_class: str = ""  # of bits, in a fleet whose replicas have several
 
 
 class Delta(Struct, frozen=True):

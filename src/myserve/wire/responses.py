@@ -117,6 +117,9 @@ class ChoiceExtras(TypedDict, total=False):
     seed: int
     weight_version: int
     adapter_version: int  # where the model is an adapter
+    replica_class: (
+        str  # only where a fleet's replicas differ in their bits: equal ones drew in the same arithmetic
+    )
     weight_version_spans: list[dict[str, int]]  # only when the weights changed inside the completion
     token_ids: list[int] | None
     drafters: list[

@@ -1,15 +1,12 @@
-"""`myserve serve --replicas 2` on a real Ray: a killed replica takes no byte with it, and nothing is left running."""
+"""`myserve serve --replicas 2` on a real Ray: what dies or hangs takes no byte with it, and nothing is left running."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +15,9 @@ import psutil
 import pytest
 
 from benchmarks.fleet.requests import Told, ask, requests
+from benchmarks.fleet.serving import MODEL, Serving, is_well, replicas_of
+from cluster.on_ray.conftest import THREADS, told_by
 from myserve.embedded import embedded_model_path
-
-MODEL = "myserve-demo"
-ENV = {**os.environ, "MYSERVE_TOOL_STYLE": "hermes", "MYSERVE_THREADS": "1", "MYSERVE_MODEL": ""}
-
-
-class Serving:
-    """A server of the command line, in a process of its own."""
-
-    def __init__(self, *options: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "myserve", "serve", "--port", str(port), *options], env=ENV
-        )
-
-    def replicas(self) -> list[psutil.Process]:
-        """Return the processes of its replicas: children of the Ray that it has started."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        found = []
-        for child in children:
-            with suppress(psutil.Error):
-                if "FleetReplica" in " ".join(child.cmdline()):
-                    found.append(child)
-        return found
-
-
-async def healthy(session: aiohttp.ClientSession, serving: Serving) -> None:
-    while True:
-        assert serving.process.poll() is None, "the server ended before it was ready"
-        try:
-            async with session.get(serving.url + "/health") as response:
-                if response.status == 200:
-                    return
-        except aiohttp.ClientError:
-            pass
-        await asyncio.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -69,62 +31,75 @@ def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(weights_dir: Path) -> Iterator[Serving]:
-    serving = Serving("--replicas", "2", "--replica-cpus", "0.5", "--weights-dir", str(weights_dir))
+    serving = Serving(
+        "--replicas", "2", "--replica-cpus", "0.5", "--weights-dir", str(weights_dir), **THREADS
+    )
     yield serving
     # in order, or Ray's processes would stay: the last test has done so already
-    serving.process.send_signal(signal.SIGINT)
-    serving.process.wait(60)
+    serving.stop()
 
 
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Serving]:
-    serving = Serving()
-    yield serving
-    serving.process.send_signal(signal.SIGTERM)
-    serving.process.wait()
-
-
-async def replicas_of(session: aiohttp.ClientSession, serving: Serving) -> list[Any]:
-    """Return what `/version` says of each replica."""
-    async with session.get(serving.url + "/version") as response:
-        return (await response.json())["replicas"][MODEL]
-
-
-async def told_by(serving: Serving, *, kills: bool = False) -> list[Told]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=100)) as session:
-        await healthy(session, serving)
-        while kills and len(await replicas_of(session, serving)) < 2:
-            await asyncio.sleep(0.2)
-        asked = [request for seed in (1, 2) for request in requests(MODEL, seed)]
-        answers = [asyncio.ensure_future(ask(session, serving.url, request)) for request in asked]
-        if kills:
-            await asyncio.sleep(0.3)
-            os.kill(serving.replicas()[0].pid, signal.SIGKILL)
-        return list(await asyncio.gather(*answers))
+async def is_whole(fleet: Serving) -> None:
+    async with aiohttp.ClientSession() as session:
+        await is_well(session, fleet, 2)
 
 
 @pytest.mark.timeout(240)
-def test_a_replica_killed_in_mid_stream_takes_no_byte_with_it(fleet: Serving, alone: Serving) -> None:
-    want = asyncio.run(told_by(alone))
-    assert {told.status for told in want} == {200}
-    assert asyncio.run(told_by(fleet, kills=True)) == want
+@pytest.mark.parametrize("fault", ["kill", "suspend"])
+def test_a_replica_that_dies_or_hangs_in_mid_stream_takes_no_byte_with_it(
+    fleet: Serving, want: list[Told], fault: str
+) -> None:
+    asyncio.run(is_whole(fleet))
+    replica = fleet.processes("FleetReplica")[0]
+    try:
+        assert asyncio.run(told_by(fleet.url, getattr(replica, fault))) == want
+    finally:
+        if fault == "suspend":
+            replica.resume()
+
+
+async def update(session: aiohttp.ClientSession, fleet: Serving, **body: Any) -> tuple[int, Any]:
+    body = {"path": "step-1", "mode": "keep"} | body
+    async with session.post(fleet.url + "/v1/weights", json=body) as response:
+        return response.status, await response.json()
 
 
 @pytest.mark.timeout(120)
 def test_new_weights_reach_the_fleet_and_the_replica_that_came_back(fleet: Serving) -> None:
-    async def update() -> None:
+    async def run() -> None:
         async with aiohttp.ClientSession() as session:
-            body = {"path": "step-1", "mode": "keep"}
-            async with session.post(fleet.url + "/v1/weights", json=body) as response:
-                report = await response.json()
-                assert (response.status, report.get("weight_version")) == (200, 1), report
-            body = {"path": "../step-1"}
-            async with session.post(fleet.url + "/v1/weights", json=body) as response:
-                assert response.status == 400
+            await is_well(session, fleet, 2)
+            status, report = await update(session, fleet)
+            assert (status, report.get("weight_version")) == (200, 1), report
+            assert (await update(session, fleet, path="../step-1"))[0] == 400
             answers = [await ask(session, fleet.url, requests(MODEL, 1)[1]) for _ in range(2)]
             assert {version for told in answers for version in told.weight_versions} == {1}
 
-    asyncio.run(update())
+    asyncio.run(run())
+
+
+@pytest.mark.timeout(120)
+def test_another_controller_goes_on_from_the_versions_of_the_one_that_was_killed(fleet: Serving) -> None:
+    """It is killed while the fleet waits for its streams to end: whatever was decided is so everywhere."""
+
+    async def run() -> None:
+        async with aiohttp.ClientSession() as session:
+            await is_well(session, fleet, 2)
+            long = [request for request in requests(MODEL, 3, max_tokens=400) if "echoed" in request.name]
+            streams = [asyncio.ensure_future(ask(session, fleet.url, long[0])) for _ in range(8)]
+            updating = asyncio.ensure_future(update(session, fleet, mode="drain"))
+            await asyncio.sleep(0.5)
+            for controller in fleet.processes("FleetController"):
+                controller.kill()
+            status, report = await updating
+            assert {told.status for told in await asyncio.gather(*streams)} == {200}
+            version = report["weight_version"] if status == 200 else 1
+            assert version == (2 if status == 200 else 1), report
+            assert (await update(session, fleet))[1]["weight_version"] == version + 1
+            while {r["weight_version"] for r in await replicas_of(session, fleet)} != {version + 1}:
+                await asyncio.sleep(0.1)
+
+    asyncio.run(run())
 
 
 @pytest.mark.timeout(120)
@@ -132,8 +107,7 @@ def test_metrics_and_status_name_each_replica(fleet: Serving) -> None:
     async def read() -> tuple[str, dict[str, Any]]:
         async with aiohttp.ClientSession() as session:
             # one that came in between would be in the second answer alone
-            while len(await replicas_of(session, fleet)) < 2:
-                await asyncio.sleep(0.2)
+            await is_well(session, fleet, 2)
             async with session.get(fleet.url + "/metrics") as response:
                 metrics = await response.text()
             async with session.get(fleet.url + "/version") as response:
@@ -153,32 +127,26 @@ def test_metrics_and_status_name_each_replica(fleet: Serving) -> None:
     assert all(replica["name"] in table and replica["class"] in table for replica in replicas)
 
 
+def nothing_is_left(children: list[psutil.Process]) -> bool:
+    return psutil.wait_procs(children, timeout=10)[1] == []
+
+
 @pytest.mark.timeout(60)
 def test_nothing_is_left_running_after_ctrl_c(fleet: Serving) -> None:
     children = psutil.Process(fleet.process.pid).children(recursive=True)
     assert any("raylet" in child.name() for child in children)
-    fleet.process.send_signal(signal.SIGINT)
-    assert fleet.process.wait(40) == 0
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert alive == []
+    assert fleet.stop() == 0, fleet.said
+    assert nothing_is_left(children)
 
 
-def said_by(*options: str, **variables: str) -> tuple[int, str]:
-    ran = subprocess.run(
-        [sys.executable, "-m", "myserve", "serve", "--port", "0", *options],
-        env=ENV | variables,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    return ran.returncode, " ".join(ran.stderr.split())
-
-
-def test_more_replicas_than_cores_are_refused_at_once() -> None:
-    code, said = said_by("--replicas", "4000")
-    assert code == 1 and "4000 replicas ask for 4000 CPUs" in said and "--replica-cpus" in said
-
-
-def test_several_models_are_refused() -> None:
-    code, said = said_by("--replicas", "2", MYSERVE_MODEL="a=/x,b=/y")
-    assert code == 1 and "a fleet serves one model" in said
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("process", ["raylet", "FleetReplica"])
+def test_nothing_is_left_running_of_a_start_that_was_ended(number: signal.Signals, process: str) -> None:
+    """While Ray starts, and while the replicas load their model."""
+    serving = Serving("--replicas", "2", "--replica-cpus", "0.5", **THREADS)
+    while not serving.processes(process):
+        assert serving.process.poll() is None, serving.said
+    children = psutil.Process(serving.process.pid).children(recursive=True)
+    assert serving.stop(number) == 0, serving.said
+    assert nothing_is_left(children)

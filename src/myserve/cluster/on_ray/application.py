@@ -56,7 +56,7 @@ class FleetIngress:
 def fleet_of(settings: Settings) -> tuple[Any, Any, str]:
     """Return the bound controller and replicas, and the secret that their channels ask for."""
     secret = secrets.token_hex(32)
-    controller = controller_of(settings, secret, secrets.token_hex(4))
+    controller = controller_of(secret, secrets.token_hex(8))
     return controller, replicas_of(settings, secret, controller), secret
 
 

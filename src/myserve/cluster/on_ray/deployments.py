@@ -9,7 +9,6 @@ import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -19,6 +18,7 @@ from ray.serve.schema import LoggingConfig
 from myserve.cluster.channel import error_from, error_to, pack, unpack
 from myserve.cluster.controller import Controller, ControllerLostError
 from myserve.cluster.messages import Member, Members, Standing
+from myserve.cluster.on_ray.store import RayStore
 from myserve.errors import EngineError, MyserveError
 from myserve.server.settings import Settings
 
@@ -34,8 +34,8 @@ CONTROLLER, REPLICA = "FleetController", "FleetReplica"
 class FleetController:
     """The deployment of `Controller`: one replica, which Serve starts again where it dies."""
 
-    def __init__(self, secret: str, file: str | None) -> None:
-        self._controller = Controller(secret, None if file is None else Path(file))
+    def __init__(self, secret: str, fleet: str) -> None:
+        self._controller = Controller(secret, RayStore(fleet))
 
     async def call(self, method: str, body: bytes) -> bytes:
         """Call a method; the answer, or the error, as bytes: Ray would wrap an error in one of its own."""
@@ -130,19 +130,21 @@ class FleetReplica:
     async def _join(self) -> None:
         """Take what the fleet has published, and wait to be in the list."""
         while True:
+            told = self._member
             try:
-                standing = await self._controller.heartbeat(self._member)
+                standing = await self._controller.heartbeat(told)
             except ControllerLostError as error:
                 log.warning("%s", error)
             else:
-                await self._catch_up(standing)
+                await self._catch_up(told, standing)
                 if standing.is_member:
                     return
             await asyncio.sleep(0.2)
 
-    async def _catch_up(self, standing: Standing) -> None:
+    async def _catch_up(self, told: Member, standing: Standing) -> None:
         server = self._server
-        if standing.missing:
+        # what has changed since it was told need not be lacking any more: the next call says
+        if standing.missing and self._member == told:
             await asyncio.wrap_future(server.run(server.apply(standing.missing)))
         if standing.released and not server.engine.released:
             await server.engine.release_memory(standing.released)
@@ -152,9 +154,10 @@ class FleetReplica:
     async def _beat(self) -> None:
         while not self._is_leaving:
             try:
-                standing = await self._controller.heartbeat(self._member)
+                told = self._member
+                standing = await self._controller.heartbeat(told)
                 self._expelled = standing.is_expelled
-                await self._catch_up(standing)
+                await self._catch_up(told, standing)
             except Exception as error:
                 log.warning("a heartbeat failed: %s", error)
             await asyncio.sleep(HEARTBEAT_SECONDS)
@@ -207,11 +210,8 @@ def one_deployment(context: Any) -> tuple[int, dict[str, Any]]:
     return _desired(context), {}
 
 
-def controller_of(settings: Settings, secret: str, fleet: str) -> Any:
-    """Return the bound deployment of the controller; its journal lies in the weights directory."""
-    file = None
-    if settings.weights_dir is not None:
-        file = str(Path(settings.weights_dir).resolve() / ".myserve-fleet" / f"{fleet}.json")
+def controller_of(secret: str, fleet: str) -> Any:
+    """Return the bound deployment of the controller of the fleet of this name."""
     deployment: Callable[..., Any] = serve.deployment(
         name=CONTROLLER,
         num_replicas=1,
@@ -222,7 +222,7 @@ def controller_of(settings: Settings, secret: str, fleet: str) -> Any:
         ray_actor_options={"num_cpus": 0},
         logging_config=QUIET,
     )(FleetController)
-    return deployment.bind(secret, file)  # type: ignore[attr-defined]
+    return deployment.bind(secret, fleet)  # type: ignore[attr-defined]
 
 
 def replicas_of(settings: Settings, secret: str, controller: Any) -> Any:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ __all__ = ["local_fleet"]
 
 log = logging.getLogger("myserve.cluster")
 
+REACH_SECONDS = 5.0
 OBJECT_STORE_BYTES = 128 << 20  # nothing of ours goes through it
 NEEDS_RAY = "--replicas needs Ray, which the other installs leave out: pip install 'myserve[ray]'"
 
@@ -31,8 +33,15 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
     """Connect to Ray, and yield what loads the model: it deploys the replicas and waits for them.
 
     On leaving, the application is deleted; a Ray that was started here is ended, with all its processes. Raises
-    RequestError for an address where no Ray is, and for more replicas than there is room for.
+    RequestError for an address where no Ray is, and for more replicas than there is room for; KeyboardInterrupt where
+    SIGINT or SIGTERM comes before it yields.
     """
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address == "local":  # Ray's own word for one that is started here
+        address = None
+    if address is not None:
+        # known before Ray is imported, which would ask for a minute
+        _check_reached(address)
     try:
         # read when Ray is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -41,20 +50,40 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
     except ModuleNotFoundError as error:
         raise RequestError(f"{NEEDS_RAY}  (missing: {error.name})") from error
 
-    address = os.environ.get("RAY_ADDRESS")
     if address is None and not settings.replica_gpus:
         # known before anything is started; how many GPUs there are is Ray's to find out
         _check_room({"CPU": os.cpu_count() or 1}, settings)
     name = f"myserve-{secrets.token_hex(4)}"
     try:
-        _connect(ray, address, settings)
-        _check_room(ray.cluster_resources(), settings)
+        try:
+            _connect(ray, address, settings)
+            _check_room(ray.cluster_resources(), settings)
+        except SystemExit:  # Ray's own answer to SIGTERM
+            raise KeyboardInterrupt from None
         yield _LocalLoader(settings, name)
     finally:
-        if ray.is_initialized():
-            if address is not None:
-                _delete(name)
-            ray.shutdown()
+        if ray.is_initialized() and address is not None:
+            _delete(name)
+        # also of a start that was interrupted
+        ray.shutdown()
+
+
+def _check_reached(address: str) -> None:
+    """Raise RequestError for an address of Ray's where nobody listens, or that is none."""
+    if address == "auto":  # of the Ray that runs on this machine
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "://" in host:
+        raise RequestError(
+            f"RAY_ADDRESS must be host:port of a Ray head (as `ray start --head` prints it), auto, or local; "
+            f"got {address!r:.200}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise RequestError(
+            f"no Ray is reached at RAY_ADDRESS={address}: {error.strerror or error}"
+        ) from error
 
 
 def _connect(ray: Any, address: str | None, settings: Settings) -> None:

@@ -165,6 +165,8 @@ class ActiveAnswer(Generic[R]):
             extras["adapter_version"] = choice.adapter_version
         if len(spans) > 1:
             extras["weight_version_spans"] = spans
+        if replica_class := choice.metrics.replica_class:
+            extras["replica_class"] = replica_class
         if self.session is not None:
             extras["session"] = self.session.told(choice)
         if self.request.raw_output:

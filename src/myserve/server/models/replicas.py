@@ -37,6 +37,7 @@ class ReplicaView:
     prompt_tokens: int
     hit_tokens: int
     is_leaving: bool
+    is_behind: bool = False  # it lacks what the fleet has published, and gets no requests
     num_restarts: int = 0  # one that is started again is another replica
 
     @property
@@ -48,6 +49,8 @@ class ReplicaView:
     def state(self) -> str:
         if self.is_leaving or not self.status.is_alive:
             return "leaving"
+        if self.is_behind:
+            return "behind"
         return "paused" if self.status.is_paused else "ready"
 
 
