@@ -46,6 +46,8 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
         # read when Ray is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # replicas are the server: Ray would have them yield to every other process
+        os.environ.setdefault("RAY_worker_niceness", "0")
         import ray
     except ModuleNotFoundError as error:
         raise RequestError(f"{NEEDS_RAY}  (missing: {error.name})") from error
