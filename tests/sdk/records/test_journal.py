@@ -61,6 +61,31 @@ def test_a_damaged_line_costs_its_own_sample_alone(tmp_path):
         assert journal.known("a") == {0: sample(0), 2: sample(2)}
 
 
+def test_what_is_noted_of_a_sample_is_a_line_of_its_own(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with Journal(path, run_seed=7) as journal:
+        for index in range(2):
+            journal.add("a", sample(index))
+    before = path.read_bytes()
+    with Journal(path, run_seed=7) as journal:
+        journal.note(sample(1), reward=1, trainer_logprobs=[-0.5])
+        journal.add("b", sample(2))
+        journal.note(sample(2), reward=0.25)
+        with pytest.raises(JournalError, match="has no sample 3"):
+            journal.note(sample(3), reward=1.0)
+        with pytest.raises(ValueError, match="has 2 numbers, the completion 1"):
+            journal.note(sample(1), trainer_logprobs=[-0.5, -0.5])
+        with pytest.raises(ValueError, match="finite"):
+            journal.note(sample(1), reward=float("nan"))
+    added = path.read_bytes().removeprefix(before).splitlines()
+    assert [json.loads(line).get("note") for line in added] == [
+        {"reward": 1.0, "trainer_logprobs": [-0.5]}, None, {"reward": 0.25}
+    ]  # fmt: skip
+    with Journal(path, run_seed=7) as journal:
+        assert journal.known("a") == {index: sample(index) for index in range(2)}
+        assert journal.known("b") == {2: sample(2)}
+
+
 def test_two_runs_do_not_share_a_journal(tmp_path):
     with (
         Journal(tmp_path / "run.jsonl", run_seed=7),

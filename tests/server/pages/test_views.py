@@ -14,6 +14,7 @@ import pytest
 
 from myserve.sdk import DeploymentSampler
 from myserve.sdk.records import Journal
+from myserve.sdk.types import SampledCompletion
 from server.pages.steps import fill, open_journal, run, until
 
 VIEWS = ("playground", "dashboard", "rollouts")
@@ -21,7 +22,7 @@ VIEWS = ("playground", "dashboard", "rollouts")
 
 @pytest.fixture(scope="module")
 def journal(inspected: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A journal that the SDK wrote: two prompts of four samples of a mixture, with routing; rewards were added."""
+    """A journal that the SDK wrote: two prompts of four samples of a mixture, with routing; rewards were noted."""
     path = tmp_path_factory.mktemp("journal") / "run.jsonl"
     sampler = DeploymentSampler(inspected.url, "moe", run_seed=7)
 
@@ -36,12 +37,13 @@ def journal(inspected: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with ThreadPoolExecutor(1) as thread:  # in this one runs playwright's loop
         thread.submit(sample).result(timeout=60)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines[1:]:
-        line["reward"] = line["index"] / 4
-        line["trainer_logprobs"] = [value + 0.001 for value in line["sample"]["inference_logprobs"]]
-        line["trainer_logprobs"][0] -= 0.001
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Journal(path, run_seed=7) as again:
+        for line in path.read_text().splitlines()[1:]:
+            drawn = SampledCompletion.from_json(json.loads(line)["sample"])
+            first, *others = drawn.inference_logprobs or ()
+            again.note(drawn, reward=0.0)
+            trainers = [first, *(value + 0.001 for value in others)]
+            again.note(drawn, reward=drawn.index / 4, trainer_logprobs=trainers)
     return path
 
 

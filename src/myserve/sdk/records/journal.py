@@ -1,15 +1,20 @@
 """Keeps a run's samples on disk: JSONL, append-only, a line a sample; a killed run loses no whole sample.
 
 The first line names the run seed. A line that was cut by a crash is dropped when the journal is opened again. A file
-that is not a journal is never changed, and a line that was edited is an error: neither is taken for a sample.
+that is not a journal is never changed, and a line that was edited is an error: neither is taken for a sample. What is
+known of a sample only later, a reward or a trainer's logprobs, is a line of its own: a note.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 import sys
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,6 +63,9 @@ class Journal:
         self.run_seed = run_seed
         # fingerprint -> sample index -> offset
         self._places: dict[str, dict[int, int]] = {}
+        self._keys: dict[bytes, str] | None = (
+            None  # of samples, for notes: made when the first one is written
+        )
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock()
@@ -84,6 +92,38 @@ class Journal:
             entry["request"] = request.to_json()
         offset = self._append(entry)
         self._places.setdefault(fingerprint, {})[sample.index] = offset
+        if self._keys is not None:
+            self._keys[_identity(sample)] = fingerprint
+
+    def note(
+        self,
+        sample: SampledCompletion,
+        *,
+        reward: float | None = None,
+        trainer_logprobs: Sequence[float] | None = None,
+    ) -> None:
+        """Write what is known of a sample that is here; of several notes the last counts, field by field.
+
+        `trainer_logprobs` [C]: the trainer's logprobs of the completion's tokens. The inspector shows both. Raises
+        JournalError for a sample that is not here, ValueError for a list of another length or a number that is not
+        finite.
+        """
+        if self._keys is None:
+            self._keys = {_identity(known): key for key in self._places for known in self.known(key).values()}
+        key = self._keys.get(_identity(sample))
+        if key is None:
+            raise JournalError(f"{self.path} has no sample {sample.index} with these tokens and this seed")
+        if trainer_logprobs is not None and len(trainer_logprobs) != sample.completion_len:
+            raise ValueError(
+                f"trainer_logprobs has {len(trainer_logprobs)} numbers, the completion {sample.completion_len} tokens"
+            )
+        logprobs = None if trainer_logprobs is None else [float(value) for value in trainer_logprobs]
+        note = {"reward": None if reward is None else float(reward), "trainer_logprobs": logprobs}
+        numbers = [value for value in (note["reward"], *(logprobs or ())) if value is not None]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a reward and logprobs are finite numbers")
+        told = {name: value for name, value in note.items() if value is not None}
+        self._append({"key": key, "index": sample.index, "note": told})
 
     def close(self) -> None:
         """Force all to the disk, so that a power failure loses nothing either, and release the file."""
@@ -143,8 +183,18 @@ class Journal:
         if entry is None:
             return  # damaged, by a power failure for one: its sample is asked for again
         key, index = entry.get("key"), entry.get("index")
-        if not isinstance(key, str) or type(index) is not int or index < 0 or "sample" not in entry:
-            raise self._edited(offset, "an entry has a key (text), an index (0 or more) and a sample")
+        is_note = isinstance(entry.get("note"), dict)
+        if (
+            not isinstance(key, str)
+            or type(index) is not int
+            or index < 0
+            or not ("sample" in entry or is_note)
+        ):
+            raise self._edited(
+                offset, "an entry has a key (text), an index (0 or more) and a sample or a note"
+            )
+        if is_note:
+            return
         self._places.setdefault(key, {})[index] = offset
 
     def _not_a_journal(self) -> JournalError:
@@ -183,6 +233,12 @@ def request_of(entry: dict[str, Any]) -> SampleRequest | None:
         return None
     sample = SampledCompletion.from_json(entry["sample"])
     return SampleRequest.from_json(fields, sample.prompt_tokens)
+
+
+def _identity(sample: SampledCompletion) -> bytes:
+    """Return a digest of which sample it is: its seed, its index and its ids."""
+    named = f"{sample.seed} {sample.index} {sample.prompt_len} ".encode()
+    return hashlib.blake2b(named + array("q", sample.full_tokens).tobytes(), digest_size=16).digest()
 
 
 def _object_of(line: bytes) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ def read_records(path: Path, request: Mapping[str, Any] | None = None) -> list[S
         return list(_of_line(kept, str(path)))
     values = _values(text, path)
     if isinstance(values[0][1], dict) and "journal" in values[0][1]:
-        return [_of_journal(entry, where) for where, entry in values[1:]]
+        return [_of_journal(entry, where) for where, entry in values[1:] if not _is_note(entry)]
     records: list[SampleRecord] = []
     for where, value in values:
         if not isinstance(value, dict) or not value.keys() & {"response", "stream", "choices"}:
@@ -188,6 +188,11 @@ def _contradiction(choice: Mapping[str, Any], response: Mapping[str, Any], num_c
 
 def _is_batch(prompt: object) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+
+
+def _is_note(entry: Any) -> bool:
+    """Return whether a journal's line is what somebody noted of a sample: nothing of it was drawn."""
+    return isinstance(entry, dict) and "note" in entry and "sample" not in entry
 
 
 def _of_journal(entry: Any, where: str) -> SampleRecord:

@@ -9,13 +9,14 @@ export class JournalError extends Error {}
 
 /**
  * Read `file`; `progress(done, samples)` is called as it goes. Returns {runSeed, samples, groups, damaged}. A line is
- * {"key", "index", "sample"}, and may have "reward", "prompt" and "trainer_logprobs" beside them.
+ * {"key", "index", "sample"}, and may have "reward", "prompt" and "trainer_logprobs" beside them; or a note of a sample
+ * before it, {"key", "index", "note": {"reward", "trainer_logprobs"}}.
  */
 export async function readJournal(file, progress) {
   const journal = { file, runSeed: null, samples: [], groups: new Map(), damaged: 0 };
   let turn = performance.now();
   for await (const { line, start, end } of linesOf(file)) {
-    take(journal, line, start, end);
+    await take(journal, line, start, end);
     if (performance.now() - turn > TURN) {
       progress(end / file.size, journal.samples.length);
       await new Promise(resolve => setTimeout(resolve));
@@ -50,7 +51,7 @@ async function* linesOf(file) {
   }
 }
 
-function take(journal, line, start, end) {
+async function take(journal, line, start, end) {
   let entry;
   try {
     entry = fromJson(line);
@@ -63,6 +64,10 @@ function take(journal, line, start, end) {
     return;
   }
   const sample = entry?.sample;
+  if (entry?.note && !sample) {
+    await takeNote(journal, entry);
+    return;
+  }
   if (!sample || typeof entry.key !== "string" || !Array.isArray(sample.full_tokens)) {
     journal.damaged++;
     return;
@@ -72,6 +77,21 @@ function take(journal, line, start, end) {
   const summary = summaryOf(entry, sample, start, end, group);
   group.members.push(summary);
   journal.samples.push(summary);
+}
+
+/** Add what a note tells to its sample; of several the last counts. */
+async function takeNote(journal, { key, index, note }) {
+  const summary = journal.groups.get(key)?.members.findLast(member => member.index === index);
+  if (!summary) {
+    journal.damaged++;
+    return;
+  }
+  summary.note = { ...summary.note, ...note };
+  if (typeof note.reward === "number") summary.reward = note.reward;
+  if (Array.isArray(note.trainer_logprobs)) {
+    const entry = await entryOf(journal, summary);
+    summary.mismatch = mismatchOf(entry, entry.sample);
+  }
 }
 
 function summaryOf(entry, sample, start, end, group) {
@@ -91,9 +111,9 @@ function mismatchOf(entry, sample) {
   return trainer.reduce((most, value, at) => Math.max(most, Math.abs(value - sampler[at])), 0);
 }
 
-/** The whole entry of a summary, read from the file again. */
-export async function entryOf(journal, { start, end }) {
-  return fromJson(await journal.file.slice(start, end).text());
+/** The whole entry of a summary, read from the file again, with what was noted of it. */
+export async function entryOf(journal, { start, end, note }) {
+  return { ...fromJson(await journal.file.slice(start, end).text()), ...note };
 }
 
 /** {rows, of}: expert ids of a sample as one array [tokens, layers, experts a token], flat; null where there are none. */
