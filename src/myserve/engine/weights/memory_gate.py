@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ _STATE_SIZES = (
     ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),
     ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
     ("n_mamba_heads", "mamba_headdim", "mamba_d_state"),
-    ("num_heads", "head_dim", "state_size"),
+    ("state_size", "num_heads", "head_dim"),
 )
 _LEAST_CACHE = 16 << 20
 _LEAST_CONTEXT_OFFERED = 256
@@ -226,11 +226,18 @@ def _numbers_per_token_of(layer: Any) -> int:
 
 def _numbers_of_states(text: Any) -> int:
     """Return how many numbers the recurrent states of one request have; those of convolutions, few, are not counted."""
-    for names in _STATE_SIZES:
-        sizes = [size for name in names if isinstance(size := getattr(text, name, None), int)]
-        if len(sizes) == len(names):
-            return math.prod(sizes) * sum(kind in _WITH_STATE for kind in _kinds(text))
-    return 0
+    size = next((size for names in _STATE_SIZES if (size := _product(text, names))), 0)
+    return size * sum(kind in _WITH_STATE for kind in _kinds(text))
+
+
+def _product(text: Any, names: Sequence[str]) -> int:
+    """Return the product of sizes; 0 where one is missing, behind which none is asked for: Gemma 4's may raise."""
+    product = 1
+    for name in names:
+        if not isinstance(size := getattr(text, name, None), int):
+            return 0
+        product *= size
+    return product
 
 
 def _kinds(text: Any) -> list[str]:
