@@ -1,6 +1,7 @@
 """Twice the capacity with random aborts: nothing leaks, nothing sticks, and every answer is the one it gives alone.
 
     python -m benchmarks.soak [--minutes 10] [--model FOLDER] [--quantize int8] [--speculation 4] [--seed 0]
+    python -m benchmarks.soak --kind qwen3_5_text   # a tiny random model of a kind of `tools.models`
 
 The engine has room for 16 requests and blocks for about half of their contexts, so that it often preempts; 32 are
 kept in flight. Ends with status 1 where anything is not as it should be.
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import random
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from myserve.core.params import SamplingParams
 from myserve.embedded import embedded_model_path
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
+from tools.models.kinds import make
 
 IN_FLIGHT = 32
 KINDS = 60  # different requests: each is answered alone once, and many times in company
@@ -102,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--model", default=None, help="a folder; default: the embedded model")
+    parser.add_argument("--kind", default=None, help="a tiny random model of this kind, made for the run")
     parser.add_argument("--quantize", choices=("off", "int8"), default="off")
     parser.add_argument("--speculation", default="auto", help="auto, off, or drafted tokens a step")
     parser.add_argument("--seed", type=int, default=0)
@@ -109,20 +113,26 @@ def main() -> None:
     config = EngineConfig(
         num_blocks=48, max_num_seqs=16, quantize=options.quantize, speculation=options.speculation
     )
-    engine = Engine.from_pretrained(options.model or str(embedded_model_path()), config)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.kind:
+            make(options.kind, Path(folder))
+        model = folder if options.kind else options.model or str(embedded_model_path())
+        engine = Engine.from_pretrained(model, config)
     tally = Tally()
     asyncio.run(soak(engine, 60 * options.minutes, random.Random(options.seed), tally))
     engine.scheduler.check_integrity()
     pool = engine.scheduler.pool
     idle = not engine.scheduler.running and not engine.scheduler.waiting
+    states = engine.scheduler.block_tables.states
+    kept = 0 if states is None else states.num_slots - states.num_free
     engine.shutdown()
     print(
         f"{tally.finished} answers equal to their own alone, {len(tally.wrong)} not; {tally.aborted} aborted; "
-        f"{engine.scheduler.num_preemptions} preemptions; idle {idle}; {pool!r}\n"
+        f"{engine.scheduler.num_preemptions} preemptions; idle {idle}; {pool!r}; {kept} states held\n"
         f"drafts: {engine.meters.drafts}\n"
         f"memory, GiB: {' '.join(f'{gib:.2f}' for gib in tally.memory)}"
     )
-    sys.exit(bool(tally.wrong) or not idle or not tally.finished)
+    sys.exit(bool(tally.wrong) or not idle or bool(kept) or not tally.finished)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,40 @@ def test_gradients_are_transformers_own(arch: str, tiny_model: Callable[[str], P
         assert close, name
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("qwen3_5_text", torch.bfloat16), ("nemotron_h", torch.float32)], ids=str
+)
+def test_policy_gradients_on_a_hybrid_have_a_mismatch_of_exactly_0(
+    arch: str, dtype: torch.dtype, tiny_model: Callable[[str], Path]
+) -> None:
+    """GRPO's loop: draw groups, reward even ids, take a step, send the weights; then the control, unsent ones."""
+    path, found = tiny_model(arch), []
+    engine = Engine.from_pretrained(
+        str(path), EngineConfig(num_blocks=48, dtype=str(dtype).removeprefix("torch."))
+    )
+    policy = exact_forward(AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval())
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    try:
+        for step in range(4):
+            params = SamplingParams(max_tokens=8, seed=step, ignore_eos=True)
+            drawn = run(engine, [Asked(prompt, params, n=4) for prompt in PROMPTS])
+            ids = [c.ids for choices in drawn for c in choices]
+            logits = completion_logits(policy, [p for p in PROMPTS for _ in range(4)], ids)
+            logprobs = exact_logprobs(logits, torch.tensor([i for row in ids for i in row]))
+            of_server = torch.tensor([t.logprob for choices in drawn for c in choices for t in c.tokens])
+            found.append(float((logprobs.detach() - of_server).abs().max()))
+            rewards = torch.tensor([[sum(i % 2 == 0 for i in c.ids) for c in row] for row in drawn]).float()
+            advantages = (rewards - rewards.mean(1, keepdim=True)).flatten().repeat_interleave(8)
+            optimizer.zero_grad()
+            (-(advantages * logprobs).mean()).backward()
+            optimizer.step()
+            if step < 2:
+                engine.update_weights(policy.state_dict()).result()
+    finally:
+        engine.shutdown()
+    assert found[:3] == [0.0, 0.0, 0.0] and found[3] > 0
+
+
 def completion_logits_of_theirs(
     model: torch.nn.Module, prompts: list[list[int]], completions: list[list[int]]
 ) -> torch.Tensor:  # [tokens of all completions, V]
