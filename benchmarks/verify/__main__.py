@@ -1,7 +1,8 @@
-"""Runs `myserve verify` many times against our own server: with each fault planted, and with none.
+"""Runs `myserve verify` many times against our own server: with each fault planted, and with none; and replays.
 
 python -m benchmarks.verify --runs 200    # no check may fail
 python -m benchmarks.verify --faults      # each fault is found by its check, and by no other
+python -m benchmarks.verify --replays 1000    # recorded samples of every mode are identical, edited ones are caught
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from benchmarks.verify.faulty import FAULTS, FaultySampler
+from benchmarks.verify.replays import replay_modes
 from myserve.embedded import embedded_model_path
 from myserve.server.app import create_app
 from myserve.server.settings import Settings
@@ -53,10 +55,12 @@ def main() -> None:
     parser.add_argument("--faults", action="store_true", help="a whole run for each fault")
     parser.add_argument("--draws", type=int, default=600)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--replays", type=int, default=0, help="recorded choices that are replayed")
     options = parser.parse_args()
     with serving() as (url, faulty):
         wrong = _with_faults(url, faulty, options.draws) if options.faults else 0
         faulty.fault = None
+        wrong += replay_modes(url, options.replays) if options.replays else 0
         wrong += _without(url, options.runs, options.first_seed, options.draws)
     sys.exit(wrong > 0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,48 +13,23 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.verify.faulty import FaultySampler
+from benchmarks.verify.replays import (
+    EDITS,
+    IDS,
+    MODEL,
+    Line,
+    add,
+    asked,
+    changed,
+    edited,
+    recorded,
+    replayed,
+    was_caught,
+)
 from myserve.cli import app as command
 from myserve.sdk import DeploymentSampler
-from myserve.verify.replay.compare import ReplayResult
-from myserve.verify.replay.records import read_records, record_of
+from myserve.verify.replay.records import read_records
 from myserve.verify.replay.run import replay
-
-Line = dict[str, Any]
-MODEL = "myserve-demo"
-SHARED = {"return_token_ids": True, "seed": 11}
-COLOR = SHARED | {"messages": [{"role": "user", "content": "Say a color:"}], "max_tokens": 8}
-STORY = SHARED | {"prompt": "Once upon a time", "max_tokens": 12}
-IDS = SHARED | {"prompt": [19, 424, 223, 20, 495, 223], "max_tokens": 6}
-PENALTIES = {"frequency_penalty": 0.9, "presence_penalty": 0.4, "repetition_penalty": 1.2}
-BODIES: dict[str, Line] = {
-    "greedy": STORY | {"temperature": 0, "logprobs": True},
-    "lists": STORY | {"logprobs": 3, "n": 2},
-    "filters": STORY | {"top_p": 0.9, "top_k": 50, "min_p": 0.01, "temperature": 0.8, "logprobs": True, "kept": True},
-    "penalties": STORY | PENALTIES | {"logprobs": True},
-    "bias": IDS | {"logit_bias": {"21": 2}, "logprobs": True, "top_logprobs": 3},
-    "stop": STORY | {"stop": ["the"], "max_tokens": 30, "logprobs": True},
-    "torch": STORY | {"noise": "torch", "logprobs": True},
-    "chat": COLOR | {"logprobs": True, "top_logprobs": 2, "n": 3},
-    "one": COLOR | {"logprobs": True},
-    "many": {"prompt": ["One, two,", "Say a"], "max_tokens": 5, "n": 2, "logprobs": True, "seed": 5},
-    "arrays": STORY | {"token_arrays": True},
-    "echo": IDS | {"echo": True, "logprobs": True},
-    "generate": {"token_ids": IDS["prompt"], "sampling_params": {"max_tokens": 5, "logprobs": 1, "seed": 2}},
-}  # fmt: skip
-STREAMED = {"chat": "chat streamed", "filters": "filters streamed", "stop": "stop streamed"}
-
-
-def post(url: str, body: Line) -> bytes:
-    route = (
-        "/v1/chat/completions" if "messages" in body
-        else "/inference/v1/generate" if "token_ids" in body
-        else "/v1/completions"
-    )  # fmt: skip
-    request = urllib.request.Request(
-        url + route, json.dumps({"model": MODEL} | body).encode(), {"content-type": "application/json"}
-    )
-    answer: bytes = urllib.request.urlopen(request, timeout=60).read()
-    return answer
 
 
 @pytest.fixture(scope="module")
@@ -66,143 +40,20 @@ def url(sampler: tuple[str, FaultySampler]) -> str:
 @pytest.fixture(scope="module")
 def lines(url: str) -> dict[str, Line]:
     """One record of each mode."""
-    found = {}
-    for name, body in BODIES.items():
-        found[name] = record_of({"model": MODEL} | body, json.loads(post(url, body)))
-    for name, streamed in STREAMED.items():
-        body = {"model": MODEL, "stream": True} | BODIES[name]
-        found[streamed] = {"request": body, "stream": post(url, body).decode()}
-    return found
-
-
-def replayed(url: str, tmp_path: Path, *lines: Line) -> list[ReplayResult]:
-    file = tmp_path / "records.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (results,) = asyncio.run(replay(read_records(file), [url]))
-    return results
+    return recorded(url)
 
 
 def test_every_mode_is_identical(url: str, lines: dict[str, Line], tmp_path: Path) -> None:
-    results = replayed(url, tmp_path, *lines.values())
+    results = replayed(url, tmp_path, list(lines.values()))
     assert {result.source: result for result in results if result.verdict != "identical"} == {}
     assert len(results) == len(lines) + 1 + 2 + 3 + 2  # those of several choices
 
 
-def changed(**values: Any) -> Callable[[Line], None]:
-    """Return an edit of a choice's fields."""
-    return lambda line: line["response"]["choices"][0].update(values)
-
-
-def asked(**values: Any) -> Callable[[Line], None]:
-    return lambda line: line["request"].update(values)
-
-
-def entry(place: int, **values: Any) -> Callable[[Line], None]:
-    return lambda line: line["response"]["choices"][0]["logprobs"]["content"][place].update(values)
-
-
-def add(place: int, by: float, name: str = "logprob") -> Callable[[Line], None]:
-    def edit(line: Line) -> None:
-        line["response"]["choices"][0]["logprobs"]["content"][place][name] += by
-
-    return edit
-
-
-def other_id(line: Line) -> None:
-    line["response"]["choices"][0]["token_ids"][1] += 1
-
-
-def in_stream(old: str, new: str) -> Callable[[Line], None]:
-    def edit(line: Line) -> None:
-        assert old in line["stream"]
-        line["stream"] = line["stream"].replace(old, new, 1)
-
-    return edit
-
-
-# Of records without a digest: it is the redraw that finds them.
-PARAMETERS: dict[str, Line] = {
-    "filters": {
-        "temperature": 0.5,
-        "top_p": 0.5,
-        "top_k": 3,
-        "min_p": 0.3,
-        "seed": 3,
-        "max_tokens": 5,
-        "kept": False,
-    }
-    | {"prompt": "Twice upon a time"},
-    "penalties": {"frequency_penalty": -2, "presence_penalty": -2, "repetition_penalty": 3.0, "seed": 4},
-    "bias": {"logit_bias": {"30": 9}, "prompt": [19, 424, 223, 21, 495, 223]},
-    "stop": {"stop": ["a"], "max_tokens": 2},
-    "torch": {"noise": "counter"},
-    "many": {"prompt": ["Say a", "One, two,"], "seed": 6, "n": 4},
-    "echo": {"echo": False},
-    "generate": {
-        "token_ids": [19, 424],
-        "sampling_params": {"max_tokens": 5, "logprobs": 1, "top_p": 0.1, "seed": 5},
-    },
-    "chat": {"messages": [{"role": "user", "content": "Roll a die."}]},
-}
-RESULTS: dict[str, list[Callable[[Line], None]]] = {
-    "bias": [add(1, 1e-3), add(0, 1e-6), other_id],
-    "stop": [changed(finish_reason="length"), changed(stop_reason="a"), changed(text="Once")],
-    "greedy": [
-        other_id,
-        add(2, -0.5),
-        entry(3, token_id=7),
-        entry(1, token="x"),
-        entry(1, bytes=[1]),
-        entry(2, text_offset=3),
-        entry(0, sampling_logprob=-1.0),
-        asked(temperature=1.0),
-    ],
-    "chat": [
-        changed(seed=12345),
-        changed(message={"role": "assistant", "content": "blurple"}),
-        changed(message={"role": "user", "content": ""}),
-        changed(weight_version=3),
-        changed(index=1),
-        changed(prompt_token_ids=[1, 2, 3]),
-        changed(token_ids=[5]),
-        entry(0, top_logprobs=[{"token": "x", "logprob": -1.0}]),
-    ],
-    "torch": [changed(seed=1), add(0, 0.1, "sampling_logprob")],
-    "one": [changed(finish_reason="length"), entry(0, logprob=-0.5)],
-    "arrays": [changed(text="x"), changed(token_arrays={"count": 0})],
-    "echo": [add(4, 0.01)],
-    "generate": [changed(token_ids=[21])],
-    "filters streamed": [
-        in_stream('"finish_reason":"length"', '"finish_reason":"stop"'),
-        in_stream('"logprob":-', '"logprob":-1'),
-        in_stream('"text":" ', '"text":"'),
-    ],
-    "chat streamed": [
-        in_stream('"seed":', '"seed":1'),
-        in_stream('"weight_version":0', '"weight_version":1'),
-    ],
-}
-EDITS: list[tuple[str, Callable[[Line], None]]] = [
-    *(
-        (name, asked(**{field: value}))
-        for name, values in PARAMETERS.items()
-        for field, value in values.items()
-    ),
-    *((name, edit) for name, edits in RESULTS.items() for edit in edits),
-]
-
-
 def test_fifty_edited_records_are_caught(url: str, lines: dict[str, Line], tmp_path: Path) -> None:
-    edited = []
-    for name, edit in EDITS:
-        line = copy.deepcopy({k: v for k, v in lines[name].items() if k != "digest"})
-        edit(line)
-        edited.append(line)
-    assert len(edited) >= 50
-    results = replayed(url, tmp_path, *edited)
-    for number, (name, _) in enumerate(EDITS):
-        own = [result for result in results if f"records.jsonl:{number + 1} " in result.source + " "]
-        assert any(result.verdict in ("differs", "edited") for result in own), (number, name, own)
+    made = edited(lines)
+    assert len(made) >= 50
+    results = replayed(url, tmp_path, made)
+    assert [EDITS[at][0] for at in range(len(made)) if not was_caught(results, at)] == []
 
 
 @pytest.mark.parametrize(
@@ -213,7 +64,7 @@ def test_a_digest_shows_what_no_draw_depends_on(
 ) -> None:
     line = copy.deepcopy(lines[name])
     edit(line)
-    assert {result.verdict for result in replayed(url, tmp_path, line)} == {"edited"}
+    assert {result.verdict for result in replayed(url, tmp_path, [line])} == {"edited"}
 
 
 def shifted(by: float) -> Callable[[Line], None]:
@@ -242,7 +93,7 @@ def test_the_likely_cause_is_named(
     if name == "one":
         line["response"]["usage"].pop("prompt_tokens")
     edit(line)
-    result = replayed(url, tmp_path, line)[0]
+    result = replayed(url, tmp_path, [line])[0]
     assert result.verdict == "differs" and result.cause.startswith(cause), result
     if name == "bias" and "logit_bias" in line["request"] and "25" in line["request"]["logit_bias"]:
         assert result.token == 0 and "drawn 25" in result.what
@@ -251,11 +102,11 @@ def test_the_likely_cause_is_named(
 
 def test_what_a_record_lacks_is_said(url: str, lines: dict[str, Line], tmp_path: Path) -> None:
     answer = copy.deepcopy(lines["bias"]["response"])
-    (alone,) = replayed(url, tmp_path, answer)
+    (alone,) = replayed(url, tmp_path, [answer])
     assert alone.verdict == "cannot" and "temperature" in alone.what
     answer["choices"][0].pop("seed")
     request = {name: value for name, value in lines["bias"]["request"].items() if name != "seed"}
-    (unseeded,) = replayed(url, tmp_path, {"request": request, "response": answer})
+    (unseeded,) = replayed(url, tmp_path, [{"request": request, "response": answer}])
     assert unseeded.verdict == "cannot" and "no seed" in unseeded.what
 
 
