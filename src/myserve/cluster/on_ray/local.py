@@ -1,6 +1,6 @@
 """`myserve serve --replicas N`: Ray is started here, or joined where RAY_ADDRESS says, and ended with the server.
 
-HTTP stays with our own server: TLS, limits and timeouts mean what they mean without a fleet. Ray listens on loopback.
+HTTP stays with our own server: TLS, limits and timeouts mean what they mean without a fleet.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _connect(ray: Any, address: str | None, settings: Settings) -> None:
         return
     for is_last in (False, True):
         try:
-            # loopback alone: no one else has to reach a Ray of one machine
+            # Ray makes this machine's own address of it (`resolve_ip_for_localhost`): docs/scale.md says to firewall it
             ray.init(
                 address="local",
                 num_cpus=os.cpu_count() or 1,
