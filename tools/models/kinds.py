@@ -50,6 +50,16 @@ _SIZES: Mapping[str, Any] = {
     "swa_v_head_dim": 12,
     "index_head_dim": 16,
     "index_n_heads": 4,
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
+    "linear_num_key_heads": 2,
+    **dict.fromkeys(("linear_key_head_dim", "linear_head_dim"), 12),
+    "linear_value_head_dim": 20,
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 12),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "n_groups"), 2),
+    **dict.fromkeys(("mamba_chunk_size",), 16),
+    "mamba_d_ssm": 128,
     "word_embed_proj_dim": 64,
     "hidden_size_per_layer_input": 8,
     "laurel_rank": 8,
@@ -65,6 +75,14 @@ _MLA = {"num_key_value_heads": 4, "head_dim": None}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False}
+_QWEN4 = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 16,
+}
 _WINDOW = {"use_sliding_window": True, "max_window_layers": 2}
 
 
@@ -78,6 +96,18 @@ def _heads(count: int, dim: int) -> dict[str, Any]:
     }
 
 
+# Three heads or five, widths that no register divides, one head of keys and values, embeddings tied.
+_ODD = {"hidden_size": 60, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12} | {
+    "intermediate_size": 91,
+    "tie_word_embeddings": True,
+}
+_ODD_DELTA = {
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 14,
+}
+_DELTA_LAYERS = [*(["linear_attention"] * 3), "full_attention"]
 _MIXED = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 # What kinds need beside their sizes: by type. None: leave it to the type's own default.
 _CHANGES: Mapping[str, Mapping[str, Any]] = {
@@ -92,12 +122,24 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 40},
     "gemma4_text": {"layer_types": _MIXED, "num_kv_shared_layers": 0, "global_head_dim": 32},
     "gemma3n_text": {"layer_types": _MIXED, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 4},
-    "granitemoehybrid": {"layer_types": ["attention"] * 4},
+    "bamba": {"attn_layer_indices": [2]},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention", "mamba"]},
+    **{key: {"layer_types": _DELTA_LAYERS, "num_key_value_heads": 4} for key in ("kimi_linear", "bailing_hybrid")},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "lfm3": {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"]},
+    "olmo_hybrid": {"linear_num_key_heads": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "qwen4_exp_text": _QWEN4,
+    "llama4_text": {"attention_chunk_size": 40},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
     **{key: {"num_key_value_heads": 4} for key in ("dots3_note", "dots3_note_text")},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "lfm2_moe": {"layer_types": ["full_attention", "conv", "full_attention", "full_attention"]},
-    "mamba2": {"num_heads": 8},
+    "mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 12, "chunk_size": 16},
     "moshi": {"audio_vocab_size": 32},
     "qwen2_5_vl_text": {"rope_parameters": _MROPE},
     "qwen3_vl_text": {"rope_parameters": _MROPE | {"mrope_interleaved": True}},
@@ -128,6 +170,20 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama-32-to-1": ("llama", _heads(32, 4)),
     **{f"llama-head-{n}": ("llama", {"head_dim": n}) for n in (10, 80, 100, 256)},
     "llama-odd-sizes": ("llama", _heads(10, 6) | {"intermediate_size": 91, "num_key_value_heads": 2}),
+    **{f"{kind}-odd": (kind, _ODD) for kind in ("gemma3_text", "lfm3", "llama", "qwen3", "smollm3")},
+    **{f"{kind}-odd": (kind, _ODD | _ODD_DELTA) for kind in ("qwen3_5_text", "qwen3_next")},
+    "bamba-odd": ("bamba", _ODD | {"mamba_n_heads": 6, "mamba_d_head": 20, "mamba_n_groups": 3, "mamba_d_state": 9}),
+    "kimi_linear-odd": (
+        "kimi_linear",
+        _ODD | {"num_key_value_heads": 5, "linear_num_heads": 3, "linear_head_dim": 22, "v_head_dim": 10},
+    ),
+    "nemotron_h-odd": (
+        "nemotron_h",
+        _ODD | {"mamba_num_heads": 6, "mamba_head_dim": 10, "n_groups": 3, "ssm_state_size": 9},
+    ),
+    "olmo_hybrid-odd": ("olmo_hybrid", _ODD | _ODD_DELTA | {"linear_num_key_heads": 6}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen3_5_text-tied": ("qwen3_5_text", {"tie_word_embeddings": True}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-gelu": ("llama", {"hidden_act": "gelu"}),
     "llama-yarn": ("llama", {"rope_parameters": _YARN | {"attention_factor": 1.0}}),

@@ -37,7 +37,7 @@ GREEDY = 32  # tokens drawn behind each
 SAMPLED = tuple([(7 + 13 * i * n) % (VOCAB_SIZE - 8) + 4 for i in range(n)] for n in (1, 9, 33, 64, 65, 90))
 CLOSE = 2e-3  # nats: float32 sums in another order, through a few layers; or so many times what they cost transformers
 TIMES_OWN = 4
-SECONDS = 300.0
+SECONDS = 900.0  # of a kind that takes twelve on a quiet machine
 LONGEST_REFUSAL = 420  # characters of a sentence
 Numbers = tuple[
     list[int], list[float]

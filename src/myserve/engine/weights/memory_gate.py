@@ -96,7 +96,7 @@ def need_of(
     states = _STATES_OF_A_REQUEST * 4 * _numbers_of_states(text)  # float32
     cache = config.kv_cache_bytes or longest * _numbers_per_token(text) * number + states
     hidden, vocabulary = int(text.hidden_size), int(text.vocab_size)
-    inner = max(int(getattr(layer, "intermediate_size", None) or 4 * hidden) for layer in _layers(text))
+    inner = max(_inner(layer, hidden) for layer in _layers(text))
     rows = min(config.max_num_batched_tokens, longest)
     step = rows * (4 * hidden + 2 * inner) * number + config.most_seqs * vocabulary * number
     return Need(weights, cache, step)
@@ -206,6 +206,13 @@ def _is_kept(name: str, info: TensorInfo) -> bool:
 def _int8(info: TensorInfo) -> int:
     rows = math.prod(info.shape[:-1])
     return math.prod(info.shape) + 4 * rows
+
+
+def _inner(layer: Any, hidden: int) -> int:
+    width = getattr(layer, "intermediate_size", None) or 4 * hidden
+    return (
+        int(max(width)) if isinstance(width, list | tuple) else int(width)
+    )  # Gemma 3n has one for each layer
 
 
 def _numbers_per_token(text: Any) -> int:
