@@ -46,7 +46,7 @@ clients: install ## other clients' packages, in .venv-clients, against our serve
 	$(BIN)/python -m tools.clients $(CLIENTS)
 
 coverage: install ## all tests, and which lines no test reached: by module, below 100 %
-	$(BIN)/python -m pytest --cov --cov-report=term --ignore tests/cluster/on_ray
+	$(BIN)/python -m pytest --cov --cov-report=term --numprocesses auto --dist loadfile --ignore tests/cluster/on_ray
 	$(BIN)/python -m coverage html -q -d build/coverage
 
 docs: install ## the pages as a site in build/site; a link that leads nowhere ends it
