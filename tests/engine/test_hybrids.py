@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,8 +65,14 @@ def test_the_control_a_state_that_is_not_taken_on_gives_other_bits(
     )
     usual = numbers(engine, asked)
 
-    def keeps_the_old_one(tables: BlockTables, request: object) -> None:
-        return None
+    commit = BlockTables.commit
+
+    def keeps_the_old_one(tables: BlockTables, request: Any) -> None:
+        if request.state_slot < 0:
+            commit(tables, request)
+        else:
+            tables._release(request.next_state_slot)
+            request.next_state_slot = -1
 
     monkeypatch.setattr(BlockTables, "commit", keeps_the_old_one)
     assert [choices[0].numbers for choices in run(engine, asked)] != usual
