@@ -73,6 +73,10 @@ _SCAN = {
     "mamba_n_groups": 2,
     "mamba_chunk_size": 16,
 }
+_CHUNKS = {
+    "no_rope_layers": [1, 0], "moe_layers": [1], "intermediate_size_mlp": 40, "num_local_experts": 4,
+    "floor_scale": 16, "attn_scale": 0.5,
+}  # fmt: skip
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 # name -> (type, config). Served: as transformers has them.
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -162,6 +166,13 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     # layers without positions among layers with a window
     "exaone4": ("exaone4", _SMALL | {"head_dim": 8, "sliding_window": 24, "sliding_window_pattern": 2}),
     "smollm3": ("smollm3", _SMALL),
+    # contexts cut into chunks; queries scaled by their position; experts whose inputs are weighted
+    "llama4_text": ("llama4_text", _SMALL | _CHUNKS | {"head_dim": 8, "attention_chunk_size": 20}),
+    "llama4_text-odd": (
+        "llama4_text",
+        _SMALL | _CHUNKS | {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12}
+        | {"attention_chunk_size": 17, "num_experts_per_tok": 2, "use_qk_norm": False, "moe_layers": [0, 1]},
+    ),
     # recurrent layers: the gated delta rule, with experts and with projections of its own
     "qwen3_5_text": ("qwen3_5_text", _SMALL | _DELTA | {"head_dim": 8}),
     "qwen3_next": ("qwen3_next", _SMALL | _DELTA | _EXPERTS | {"head_dim": 8, "num_experts": 4}),
@@ -274,10 +285,5 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "jamba",
         _SMALL | {"mamba_d_state": 4, "num_experts": 2, "attn_layer_offset": 1},
         "Mamba-1's selective scan",
-    ),
-    "llama4_text": (
-        "llama4_text",
-        _SMALL | {"head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 24},
-        "chunked_attention",
     ),
 }

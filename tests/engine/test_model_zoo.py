@@ -80,6 +80,8 @@ def numbers(completion: Completion) -> list[float]:
         "olmo_hybrid",
         "falcon_h1",
         "lfm2",
+        "llama4_text",
+        "llama4_text-odd",
     ],
 )
 def test_a_trainer_has_the_servers_bits(name: str, tiny_model: Callable[[str], Path]) -> None:

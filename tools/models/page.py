@@ -28,7 +28,7 @@ SERVED, TEXT_ALONE, DEPENDENT, OFF_POLICY, AS_VARIANTS = (
 # The row of the table that a refusal stands in, by a word of its sentence.
 _REASONS = {
     "AttentionInterface": "its attention does not go through transformers' interface",
-    "layers of ": "recurrent, linear, sparse or chunked layers",
+    "layers of ": "recurrent, linear or sparse layers",
     "mask of its own": "gives its attention a mask that is no window",
     "hides other positions": "gives its attention a mask that is no window",
     "other keys": "attends over other keys than those of its own tokens",

@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from myserve.engine.kernels.attend import BLOCK_SIZE
-from myserve.engine.mixers.attention import allocate_layer, dense_attention, paged_attention, store_kv
+from myserve.engine.mixers.attention import Reach, allocate_layer, dense_attention, paged_attention, store_kv
 
 __all__ = ["TRAINER_NAME", "Spans", "register_exact_attention", "sharing", "spans_of"]
 
-_WINDOW = "_myserve_window"  # the attribute of a mask
+_REACH = "_myserve_reach"  # the attribute of a mask
 TRAINER_NAME = "myserve_trainer"  # attention and experts, as a model's config says them
 
 
@@ -38,9 +38,10 @@ def _real_rows(
     kv_length: int,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    config: Any = None,
     **_: Any,
 ) -> Tensor | None:
-    """The rows [B, 1, 1, T] that are no padding, None for all; marked with the window where the model's mask has one.
+    """The rows [B, 1, 1, T] that are no padding, None for all; marked with the reach where the model's mask has one.
 
     Some models have it there alone, and give their attention no `sliding_window` (Qwen2-MoE). The shape is that of any
     mask, for some models take slices of it (Gemma 4).
@@ -52,8 +53,22 @@ def _real_rows(
         if attention_mask is None
         else attention_mask[:, None, None].clone()
     )
-    setattr(real, _WINDOW, local_size)
+    setattr(real, _REACH, _reach_of(local_size, config))
     return real
+
+
+def _reach_of(local_size: int, config: Any) -> Reach:
+    """A mask's local size is a window's or a chunk's: its config says which, for a padded mask cannot be asked.
+
+    Raises ValueError where a config has both of one size.
+    """
+    if local_size != getattr(config, "attention_chunk_size", None):
+        return Reach(window=local_size)
+    if local_size == getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"{config.model_type} has windows and chunks of {local_size}: which is meant is not told"
+        )
+    return Reach(chunk=local_size)
 
 
 class Spans:
@@ -152,8 +167,8 @@ def _attention_forward(
     batch, length, head_dim = query.shape[0], *query.shape[2:]
     options: dict[str, Any] = {
         "scale": head_dim**-0.5 if scaling is None else scaling,
-        "window": getattr(attention_mask, _WINDOW, sliding_window or 0),
         "softcap": softcap or 0.0,
+        **getattr(attention_mask, _REACH, Reach(sliding_window or 0))._asdict(),
     }
     rows = [x.transpose(1, 2) for x in (query, key, value)]  # [B, T, heads, D]
     if (spans := spans_of(spans)) is not None:

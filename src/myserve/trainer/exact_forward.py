@@ -27,6 +27,8 @@ from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.patch import is_router
 from myserve.engine.batch_invariance.quantized import QuantizedWeight, can_quantize
 from myserve.engine.batch_invariance.rope_table import look_up_angles
+from myserve.engine.batch_invariance.scaled_experts import adopt_scaled_experts, weighted
+from myserve.engine.mixers.row_positions import tell_positions
 from myserve.errors import RequestError
 from myserve.trainer.exact_adapters import add_expert_adapters, is_lora_layer, make_lora_exact
 from myserve.trainer.exact_attention import TRAINER_NAME, register_exact_attention
@@ -80,6 +82,8 @@ def exact_forward(
     experts = TRAINER_NAME if quantize == "off" else f"{TRAINER_NAME}_{quantize}"
     ALL_EXPERTS_FUNCTIONS.register(experts, partial(_experts_forward, quantize=quantize))
     model.set_attn_implementation(TRAINER_NAME)
+    adopt_scaled_experts(model)
+    tell_positions(model)
     install_activations(model, _activation)
     make_recurrent_layers_exact(model)
     modules: list[Any] = list(model.modules())
@@ -247,12 +251,14 @@ def _experts_forward(
     for expert in sorted(set(top_k_index.flatten().tolist())):
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
         up = "gate_up_proj" if module.has_gate else "up_proj"
-        inner = _expert_linear(module, up, expert, hidden_states[token], quantize)
+        x, weights = weighted(module, hidden_states[token], top_k_weights[token, slot, None])
+        inner = _expert_linear(module, up, expert, x, quantize)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         outer = _expert_linear(module, "down_proj", expert, inner, quantize)
         if module.has_post_expert_norm:
             outer = module.post_expert_norm(outer)
-        parts = parts.index_put((token, slot), (outer * top_k_weights[token, slot, None]).float())
+        given = outer if weights is None else outer * weights
+        parts = parts.index_put((token, slot), given.float())
     total = parts[:, 0]
     for j in range(1, parts.shape[1]):
         total = total + parts[:, j]

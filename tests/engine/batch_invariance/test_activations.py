@@ -159,3 +159,24 @@ def test_a_subclass_is_not_taken_for_what_it_overrides() -> None:
     install_activations(module)
     x = torch.randn(3, 5)
     assert torch.equal(module(x), 2 * pointwise.activation("silu", x))
+
+
+@torch.inference_mode()
+def test_a_product_of_complex_numbers_is_pytorchs_and_treats_elements_alike() -> None:
+    """Of one head, whose rows lie side by side: RoPE of Llama 4 and DeepSeek-V2."""
+    torch.manual_seed(0)
+    x = torch.view_as_complex(torch.randn(1, 301, 1, 6, 2))
+    turns = torch.polar(torch.ones(1, 301, 1, 6), 50 * torch.randn(1, 301, 1, 6))
+    parts = (1, 2, 5, 13, 280)
+
+    def alike() -> bool:
+        whole = x * turns
+        return torch.equal(
+            whole,
+            torch.cat([a * b for a, b in zip(x.split(parts, 1), turns.split(parts, 1), strict=True)], 1),
+        )
+
+    with ExactFunctions(pointwise.activation):
+        assert alike()
+        torch.testing.assert_close(x * turns, (x.to(torch.complex128) * turns).to(torch.complex64))
+    assert not alike()  # the control

@@ -34,6 +34,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"softcap": 5.0},
     {"sinks": True},
     {"window": 65, "sinks": True},
+    {"chunk": 48},
 ]
 CONTEXTS, QUERIES = [1, 5, 64, 133, 200, 31], [1, 1, 64, 50, 1, 7]
 
@@ -112,17 +113,20 @@ def test_is_attention(dtype: torch.dtype, shape: tuple[int, int, int], options: 
     torch.testing.assert_close(got.double(), torch.cat(wanted), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("causal_window", [0, 17])
-def test_the_definition_is_pytorchs(causal_window: int) -> None:
+@pytest.mark.parametrize(("causal_window", "chunk"), [(0, 0), (17, 0), (0, 17)])
+def test_the_definition_is_pytorchs(causal_window: int, chunk: int) -> None:
     query, key, value = (torch.randn(h, 40, 16, dtype=torch.float64) for h in (6, 2, 2))
     position = torch.arange(40)
     seen = (position[:, None] >= position) & (
         (position[:, None] - position < causal_window) | (not causal_window)
     )
+    if chunk:
+        seen &= position[:, None] // chunk == position // chunk
     wanted = F.scaled_dot_product_attention(
         query[None], key[None], value[None], attn_mask=seen, enable_gqa=True
     )[0]
-    torch.testing.assert_close(dense_attention(query, key, value, scale=0.25, window=causal_window), wanted)
+    got = dense_attention(query, key, value, scale=0.25, window=causal_window, chunk=chunk)
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -16,26 +16,39 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from myserve.engine.mixers.attention_observer import AttentionObserver, window_of_mask
+from myserve.engine.mixers.attention import Reach
+from myserve.engine.mixers.attention_observer import AttentionObserver, reach_of_mask
 from myserve.errors import UnsupportedModelError
 
 
 @given(window=st.integers(1, 1 << 20))
 @settings(max_examples=20, deadline=None)
 def test_a_window_is_read_off_a_mask_whatever_its_length(window: int) -> None:
-    assert window_of_mask(sliding_window_causal_mask_function(window)) == window
+    assert reach_of_mask(sliding_window_causal_mask_function(window)) == Reach(window=window)
+
+
+@given(chunk=st.integers(2, 1 << 20))
+@settings(max_examples=20, deadline=None)
+def test_so_is_a_chunk(chunk: int) -> None:
+    function = chunked_causal_mask_function(chunk, torch.zeros(1, dtype=torch.int64))
+    assert reach_of_mask(function) == Reach(chunk=chunk)
 
 
 def test_two_windows_are_the_smaller() -> None:
     both = and_masks(sliding_window_causal_mask_function(700), sliding_window_causal_mask_function(40))
-    assert window_of_mask(both) == 40
+    assert reach_of_mask(both) == Reach(window=40)
 
 
 @pytest.mark.parametrize(
     "mask",
     [
         bidirectional_mask_function,
-        chunked_causal_mask_function(64, torch.zeros(1, dtype=torch.int64)),
+        # chunks and a window, and chunks that begin elsewhere
+        and_masks(
+            chunked_causal_mask_function(64, torch.zeros(1, dtype=torch.int64)),
+            sliding_window_causal_mask_function(40),
+        ),
+        chunked_causal_mask_function(64, torch.ones(1, dtype=torch.int64)),
         or_masks(
             sliding_window_causal_mask_function(8), lambda b, h, q, kv: kv == 0
         ),  # a window, and the first token
@@ -45,13 +58,13 @@ def test_two_windows_are_the_smaller() -> None:
     ],
 )
 def test_a_mask_that_is_no_window_is_found_out(mask: object) -> None:
-    assert window_of_mask(mask) is None
+    assert reach_of_mask(mask) is None
 
 
 def observe(mask: torch.Tensor | None, window: int = 0, keys: int = 3) -> AttentionObserver:
     observer = AttentionObserver("SomeModel")
     query, key, value = torch.ones(3, 4, 8), torch.ones(keys, 2, 8), torch.ones(keys, 2, 6)
-    options = {"scale": 1.0, "window": window, "softcap": 0.0, "sinks": None}
+    options = {"scale": 1.0, "window": window, "chunk": 0, "softcap": 0.0, "sinks": None}
     out = observer.attend(torch.nn.Identity(), query, key, value, mask, options)
     assert out.shape == (3, 4, 6)
     return observer

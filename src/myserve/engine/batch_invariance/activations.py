@@ -2,7 +2,8 @@
 
 PyTorch's sigmoid, GELU, SiLU, mish and softplus give an element other bits in a vector than at the end of a thread's
 share (`kernels.activations`). A module that is one of them gets our kernel as its forward. Any other module whose code
-calls one of them runs its forward under `ExactFunctions`, which answers these calls and no others.
+calls one of them runs its forward under `ExactFunctions`, which answers these calls and no others. A product of complex
+numbers is such a function, too: RoPE as Llama 4 and DeepSeek-V2 write it.
 """
 
 from __future__ import annotations
@@ -163,8 +164,19 @@ _IN_PLACE: dict[Any, Any] = {
     Tensor.erf_: Tensor.erf,
     Tensor.rsqrt_: Tensor.rsqrt,
 }
-# The names under which code calls these.
-_NAMES = {f.__name__ for f in (*_FUNCTIONS, *_IN_PLACE)}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__}  # where both factors are complex
+# The names under which code calls these; complex numbers are made by the last.
+_NAMES = {f.__name__ for f in (*_FUNCTIONS, *_IN_PLACE)} | {"view_as_complex"}
+
+
+def _complex_product(a: Tensor, b: Tensor) -> Tensor:
+    """PyTorch's fuses the two products of a part in a vector, or not, by the place."""
+    (x, y), (u, v) = (torch.view_as_real(factor).unbind(-1) for factor in (a, b))
+    return torch.complex(x * u - y * v, x * v + y * u)
+
+
+def _are_complex(args: tuple[Any, ...]) -> bool:
+    return all(isinstance(x, Tensor) and x.dtype == torch.complex64 and x.device.type == "cpu" for x in args)
 
 
 class ExactFunctions(TorchFunctionMode):
@@ -186,6 +198,8 @@ class ExactFunctions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _PRODUCTS and not kwargs and _are_complex(args):
+            return _complex_product(*args)
         exact = _FUNCTIONS.get(_IN_PLACE.get(func, func))
         x = args[0] if args else kwargs.get("input")
         if exact is None or "out" in kwargs or not _takes(x):

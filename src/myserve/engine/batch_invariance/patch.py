@@ -36,6 +36,7 @@ from myserve.engine.batch_invariance.quantized import (
     stored,
     values_of,
 )
+from myserve.engine.batch_invariance.scaled_experts import adopt_scaled_experts, weighted
 from myserve.engine.kernels.int8.dots import int8_unit
 from myserve.engine.kernels.tiles import bfloat16_unit
 from myserve.engine.memory import huge_pages
@@ -173,6 +174,7 @@ def make_exact(
     if mode == "off":
         off = ExactReport(mode="off", unit="library", linears=0, routers=0, experts=0, norms=0)
         return off, QuantizationReport()
+    adopt_scaled_experts(model)
     files = huge_pages.FilePages()
     packing = _Packing(quantize == "int8", reserve, files)
     names = {id(module): name for name, module in model.named_modules()}
@@ -334,15 +336,15 @@ def exact_experts_forward(
     order = top_k_index.flatten().argsort(stable=True)  # [T * k]: places (token, slot), expert by expert
     counts = top_k_index.flatten().bincount(minlength=len(module.packed_up)).tolist()
     token, expert = order // k, top_k_index.flatten()[order]
-    x = hidden_states[token]
+    x, weights = weighted(module, hidden_states[token], top_k_weights.flatten()[order, None])
     inner = _with_adapters(module.low_rank_up, token, expert, x, multiply_each(module.packed_up, x, counts))
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     outer = multiply_each(module.packed_down, inner, counts)  # [T * k, D]
     outer = _with_adapters(module.low_rank_down, token, expert, inner, outer)
     if module.has_post_expert_norm:
         outer = module.post_expert_norm(outer)
-    weighted = (outer * top_k_weights.flatten()[order, None]).float()
-    parts = torch.empty_like(weighted).index_copy_(0, order, weighted).view(tokens, k, -1)
+    given = (outer if weights is None else outer * weights).float()
+    parts = torch.empty_like(given).index_copy_(0, order, given).view(tokens, k, -1)
     total = parts[:, 0]
     for j in range(1, k):
         total = total + parts[:, j]

@@ -50,7 +50,7 @@ Record = Any  # ATTEND
 ATTEND = (
     "query", "query_token", "query_head", "out", "keys", "values", "tables", "table_row", "query_start",
     "context_lens", "sinks", "scratch", "scratch_bytes", "tokens", "requests", "kv_heads", "group",
-    "head_dim", "window", "tiles", "scale", "softcap",
+    "head_dim", "window", "chunk", "tiles", "scale", "softcap",
 )  # fmt: skip
 
 
@@ -136,6 +136,13 @@ def _block(a: Record, cache: Address, request: int, head: int, key: int, block_b
 
 
 @njit(error_model="numpy")
+def _first_key(a: Record, position: int) -> int:
+    """Return the first key that a query sees, which never falls from one position to the next."""
+    first = max(0, position + 1 - a.window) if a.window > 0 else 0
+    return max(first, position // a.chunk * a.chunk) if a.chunk > 0 else first
+
+
+@njit(error_model="numpy")
 def _scratch(kind: Kind, rows: int, dim: int, scratch: Address) -> Any:
     """Return where a work item's rows lie and how many there is room for: whole register tiles, padded with zeros.
 
@@ -201,14 +208,14 @@ def _attend_partition(
         _scores(kind, rows, query, dim, scratch, scores, a.values - a.keys)
     for r in range(rows):
         end = position + r // a.group + 1
-        begin = max(0, end - a.window) if a.window > 0 else 0
+        begin = _first_key(a, end - 1)
         softmax_step(
             kind, scores + 4 * r * PARTITION, weights + weight * r * PARTITION, begin - key, end - key, a.scale,
             a.softcap, peaks + 4 * r, alphas + 4 * r, totals + 4 * r * LANES,
         )  # fmt: skip
     if uses_tiles(kind):
         scale_rows(rows, out, dim, alphas)
-    # blocks below the window may be another request's by now
+    # blocks below what is seen may be another request's by now
     at, end = max(key, first // BLOCK_SIZE * BLOCK_SIZE), min(key + PARTITION, last)
     keys, keys2 = min(BLOCK_SIZE, end - at), max(0, end - at - BLOCK_SIZE)
     values = _block(a, a.values, request, head, at, block_bytes)
@@ -265,7 +272,7 @@ def _attend_tile(
     rows = positions * a.group
     _load_queries(a, kind, head, token, rows, scratch)
     last = position + positions  # the first key that no row of the tile sees
-    first = max(0, position + 1 - a.window) if a.window > 0 else 0
+    first = _first_key(a, position)
     for key in range(first // PARTITION * PARTITION, last, PARTITION):
         _attend_partition(
             a, kind, request, head, key, first, last, position, rows, coming, coming_head, scratch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,16 @@ from myserve.engine.memory import huge_pages
 from myserve.engine.mixers.recurrent import StateRows
 
 __all__ = [
-    "PagedContext", "Pages", "allocate_layer", "bytes_per_block", "dense_attention", "paged_attention", "store_kv",
+    "PagedContext", "Pages", "Reach", "allocate_layer", "bytes_per_block", "dense_attention", "paged_attention",
+    "store_kv",
 ]  # fmt: skip
+
+
+class Reach(NamedTuple):
+    """How far back a query sees; 0: all that is before it."""
+
+    window: int = 0  # so many positions, its own included
+    chunk: int = 0  # those of its own chunk: contexts are cut at every multiple of it (Llama 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,7 @@ class Pages(Protocol):
 
     def attend(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, *, scale: float,
-        window: int, softcap: float, sinks: Tensor | None, value_dim: int | None = None,
+        window: int, chunk: int, softcap: float, sinks: Tensor | None, value_dim: int | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
@@ -127,17 +135,19 @@ def paged_attention(
     *,
     scale: float,
     window: int = 0,
+    chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     value_dim: int | None = None,
 ) -> Tensor:
     """Return softmax(scale * q k^T) v over each request's own pages, causal; query [T, H, Dk], result [T, H, Dv].
 
-    Sums are in float32. `window`: a query sees its own position and the `window - 1` before it (0: all). `softcap` c:
-    scores become c * tanh(score / c) (Gemma 2). `sinks` [H]: a score a head that takes weight and gives none (gpt-oss).
-    `value_dim`: Dv, where it is not Dk. block_tables [R, max_blocks], query_start [R + 1] and context_lens [R] are
-    int32. A row's bits depend on its query and its keys alone: not on the other rows, on how its context came into the
-    cache, on `context_lens` of others, nor on the number of threads.
+    Sums are in float32. `window`: a query sees its own position and the `window - 1` before it (0: all). `chunk`: none
+    before the last multiple of it (0: all), as Llama 4 cuts its contexts. `softcap` c: scores become
+    c * tanh(score / c) (Gemma 2). `sinks` [H]: a score a head that takes weight and gives none (gpt-oss). `value_dim`: Dv, where it is not
+    Dk. block_tables [R, max_blocks], query_start [R + 1] and context_lens [R] are int32. A row's bits depend on its
+    query and its keys alone: not on the other rows, on how its context came into the cache, on `context_lens` of
+    others, nor on the number of threads.
     Raises ValueError for what the kernel would read or write amiss.
     """
     if query.dim() != 3 or block_tables.dim() != 2:
@@ -171,7 +181,7 @@ def paged_attention(
         context_lens=context_lens.data_ptr(), sinks=0 if sinks is None else sinks.data_ptr(),
         scratch=this_thread().scratch(threads * scratch_bytes), scratch_bytes=scratch_bytes, tokens=tokens,
         requests=len(context_lens), kv_heads=kv_heads, group=group, head_dim=head_dim,
-        window=window, tiles=tiles.ctypes.data, scale=scale, softcap=softcap,
+        window=window, chunk=chunk, tiles=tiles.ctypes.data, scale=scale, softcap=softcap,
     )  # fmt: skip
     return out[..., :value_dim].to(query.dtype)
 
@@ -225,6 +235,7 @@ def dense_attention(
     *,
     scale: float,
     window: int = 0,
+    chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -240,8 +251,12 @@ def dense_attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     position = torch.arange(keys, device=query.device)
-    distance = position[keys - queries :, None] - position
-    hidden = (distance < 0) | (distance >= window) if window else distance < 0
+    own = position[keys - queries :, None]
+    hidden = own < position
+    if window:
+        hidden |= own - position >= window
+    if chunk:
+        hidden |= position < own // chunk * chunk
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, queries, 1)], dim=-1)

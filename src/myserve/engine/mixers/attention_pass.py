@@ -50,6 +50,7 @@ class AttentionCall:
     window: int  # positions that a query sees, its own included; 0: all
     softcap: float = 0.0
     sinks: bool = False
+    chunk: int = 0  # positions of the chunks that a context is cut into, each seeing itself; 0: it is not cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,8 @@ class _PagedPass:
             self._next(module, query, key, value),
             self.context.layers[self.done - 1],
         )
-        context, options = self.context, options | {"window": call.window, "value_dim": call.value_dim}
+        context, seen = self.context, {"window": call.window, "chunk": call.chunk}
+        options |= seen | {"value_dim": call.value_dim}
         if context.pages is not None:
             context.pages.store(key, value, key_cache, value_cache, context.slot_mapping)
             return context.pages.attend(query, key_cache, value_cache, context, **options)
@@ -198,6 +200,7 @@ def _attention_forward(
     options: dict[str, Any] = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "window": sliding_window or 0,
+        "chunk": 0,
         "softcap": softcap or 0.0,
         "sinks": s_aux,
     }

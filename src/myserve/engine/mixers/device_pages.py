@@ -104,12 +104,13 @@ class DevicePages:
 
     def attend(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: PagedContext, *, scale: float,
-        window: int, softcap: float, sinks: Tensor | None, value_dim: int | None = None,
+        window: int, chunk: int, softcap: float, sinks: Tensor | None, value_dim: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Attend as `attention.paged_attention` does; what padding rows get is not defined."""
-        if self.flash is not None and not softcap and sinks is None:
+        if self.flash is not None and not softcap and sinks is None and not chunk:
             return self.flash(query, key_cache, value_cache, context, scale=scale, window=window)
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        seen = {"window": window, "chunk": chunk}
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, **seen}
         value_dim = query.shape[2] if value_dim is None else value_dim
         keys, values = key_cache[..., : query.shape[2]], value_cache[..., :value_dim]
         return gathered_attention(query, keys, values, context, options)

@@ -16,6 +16,7 @@ from torch import Tensor
 from myserve.engine.mixers.attention_observer import AttentionObserver
 from myserve.engine.mixers.attention_pass import AttentionCall, StateCall, using
 from myserve.engine.mixers.recurrent_functions import other_recurrence_of, stand_before
+from myserve.engine.mixers.row_positions import tell_positions
 from myserve.engine.runner.logit_rows import LogitRows, body_outputs
 from myserve.engine.scheduling.step_costs import AttentionCost
 from myserve.errors import MyserveError, UnsupportedModelError
@@ -38,14 +39,14 @@ class ModelStructure:
 
     @property
     def longest_window(self) -> int:
-        """The largest over all calls; 0 where none has one."""
-        return max((call.window for call in self.calls), default=0)
+        """The largest over all calls, chunks among them; 0 where none has one."""
+        return max((call.window or call.chunk for call in self.calls), default=0)
 
     def attention_costs(self, num_weights: int) -> tuple[AttentionCost, ...]:
         """Return what reading a key costs beside a token's products with `num_weights`, by layers of equal window."""
         multiplied: Counter[int] = Counter()
         for call in self.calls:
-            multiplied[call.window] += call.heads * (call.key_dim + call.value_dim)
+            multiplied[call.window or call.chunk] += call.heads * (call.key_dim + call.value_dim)
         return tuple(
             AttentionCost(window, SLOWER_PRODUCTS * count / num_weights)
             for window, count in multiplied.items()
@@ -66,6 +67,7 @@ def observe(model: Any) -> ModelStructure:
         )
     observer = AttentionObserver(name)
     stand_before(model)
+    tell_positions(model)
     ids = torch.arange(TOKENS, device=model.device)[None]
     wanted = torch.tensor(WANTED, device=model.device)
     try:

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from myserve.engine.batch_invariance.patch import has_experts, is_linear, is_router
 from myserve.engine.batch_invariance.quantized import Int8Values, can_quantize, hold_stored, quantize
+from myserve.engine.batch_invariance.scaled_experts import adopt_scaled_experts
 from myserve.engine.weights.empty_model import checkpoint_folder, model_without_values
 from myserve.engine.weights.loading_report import judge
 from myserve.engine.weights.plan import LoadPlan, WeightGroup, WeightNames, group_tensors, make_plan
@@ -225,6 +226,7 @@ def write_int8(model: str, out: Path, *, trust_remote_code: bool = False) -> Pat
 
 def _layers(model: nn.Module) -> dict[str, _Layer]:
     """The weights that may be int8, by the model's names for them."""
+    adopt_scaled_experts(model)
     found: dict[str, _Layer] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""

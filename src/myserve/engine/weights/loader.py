@@ -266,10 +266,11 @@ def resolve_device(device: str) -> str:
 WITHOUT_POSITIONS = (
     32_768  # tokens of a context that a model without positions has, unless somebody asks for more
 )
-# As configs call layers that attend with or without a window, are recurrent, or do neither: those that may be tried.
-# What a layer does is seen when the model is run (`model_structure`).
+# As configs call layers that attend (with a window, chunks or neither), are recurrent, or do neither: those that may be
+# tried. What a layer does is seen when the model is run (`model_structure`).
 _LAYER_TYPES = {
-    "full_attention", "sliding_attention", "attention", "linear_attention", "mamba", "conv", "hybrid", "moe", "mlp",
+    "full_attention", "sliding_attention", "chunked_attention", "attention", "linear_attention", "mamba", "conv",
+    "hybrid", "moe", "mlp",
 }  # fmt: skip
 
 
@@ -283,7 +284,7 @@ def refuse_what_cannot_be_packed(config: Any) -> None:
     if strange:
         raise UnsupportedModelError(
             f"{config.model_type} has layers of type {', '.join(strange)}; the engine batches "
-            "full and sliding-window attention, and recurrent layers"
+            "full, sliding-window and chunked attention, and recurrent layers"
         )
 
 
