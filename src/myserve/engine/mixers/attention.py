@@ -144,10 +144,10 @@ def paged_attention(
 
     Sums are in float32. `window`: a query sees its own position and the `window - 1` before it (0: all). `chunk`: none
     before the last multiple of it (0: all), as Llama 4 cuts its contexts. `softcap` c: scores become
-    c * tanh(score / c) (Gemma 2). `sinks` [H]: a score a head that takes weight and gives none (gpt-oss). `value_dim`: Dv, where it is not
-    Dk. block_tables [R, max_blocks], query_start [R + 1] and context_lens [R] are int32. A row's bits depend on its
-    query and its keys alone: not on the other rows, on how its context came into the cache, on `context_lens` of
-    others, nor on the number of threads.
+    c * tanh(score / c) (Gemma 2). `sinks` [H]: a score a head that takes weight and gives none (gpt-oss).
+    `value_dim`: Dv, where it is not Dk. block_tables [R, max_blocks], query_start [R + 1] and context_lens [R] are
+    int32. A row's bits depend on its query and its keys alone: not on the other rows, on how its context came into the
+    cache, on `context_lens` of others, nor on the number of threads.
     Raises ValueError for what the kernel would read or write amiss.
     """
     if query.dim() != 3 or block_tables.dim() != 2:
