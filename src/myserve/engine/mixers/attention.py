@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Reach(NamedTuple):
-    """How far back a query sees; 0: all that is before it."""
+    """The reach of a query: how far back it sees; 0: all that is before it."""
 
     window: int = 0  # so many positions, its own included
     chunk: int = 0  # those of its own chunk: contexts are cut at every multiple of it (Llama 4)

@@ -55,7 +55,7 @@ class _RowPositions:
 
     @property
     def differ(self) -> bool:
-        """Whether sequences of one batch stand at other positions: those that are padded on the left."""
+        """True where sequences of one batch stand at other positions: some are padded on the left."""
         return len(self.positions) > 1 and bool((self.positions != self.positions[:1]).any())
 
     def get_seq_length(self, layer: int = 0) -> Tensor:
