@@ -127,6 +127,14 @@ def test_metrics_and_status_name_each_replica(fleet: Serving) -> None:
     assert all(replica["name"] in table and replica["class"] in table for replica in replicas)
 
 
+def test_the_replicas_of_a_ray_of_our_own_listen_on_loopback_alone(fleet: Serving) -> None:
+    """Ray's own port of the same process listens elsewhere."""
+    asyncio.run(is_whole(fleet))
+    for replica in fleet.processes("FleetReplica"):
+        listening = [c.laddr.ip for c in replica.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert "127.0.0.1" in listening, listening
+
+
 def nothing_is_left(children: list[psutil.Process]) -> bool:
     return psutil.wait_procs(children, timeout=10)[1] == []
 

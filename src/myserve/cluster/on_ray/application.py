@@ -53,11 +53,14 @@ class FleetIngress:
         return create_app(self._settings, load=self._load)
 
 
-def fleet_of(settings: Settings) -> tuple[Any, Any, str]:
-    """Return the bound controller and replicas, and the secret that their channels ask for."""
+def fleet_of(settings: Settings, host: str | None = None) -> tuple[Any, Any, str]:
+    """Return the bound controller and replicas, and the secret that their channels ask for.
+
+    `host`: where each replica listens; None: at its node's own address, as other machines reach it.
+    """
     secret = secrets.token_hex(32)
     controller = controller_of(secret, secrets.token_hex(8))
-    return controller, replicas_of(settings, secret, controller), secret
+    return controller, replicas_of(settings, secret, controller, host), secret
 
 
 class FleetLoader:

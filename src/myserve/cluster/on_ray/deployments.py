@@ -89,7 +89,10 @@ class FleetReplica:
     """The deployment of `ReplicaServer`: an engine that is healthy once it has the fleet's weights."""
 
     # Serve awaits it, which Python's own typing does not know
-    async def __init__(self, settings: Settings, secret: str, controller: Any) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, settings: Settings, secret: str, controller: Any, host: str | None = None
+    ) -> None:
+        self._host = host
         self._controller = ControllerClient(controller)
         self._settings = settings
         self._is_leaving = False
@@ -111,7 +114,7 @@ class FleetReplica:
         engine = Engine.from_pretrained(path, config)
         load_adapters(engine, self._settings)
         engine.start()
-        server = ReplicaServer(engine, secret, host=_own_address())
+        server = ReplicaServer(engine, secret, host=self._host or _own_address())
         server.start()
         return server
 
@@ -225,8 +228,8 @@ def controller_of(secret: str, fleet: str) -> Any:
     return deployment.bind(secret, fleet)  # type: ignore[attr-defined]
 
 
-def replicas_of(settings: Settings, secret: str, controller: Any) -> Any:
-    """Return the bound deployment of the replicas."""
+def replicas_of(settings: Settings, secret: str, controller: Any, host: str | None = None) -> Any:
+    """Return the bound deployment of the replicas. `host`: where each listens; None: at its node's own address."""
     number = settings.replicas or 1
     most = settings.max_replicas
     scaling: dict[str, Any] = {"num_replicas": number}
@@ -251,4 +254,4 @@ def replicas_of(settings: Settings, secret: str, controller: Any) -> Any:
         logging_config=QUIET,
         **scaling,
     )(FleetReplica)
-    return deployment.bind(settings, secret, controller)
+    return deployment.bind(settings, secret, controller, host)

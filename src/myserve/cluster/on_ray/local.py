@@ -62,7 +62,8 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
             _check_room(ray.cluster_resources(), settings)
         except SystemExit:  # Ray's own answer to SIGTERM
             raise KeyboardInterrupt from None
-        yield _LocalLoader(settings, name)
+        # a Ray of one machine: no other one need reach the replicas
+        yield _LocalLoader(settings, name, host="127.0.0.1" if address is None else None)
     finally:
         if ray.is_initialized() and address is not None:
             _delete(name)
@@ -135,9 +136,10 @@ def _check_room(there: Mapping[str, float], settings: Settings) -> None:
 class _LocalLoader:
     """Deploys the replicas on the Ray that is connected, then waits for the first of them."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
+    def __init__(self, settings: Settings, name: str, host: str | None) -> None:
         self._settings = settings
         self._name = name
+        self._host = host
         self._waiting: Any = None
         self._is_cancelled = False
 
@@ -147,7 +149,7 @@ class _LocalLoader:
         from myserve.cluster.on_ray.application import FleetLoader, fleet_of
         from myserve.cluster.on_ray.deployments import CONTROLLER, ControllerClient
 
-        _, replicas, secret = fleet_of(self._settings)
+        _, replicas, secret = fleet_of(self._settings, self._host)
         serve.start(proxy_location="Disabled")
         target = serve.RunTarget(replicas, name=self._name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
