@@ -25,7 +25,7 @@ from benchmarks import ledger, roofline
 from benchmarks.comparison import MORE, Comparison, table, workload_of
 from benchmarks.contender import Contender
 from benchmarks.idle import wait_until_idle
-from benchmarks.model import model_folder
+from benchmarks.model import HYBRID, model_folder
 from benchmarks.peers import ROOT, Peer
 from benchmarks.peers.ours import of_tree
 from benchmarks.peers.registry import OURS, PEERS
@@ -71,7 +71,7 @@ def main(
         Path | None, typer.Option(help="Another checkout of this repository, measured as one more contender.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="A model's folder, or `embedded`. Default: the one that is made here.")
+        Path | None, typer.Option(help="A model's folder, or `embedded`, or `hybrid`. Default: the dense one that is made here.")
     ] = None,
     rate: Annotated[
         float | None,
@@ -88,7 +88,12 @@ def main(
     """Print ours against each peer and against what this machine's memory and arithmetic allow."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's end ends the servers too
     names = only or [*PRESETS, *MORE, *SCENARIOS]
-    folder = embedded_model_path() if str(model) == "embedded" else model or model_folder()
+    made: dict[str, Callable[[], Path]] = {
+        "None": model_folder,
+        "embedded": embedded_model_path,
+        "hybrid": partial(model_folder, HYBRID),
+    }
+    folder = made[str(model)]() if str(model) in made else Path(str(model))
     workloads = {name: workload_of(name) for name in names if name not in SCENARIOS}
     contenders = [OURS["ours"], *([of_tree(base)] if base else [])]
     contenders += _peers(peer or DEFAULT_PEERS, folder, strict=peer is not None)

@@ -1,6 +1,7 @@
-"""The model that everything is measured on: Qwen3-0.6B's shape, random bf16 weights, made here, never downloaded.
+"""The models that everything is measured on: random bf16 weights of published shapes, made here, never downloaded.
 
-    python -m benchmarks.model      # makes it if need be; prints its folder
+    python -m benchmarks.model             # Qwen3-0.6B's shape: made if need be; prints its folder
+    python -m benchmarks.model hybrid      # Qwen3.5-0.8B's: three of four layers a gated delta rule
 
 Speed does not depend on the weights' values, but for one thing: random weights give nearly flat logits, so a top-p
 nucleus is most of the vocabulary. That is the worst case of every sampler; a trained model is kinder to all.
@@ -9,6 +10,7 @@ nucleus is most of the vocabulary. That is the worst case of every sampler; a tr
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,20 @@ SHAPE: Mapping[str, Any] = {
     "eos_token_id": 256,
     "pad_token_id": 256,
 }
-NAME = "qwen3-0.6b-random"
+# The same vocabulary and width: what differs is the layers
+HYBRID_SHAPE: Mapping[str, Any] = {
+    **{key: value for key, value in SHAPE.items() if key != "rope_theta"},
+    "intermediate_size": 3584,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+NAME, HYBRID = "qwen3-0.6b-random", "qwen3.5-0.8b-random"
 SEED = 0
 
 
@@ -39,27 +54,24 @@ def cache_folder() -> Path:
     return Path(root) / "myserve-benchmarks"
 
 
-def model_folder() -> Path:
+def model_folder(name: str = NAME) -> Path:
     """Return the model's folder, in the hub's format; written on the first call (about a minute)."""
-    folder = cache_folder() / NAME
+    folder = cache_folder() / name
     if not (folder / "complete").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_weights(folder)
+        _write_weights(folder, name)
         _write_tokenizer(folder)
         (folder / "complete").touch()  # last: an interrupted run starts over
     return folder
 
 
-def _write_weights(folder: Path) -> None:
+def _write_weights(folder: Path, name: str) -> None:
     import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    kind, shape = {NAME: ("qwen3", SHAPE), HYBRID: ("qwen3_5_text", HYBRID_SHAPE)}[name]
     torch.manual_seed(SEED)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, dtype="bfloat16"))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=torch.bfloat16)
     # top_k 0: transformers would otherwise filter by its own default of 50.
     model.generation_config = GenerationConfig(
         bos_token_id=256, eos_token_id=256, pad_token_id=256, do_sample=True, top_k=0
@@ -90,4 +102,4 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(model_folder())
+    print(model_folder(HYBRID if sys.argv[1:] == ["hybrid"] else NAME))
