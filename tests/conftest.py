@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import certifi
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,6 +22,17 @@ from myserve.engine.steps.recordings import likely_shapes
 
 if TYPE_CHECKING:
     from myserve.engine.engine import Engine
+
+pytest_plugins = ["own_process"]
+
+# What is imported and collected stays: to look through it again and again takes seconds, here and in every test
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Hello, hello world! One, two, three, four.",
@@ -106,20 +116,6 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test marked `own_process` in a fresh process: it measures memory, which others of this one take."""
-    if pyfuncitem.get_closest_marker("own_process") is None or "MYSERVE_OWN_PROCESS" in os.environ:
-        return None
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    environment = os.environ | {"MYSERVE_OWN_PROCESS": "1"}
-    run = subprocess.run(
-        command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    return True
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _few_shapes_are_recorded_ahead() -> Iterator[None]:
     """An idle engine records some 140 likely shapes, seconds of CPU each time; the hundreds of engines here, four.
@@ -170,9 +166,25 @@ def make_tiny_model(arch: str, folder: Path, *, seed: int = 0, dtype: torch.dtyp
 
 
 @pytest.fixture(autouse=True)
-def every_engine_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No self-test is taken over from another engine: tests break kernels, and what is broken must be found."""
-    monkeypatch.setattr("myserve.engine.runner.kept_self_test.cache_folder", lambda: None)
+def _self_tests_are_kept_by_tests_that_patch_nothing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """No self-test is taken over where a test patches: what it breaks must be found, and not be passed on."""
+    folder = None if "monkeypatch" in request.fixturenames else tmp_path_factory.getbasetemp() / "passed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("myserve.engine.runner.kept_self_test.cache_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_authority_is_enough(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each `httpx.get` reads the world's certificates, 34 ms of CPU; no test meets a server of the world."""
+    first = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----")
+    file = tmp_path_factory.mktemp("authority") / "one.pem"
+    file.write_text("".join(first[:2]) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(file))
+        yield
 
 
 @pytest.fixture(scope="session")

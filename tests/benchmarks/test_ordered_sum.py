@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 from tree.package import ROOT
+from warm_python import warm_python
 
 
 def digests(folder: Path, ranks: int) -> dict[str, set[str]]:
-    command = [sys.executable, "-m", "benchmarks.fleet.ordered_sum"]
+    command = [*warm_python(), "-m", "benchmarks.fleet.ordered_sum"]
     running = [
         subprocess.Popen(
             [*command, str(rank), str(ranks), str(folder / f"of-{ranks}")],

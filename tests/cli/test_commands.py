@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from warm_python import warm_python
+
 
 def myserve(*args: str, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "myserve", *args],
+        [*warm_python(), "-m", "myserve", *args],
         input=stdin,
         capture_output=True,
         text=True,
@@ -31,7 +33,7 @@ def myserve(*args: str, stdin: str | None = None, **env: str) -> subprocess.Comp
 @pytest.fixture(scope="module")
 def served(tiny_model: Callable[[str], Path]) -> Iterator[str]:
     """`myserve serve` on any free port; its first line says which."""
-    command = [sys.executable, "-m", "myserve", "serve", str(tiny_model("qwen3")), "--port", "0"]
+    command = [*warm_python(), "-m", "myserve", "serve", str(tiny_model("qwen3")), "--port", "0"]
     command += ["--served-model-name", "tiny", "--max-model-len", "256", "--dtype", "float32"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -163,7 +165,7 @@ def test_sample_answers_a_batch_in_order_and_goes_on_where_it_was_killed(served,
     batch.write_text("\n".join(map(json.dumps, lines)))
     journal = Path(f"{output}.journal")
     command = ["sample", str(batch), str(output), "--url", served, "--concurrency", "1"]
-    with subprocess.Popen([sys.executable, "-m", "myserve", *command]) as killed:
+    with subprocess.Popen([*warm_python(), "-m", "myserve", *command]) as killed:
         while not journal.exists() or len(journal.read_bytes().splitlines()) < 4:
             assert killed.poll() is None
             time.sleep(0.005)

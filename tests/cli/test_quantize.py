@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +14,14 @@ import pytest
 import typer
 
 from conftest import make_tiny_model
+from warm_python import warm_python
 
 command = importlib.import_module("myserve.cli.quantize")  # the package has a command of this name
-
-COMMAND = [sys.executable, "-m", "myserve"]
 
 
 def quantize(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, "quantize", *map(str, args)],
+        [*warm_python(), "-m", "myserve", "quantize", *map(str, args)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -39,7 +37,17 @@ def test_writes_a_checkpoint_that_a_server_serves(tmp_path: Path) -> None:
     assert f"serve it with: myserve serve {tmp_path / 'int8'}" in done.stderr
     names = {path.name for path in (tmp_path / "int8").iterdir()}
     assert names == {path.name for path in model.iterdir()}
-    serve = [*COMMAND, "serve", str(tmp_path / "int8"), "--port", "0", "--served-model-name", "tiny"]
+    serve = [
+        *warm_python(),
+        "-m",
+        "myserve",
+        "serve",
+        str(tmp_path / "int8"),
+        "--port",
+        "0",
+        "--served-model-name",
+        "tiny",
+    ]
     server = subprocess.Popen(serve, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:

@@ -25,6 +25,7 @@ from myserve.cli import app
 from myserve.embedded import embedded_model_path
 from myserve.server.settings import OPTIONS
 from runs import thorough
+from warm_python import warm_python
 
 has_ipv6 = socket.has_ipv6
 try:
@@ -35,7 +36,7 @@ except OSError:
 
 def myserve(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "myserve", *args],
+        [*warm_python(), "-m", "myserve", *args],
         capture_output=True,
         text=True,
         timeout=120,
@@ -47,7 +48,7 @@ def myserve(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 @contextmanager
 def serving(*args: str, **env: str) -> Iterator[str]:
     """An echo on a free port; the URL that its first line names."""
-    command = [sys.executable, "-m", "myserve", "serve", "--port", "0", "--force-echo", *args]
+    command = [*warm_python(), "-m", "myserve", "serve", "--port", "0", "--force-echo", *args]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
     assert server.stderr is not None
     try:

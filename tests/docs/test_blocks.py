@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +41,7 @@ def port() -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "myserve", "serve", "--port", str(free)])
+    server = subprocess.Popen([*warm_python(), "-m", "myserve", "serve", "--port", str(free)])
     try:
         wait_until_healthy(server, free)
         yield free
@@ -70,7 +71,7 @@ def test_the_readme_shows_both_commands_and_both_installs() -> None:
 def test_a_block_runs(language: str, code: str, port: int) -> None:
     code = code.replace("localhost:8000", f"localhost:{port}")
     command = (
-        [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+        [*warm_python(), "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
     )
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ.copy()

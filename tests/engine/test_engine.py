@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from myserve.errors import (
     RequestError,
 )
 from runs import Asked, collect, run, run_one
+from warm_python import warm_python
 
 PROMPT = [5, 7, 100, 200, 33, 41, 90, 12]
 EVERY_ARCHITECTURE = [
@@ -341,7 +341,7 @@ engine = asyncio.run(main())
 def test_a_process_that_ends_while_the_engine_computes_ends_well() -> None:
     """Without an end of the engine's own, one in three is aborted."""
     scripts = [
-        subprocess.Popen([sys.executable, "-c", ENDS_IN_MID_STEP], stderr=subprocess.PIPE) for _ in range(2)
+        subprocess.Popen([*warm_python(), "-c", ENDS_IN_MID_STEP], stderr=subprocess.PIPE) for _ in range(3)
     ]
     for script in scripts:
         _, said = script.communicate(timeout=100)

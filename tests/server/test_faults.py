@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from myserve.server.settings import Settings
 from myserve.wire.sse import SSEDecoder
+from warm_python import warm_python
 
 ASKED = {
     "model": "tiny",
@@ -102,7 +102,7 @@ def test_a_snapshot_whose_writer_ran_out_of_room_changes_nothing(
     (tmp_path / "torn").mkdir()
     paths = [str(folder / "model.safetensors"), str(tmp_path / "torn" / "model.safetensors")]
     writer = subprocess.run(
-        [sys.executable, "-c", WRITER, *paths], capture_output=True, text=True, check=False, timeout=60
+        [*warm_python(), "-c", WRITER, *paths], capture_output=True, text=True, check=False, timeout=60
     )
     assert "File too large" in writer.stderr and Path(paths[1]).stat().st_size > 1000
     with open_server(Settings(models={"tiny": str(folder)}, weights_dir=str(tmp_path))) as own:
@@ -119,7 +119,7 @@ def test_a_snapshot_whose_writer_ran_out_of_room_changes_nothing(
 def served(model: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`myserve serve` in a process of its own; its first line says where."""
     command = [
-        sys.executable,
+        *warm_python(),
         "-m",
         "myserve",
         "serve",

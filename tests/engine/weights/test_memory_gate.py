@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from myserve.engine.weights.loader import load
 from myserve.errors import NotEnoughMemoryError
 from quantized_checkpoints import write_quantized
 from runs import thorough
+from warm_python import warm_python
 
 # 28 million weights of products, 4 million of an embedding that is tied: large beside what a process needs anyway
 WIDE = SMALL | {
@@ -167,6 +167,6 @@ def test_a_process_with_a_limit_refuses_before_it_reads(wide: Path) -> None:
         f"try: Engine.from_pretrained({str(wide)!r}, EngineConfig())\n"
         "except NotEnoughMemoryError as error: print(error); sys.exit(7)\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    run = subprocess.run([*warm_python(), "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 7, run.stderr[-2000:]
     assert "does not fit into memory" in run.stdout
