@@ -16,6 +16,7 @@ from torch import Tensor
 from myserve.core.noise import OPENED_ON_CPU, CounterKey, draw_counter
 from myserve.core.numerics import weights_of
 from myserve.core.sampling import RowState, Sampled, Sampler
+from runs import thorough
 
 DRAWS = 12_000
 BATCH = 3_000
@@ -92,7 +93,7 @@ def p_value(tokens: list[int], distribution: Tensor) -> float:
     return float(stats.chisquare(observed[cells].numpy(), predicted[cells].numpy()).pvalue)
 
 
-@pytest.mark.parametrize("vocab", [8, 16, 64])
+@pytest.mark.parametrize("vocab", [8, thorough(16), 64])
 @pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "-".join(mix) or "plain")
 def test_draws_follow_the_exact_distribution(vocab: int, mix: dict[str, object], make_row: MakeRow) -> None:
     logits = logits_of(vocab)

@@ -24,7 +24,7 @@ from runs import thorough
 
 MakeEngine = Callable[..., Engine]
 MODELS = [
-    ("llama", "bfloat16"),
+    thorough("llama", "bfloat16"),
     ("odd_gemma3", "bfloat16"),
     thorough("gpt2", "float32"),
     ("qwen3_moe", "bfloat16"),

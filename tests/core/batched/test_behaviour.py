@@ -56,7 +56,7 @@ def _value(name: str) -> st.SearchStrategy[Any]:
 shapes = st.fixed_dictionaries({name: _value(name) for name in SHAPE})
 slow_enough = settings(
     deadline=None,
-    max_examples=300,
+    max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

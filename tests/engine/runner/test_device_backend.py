@@ -143,7 +143,7 @@ WAYS = [
     (on_pages, "gemma3_text", "bfloat16"),
     thorough(on_pages, "qwen3_moe", "bfloat16"),
     thorough(on_libraries, "llama", "float32"),
-    (on_libraries, "gpt2", "float32"),
+    thorough(on_libraries, "gpt2", "float32"),
     (on_libraries, "qwen3_moe", "float32"),
 ]
 each_way = pytest.mark.parametrize(("way", "arch", "dtype"), WAYS)

@@ -29,6 +29,7 @@ BREAKS = 77
 CODE = f"""
 import torch
 from transformers import Qwen3ForCausalLM
+from runs import thorough
 
 
 class FragileForCausalLM(Qwen3ForCausalLM):
@@ -155,7 +156,9 @@ def test_the_old_weights_are_gone_before_they_are_read_again(
         assert gone == [True, True]
 
 
-@pytest.fixture(params=["a snapshot is gone", "a snapshot is another", "the model is another"])
+@pytest.fixture(
+    params=[thorough("a snapshot is gone"), "a snapshot is another", thorough("the model is another")]
+)
 def spoilt(request: pytest.FixtureRequest, fragile: Path, snapshots: Path) -> Callable[[], str]:
     """Spoils what the weights came from; the file that the refusal names."""
 
