@@ -19,6 +19,7 @@ from myserve.engine.config import EngineConfig
 from myserve.server.models import restart
 from myserve.server.settings import Settings
 from myserve.wire.sse import SSEDecoder
+from runs import thorough
 
 Open = Callable[[Settings], AbstractContextManager[Any]]
 WaitUntil = Callable[[Callable[[], bool]], None]
@@ -29,7 +30,6 @@ BREAKS = 77
 CODE = f"""
 import torch
 from transformers import Qwen3ForCausalLM
-from runs import thorough
 
 
 class FragileForCausalLM(Qwen3ForCausalLM):
