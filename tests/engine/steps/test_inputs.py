@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from myserve.engine.scheduling.batch import ScheduledTokens
@@ -69,3 +70,15 @@ def test_a_cut_is_a_view_of_the_same_memory() -> None:
     check(part)
     assert whole.ids[0, :4].tolist() == part.ids[0].tolist()
     assert part.ids.data_ptr() == whole.ids.data_ptr() and part.ids.shape == (1, 4)
+
+
+def test_a_request_without_the_state_of_its_context_is_no_step() -> None:
+    """A recurrent kernel would read in front of all slots."""
+    rows = scheduled()
+    of_a_hybrid = Cache(states=(torch.zeros(4, 2),))
+    with pytest.raises(AssertionError, match="2 requests go on without the state of their contexts"):
+        StepInputs.unpadded(rows, [0, 3], of_a_hybrid, max_blocks=16)
+    for slot, part in enumerate(rows):
+        part.request.state_slot = slot
+    inputs = StepInputs.unpadded(rows, [0, 3], of_a_hybrid, max_blocks=16)
+    assert inputs.context.state_rows is not None and inputs.context.state_rows.read.tolist() == [0, 1]

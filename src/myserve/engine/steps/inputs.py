@@ -212,6 +212,9 @@ class StepInputs:
 
 def _write_slots(rows: StateRows, scheduled: Sequence[ScheduledTokens]) -> None:
     """Write which slots the requests' states are read from and left in; requests without rows have none."""
+    # a kernel would read in front of all slots, and the process would end without a word
+    lost = sum(part.start > 0 and part.request.state_slot < 0 for part in scheduled)
+    assert not lost, f"{lost} requests go on without the state of their contexts"
     for slots, name in ((rows.read, "state_slot"), (rows.write, "next_state_slot")):
         array = slots.numpy()
         array[: len(scheduled)] = [getattr(part.request, name) for part in scheduled]
