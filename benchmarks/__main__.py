@@ -71,7 +71,10 @@ def main(
         Path | None, typer.Option(help="Another checkout of this repository, measured as one more contender.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="A model's folder, or `embedded`, or `hybrid`. Default: the dense one that is made here.")
+        Path | None,
+        typer.Option(
+            help="A model's folder, or `embedded`, or `hybrid`. Default: the dense one that is made here."
+        ),
     ] = None,
     rate: Annotated[
         float | None,
