@@ -37,10 +37,10 @@ def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_hybrid_model_is_refused_for_its_layers(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
-        "qwen3", layer_types=["full_attention", "chunked_attention"], num_hidden_layers=2
+        "qwen3", layer_types=["full_attention", "compressed_sparse_attention"], num_hidden_layers=2
     )
     config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="chunked_attention"):
+    with pytest.raises(UnsupportedModelError, match="compressed_sparse_attention"):
         Engine.from_pretrained(str(tmp_path), SMALL)
 
 
