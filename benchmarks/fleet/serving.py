@@ -28,18 +28,19 @@ class Serving:
 
     def __init__(self, *options: str, **variables: str) -> None:
         # output to a file: a pipe that nobody reads would stop the server
-        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  # as long as the process
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  # until it is stopped
         self.process = subprocess.Popen(
             [sys.executable, "-m", "myserve", "serve", "--port", "0", "--tool-style", "hermes", *options],
             env={**os.environ, "MYSERVE_MODEL": "", **variables},
             stderr=self._log,
             stdout=self._log,
         )
+        self._last_words = ""
 
     @property
     def said(self) -> str:
         """All that it has printed."""
-        return Path(self._log.name).read_text()
+        return self._last_words or Path(self._log.name).read_text()
 
     @property
     def url(self) -> str:
@@ -63,7 +64,11 @@ class Serving:
         """End it in order; return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(60)
+        status = self.process.wait(60)
+        if not self._log.closed:
+            self._last_words = self.said or "nothing"
+            self._log.close()
+        return status
 
 
 @contextmanager
