@@ -173,6 +173,11 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         _SMALL | _CHUNKS | {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12}
         | {"attention_chunk_size": 17, "num_experts_per_tok": 2, "use_qk_norm": False, "moe_layers": [0, 1]},
     ),
+    # an index chooses keys in contexts that are longer than these
+    **{
+        name: (name, _SMALL | _MLA | _MOE | _GROUPS | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 100})
+        for name in ("axk2", "deepseek_v32", "glm_moe_dsa")
+    },
     # recurrent layers: the gated delta rule, with experts and with projections of its own
     "qwen3_5_text": ("qwen3_5_text", _SMALL | _DELTA | {"head_dim": 8}),
     "qwen3_next": ("qwen3_next", _SMALL | _DELTA | _EXPERTS | {"head_dim": 8, "num_experts": 4}),
@@ -254,6 +259,20 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 # name -> (type, config, a word of the refusal)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen4_exp_text": (
+        "qwen4_exp_text",
+        _SMALL
+        | _DELTA
+        | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {
+            "shared_expert_intermediate_size": 16,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+        }
+        | {"indexer_budget": 32, "indexer_compress_ratio": 4, "hc_lowrank": 16},
+        "dilated convolution",
+    ),
     "gptj": ("gptj", _GPT2 | {"n_inner": 32, "rotary_dim": 8}, "AttentionInterface"),
     "gpt_neo": (
         "gpt_neo",

@@ -25,6 +25,9 @@ SERVED, TEXT_ALONE, DEPENDENT, OFF_POLICY, AS_VARIANTS = (
     "served, exact; `exact_forward` has other bits",
     "served, exact, as variants",
 )
+LIMITED = (
+    "served, exact, with a limit: a context ends where its index would begin to choose (`index_topk` tokens)"
+)
 # The row of the table that a refusal stands in, by a word of its sentence.
 _REASONS = {
     "AttentionInterface": "its attention does not go through transformers' interface",
@@ -51,6 +54,8 @@ def _row(verdict: Verdict) -> str:
         return DEPENDENT
     if not verdict.trainer_has_the_bits:
         return OFF_POLICY
+    if verdict.limit:
+        return LIMITED
     if verdict.is_text_alone:
         return TEXT_ALONE
     return AS_VARIANTS if verdict.kind in VARIANTS else SERVED
@@ -63,7 +68,7 @@ def table(row_of: Mapping[str, str]) -> Iterator[str]:
         rows[row].append(kind)
     yield "| result | kinds |"
     yield "|---|---|"
-    first = [SERVED, TEXT_ALONE, AS_VARIANTS, OFF_POLICY, DEPENDENT]
+    first = [SERVED, LIMITED, TEXT_ALONE, AS_VARIANTS, OFF_POLICY, DEPENDENT]
     last = sorted(row for row in rows if row.startswith("not tried"))
     for row in [*first, *sorted(rows.keys() - {*first, *last}), *last]:
         if rows[row]:

@@ -1,7 +1,8 @@
 """One kind is made, computed by transformers, served in several ways, and trained on; the verdict says what came of it.
 
-Served: eight requests at once, two of them greedy with their prompts scored; each alone; and again by another engine,
-which cuts prompts into pieces of sixteen tokens. All have the same bits, or the verdict says which have not.
+Served in float32: eight requests at once, two of them greedy with their prompts scored; each alone; and again by another
+engine, which cuts prompts into pieces of sixteen tokens. All have the same bits, or the verdict says which have not. And
+loaded in bfloat16, in which most are published, where the self-test must find its rows independent as well.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Verdict:
     trainer_has_the_bits: bool = True
     is_text_alone: bool = False  # of a model that also sees or hears
     differs: str = ""  # where the same requests had other bits: "alone", "in pieces, after a restart"
+    limit: str = ""  # why its contexts are shorter than it was made for
 
     @property
     def is_bad(self) -> bool:
@@ -66,6 +68,7 @@ class Verdict:
         marks = "" if self.rows_are_independent else "; rows depend on their batch"
         marks += "" if self.trainer_has_the_bits else "; a trainer has other bits"
         marks += f"; other bits {self.differs}" if self.differs else ""
+        marks += f"; {self.limit}" if self.limit else ""
         return f"{self.kind}: {self.result}: {self.words}{marks}"
 
 
@@ -132,13 +135,17 @@ async def _at_once(engine: Engine) -> list[Numbers]:
     return list(await asyncio.gather(*(_one(engine, *request) for request in _requests())))
 
 
-def _served(folder: Path) -> tuple[list[Numbers], bool, str]:
-    """Return the two greedy answers; whether the self-test found rows independent; and where bits differed."""
+def _served(folder: Path) -> tuple[list[Numbers], dict[str, Any], str]:
+    """Return the two greedy answers; what the engine says of its exactness; and where bits differed."""
     sizes: dict[str, Any] = {"num_blocks": 96, "max_num_seqs": 8, "self_test": "always"}
     engine = Engine.from_pretrained(str(folder), EngineConfig(**sizes))
     whole = asyncio.run(_at_once(engine))
     alone = [asyncio.run(_one(engine, *request)) for request in _requests()]
-    independent = bool(engine.exactness["rows_are_independent"])
+    exactness = engine.exactness
+    engine.shutdown()
+    # as most are published
+    engine = Engine.from_pretrained(str(folder), EngineConfig(**sizes, dtype="bfloat16"))
+    exactness["rows_are_independent"] &= engine.exactness["rows_are_independent"]
     engine.shutdown()
     # "kept": the self-test of the same weights was passed above, or is not kept and runs again
     engine = Engine.from_pretrained(
@@ -147,7 +154,7 @@ def _served(folder: Path) -> tuple[list[Numbers], bool, str]:
     pieces = asyncio.run(_at_once(engine))
     engine.shutdown()
     differs = ["alone"] * (alone != whole) + ["in pieces, after a restart"] * (pieces != whole)
-    return whole[: len(PROMPTS)], independent, " and ".join(differs)
+    return whole[: len(PROMPTS)], exactness, " and ".join(differs)
 
 
 def judge(kind: str, folder: Path) -> Verdict:
@@ -159,7 +166,7 @@ def judge(kind: str, folder: Path) -> Verdict:
     except Exception as error:
         return Verdict(kind, "not made", f"{type(error).__name__}: {_one_line(error)}")
     try:
-        served, independent, differs = _served(folder)
+        served, exactness, differs = _served(folder)
     except (UnsupportedModelError, BadCheckpointError) as error:
         clear = "\n" not in str(error) and len(str(error)) <= LONGEST_REFUSAL
         return Verdict(kind, "refused" if clear else "BROKEN", str(error).replace(str(folder), "it"))
@@ -167,6 +174,7 @@ def judge(kind: str, folder: Path) -> Verdict:
         return Verdict(kind, "BROKEN", f"{type(error).__name__}: {_one_line(error)}")
     gap, short, rounding = _own(folder, served)
     close = max(CLOSE, TIMES_OWN * rounding)
+    independent = bool(exactness["rows_are_independent"])
     verdict = Verdict(
         kind,
         "served" if gap < close and short < close else "WRONG",
@@ -174,6 +182,7 @@ def judge(kind: str, folder: Path) -> Verdict:
         independent,
         is_text_alone=has_more_than_text(AutoConfig.from_pretrained(folder)),
         differs=differs,
+        limit=str(exactness.get("limit", "")),
     )
     if short >= close:
         verdict.words += f", a greedy token is {short:.2g} below the likeliest"

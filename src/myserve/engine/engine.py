@@ -74,6 +74,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.tokenizer = loaded.tokenizer
+        self._limit = loaded.limit
         draft = self._load_draft_model(loaded)
         self_test_key = kept_self_test.key_of(loaded, config)  # before the weights are packed
         with ThreadPoolExecutor(1) as beside:  # a table of Python objects, while weights are packed
@@ -164,10 +165,11 @@ class Engine:
 
     @property
     def exactness(self) -> dict[str, str | int | bool]:
-        """The means that make rows independent (`patch.ExactReport`), this machine's self-test, and the drafts."""
+        """The means that make rows independent (`patch.ExactReport`), this machine's self-test, the drafts; a limit."""
         return self.runner.exact_report.as_dict() | {
             "rows_are_independent": self._independent,
             "speculation": "off" if self.scheduler.speculation is None else self.config.speculation,
+            **({"limit": self._limit} if self._limit else {}),
         }
 
     @property

@@ -28,6 +28,7 @@ from myserve.engine.batch_invariance.patch import is_router
 from myserve.engine.batch_invariance.quantized import QuantizedWeight, can_quantize
 from myserve.engine.batch_invariance.rope_table import look_up_angles
 from myserve.engine.batch_invariance.scaled_experts import adopt_scaled_experts, weighted
+from myserve.engine.mixers.indexed_attention import select_all
 from myserve.engine.mixers.row_positions import tell_positions
 from myserve.errors import RequestError
 from myserve.trainer.exact_adapters import add_expert_adapters, is_lora_layer, make_lora_exact
@@ -84,6 +85,7 @@ def exact_forward(
     model.set_attn_implementation(TRAINER_NAME)
     adopt_scaled_experts(model)
     tell_positions(model)
+    select_all(model)
     install_activations(model, _activation)
     make_recurrent_layers_exact(model)
     modules: list[Any] = list(model.modules())

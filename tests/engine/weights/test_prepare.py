@@ -58,7 +58,9 @@ def two_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
 LIKE_OTHERS = ("qwen2", "mistral", "gemma2", "olmo2", "starcoder2", "olmoe")
 KINDS = [
     thorough(arch, torch.float32) if arch in LIKE_OTHERS else (arch, torch.float32) for arch in ARCHITECTURES
-] + [(arch, torch.bfloat16) for arch in ("qwen3", "gpt2", "gemma3_text", "qwen3_moe", "mixtral")]
+] + [
+    (arch, torch.bfloat16) for arch in ("qwen3", "gpt2", "gemma3_text", "qwen3_moe", "mixtral", "llama4_text")
+]
 
 
 @pytest.mark.parametrize(("arch", "dtype"), KINDS, ids=str)

@@ -56,6 +56,7 @@ __all__ = [
     "products",
 ]
 
+_CASTS = {Tensor.float, Tensor.type, Tensor.to}
 EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
 
 
@@ -138,15 +139,27 @@ class ExactLinear(nn.Module):
 
 
 class ExactWeight(Tensor):
-    """A router's weight: transformers' routers give it to `F.linear` themselves, so it is the weight that knows."""
+    """A router's weight: transformers' routers give it to `F.linear` themselves, so it is the weight that knows.
+
+    Many cast it to float32 first (DeepSeek-V3 and its kin): in half precision a second product is packed for that.
+    """
 
     packed: PackedWeight
+    bias: Tensor | None
+    wide: ExactWeight | None  # in float32, once that was asked for
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, reserve: Reserve | None = None) -> ExactWeight:
         exact = weight.detach().as_subclass(cls)
         exact.packed = PackedWeight(weight, bias, reserve=reserve)
+        exact.bias, exact.wide = bias, None
         return exact
+
+    def widened(self) -> ExactWeight:
+        """Return the same weight in float32, made once."""
+        if self.wide is None:
+            self.wide = ExactWeight.of(self.as_subclass(Tensor).to(torch.float32), self.bias)
+        return self.wide
 
     @classmethod
     def __torch_function__(
@@ -154,6 +167,13 @@ class ExactWeight(Tensor):
     ) -> Any:
         if func is F.linear and isinstance(args[1], cls):
             return args[1].packed(args[0])  # the bias, where there is one, is packed with it
+        # what was computed of such a weight is of this class, too, and has no product
+        if func in _CASTS and hasattr(args[0], "packed") and args[0].dtype != torch.float32:
+            given = (*args[1:], *(kwargs or {}).values())
+            if func is Tensor.float or torch.float32 in [
+                each for each in given if isinstance(each, torch.dtype)
+            ]:
+                return args[0].widened()
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from myserve.engine.mixers.attention_observer import AttentionObserver
 from myserve.engine.mixers.attention_pass import AttentionCall, StateCall, using
+from myserve.engine.mixers.indexed_attention import select_all
 from myserve.engine.mixers.recurrent_functions import other_recurrence_of, stand_before
 from myserve.engine.mixers.row_positions import tell_positions
 from myserve.engine.runner.logit_rows import LogitRows, body_outputs
@@ -68,6 +69,7 @@ def observe(model: Any) -> ModelStructure:
     observer = AttentionObserver(name)
     stand_before(model)
     tell_positions(model)
+    select_all(model)
     ids = torch.arange(TOKENS, device=model.device)[None]
     wanted = torch.tensor(WANTED, device=model.device)
     try:

@@ -20,6 +20,7 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.kernels.warm import warm
 from myserve.engine.memory.prefault import Reserve
 from myserve.engine.mixers.attention_pass import ATTENTION_NAME, register_attention
+from myserve.engine.mixers.indexed_attention import INDEXED, index_limit
 from myserve.engine.weights.empty_model import (
     BUILDING,
     checkpoint_folder,
@@ -61,6 +62,7 @@ class LoadedModel:
     weight_names: WeightNames
     num_weights: int  # numbers that a token is multiplied with: all but those of the embedding and the head
     casts: bool  # an explicit dtype: what has another is rounded to it, now and in every update
+    limit: str = ""  # why it is served with shorter contexts than it was made for; empty where it is not
     quantize: Literal["off", "int8"] = "off"  # what its linear layers, experts and output layer become
 
 
@@ -79,6 +81,9 @@ def load(model: str, config: EngineConfig, reserve: Reserve | None = None) -> Lo
     refuse_what_cannot_be_packed(hf_config)
     refuse_what_cannot_be_packed(text_config)
     longest = context_length(text_config, config.max_model_len)
+    if limit := index_limit_of(text_config, longest, config.max_model_len):
+        longest = index_limit(text_config) or longest
+        log.warning("%s is served with a limit: %s", model, limit)
     is_int8 = int8_scheme(hf_config)
     described = None if is_int8 else described_quantization(hf_config)
     quantize = config.quantize if getattr(hf_config, MARK, None) != "int8" else "int8"
@@ -137,6 +142,7 @@ def load(model: str, config: EngineConfig, reserve: Reserve | None = None) -> Lo
         weight_names=WeightNames.of(loaded, removed),
         num_weights=_num_weights(loaded),
         casts=config.dtype != "auto",
+        limit=limit,
         quantize=quantize,
     )
 
@@ -280,12 +286,39 @@ def refuse_what_cannot_be_packed(config: Any) -> None:
         raise UnsupportedModelError(
             f"{config.model_type} is an encoder-decoder; only causal models can be served"
         )
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    known = _LAYER_TYPES if index_limit(config) is None else _LAYER_TYPES | {INDEXED}
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if strange:
         raise UnsupportedModelError(
-            f"{config.model_type} has layers of type {', '.join(strange)}; the engine batches "
-            "full, sliding-window and chunked attention, and recurrent layers"
+            f"{config.model_type} has layers of type {', '.join(strange)}{_what_they_are(config)}; the engine "
+            "batches full, sliding-window and chunked attention, and recurrent layers"
         )
+
+
+def _what_they_are(config: Any) -> str:
+    """Return what a type's layers do, where its name does not tell: Qwen4's."""
+    if not hasattr(config, "indexer_compress_ratio"):
+        return ""
+    return (
+        ", whose index chooses blocks of keys by their mean, and layers that take in hashes of the last token ids by a "
+        "dilated convolution"
+    )
+
+
+def index_limit_of(config: Any, longest: int, asked: int | None) -> str:
+    """Return why a model's contexts of `longest` tokens are cut, where an index chooses in them; empty where none does.
+
+    Raises UnsupportedModelError where more than what it takes whole is `asked` for.
+    """
+    topk = index_limit(config)
+    if topk is None or longest <= topk:
+        return ""
+    why = f"beyond {topk} tokens an index chooses the keys of {config.model_type}, which is not computed here"
+    if asked is not None and asked > topk:
+        raise UnsupportedModelError(
+            f"max_model_len is {asked}, and {why}; ask for at most {topk}, or leave it out"
+        )
+    return f"contexts of {topk} tokens; {why}"
 
 
 def eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
