@@ -12,7 +12,7 @@ from pathlib import Path
 import transformers
 
 from tools.models.kinds import VARIANTS
-from tools.models.trial import Verdict
+from tools.models.trial import FLOAT32_ALONE, Verdict
 
 __all__ = ["BEGIN", "END", "PAGE", "changes", "rows_of", "table", "write_page"]
 
@@ -25,6 +25,7 @@ SERVED, TEXT_ALONE, DEPENDENT, OFF_POLICY, AS_VARIANTS = (
     "served, exact; `exact_forward` has other bits",
     "served, exact, as variants",
 )
+HALF_REFUSED = f"served, exact, {FLOAT32_ALONE}"
 LIMITED = (
     "served, exact, with a limit: a context ends where its index would begin to choose (`index_topk` tokens)"
 )
@@ -55,7 +56,7 @@ def _row(verdict: Verdict) -> str:
     if not verdict.trainer_has_the_bits:
         return OFF_POLICY
     if verdict.limit:
-        return LIMITED
+        return HALF_REFUSED if verdict.limit.startswith(FLOAT32_ALONE) else LIMITED
     if verdict.is_text_alone:
         return TEXT_ALONE
     return AS_VARIANTS if verdict.kind in VARIANTS else SERVED
@@ -68,7 +69,7 @@ def table(row_of: Mapping[str, str]) -> Iterator[str]:
         rows[row].append(kind)
     yield "| result | kinds |"
     yield "|---|---|"
-    first = [SERVED, LIMITED, TEXT_ALONE, AS_VARIANTS, OFF_POLICY, DEPENDENT]
+    first = [SERVED, LIMITED, HALF_REFUSED, TEXT_ALONE, AS_VARIANTS, OFF_POLICY, DEPENDENT]
     last = sorted(row for row in rows if row.startswith("not tried"))
     for row in [*first, *sorted(rows.keys() - {*first, *last}), *last]:
         if rows[row]:
