@@ -89,6 +89,7 @@ def test_the_text_of_a_checkpoint_with_pictures_is_transformers_beyond_several_c
         ((completion,),) = run(
             engine, [Asked(PROMPT, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))]
         )
+        engine.update_weights(str(tmp_path)).result()  # its towers are passed over
     finally:
         engine.shutdown()
     own.generation_config.eos_token_id = None

@@ -33,6 +33,7 @@ __all__ = [
     "has_more_than_text",
     "keep_text_alone",
     "model_without_values",
+    "names_of_towers",
 ]
 
 # Transformers builds a model under functions that it replaces for the whole process (`tie_weights` among them), and
@@ -142,6 +143,16 @@ def keep_text_alone(model: Any) -> tuple[str, ...]:
         owner, _, last = path.rpartition(".")
         delattr(model.get_submodule(owner), last)
     return tuple(f"{path}." for path in removed)
+
+
+def names_of_towers(config: Any) -> tuple[str, ...]:
+    """Return the prefixes of what a checkpoint has beside its text, where the text is a model of its own (Llama 4)."""
+    kind = config.model_type
+    if not has_more_than_text(config) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return ()
+    build: Any = AutoModelForImageTextToText.from_config
+    with BUILDING, torch.device("meta"), no_init_weights():
+        return keep_text_alone(build(config))
 
 
 def _beside(model: nn.Module, way: str) -> Iterable[str]:

@@ -28,6 +28,7 @@ from myserve.engine.weights.empty_model import (
     has_more_than_text,
     keep_text_alone,
     model_without_values,
+    names_of_towers,
 )
 from myserve.engine.weights.formats.decoded import DecodedSnapshot, described_quantization
 from myserve.engine.weights.formats.gguf_file import GgufFile, is_gguf
@@ -202,7 +203,7 @@ def _fill_from_folder(
     made = model_without_values(
         hf_config, dtype, attention=ATTENTION_NAME, trust_remote_code=trust_remote_code
     )
-    removed = keep_text_alone(made)
+    removed = keep_text_alone(made) or names_of_towers(hf_config)
     if described:
         log.info("its weights are decoded from %s into %s", described["quant_method"], made.dtype)
     if removed:
