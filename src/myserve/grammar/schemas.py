@@ -12,7 +12,7 @@ from typing import Any
 
 from myserve.errors import RequestError
 
-__all__ = ["shared_pattern", "shared_schema"]
+__all__ = ["class_members", "shared_pattern", "shared_schema"]
 
 EXACT = 2**53  # integers up to here are exact as float64, in which the compiler keeps bounds
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
@@ -147,11 +147,19 @@ def shared_pattern(pattern: str) -> str:
 
 
 def _class(letter: str, in_class: bool, in_negated: bool) -> str:
-    kind = letter.lower()
-    if kind not in _INSIDE:
+    if letter.lower() not in _INSIDE:
         return f"\\{letter}"
+    members = class_members(letter, is_negated=in_negated)
+    # a complement inside of a class is a class in it
+    return members if in_class and not members.startswith("^") else f"[{members}]"
+
+
+def class_members(letter: str, *, is_negated: bool) -> str:
+    r"""Return what all dialects have in a class such as `\d`; in a negated class, what any of them has.
+
+    >>> class_members("d", is_negated=False), class_members("D", is_negated=False)
+    ('0-9', '^\\p{Nd}')
+    """
     is_complement = letter.isupper()
-    members = (_OUTSIDE if is_complement != in_negated else _INSIDE)[kind]
-    if is_complement:
-        return f"[^{members}]"  # inside a class, a nested one
-    return members if in_class else f"[{members}]"
+    members = (_OUTSIDE if is_complement != is_negated else _INSIDE)[letter.lower()]
+    return f"^{members}" if is_complement else members

@@ -19,9 +19,10 @@ from myserve.core.grammar import Grammar
 from myserve.engine.token_bytes import TokenBytes
 from myserve.errors import RequestError
 from myserve.grammar.compiler import Compiler, Vocabulary
+from myserve.grammar.lark.reader import read_lark
 from myserve.server.parsing.thinking import THOUGHT_MARKS
 from myserve.server.parsing.tool_styles import STYLES, Elements, ToolStyle
-from myserve.server.prompts.call_grammars import calls_in_text, forced_calls, rules_of_calls
+from myserve.server.prompts.call_grammars import calls_in_text, forced_calls, rules_of_calls, why_no_form
 from myserve.server.settings import Settings
 from myserve.wire.sse import SSEDecoder
 from myserve.wire.structured import Function, Tool
@@ -222,6 +223,47 @@ def test_a_grammar_takes_what_fits_the_schema_and_nothing_else(
         matcher = grammar.deep_copy()
         taken = matcher.consume_tokens(ids(call_of(style, "write", arguments)))
         assert not (taken and matcher.is_accepting()), arguments
+
+
+HUNKS = 'start: "begin" LF ("+" /(.*)/ LF)+ "end"\n%import common.LF'
+SUMS = 'start: sum\nsum: sum "+" part | part\npart: "(" sum ")" | /[0-9"]/\n%ignore /[ \\n]/'
+SAID = {
+    HUNKS: {'begin\n+a "b" \\n\n+\nend': True, "begin\nend": False, "begin\n+a\nend\n": False},
+    SUMS: {'(1+") + \n(2)': True, "(1+2": False, "": False},
+}
+
+
+@EACH
+@pytest.mark.parametrize("marks", ["special", "plain"])
+@pytest.mark.parametrize("source", SAID, ids=["regular", "recursive"])
+def test_a_text_s_own_grammar_holds_in_every_style(
+    vocabulary: tuple[Any, Compiler], style: ToolStyle, marks: str, source: str
+) -> None:
+    tokenizer, compiler = vocabulary
+    if marks == "special":
+        style = style.of(
+            {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        )
+    tool = {"name": "say", "parameters": {"type": "object", "properties": {"input": {"type": "string"}}}}
+    tools = [Tool.model_validate({"type": "function", "function": tool}), Tool.model_validate(TOOLS[2])]
+    form = read_lark(source)
+    ends = [getattr(style.arguments, name, "") for name in ("close", "mark")]
+    is_plain = any(ends) and not any(end.startswith(mark) for mark in style.special for end in ends)
+    reason = why_no_form(form, style)
+    assert (reason is not None) == (source == SUMS and is_plain)
+    if reason is not None:
+        return
+    rules = rules_of_calls(tools, style, forms={"say": form})
+    grammar = compiler.compile(Grammar("lark", f"start: {forced_calls(style, one=True)}\n{rules}"))
+
+    def is_taken(call: str) -> bool:
+        ids = tokenizer.encode(call, add_special_tokens=False, split_special_tokens=marks == "plain")
+        matcher = grammar.deep_copy()
+        return bool(matcher.consume_tokens(list(ids)) and matcher.is_accepting())
+
+    for said, fits in SAID[source].items():
+        assert is_taken(call_of(style, "say", {"input": said})) == fits, said
+    assert is_taken(call_of(style, "count", {"n": 5}))  # beside it a tool of another kind
 
 
 IN_CHANNELS = {

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from myserve.errors import RequestError
+from myserve.grammar.lark.expressions import UnreadableError
+from myserve.grammar.lark.reader import LarkGrammar
+from myserve.grammar.lark.rules import written_in_json, written_up_to
 from myserve.server.parsing.arguments import kinds_of
 from myserve.server.parsing.tool_styles import Elements, Quoted, Region, ToolStyle
 from myserve.wire.structured import Schema, Tool
 
-__all__ = ["calls_in_text", "forced_calls", "rules_of_calls"]
+__all__ = ["Forms", "calls_in_text", "forced_calls", "rules_of_calls", "why_no_form"]
+
+# By the name of a tool with one parameter, a text: the grammar of that.
+Forms = Mapping[str, LarkGrammar]
 
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 # What may stand beside empty properties in a schema that admits no others.
@@ -30,10 +36,10 @@ def forced_calls(style: ToolStyle, *, one: bool) -> str:
     )
 
 
-def calls_in_text(tools: Sequence[Tool], style: ToolStyle, *, one: bool) -> str:
+def calls_in_text(tools: Sequence[Tool], style: ToolStyle, *, one: bool, forms: Forms | None = None) -> str:
     """Return the grammar of free text, in which whatever begins like a call goes on as one. Raises RequestError."""
     if style.lead:
-        return _in_messages(tools, style)
+        return _in_messages(tools, style, forms)
     entry = style.opening or style.begin
     if not entry:
         raise RequestError(
@@ -45,16 +51,16 @@ def calls_in_text(tools: Sequence[Tool], style: ToolStyle, *, one: bool) -> str:
     if style.opening:
         calls = "call" if one else f"call ({_spelled(style, style.between)} call)*"
         calls = _joined(_spelled(style, rest + style.bracket), calls, _spelled(style, style.closing))
-        rules = rules_of_calls(tools, style, style.begin)
+        rules = rules_of_calls(tools, style, style.begin, forms)
     else:
-        calls, rules = "call", rules_of_calls(tools, style, rest)
+        calls, rules = "call", rules_of_calls(tools, style, rest, forms)
     return (
         f"start: {f'TEXT | opened {calls}' if one else f'(opened {calls})* TEXT'}\n"
         f"{_up_to('opened', mark, style)}\n{rules}" + ("" if TEXT in rules else f"\n{TEXT}")
     )
 
 
-def _in_messages(tools: Sequence[Tool], style: ToolStyle) -> str:
+def _in_messages(tools: Sequence[Tool], style: ToolStyle, forms: Forms | None) -> str:
     """Return the grammar of messages in channels: what is said before a call, then the call or the answer."""
     lead, message = _lead(style), _spelled(style, "<|message|>")
     said, final = (_spelled(style, f"<|channel|>{name}") for name in ("commentary", "final"))
@@ -62,7 +68,7 @@ def _in_messages(tools: Sequence[Tool], style: ToolStyle) -> str:
         f"start: said* (answer | {lead} call)\n"
         f"said: {lead} {said} {message} said_text\n{_up_to('said_text', '<|end|>', style)}\n"
         f"answer: {lead} {final} {message} TEXT\n"
-        f"{rules_of_calls(tools, style)}\n{TEXT}"
+        f"{rules_of_calls(tools, style, forms=forms)}\n{TEXT}"
     )
 
 
@@ -70,14 +76,17 @@ def _lead(style: ToolStyle) -> str:
     return f"({_spelled(style, style.lead)})?" if style.lead else ""
 
 
-def rules_of_calls(tools: Sequence[Tool], style: ToolStyle, begin: str | None = None) -> str:
+def rules_of_calls(
+    tools: Sequence[Tool], style: ToolStyle, begin: str | None = None, forms: Forms | None = None
+) -> str:
     """Return Lark's rules of one call, of any of these tools. `begin`: what stands before it, if not the style's."""
     begin = style.begin if begin is None else begin
     lines = ["call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
     for i, tool in enumerate(tools):
         header = begin + style.header(tool.function.name)[len(style.begin) :]
         schema = _of_object(tool.function.parameters)
-        rules = [*_arguments(f"arguments_{i}", schema, style)]
+        form = (forms or {}).get(tool.function.name)
+        rules = [*_arguments(f"arguments_{i}", schema, style, form)]
         own = f"arguments_{i}" if rules else ""
         lines.append(f"call_{i}: {_joined(_spelled(style, header), own, _spelled(style, style.footer))}")
         lines += rules
@@ -86,12 +95,30 @@ def rules_of_calls(tools: Sequence[Tool], style: ToolStyle, begin: str | None = 
     return "\n".join(dict.fromkeys(lines))
 
 
-def _arguments(name: str, schema: dict[str, Any], style: ToolStyle) -> Iterator[str]:
+def why_no_form(form: LarkGrammar, style: ToolStyle) -> str | None:
+    """Return why a text cannot be kept to a grammar in a style; None: it can, or no call can be kept to anything."""
+    if isinstance(style.arguments, Region):
+        return None
+    try:
+        list(_arguments("arguments", {"properties": {"said": {"type": "string"}}}, style, form))
+    except UnreadableError as reason:
+        return str(reason)
+    return None
+
+
+def _arguments(
+    name: str, schema: dict[str, Any], style: ToolStyle, form_of_text: LarkGrammar | None
+) -> Iterator[str]:
     match style.arguments:
+        case None if form_of_text is not None:
+            (key,) = schema["properties"]
+            opened, closed = (json.dumps(mark) for mark in (f'{{{json.dumps(key)}: "', '"}'))
+            yield f"{name}: {opened} said_{name} {closed}"
+            yield from written_in_json(form_of_text, f"said_{name}")
         case None:
             yield f"{name}: %json {_json(schema)}"
         case Elements() as form:
-            yield from _elements(name, schema, style, form)
+            yield from _elements(name, schema, style, form, form_of_text)
         case Region():
             raise RequestError(
                 "this model's tokenizer reads calls by a response template, which says how they are read and not how "
@@ -99,22 +126,26 @@ def _arguments(name: str, schema: dict[str, Any], style: ToolStyle) -> Iterator[
                 param="tools",
             )
         case Quoted() as form:
-            yield from _quoted(name, schema, style, form)
+            yield from _quoted(name, schema, style, form, form_of_text)
 
 
-def _elements(name: str, schema: dict[str, Any], style: ToolStyle, form: Elements) -> Iterator[str]:
+def _elements(
+    name: str, schema: dict[str, Any], style: ToolStyle, form: Elements, form_of_text: LarkGrammar | None
+) -> Iterator[str]:
     parts = []
     for k, (key, value, is_required) in enumerate(_properties(schema, style)):
         parts.append(f"{name}_{k}{'' if is_required else '?'}")
         kind = "true" if _is_text(value) else "false"
         opened = _spelled(style, form.open.replace("KEY", key).replace("KIND", kind))
         yield f"{name}_{k}: {opened} value_{name}_{k}"
-        yield from _value(f"value_{name}_{k}", value, style, form.close)
+        yield from _value(f"value_{name}_{k}", value, style, form.close, form_of_text)
     if parts:
         yield f"{name}: {' '.join(parts)}"
 
 
-def _quoted(name: str, schema: dict[str, Any], style: ToolStyle, form: Quoted) -> Iterator[str]:
+def _quoted(
+    name: str, schema: dict[str, Any], style: ToolStyle, form: Quoted, form_of_text: LarkGrammar | None
+) -> Iterator[str]:
     fields = list(_properties(schema, style))
     for k, (key, value, is_required) in enumerate(fields):
         # first_k: none of the fields before is there; more_k: one is
@@ -125,7 +156,7 @@ def _quoted(name: str, schema: dict[str, Any], style: ToolStyle, form: Quoted) -
             yield f"{state}_{name}_{k}: {field}" + ("" if is_required else f" | {state}_{name}_{k + 1}")
         if _is_text(value):
             yield f"value_{name}_{k}: {_spelled(style, form.mark)} string_{name}_{k}"
-            yield from _value(f"string_{name}_{k}", value, style, form.mark)
+            yield from _value(f"string_{name}_{k}", value, style, form.mark, form_of_text)
         else:
             yield f"value_{name}_{k}: %json {_json(value)}"
     yield f'{name}: "{{" first_{name}_0 "}}"'
@@ -133,9 +164,13 @@ def _quoted(name: str, schema: dict[str, Any], style: ToolStyle, form: Quoted) -
     yield f'more_{name}_{len(fields)}: ""'
 
 
-def _value(name: str, schema: dict[str, Any], style: ToolStyle, close: str) -> Iterator[str]:
+def _value(
+    name: str, schema: dict[str, Any], style: ToolStyle, close: str, form_of_text: LarkGrammar | None
+) -> Iterator[str]:
     """Return the rule of a value and of the mark behind it."""
-    if not _is_text(schema):
+    if form_of_text is not None:
+        yield from written_up_to(form_of_text, name, close.strip(), _spelled_pieces(style, close))
+    elif not _is_text(schema):
         yield f"json_{name}: %json {_json(schema)}"
         yield f"{name}: json_{name} {_spelled(style, close)}"
     elif schema.get("enum"):

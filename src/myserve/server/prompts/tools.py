@@ -9,7 +9,7 @@ from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.params import SamplingParams
 from myserve.errors import RequestError
 from myserve.server.parsing.tool_styles import ToolStyle
-from myserve.server.prompts.call_grammars import calls_in_text, forced_calls, rules_of_calls
+from myserve.server.prompts.call_grammars import Forms, calls_in_text, forced_calls, rules_of_calls
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.structured import NamedTool, Tool
 
@@ -54,14 +54,16 @@ def constrained(
     tools: Sequence[Tool],
     style: ToolStyle | None,
     reasoning: Reasoning | None,
+    forms: Forms | None = None,
 ) -> SamplingParams:
     """Return the parameters with the grammar that the tools ask for; a thought is outside of it.
 
-    Where a call is wanted, the answer's own form has no say. Where one may be made, the answer is either.
+    Where a call is wanted, the answer's own form has no say. Where one may be made, the answer is either. `forms`: the
+    grammars of those tools whose one parameter is a text that has one.
     """
     grammar = params.grammar
     if tools and style is not None:
-        grammar = _grammar(request, tools, style, grammar)
+        grammar = _grammar(request, tools, style, grammar, forms)
     thinks = reasoning is not None and (grammar is not None or reasoning.budget is not None)
     shown = {*(style.shown_ids if tools and style else ()), *(reasoning.shown_ids if reasoning else ())}
     return replace(
@@ -73,14 +75,20 @@ def constrained(
 
 
 def _grammar(
-    request: ChatCompletionRequest, tools: Sequence[Tool], style: ToolStyle, answer: Grammar | None
+    request: ChatCompletionRequest,
+    tools: Sequence[Tool],
+    style: ToolStyle,
+    answer: Grammar | None,
+    forms: Forms | None,
 ) -> Grammar | None:
     choice, one = request.tool_choice, request.parallel_tool_calls is False
     if isinstance(choice, NamedTool):
         named = [tool for tool in tools if tool.function.name == choice.function.name]
-        return Grammar("lark", f"start: {forced_calls(style, one=True)}\n{rules_of_calls(named, style)}")
+        rules = rules_of_calls(named, style, forms=forms)
+        return Grammar("lark", f"start: {forced_calls(style, one=True)}\n{rules}")
     if choice == "required":
-        return Grammar("lark", f"start: {forced_calls(style, one=one)}\n{rules_of_calls(tools, style)}")
+        rules = rules_of_calls(tools, style, forms=forms)
+        return Grammar("lark", f"start: {forced_calls(style, one=one)}\n{rules}")
     if answer is not None:
         if answer.kind != "json_schema":
             raise RequestError(
@@ -88,9 +96,8 @@ def _grammar(
                 param="tools",
             )
         calls = forced_calls(style, one=one)
-        return Grammar(
-            "lark", f"start: answer | {calls}\nanswer: %json {answer.source}\n{rules_of_calls(tools, style)}"
-        )
+        rules = rules_of_calls(tools, style, forms=forms)
+        return Grammar("lark", f"start: answer | {calls}\nanswer: %json {answer.source}\n{rules}")
     if one or any(tool.function.strict for tool in tools):
-        return Grammar("lark", calls_in_text(tools, style, one=one))
+        return Grammar("lark", calls_in_text(tools, style, one=one, forms=forms))
     return None

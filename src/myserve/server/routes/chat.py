@@ -19,6 +19,7 @@ from myserve.server.choice import Choice
 from myserve.server.parsing.message_reader import AnswerReader
 from myserve.server.parsing.thinking import ThinkingCount, thought_reader
 from myserve.server.parsing.tool_calls import CallReader
+from myserve.server.prompts.call_grammars import Forms
 from myserve.server.prompts.lengths import check_lengths
 from myserve.server.prompts.required_prefix import DrawnTurns, keeping_prefix
 from myserve.server.prompts.sampling import chat_params, lists_tokens, tells_text_alone, work_of_params
@@ -66,11 +67,12 @@ async def plan_chat(
     write: ChatWriters | None = None,
     drawn: DrawnTurns | None = None,
     fields: LengthFields | None = None,
+    forms: Forms | None = None,
 ) -> Plan:
     """Return the draws of a chat. `write` makes the writer of another dialect that was read as a chat.
 
     `drawn` are earlier turns that the prompt has as they were drawn where its text agrees, and is told where not.
-    `fields`: what the other dialect calls its conversation and its limit.
+    `fields`: what the other dialect calls its conversation and its limit. `forms`: grammars of its tools' texts.
     """
     request = answer.request
     fields = fields or _length_fields(request)
@@ -104,7 +106,7 @@ async def plan_chat(
             )
         begun = texts[-1] if request.continue_final_message else ""
         reasoning = style.reasoning(codec, prompt, request.thinking_token_budget, begun)
-        params = constrained(params, request, tools, style.tools, reasoning)
+        params = constrained(params, request, tools, style.tools, reasoning, forms)
         return Plan([prompt], [params], (write or ChatWriter)(answer, tools, reasoning), fields=fields)
 
     size = sum(map(len, texts)) + CHARS_PER_MESSAGE * len(texts) + CHARS_PER_TOOL * len(offered)

@@ -32,6 +32,16 @@ CUSTOM = {
     "format": {"type": "grammar", "syntax": "regex", "definition": "ls [a-z]{3}"},
 }
 
+PATCH = {
+    "type": "custom",
+    "name": "patch",
+    "format": {
+        "type": "grammar",
+        "syntax": "lark",
+        "definition": 'start: "+" /[a-z"]{1,4}/ LF\n%import common.LF',
+    },
+}
+
 
 @pytest.fixture
 def client(agent_server: Any) -> Iterator[openai.OpenAI]:
@@ -113,6 +123,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"tools": [TOOL], "tool_choice": "required", "max_output_tokens": 120},
     {"tools": [TOOL], "tool_choice": "required", "max_output_tokens": 12},
     {"tools": [TOOL, CUSTOM], "tool_choice": {"type": "custom", "name": "shell"}, "max_output_tokens": 120},
+    {"tools": [TOOL, PATCH], "tool_choice": {"type": "custom", "name": "patch"}, "max_output_tokens": 120},
     {"tools": [TOOL], "tool_choice": "required", "model": "thinker", "reasoning": {"effort": "low"}},
     {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"enum": [1, 22]}}}},
     {"max_output_tokens": 1, "logit_bias": {"2": 100}},
@@ -406,7 +417,7 @@ def test_what_codex_sends_is_answered(agent_server: Any) -> None:
     assert read[-1].event in ("response.completed", "response.incomplete")
     words = read[-1].json()["response"]["warnings"]
     assert [word.split(" ")[0].rstrip(":") for word in words] == [
-        *("tools", "tools[3]", "tools[4]", "tools[5]", "effort", "text.verbosity", "reasoning.summary")
+        *("tools[3]", "tools[4]", "tools[5]", "effort", "text.verbosity", "reasoning.summary")
     ]
 
 

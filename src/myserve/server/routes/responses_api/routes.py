@@ -10,6 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from myserve.core.grammar import Grammar
+from myserve.core.params import SamplingParams
 from myserve.engine.requests.lengths import LengthFields
 from myserve.errors import RequestError
 from myserve.server import caller
@@ -18,6 +20,7 @@ from myserve.server.answers.respond import answer_request, begin_request
 from myserve.server.answers.streaming import EventStream, json_response
 from myserve.server.answers.writer import Plan
 from myserve.server.errors import NotFoundError
+from myserve.server.models.models import ServedModel
 from myserve.server.routes.body import (
     documented,
     made_of,
@@ -28,6 +31,7 @@ from myserve.server.routes.body import (
 )
 from myserve.server.routes.chat import plan_chat, prompt_of
 from myserve.server.routes.responses_api.background import BackgroundRun, BackgroundRuns
+from myserve.server.routes.responses_api.offered import UnreadForm
 from myserve.server.routes.responses_api.store import KeptResponse, ResponseStore
 from myserve.server.routes.responses_api.truncation import fit_prompt
 from myserve.server.routes.responses_api.turn import Earlier, ResponseTurn, turn_of
@@ -42,6 +46,7 @@ from myserve.wire.responses_api.answer import (
 )
 from myserve.wire.responses_api.items import InputItem, ReferenceItem, read_items
 from myserve.wire.responses_api.request import ResponseRequest
+from myserve.wire.responses_api.tools import CustomTool, NamespaceTool
 
 __all__ = ["router"]
 
@@ -51,6 +56,7 @@ ROOT = "/v1/responses"
 MOST_LISTED = 100
 LENGTH_FIELDS = LengthFields("input", "max_output_tokens")
 BYTES_PER_ITEM = 64  # of a conversation's JSON, at least
+CHARACTERS_PER_ITEM = 8  # of a grammar, that are read in the time of an item
 
 MADE = documented(ResponseRequest, ResponseObject, ResponseEvent)
 
@@ -165,7 +171,26 @@ async def _turn(http: Request, asked: ResponseRequest) -> ResponseTurn:
             update={"input": await asyncio.to_thread(_resolved, asked.input or (), store, owner)}
         )
     own = 1 if isinstance(asked.input, str) else len(asked.input or ())
-    return await made_of(len(earlier.items) + own, lambda: turn_of(asked, model, earlier))
+    size = len(earlier.items) + own + _size_of_grammars(asked) // CHARACTERS_PER_ITEM
+    turn = await made_of(size, lambda: turn_of(asked, model, earlier))
+    for form in turn.offered.unread:
+        await _check_form(form, model)
+    return turn
+
+
+def _size_of_grammars(asked: ResponseRequest) -> int:
+    sent = asked.tools or ()
+    inner = (tool for group in sent if isinstance(group, NamespaceTool) for tool in group.tools)
+    forms = (tool.format for tool in (*sent, *inner) if isinstance(tool, CustomTool))
+    return sum(len(form.definition or "") for form in forms if form is not None)
+
+
+async def _check_form(form: UnreadForm, model: ServedModel) -> None:
+    """Raise RequestError for a form that is no grammar at all; one that is has no effect, and its warning stands."""
+    try:
+        await model.engine.prepare(SamplingParams(grammar=Grammar(form.syntax, form.definition)))
+    except RequestError as error:
+        raise form.refused(error) from None
 
 
 def _resolved(items: Sequence[InputItem], store: ResponseStore, owner: str) -> tuple[InputItem, ...]:
@@ -183,7 +208,9 @@ def _planned(http: Request, turn: ResponseTurn, keep: Any = None) -> Any:
         if turn.asked.truncation == "auto" and (word := await fit_prompt(answer)) is not None:
             turn.words.append(word)
         write = partial(ResponseWriter, turn=turn, keep=keep)
-        return await plan_chat(settings_of(http), answer, write, turn.drawn, LENGTH_FIELDS)
+        return await plan_chat(
+            settings_of(http), answer, write, turn.drawn, LENGTH_FIELDS, turn.offered.forms
+        )
 
     return plan
 

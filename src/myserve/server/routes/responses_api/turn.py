@@ -83,7 +83,7 @@ class ResponseTurn:
 
 def turn_of(asked: ResponseRequest, model: ServedModel, earlier: Earlier) -> ResponseTurn:
     """Return the chat that a request asks for. Raises RequestError for items and tools that cannot be read."""
-    said, offered = ItemMessages(), offered_tools(asked)
+    said, offered = ItemMessages(), offered_tools(asked, model.style.tools)
     if asked.instructions:
         said.add_instructions(asked.instructions)
     said.add(earlier.items, "previous_response_id")
