@@ -8,10 +8,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from myserve.core.isolation import failure_of, raise_if_of_the_device
+from myserve.core.rows import RowState
 from myserve.engine.meters import EngineMeters
 from myserve.engine.requests.admission import Submission
 from myserve.engine.requests.dispatch import Dispatcher
@@ -23,7 +24,7 @@ from myserve.engine.scheduling.adapter import AdapterVersion
 from myserve.engine.scheduling.batch import Batch
 from myserve.engine.scheduling.pausing import PauseMode, Pausing
 from myserve.engine.scheduling.queue_bound import QueueBound
-from myserve.engine.scheduling.request import Request
+from myserve.engine.scheduling.request import Event, Request
 from myserve.engine.scheduling.scheduler import Scheduler
 from myserve.engine.weights.lora.adapter_files import PreparedAdapter
 from myserve.engine.weights.prepare import Mode, Prepared, Source, UpdateOptions
@@ -59,6 +60,9 @@ class EngineThread:
         self.pausing = Pausing(scheduler)
         # of requests that have not ended
         self._owner: dict[Request, Submission] = {}
+        # of these, the ones whose sampling states are still being made
+        self._unready: set[Request] = set()
+        self._skipping = ThreadPoolExecutor(1, thread_name_prefix="myserve-noise")
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -88,6 +92,7 @@ class EngineThread:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+        self._skipping.shutdown(wait=False, cancel_futures=True)
 
     def post(self, task: Callable[[], None]) -> None:
         """Have `task` done on this thread, between two steps."""
@@ -204,24 +209,44 @@ class EngineThread:
     def _add(self, submission: Submission) -> None:
         for request in submission.requests:
             self._owner[request] = submission
+        device = self.runner.device
+        if not submission.skips_noise:
+            self._begin(submission, lambda: submission.row_states(device))
+            return
+        # moving torch's generators on takes as long as many steps: no other request waits for it
+        self._unready.update(submission.requests)
+        made = self._skipping.submit(submission.row_states, device)
+        made.add_done_callback(lambda rows: self.post(lambda: self._begin(submission, rows.result)))
+
+    def _begin(self, submission: Submission, make_rows: Callable[[], list[RowState]]) -> None:
+        """Hand those requests to the scheduler that nobody has aborted meanwhile."""
+        self._unready.difference_update(submission.requests)
+        requests = [request for request in submission.requests if request in self._owner]
+        if not requests:
+            return
         try:
+            rows = dict(zip(submission.requests, make_rows(), strict=True))
             if submission.options.adapter is not None:
                 version = self.runner.adapters.find(submission.options.adapter)
-                for request in submission.requests:
+                for request in requests:
                     request.adapter = version
                     self.runner.adapters.begin(version)
-            for request in submission.requests:
-                row = submission.row_state(request.index, self.runner.device)
-                self.runner.add(request, row, submission.params)
+            for request in requests:
+                self.runner.add(request, rows[request], submission.params)
         except Exception as error:
             raise_if_of_the_device(error)
-            self._fail(submission.requests, failure_of(error, "preparing its sampling"))
+            self._fail(requests, failure_of(error, "preparing its sampling"))
         else:
-            self.scheduler.add(submission.requests[0])
+            leader, *leader.siblings = requests
+            self.scheduler.add(leader)
 
     def _abort(self, requests: Sequence[Request], reason: str) -> None:
         for request in requests:
-            self.scheduler.abort(request)
+            if request in self._unready:  # the scheduler has not seen it
+                self._unready.discard(request)
+                request.apply(Event.ABORT)
+            else:
+                self.scheduler.abort(request)
             self._forget(request, reason)
 
     def _forget(self, request: Request, reason: str) -> None:

@@ -51,6 +51,17 @@ class Submission:
     requests: list[Request] = field(default_factory=list)
     stream: OutcomeReceiver = field(init=False)
 
+    @property
+    def skips_noise(self) -> bool:
+        """Return whether its sampling states begin behind draws that have to be made up for, which takes time."""
+        return (
+            self.options.num_prior_tokens > 0 and self.params.noise == "torch" and self.params.temperature > 0
+        )
+
+    def row_states(self, device: torch.device) -> list[RowState]:
+        """Return the sampling states of all choices. Any thread may make them."""
+        return [self.row_state(request.index, device) for request in self.requests]
+
     def row_state(self, index: int, device: torch.device) -> RowState:
         """The sampling state of choice `index`. Prior tokens count as its completion, not as its prompt."""
         prompt_length = len(self.prompt_token_ids) - self.options.num_prior_tokens
