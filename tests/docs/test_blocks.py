@@ -1,4 +1,4 @@
-"""The blocks of the README, the quickstart and four pages run, as they stand, against a real server."""
+"""The blocks of the README, the quickstart and six pages run, as they stand, against a real server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from warm_python import warm_python
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = [
-    pytest.param(language, code, id=f"{page}-{number}")
+    pytest.param(page, language, code, id=f"{page}-{number}")
     for page in (
         "README.md",
         "docs/quickstart.md",
@@ -28,6 +28,7 @@ BLOCKS = [
         "docs/agents.md",
         "docs/verify.md",
         "docs/batches.md",
+        "docs/inspector.md",
     )
     for number, (language, code) in enumerate(
         re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
@@ -67,14 +68,16 @@ def test_the_readme_shows_both_commands_and_both_installs() -> None:
     assert len(BLOCKS) >= 8
 
 
-@pytest.mark.parametrize(("language", "code"), BLOCKS)
-def test_a_block_runs(language: str, code: str, port: int) -> None:
+@pytest.mark.parametrize(("page", "language", "code"), BLOCKS)
+def test_a_block_runs(page: str, language: str, code: str, port: int, tmp_path: Path) -> None:
+    """The inspector's writes a file, and others look into the repository."""
     code = code.replace("localhost:8000", f"localhost:{port}")
     command = (
         [*warm_python(), "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
     )
+    cwd = tmp_path if page == "docs/inspector.md" else ROOT
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ.copy()
+        command, capture_output=True, text=True, timeout=120, cwd=cwd, env=os.environ.copy()
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout or "print" not in code

@@ -32,8 +32,6 @@ def run(page: Any) -> None:
     """Draw samples, and wait for their ends."""
     page.get_by_role("button", name="Run").click()
     until(page, "document.querySelector('.samples').getAttribute('aria-busy') === 'false'")
-    # cells are drawn a frame later
-    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def open_journal(page: Any, path: Path) -> None:

@@ -107,6 +107,17 @@ def test_every_token_is_shown_with_its_numbers(inspected: Any, open_page: Callab
     assert f"parts from sample 0 at token {parts}:" in page.locator(".sample-parts").nth(1).inner_text()
 
 
+def test_when_the_page_says_that_it_is_done_all_tokens_are_there(
+    inspected: Any, open_page: Callable[..., Any]
+) -> None:
+    """In a tab without frames, as a hidden one is: tokens that wait for the next frame would not come."""
+    page = open_page(inspected.url)
+    ask_raw(page, max_tokens=12, n=2, seed=3, ignore_eos=True)
+    page.evaluate("window.requestAnimationFrame = () => 0")
+    run(page)
+    assert [len(strip) for strip in strips(page)] == [12, 12]
+
+
 def test_a_link_draws_the_same_samples(inspected: Any, open_page: Callable[..., Any]) -> None:
     page = open_page(inspected.url)
     ask_raw(page, max_tokens=12, n=2, temperature=1.2)

@@ -106,8 +106,10 @@ class Playground {
       if (error.name !== "AbortError") throw error;
       this.facts.textContent = "Stopped";
     } finally {
-      if (this.running === control) this.busy(false);
+      // not with the next frame, as while tokens come: who waits for the end sees all of them, also in a tab without frames
+      for (const { strip } of this.cards.values()) strip.draw();
       this.compare();
+      if (this.running === control) this.busy(false);
     }
   }
 
@@ -206,7 +208,6 @@ class Playground {
     for (const [sample, { strip, parts }] of this.cards) {
       const other = sample.parent ?? (sample === this.samples[0] ? null : this.samples[0]);
       if (!other) continue;
-      strip.draw();
       const at = partsAt(sample, other);
       strip.mark(at);
       parts.textContent = at === null ? `as ${other.label}, as far as both go`
