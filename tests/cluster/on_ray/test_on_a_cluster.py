@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -34,10 +35,11 @@ def free_port() -> int:
 
 
 class Head:
-    """`ray start --head` in a folder and on a port of its own."""
+    """`ray start --head` in a folder and on a port of its own. It asks for a token, as Ray does where one is there."""
 
     def __init__(self) -> None:
         self.address = f"127.0.0.1:{free_port()}"
+        self.token = secrets.token_hex(32)
         # short: sockets' names have a limit
         self._folder = tempfile.mkdtemp(prefix="ray")
         options = {
@@ -51,7 +53,13 @@ class Head:
         command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats"]
         self.process = subprocess.Popen(
             [*command, *(f"--{name}={value}" for name, value in options.items())],
-            env={**os.environ, **THREADS, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+            env={
+                **os.environ,
+                **THREADS,
+                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": self.token,
+            },
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -87,7 +95,7 @@ def head() -> Iterator[Head]:
 
 @pytest.mark.timeout(120)
 def test_ray_address_is_honoured_and_the_cluster_is_left_as_it_was(head: Head, want: list[Told]) -> None:
-    with serving("--replicas", "1", RAY_ADDRESS=head.address, **THREADS) as server:
+    with serving("--replicas", "1", RAY_ADDRESS=head.address, RAY_AUTH_TOKEN=head.token, **THREADS) as server:
 
         async def run() -> list[Told]:
             async with aiohttp.ClientSession() as session:
@@ -97,7 +105,7 @@ def test_ray_address_is_honoured_and_the_cluster_is_left_as_it_was(head: Head, w
 
         assert asyncio.run(run()) == want
     assert server.process.returncode == 0 and "FleetReplica" not in head.names()
-    with serving("--replicas", "3", RAY_ADDRESS=head.address) as greedy:
+    with serving("--replicas", "3", RAY_ADDRESS=head.address, RAY_AUTH_TOKEN=head.token) as greedy:
         assert greedy.process.wait(60) == 1
         assert "3 replicas ask for 3 CPUs, and there are 2" in " ".join(greedy.said.split())
 
@@ -116,7 +124,13 @@ def test_the_config_file_of_deploy_serves_the_same_bytes(
     log = (tmp_path / "log").open("w")
     running = subprocess.Popen(
         [BIN / "serve", "run", str(file)],
-        env={**os.environ, "RAY_ADDRESS": head.address, "MYSERVE_MODEL": ""},
+        env={
+            **os.environ,
+            "RAY_ADDRESS": head.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": head.token,
+            "MYSERVE_MODEL": "",
+        },
         stdout=log,
         stderr=log,
     )

@@ -78,9 +78,9 @@ class FleetLoader:
         self._is_cancelled = threading.Event()
 
     def __call__(self, path: str, settings: Settings) -> ServedModel:
-        from transformers import AutoTokenizer
+        from myserve.engine.weights.loader import load_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.engine.trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=settings.engine.trust_remote_code)
         engine = FleetEngine(self._client, self._secret, settings.engine, tokenizer)
         try:
             engine.start(self._wait)

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from myserve.errors import EngineError, RequestError
@@ -42,6 +43,7 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
     if address is not None:
         # known before Ray is imported, which would ask for a minute
         _check_reached(address)
+        _show_the_token_that_is_there()
     try:
         # read when Ray is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -89,6 +91,13 @@ def _check_reached(address: str) -> None:
         ) from error
 
 
+def _show_the_token_that_is_there() -> None:
+    """Have Ray send its token where there is one, as `ray start` asks for it then; a cluster without passes it over."""
+    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if named or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def _connect(ray: Any, address: str | None, settings: Settings) -> None:
     quiet = {"log_to_driver": settings.log_level == "debug", "logging_level": logging.ERROR}
     if address is not None:
@@ -98,7 +107,8 @@ def _connect(ray: Any, address: str | None, settings: Settings) -> None:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RequestError(
-                f"no Ray is reached at RAY_ADDRESS={address} ({time.monotonic() - began:.0f} s): {reason}"
+                f"no Ray is reached at RAY_ADDRESS={address} ({time.monotonic() - began:.0f} s): {reason}; "
+                "one that asks for a token takes RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             ) from error
         return
     for is_last in (False, True):

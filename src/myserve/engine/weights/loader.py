@@ -45,7 +45,7 @@ from myserve.engine.weights.plan import WeightNames
 from myserve.engine.weights.snapshot import FolderSnapshot, Snapshot, TensorInfo
 from myserve.errors import BadCheckpointError, BadSnapshotError, UnsupportedModelError
 
-__all__ = ["LoadedModel", "load", "resolve_device"]
+__all__ = ["LoadedModel", "load", "load_tokenizer", "resolve_device"]
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def load(model: str, config: EngineConfig, reserve: Reserve | None = None) -> Lo
         threading.Thread(target=kernels).start()
     removed: tuple[str, ...] = ()
     with ThreadPoolExecutor(1) as beside:
-        tokenizer_coming = beside.submit(_tokenizer, model, gguf, config.trust_remote_code)
+        tokenizer_coming = beside.submit(load_tokenizer, model, trust_remote_code=config.trust_remote_code)
         if is_int8:
             loaded = load_int8(
                 model,
@@ -164,12 +164,21 @@ def _read_config(model: str, trust_remote_code: bool) -> Any:
         raise BadCheckpointError(
             f"config.json of {model} is no config of its model: {reason[:300]}"
         ) from error
+    except ValueError as error:
+        raise BadCheckpointError(f"{model} is no model: {' '.join(str(error).split())[:300]}") from error
 
 
-def _tokenizer(model: str, gguf: GgufFile | None, trust_remote_code: bool) -> Any:
-    if gguf is not None:
-        return gguf_tokenizer(gguf)
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of `model`, a path, hub id or GGUF file. Raises BadCheckpointError for one that is none."""
+    if is_gguf(model):
+        return gguf_tokenizer(GgufFile(model))
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise BadCheckpointError(
+            f"{model} has no tokenizer that transformers reads: {reason[:300]}"
+        ) from error
 
 
 def _dtype(config: EngineConfig, hf_config: Any, gguf: GgufFile | None, *, is_decoded: bool) -> Any:
