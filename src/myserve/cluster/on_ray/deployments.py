@@ -27,6 +27,7 @@ __all__ = ["ControllerClient", "controller_of", "replicas_of"]
 log = logging.getLogger("myserve.cluster")
 
 HEARTBEAT_SECONDS = 1.0
+LEAVE_SECONDS = 2.0
 QUIET = LoggingConfig(enable_access_log=False)  # a heartbeat a second is no access
 CONTROLLER, REPLICA = "FleetController", "FleetReplica"
 
@@ -182,8 +183,9 @@ class FleetReplica:
     async def __del__(self) -> None:
         """Leave: streams go on elsewhere, or to their ends here where there is no other replica."""
         self._is_leaving = True
-        with contextlib.suppress(ControllerLostError):
-            await self._controller.leave(self._name)
+        # where the whole application is deleted the controller goes as well, and Serve would wait for another
+        with contextlib.suppress(ControllerLostError, TimeoutError):
+            await asyncio.wait_for(self._controller.leave(self._name), LEAVE_SECONDS)
         self._server.leave()
         for _ in range(round(self._settings.shutdown_timeout / 0.1)):
             await asyncio.sleep(0.1)
