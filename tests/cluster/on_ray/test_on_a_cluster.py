@@ -104,7 +104,8 @@ def test_ray_address_is_honoured_and_the_cluster_is_left_as_it_was(head: Head, w
             return await told_by(server.url)
 
         assert asyncio.run(run()) == want
-    assert server.process.returncode == 0 and "FleetReplica" not in head.names()
+    assert server.process.returncode == 0
+    assert not {name for name in ("FleetReplica", "ServeController") if name in head.names()}
     with serving("--replicas", "3", RAY_ADDRESS=head.address, RAY_AUTH_TOKEN=head.token) as greedy:
         assert greedy.process.wait(60) == 1
         assert "3 replicas ask for 3 CPUs, and there are 2" in " ".join(greedy.said.split())

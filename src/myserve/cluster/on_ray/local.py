@@ -58,9 +58,11 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
         # known before anything is started; how many GPUs there are is Ray's to find out
         _check_room({"CPU": os.cpu_count() or 1}, settings)
     name = f"myserve-{secrets.token_hex(4)}"
+    found_serve = False
     try:
         try:
             _connect(ray, address, settings)
+            found_serve = _serve_runs()
             _check_room(ray.cluster_resources(), settings)
         except SystemExit:  # Ray's own answer to SIGTERM
             raise KeyboardInterrupt from None
@@ -68,7 +70,7 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
         yield _LocalLoader(settings, name, host="127.0.0.1" if address is None else None)
     finally:
         if ray.is_initialized() and address is not None:
-            _delete(name)
+            _delete(name, and_serve=not found_serve)
         # also of a start that was interrupted
         ray.shutdown()
 
@@ -192,10 +194,21 @@ def _reason(state: Any) -> str:
     return lines[-1] if lines else " ".join(told.split())[-300:]
 
 
-def _delete(name: str) -> None:
+def _serve_runs() -> bool:
+    """Return whether Ray Serve runs on the cluster that is connected."""
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in actors)
+
+
+def _delete(name: str, *, and_serve: bool) -> None:
+    """Delete the application; `and_serve`: and Serve, which has no HTTP proxy, where nobody else has come to use it."""
     from ray import serve
 
     try:
         serve.delete(name)
+        if and_serve and not serve.status().applications:
+            serve.shutdown()
     except Exception as error:
         log.warning("the application %s was not deleted from Ray: %s", name, error)
