@@ -15,7 +15,12 @@ from myserve.core.compiled.fingerprint import fingerprint
 __all__ = ["COMPILED", "SOURCES", "Kernel", "best_rows", "draw_rows", "kept", "mask_rows", "normalise_rows"]
 
 COMPILED = Path(__file__).parent
-SOURCES = (COMPILED, *(COMPILED.parent / f"{module}.py" for module in ("noise", "numerics", "transfer")))
+CORE = COMPILED.parent
+SOURCES = (
+    COMPILED,
+    CORE / "mersenne",
+    *(CORE / f"{module}.py" for module in ("noise", "numerics", "transfer")),
+)
 
 Kernel = Callable[..., None]  # (start, stop, *arrays): rows `start` to `stop`
 

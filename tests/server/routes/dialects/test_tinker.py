@@ -325,6 +325,6 @@ def test_a_promise_is_its_owner_s_alone(open_server: Any, weights_dir: Path, tmp
         assert httpx.get(server.url + "/api/v1/healthz").status_code == 200
         assert httpx.post(server.url + "/api/v1/create_session", json={}).status_code == 401
         # what fails after it was promised fails as an answer
-        server.model("tiny").in_flight._timeout = 0.01
-        failed = alice.fetch(alice.begin(sampling={"max_tokens": 200})).json()
+        server.model("tiny").in_flight._timeout = 0.05
+        failed = alice.fetch(alice.begin(sampling={"max_tokens": 450})).json()
         assert failed["category"] == "server" and "not done after" in failed["error"]
