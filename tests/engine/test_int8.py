@@ -139,7 +139,9 @@ def test_control_products_that_saturate_are_found_out(
 # --- new weights in place --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3_text", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "arch", ["llama", thorough("gpt2"), thorough("gemma3_text"), "qwen3_moe", thorough("gpt_oss")]
+)
 def test_an_updated_engine_is_a_fresh_one(arch: str, tmp_path: Path, open_engine: Any) -> None:
     old, new = (
         make_tiny_model(arch, tmp_path / str(seed), seed=seed, dtype=torch.bfloat16) for seed in (0, 1)

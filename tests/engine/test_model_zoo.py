@@ -29,8 +29,14 @@ GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, prompt_lo
 CLOSE = 1e-3  # float32: 1e-5 for most; HRM's many passes add up
 
 
-# the many passes of HRM cost as much as ten others
-@pytest.fixture(params=[thorough(name) if name == "hrm_text" else name for name in SERVED])
+# Those that have what another of them has; and the many passes of HRM cost as much as ten others.
+REPEATS = {
+    "cohere", "falcon_h1", "hrm_text", "llama-yarn", "llama4_text-odd", "minicpm3", "olmo_hybrid", "opt-projected",
+    "phi", "phimoe-window", "qwen2_moe", "qwen3_next", "smollm3", "stablelm", "starcoder2",
+}  # fmt: skip
+
+
+@pytest.fixture(params=[thorough(name) if name in REPEATS else name for name in SERVED])
 def served(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]
 ) -> Iterator[tuple[Engine, Path]]:

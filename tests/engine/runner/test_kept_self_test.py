@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,12 @@ def test_other_weights_options_threads_and_environments_have_keys_of_their_own(
         next(loaded.model.parameters()).view(-1)[0] += 1
     keys.append(kept_self_test.key_of(loaded, CONFIG))
     assert len(set(keys)) == 6 and None not in keys
+
+
+def test_options_that_no_sum_depends_on_share_a_key(loaded: LoadedModel) -> None:
+    others = replace(CONFIG, max_queue=7, prefix_caching=False, trust_remote_code=True)
+    assert kept_self_test.key_of(loaded, others) == kept_self_test.key_of(loaded, CONFIG)
+    assert {field.name for field in fields(CONFIG)} > kept_self_test.WITHOUT_EFFECT
 
 
 def test_a_gpus_result_is_not_kept(loaded: LoadedModel) -> None:

@@ -59,7 +59,8 @@ LIKE_OTHERS = ("qwen2", "mistral", "gemma2", "olmo2", "starcoder2", "olmoe")
 KINDS = [
     thorough(arch, torch.float32) if arch in LIKE_OTHERS else (arch, torch.float32) for arch in ARCHITECTURES
 ] + [
-    (arch, torch.bfloat16) for arch in ("qwen3", "gpt2", "gemma3_text", "qwen3_moe", "mixtral", "llama4_text")
+    thorough(arch, torch.bfloat16) if arch in ("qwen3", "gpt2") else (arch, torch.bfloat16)
+    for arch in ("qwen3", "gpt2", "gemma3_text", "qwen3_moe", "mixtral", "llama4_text")
 ]
 
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import mmap
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,17 +78,18 @@ class FilePages:
             _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
+# A mapping of a file (its inode is not 0), and how much of it was written to.
+_FILE = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9](?:.*\n)(?:[A-Z].*\n)*?Anonymous: +(\d+)", re.MULTILINE
+)
+
+
 def _unwritten_files() -> Iterator[tuple[int, int]]:
     """From where to where each is mapped. A page of a private mapping that was written to is nowhere else."""
     maps = Path("/proc/self/smaps")
-    start, end, is_file = 0, 0, False
-    for line in maps.read_text().splitlines() if maps.exists() else ():
-        name, *words = line.split()
-        if not name.endswith(":"):  # a mapping, and behind it what is known of it
-            start, end = (int(address, 16) for address in name.split("-"))
-            is_file = words[3] != "0"
-        elif name == "Anonymous:" and words[0] == "0" and is_file:
-            yield start, end
+    for start, end, written in _FILE.findall(maps.read_bytes() if maps.exists() else b""):
+        if written == b"0":
+            yield int(start, 16), int(end, 16)
 
 
 @functools.cache

@@ -40,6 +40,13 @@ SAMPLED = 256  # numbers of each weight that its fingerprint reads: what is prov
 PACKAGES = ("torch", "transformers", "numba", "llvmlite", "numpy")
 # What chooses the instructions, or the number of threads, of libraries.
 VARIABLES = ("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "ATEN_", "NUMBA_CPU_", "TORCH_")
+# Options that no sum of a step depends on. One that is not named counts; the cache's size is how long a test it holds.
+WITHOUT_EFFECT = frozenset(
+    {
+        "trust_remote_code", "self_test", "max_queue", "target_inter_token_latency", "draft_model",
+        "prefix_caching", "share_prefix_cache",
+    }
+)  # fmt: skip
 CPU_FACTS = ("vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "flags", "Features")
 
 
@@ -55,10 +62,11 @@ def key_of(loaded: LoadedModel, config: EngineConfig) -> str | None:
     """Return the name of all that a self-test's result follows from, in hex digits; None where it is not kept."""
     if loaded.device.type != "cpu" or config.self_test == "always":
         return None
+    options = dataclasses.asdict(config).items()
     facts = {
         "model": loaded.model.config.to_dict() | {"class": type(loaded.model).__name__},
         "weights": [_fingerprint(name, weight) for name, weight in _weights(loaded.model)],
-        "options": dataclasses.asdict(config),
+        "options": [option for option in options if option[0] not in WITHOUT_EFFECT],
         "threads": torch.get_num_threads(),
         "code": fingerprint(Path(__file__).parents[2]),
         "packages": [version(each) for each in PACKAGES],
