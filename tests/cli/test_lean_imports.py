@@ -87,6 +87,7 @@ def test_the_names_of_models_are_kept_and_read_again(tmp_path: Path) -> None:
     assert all(file.stat().st_size > 1000 for file in kept)
 
 
+@pytest.mark.thorough
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "myserve").touch()
     lean = NAMES.format(begin="lean_imports.begin()")

@@ -23,12 +23,13 @@ from myserve.errors import (
     OverloadedError,
     RequestError,
 )
-from runs import Asked, collect, run, run_one
+from runs import Asked, collect, run, run_one, thorough
 from warm_python import warm_python
 
 PROMPT = [5, 7, 100, 200, 33, 41, 90, 12]
 EVERY_ARCHITECTURE = [
-    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2", "gpt2", "qwen3_moe", "mixtral", "olmoe",
+    "llama", *map(thorough, ("qwen2", "qwen3", "mistral", "gemma2", "olmo2", "olmoe")), "gemma3_text", "gpt2",
+    "qwen3_moe", "mixtral",
 ]  # fmt: skip
 MakeEngine = Callable[..., Engine]
 HfModel = Callable[[str], Any]

@@ -24,7 +24,7 @@ MakeEngine = Callable[..., Engine]
 MODELS = [
     ("llama", "float32"),
     ("llama", "bfloat16"),
-    ("gpt2", "float32"),
+    thorough("gpt2", "float32"),
     ("gemma3_text", "bfloat16"),
     thorough("gemma2", "bfloat16"),
     thorough("qwen3_moe", "float32"),

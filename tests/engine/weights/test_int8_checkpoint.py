@@ -18,9 +18,12 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.weights.int8_checkpoint import write_int8
 from myserve.errors import BadCheckpointError, RequestError, UnsupportedModelError
+from runs import thorough
 
 OpenEngine = Callable[..., Engine]
-ARCHITECTURES = ["llama", "gpt2", "gemma3_text", "phi3", "qwen3_moe", "mixtral", "gpt_oss"]
+ARCHITECTURES = [
+    "llama", thorough("gpt2"), thorough("gemma3_text"), "phi3", "qwen3_moe", thorough("mixtral"), "gpt_oss",
+]  # fmt: skip
 
 
 def opened(folder: Path, **config: object) -> Engine:

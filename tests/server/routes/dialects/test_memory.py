@@ -12,11 +12,12 @@ import httpx
 import pytest
 
 from myserve.server.settings import Settings
+from runs import thorough
 
 from .test_sglang import generate, numbers, post
 
 
-@pytest.fixture(params=["qwen3", "qwen3_moe", "gemma2"])
+@pytest.fixture(params=[thorough("qwen3"), "qwen3_moe", thorough("gemma2")])
 def saving(
     request: pytest.FixtureRequest,
     tiny_model: Callable[[str], Path],
