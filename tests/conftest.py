@@ -30,6 +30,7 @@ pytest_plugins = ["own_process"]
 gc.disable()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: a seventh of the time is spent in waiting for sockets, browsers and clocks."""
     return (os.cpu_count() or 1) + 1

@@ -37,15 +37,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         marked = tuple(
             each.nodeid for each in item.session.items if _is_marked(each) and each.path == item.path
         )
-        reports = _of_a_fresh_process(marked, item.config.rootpath)
-        for report in _read(item, reports[item.nodeid]):
+        said, reports = _of_a_fresh_process(marked, item.config.rootpath)
+        for report in _read(item, reports.get(item.nodeid) or _of_none(item, said)):
             item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 
 
 @cache
-def _of_a_fresh_process(nodeids: tuple[str, ...], root: Path) -> dict[str, list[Any]]:
+def _of_a_fresh_process(nodeids: tuple[str, ...], root: Path) -> tuple[str, dict[str, list[Any]]]:
+    """Return what it said, and the reports by test: none of one that did not come to an end."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "reports"
         command = [
@@ -62,8 +63,15 @@ def _of_a_fresh_process(nodeids: tuple[str, ...], root: Path) -> dict[str, list[
         ]
         environment = os.environ | {_INSIDE: str(out)}
         run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-        return dict(json.loads(line) for line in out.read_text().splitlines())
+        lines = out.read_text().splitlines() if out.exists() else []
+        return run.stdout[-4000:] + run.stderr[-2000:], dict(json.loads(line) for line in lines)
+
+
+def _of_none(item: pytest.Item, said: str) -> list[Any]:
+    """Return the reports of a test whose process did not come to it: it failed."""
+    call = pytest.CallInfo.from_call(lambda: pytest.fail(f"its process ended before it did:\n{said}"), "call")
+    report = pytest.TestReport.from_item_and_call(item, call)
+    return [item.config.hook.pytest_report_to_serializable(config=item.config, report=report)]
 
 
 def _write(item: pytest.Item, reports: list[Any]) -> None:
@@ -77,7 +85,7 @@ def _read(item: pytest.Item, reports: list[Any]) -> list[Any]:
 
 
 def _of_a_fork(item: pytest.Item) -> list[Any]:
-    """Return the reports of a test that runs in a fork of this process. One that dies of it is an error here."""
+    """Return the reports of a test that runs in a fork of this process; one that dies of it has failed."""
     end, begin = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -90,8 +98,7 @@ def _of_a_fork(item: pytest.Item) -> list[Any]:
     with os.fdopen(end) as told:
         text = told.read()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status == 0, f"the process of {item.nodeid} ended with {status}"
-    reports: list[Any] = json.loads(text)
+    reports: list[Any] = json.loads(text) if status == 0 else _of_none(item, f"status {status}")
     return reports
 
 
