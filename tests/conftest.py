@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
@@ -28,12 +27,6 @@ pytest_plugins = ["own_process"]
 
 # What is imported and collected stays: to look through it again and again takes seconds, here and in every test
 gc.disable()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a seventh of the time is spent in waiting for sockets, browsers and clocks."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_finish() -> None:
