@@ -58,7 +58,8 @@ def local_fleet(settings: Settings) -> Iterator[ModelLoader]:
         # known before anything is started; how many GPUs there are is Ray's to find out
         _check_room({"CPU": os.cpu_count() or 1}, settings)
     name = f"myserve-{secrets.token_hex(4)}"
-    found_serve = False
+    # until it is known: what others began is theirs to end
+    found_serve = True
     try:
         try:
             _connect(ray, address, settings)

@@ -80,7 +80,7 @@ class FilePages:
 
 # A mapping of a file (its inode is not 0), and how much of it was written to.
 _FILE = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9](?:.*\n)(?:[A-Z].*\n)*?Anonymous: +(\d+)", re.MULTILINE
+    rb"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9].*\n(?:[A-Z].*\n)*?Anonymous: +(\d+)", re.MULTILINE
 )
 
 

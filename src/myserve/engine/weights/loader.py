@@ -160,12 +160,15 @@ def _read_config(model: str, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
         raise BadCheckpointError(
-            f"config.json of {model} is no config of its model: {reason[:300]}"
+            f"config.json of {model} is no config of its model: {_in_a_line(error)}"
         ) from error
     except ValueError as error:
-        raise BadCheckpointError(f"{model} is no model: {' '.join(str(error).split())[:300]}") from error
+        raise BadCheckpointError(f"{model} is no model: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
@@ -175,9 +178,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        reason = " ".join(str(error).split())
         raise BadCheckpointError(
-            f"{model} has no tokenizer that transformers reads: {reason[:300]}"
+            f"{model} has no tokenizer that transformers reads: {_in_a_line(error)}"
         ) from error
 
 
