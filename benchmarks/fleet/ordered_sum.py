@@ -15,6 +15,7 @@ import torch.distributed as dist
 __all__ = ["PIECES", "ordered_all_reduce", "row_parallel"]
 
 PIECES = 8  # of the inner dimension; ranks divide them
+WIDTH = 8 * 123  # the inner dimension of the example
 
 
 def ordered_all_reduce(partials: torch.Tensor) -> torch.Tensor:
@@ -43,8 +44,9 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    x, weight = torch.randn(5, 512), torch.randn(512, 64)
-    own = slice(rank * 512 // ranks, (rank + 1) * 512 // ranks)
+    # No power of two: a library may cut a product at 256 by itself, as two ranks would cut 512
+    x, weight = torch.randn(5, WIDTH), torch.randn(WIDTH, 64)
+    own = slice(rank * WIDTH // ranks, (rank + 1) * WIDTH // ranks)
     usual = x[:, own] @ weight[own]
     dist.all_reduce(usual)
     for name, value in (("ordered", row_parallel(x, weight)), ("usual", usual)):
