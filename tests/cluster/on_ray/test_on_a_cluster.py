@@ -82,7 +82,8 @@ class Head:
         self.process.terminate()
         psutil.wait_procs(children, timeout=20)
         self.process.kill()
-        self.process.wait()
+        # closes the pipe, and takes the exit status
+        self.process.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
