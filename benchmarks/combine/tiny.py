@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["EOS", "MODELS", "VOCAB_SIZE", "byte_level_tokenizer", "make_models"]
+__all__ = ["EOS", "MODELS", "VOCAB_SIZE", "byte_level_tokenizer", "make_models", "write_model"]
 
 VOCAB_SIZE, EOS = 320, 2
 CONTEXT = 128
@@ -31,21 +31,30 @@ _DENSE = {
     "tie_word_embeddings": False,
     "initializer_range": 0.2,  # random, but not flat: the argmax and the nucleus mean something
 }
-_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": []}
-MODELS = {"dense": ("llama", _DENSE), "moe": ("qwen3_moe", _DENSE | _MOE)}
+_MOE: dict[str, object] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "mlp_only_layers": [],
+}
+MODELS: dict[str, tuple[str, dict[str, object]]] = {"dense": ("llama", {}), "moe": ("qwen3_moe", _MOE)}
 
 
 def make_models(folder: Path) -> dict[str, Path]:
-    """Write each of MODELS below `folder`, as `save_pretrained` does; return where."""
-    tokenizer = byte_level_tokenizer()
-    made = {}
-    for name, (architecture, shape) in MODELS.items():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape))
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        made[name] = folder / name
-    return made
+    """Write each of MODELS below `folder`; return where."""
+    return {
+        name: write_model(folder / name, architecture, **shape)
+        for name, (architecture, shape) in MODELS.items()
+    }
+
+
+def write_model(folder: Path, architecture: str, **shape: object) -> Path:
+    """Write a random model and its tokenizer as `save_pretrained` does; return `folder`. `shape`: what is not usual."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(_DENSE | shape)))
+    model.save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,7 +1,11 @@
 """A fleet under fire: streams of every shape while replicas are killed and weights change; each answer is compared.
 
-`python -m benchmarks.fleet` starts a single server and a fleet of the embedded model, has the single one say what is
-right, and prints what was lost (nothing may be) and what was moved.
+Starts a single server and a fleet, has the single one say what is right, and prints what was lost (nothing may be) and
+what was moved.
+
+    python -m benchmarks.fleet                                                # the embedded model, two replicas
+    python -m benchmarks.fleet --model tiny --hang-every 60 --controller-every 45
+    python -m benchmarks.fleet --replicas 1 --max-replicas 4 --wave 60        # replicas come and go with the load
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import asyncio
 import os
 import random
 import re
+import shutil
 import signal
 import tempfile
 import time
@@ -21,8 +26,9 @@ from pathlib import Path
 import aiohttp
 import psutil
 
+from benchmarks.combine.tiny import write_model
 from benchmarks.fleet.requests import Asked, Told, ask, requests
-from benchmarks.fleet.serving import MODEL, Serving, is_well, serving
+from benchmarks.fleet.serving import MODEL, Serving, is_well, replicas_of, serving
 from myserve.embedded import embedded_model_path
 
 
@@ -46,6 +52,8 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.versions: Counter[int] = Counter()
+        # how many replicas took requests, second by second
+        self.seen: Counter[int] = Counter()
         self.end = time.monotonic() + args.seconds
 
     async def run(self) -> None:
@@ -55,6 +63,7 @@ class Soak:
             await is_well(session, self.fleet, self.args.replicas)
             work = [self._stream(session, number) for number in range(self.args.streams)]
             faults = [self._kill(), self._hang(), self._kill_controller(), self._load(session)]
+            faults.append(self._count(session))
             others = [asyncio.ensure_future(fault) for fault in faults]
             await asyncio.gather(*work)
             for other in others:
@@ -66,7 +75,11 @@ class Soak:
 
     async def _stream(self, session: aiohttp.ClientSession, number: int) -> None:
         rng = random.Random(number)
-        while time.monotonic() < self.end:
+        while (now := time.monotonic()) < self.end:
+            # three of four streams rest in every second wave
+            if number % 4 and self.args.wave and int((self.end - now) / self.args.wave) % 2:
+                await asyncio.sleep(1.0)
+                continue
             at = rng.randrange(len(self.asked))
             try:
                 told = await ask(session, self.fleet.url, self.asked[at])
@@ -90,8 +103,13 @@ class Soak:
             self.counts["wrong"] += 1
             self.wrong.append(asked.name)
 
-    async def _kill(self) -> None:
+    async def _count(self, session: aiohttp.ClientSession) -> None:
         while True:
+            await asyncio.sleep(1.0)
+            self.seen[len(await replicas_of(session, self.fleet))] += 1
+
+    async def _kill(self) -> None:
+        while self.args.kill_every:
             await asyncio.sleep(self.args.kill_every)
             replicas = self.fleet.processes("FleetReplica")
             if len(replicas) > 1:
@@ -119,7 +137,7 @@ class Soak:
                 self.counts["controllers killed"] += 1
 
     async def _load(self, session: aiohttp.ClientSession) -> None:
-        while True:
+        while self.args.load_every:
             await asyncio.sleep(self.args.load_every)
             mode = random.choice(["keep", "drain"])
             body = {"path": "step", "mode": mode}
@@ -137,33 +155,57 @@ def _unversioned(choice: bytes) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--streams", type=int, default=128)
-    parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--replica-cpus", type=float, default=0.5)
-    parser.add_argument("--kill-every", type=float, default=20)
-    parser.add_argument("--load-every", type=float, default=30)
-    parser.add_argument("--hang-every", type=float, default=0, help="0: none hangs")
-    parser.add_argument("--controller-every", type=float, default=0, help="0: the controller lives")
-    args = parser.parse_args()
+    """Read the command line, soak, print; exit status 1 where anything was lost or wrong."""
+    args = options().parse_args()
     asked = [request for seed in range(8) for request in requests(MODEL, seed)]
-    with serving() as alone:
-        want = asyncio.run(right_answers(alone, asked))
     with tempfile.TemporaryDirectory() as folder:
-        step = Path(folder) / "step"
-        step.mkdir()
-        for file in embedded_model_path().glob("*.safetensors"):
-            (step / file.name).write_bytes(file.read_bytes())
-        options = ["--replicas", str(args.replicas), "--replica-cpus", str(args.replica_cpus)]
-        with serving(*options, "--weights-dir", folder) as fleet:
+        model = model_in(Path(folder), args.model)
+        named = [str(model), "--served-model-name", MODEL]
+        with serving(*named) as alone:
+            want = asyncio.run(right_answers(alone, asked))
+        step = Path(folder) / "weights" / "step"
+        step.mkdir(parents=True)
+        for file in model.glob("*.safetensors"):
+            shutil.copy(file, step)
+        fleet_options = ["--replicas", str(args.replicas), "--replica-cpus", str(args.replica_cpus)]
+        if args.max_replicas:
+            fleet_options += ["--max-replicas", str(args.max_replicas), "--target-ongoing-requests", "24"]
+        with serving(*named, *fleet_options, "--weights-dir", str(step.parent)) as fleet:
             soak = Soak(fleet, asked, want, args)
             asyncio.run(soak.run())
     print(dict(soak.counts), "versions", dict(sorted(soak.versions.items())))
+    print("seconds with so many replicas:", dict(sorted(soak.seen.items())))
     for line in soak.wrong[:10]:
         print("  ", line)
-    bad = soak.counts["lost"] + soak.counts["wrong"]
-    raise SystemExit(1 if bad else 0)
+    raise SystemExit(1 if soak.counts["lost"] + soak.counts["wrong"] else 0)
+
+
+def options() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a folder, or tiny: a random Qwen3; default: the embedded model")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--streams", type=int, default=128)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--max-replicas", type=int, default=0, help="0: none are added")
+    parser.add_argument(
+        "--wave", type=float, default=0, help="seconds of full load, then of a quarter; 0: always full"
+    )
+    parser.add_argument("--replica-cpus", type=float, default=0.5)
+    parser.add_argument("--kill-every", type=float, default=20, help="0: none is killed")
+    parser.add_argument("--load-every", type=float, default=30, help="0: no weights are loaded")
+    parser.add_argument("--hang-every", type=float, default=0, help="0: none hangs")
+    parser.add_argument("--controller-every", type=float, default=0, help="0: the controller lives")
+    return parser
+
+
+def model_in(folder: Path, name: str | None) -> Path:
+    """Return the folder of the model that `--model` names; a tiny one is made in `folder`."""
+    if name != "tiny":
+        return Path(name) if name else embedded_model_path()
+    return write_model(folder / "tiny", "qwen3", max_position_embeddings=1024)
 
 
 if __name__ == "__main__":
