@@ -173,9 +173,8 @@ class Fleet:
     def abort(self, placed: Placed, indices: Sequence[int], reason: FinishReason) -> None:
         """End choices of a request wherever they run; their stream has ended already."""
         placed.open.difference_update(indices)
-        for number, (part, link) in [
-            (n, held) for n, held in self._parts.items() if held[0].placed is placed
-        ]:
+        for number in list(placed.part_numbers):
+            part, link = self._parts[number]
             of_part = [i - part.first for i in indices if part.first <= i < part.first + part.n]
             if of_part:
                 link.send(Kind.ABORT, (number, of_part, reason))
@@ -192,6 +191,7 @@ class Fleet:
             return
         number = next(self._numbers)
         self._parts[number] = part, link
+        part.placed.part_numbers.add(number)
         self._load[link.name] += len(part.open)
         part.placed.bits = link.member.bits
         part.placed.tells_class |= len({each.member.bits for each in self.links.values()}) > 1
@@ -235,7 +235,11 @@ class Fleet:
     def _close(self, number: int, part: PlacedPart, link: Link, ended: int) -> None:
         self._load[link.name] -= ended
         if not part.open:
-            self._parts.pop(number, None)
+            self._forget(number, part)
+
+    def _forget(self, number: int, part: PlacedPart) -> None:
+        self._parts.pop(number, None)
+        part.placed.part_numbers.discard(number)
 
     # ---- a replica that is lost
 
@@ -246,7 +250,7 @@ class Fleet:
             self._move(number, part, link)
 
     def _move(self, number: int, part: PlacedPart, link: Link) -> None:
-        del self._parts[number]
+        self._forget(number, part)
         left = part.open
         self._load[link.name] -= len(left)
         link.send(Kind.ABORT, (number, [index - part.first for index in left], "abort"))

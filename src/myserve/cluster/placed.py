@@ -39,6 +39,8 @@ class Placed:
     bits: str = ""  # the class that it draws with
     tells_class: bool = False  # the fleet has had several while it ran
     num_moves: int = 0
+    # of its parts, as the fleet that placed them counts
+    part_numbers: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.drawn = [[] for _ in range(self.options.n)]

@@ -16,6 +16,7 @@ import pytest
 from myserve.core.grammar import Grammar, Reasoning
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
+from myserve.engine.constraints.grammar import GrammarConstraint
 from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
 from myserve.errors import ConstraintError, RequestError
@@ -260,6 +261,20 @@ def test_a_grammar_that_grows_too_costly_fails_alone(make_engine: MakeEngine) ->
     assert isinstance(bad.error, ConstraintError)
     assert "too many items" in str(bad.error).lower()
     assert fits(GRAMMARS[0], good.text)
+
+
+def test_tokens_before_are_taken_without_masks(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask costs a pass through the vocabulary, for each of thousands of tokens, while a loop of events waits."""
+    engine = make_engine()
+    params = SamplingParams(grammar=GRAMMARS[0], max_tokens=70, seed=6)
+    whole = run(engine, [Asked(PROMPT, params)])[0][0]
+    monkeypatch.setattr(GrammarConstraint, "prepare", lambda self: pytest.fail("a mask was computed"))
+    taken = engine.constraints.begin(params, 70 - 30, whole.ids[:30])
+    assert taken is not None and taken.error is None
+    with pytest.raises(pytest.fail.Exception):
+        taken.mask()
 
 
 def test_tokens_before_that_do_not_fit_are_refused(make_engine: MakeEngine) -> None:

@@ -58,8 +58,7 @@ class Constraints:
             return None
         constraint = self._make(params, max_tokens + len(prior_token_ids))
         for token_id in prior_token_ids:
-            constraint.prepare()  # what it does depends on every token, so each is taken as it was drawn
-            constraint.append(token_id)
+            constraint.replay(token_id)
         if constraint.error is not None:
             raise RequestError(
                 f"the last {len(prior_token_ids)} tokens of the prompt do not fit the grammar: {constraint.error}",

@@ -85,8 +85,7 @@ class GrammarConstraint:
         """Compute the next mask, unless it is there. In any thread, but in one at a time."""
         if self._is_current or self._is_over:
             return
-        if not self.closes_early and self._remaining <= self._look_at:
-            self._look_for_an_ending()
+        self.settle()
         if self.closes_early:
             set_only(self._mask, [self._closing[0]] if self._closing else self._eos_ids)
         else:
@@ -95,6 +94,16 @@ class GrammarConstraint:
             if self._numbers is not None:
                 self._numbers.forbid(self._mask)
         self._is_current = True  # not before: after an exception there is no mask yet
+
+    def settle(self) -> None:
+        """Decide whether the next token is forced; what was decided depends on every token before."""
+        if not self._is_over and not self.closes_early and self._remaining <= self._look_at:
+            self._look_for_an_ending()
+
+    def replay(self, token_id: int) -> None:
+        """Take a token that was drawn earlier: as `append`, for which no mask is computed."""
+        self.settle()
+        self.append(token_id)
 
     def append(self, token_id: int) -> None:
         self.elapse()

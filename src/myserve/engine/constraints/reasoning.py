@@ -99,8 +99,14 @@ class ReasoningConstraint:
     def prepare(self) -> None:
         if self._inner is not None and self._phase is not Phase.THINKING:
             self._inner.prepare()
-        if self._phase is Phase.THINKING and not self._forced and self._is_spent():
-            self._forced = list(self._marks.end_ids)
+        self._settle()
+
+    def replay(self, token_id: int) -> None:
+        """Take a token that was drawn earlier: as `append`, for which no mask is computed."""
+        if self._inner is not None and self._phase is not Phase.THINKING:
+            self._inner.settle()
+        self._settle()
+        self.append(token_id)
 
     def mask(self) -> Tensor | None:
         self.prepare()
@@ -142,6 +148,11 @@ class ReasoningConstraint:
         if self._forced or self._phase is not Phase.ANSWER or self._inner is None:
             return list(self._forced)
         return self._inner.forced_token_ids()
+
+    def _settle(self) -> None:
+        """Decide whether the end of the thoughts is forced."""
+        if self._phase is Phase.THINKING and not self._forced and self._is_spent():
+            self._forced = list(self._marks.end_ids)
 
     def _open(self, token_id: int) -> None:
         start = self._marks.start_ids
