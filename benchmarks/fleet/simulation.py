@@ -13,7 +13,8 @@ import tracemalloc
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 
-from myserve.cluster.policy import BLOCK_SIZE, Candidate, Route, Router, blocks_of
+from benchmarks.fleet.policies import POLICIES
+from myserve.cluster.policy import BLOCK_SIZE, Candidate, Router, blocks_of
 
 CACHE_BLOCKS = 4096  # of one replica: 65,536 tokens
 IN_FLIGHT = 16  # for each replica
@@ -36,31 +37,6 @@ class Cache:
         while len(self._blocks) > CACHE_BLOCKS:
             self._blocks.popitem(last=False)
         return hits
-
-
-class RoundRobin:
-    """Takes turns: what a load balancer does that knows nothing."""
-
-    def __init__(self) -> None:
-        self._next = 0
-
-    def choose(
-        self, blocks: Sequence[int], num_tokens: int, candidates: Sequence[Candidate], **_: object
-    ) -> Route:
-        self._next += 1
-        return Route(candidates[self._next % len(candidates)].name, "load", 0)
-
-
-class TwoChoices:
-    """The lesser load of two at random: Serve's default router."""
-
-    def __init__(self) -> None:
-        self._rng = random.Random(0)
-
-    def choose(
-        self, blocks: Sequence[int], num_tokens: int, candidates: Sequence[Candidate], **_: object
-    ) -> Route:
-        return Route(min(self._rng.sample(candidates, 2), key=lambda c: c.load).name, "load", 0)
 
 
 def turns(conversations: int, rng: random.Random) -> Iterator[list[int]]:
@@ -112,14 +88,12 @@ def main() -> None:
     print("replicas | traffic | router | hits | us/request | highest load | index MB")
     for replicas in args.replicas:
         for traffic, prompts in (("turns", turns), ("groups", groups)):
-            for make in (Router, TwoChoices, RoundRobin):
+            for name, make in {"ours": Router, **POLICIES}.items():
                 router = make()
                 some = min(40 * replicas, 4000)
                 hits, micros, worst = simulate(router, replicas, prompts(some, random.Random(1)))
                 size = f"{index_bytes(router) / 1e6:.1f}" if isinstance(router, Router) else ""
-                print(
-                    f"{replicas} | {traffic} | {make.__name__} | {hits:.1%} | {micros:.0f} | {worst:.2f} | {size}"
-                )
+                print(f"{replicas} | {traffic} | {name} | {hits:.1%} | {micros:.0f} | {worst:.2f} | {size}")
 
 
 def index_bytes(router: Router) -> int:
