@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from dataclasses import fields
 from pathlib import Path
+
+import pytest
+
+from warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text()
@@ -26,6 +32,25 @@ def test_every_option_and_file_that_it_names_exists():
     assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= options
     for path in re.findall(r"(?:examples/[a-z_/]+\.py|(?<=\()\w+\.(?:svg|md)(?=\)))", PAGE):
         assert (ROOT / path).exists() or (ROOT / "docs" / path).exists(), path
+
+
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_starts_as_its_page_says(script: Path, tmp_path: Path) -> None:
+    """Elsewhere, and without what pytest adds to the path."""
+    begun = f"import runpy, sys; sys.path.insert(0, {str(script.parent)!r}); runpy.run_path({str(script)!r})"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        [*warm_python(), "-c", begun],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_make_grpo_runs_the_script():
