@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from myserve.errors import RequestError
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
-from myserve.wire.dialects.sglang import NativeGenerate, NativeSampling
+from myserve.wire.dialects.sglang_generate import NativeGenerate, NativeSampling
 from myserve.wire.fields import StreamOptions
 from myserve.wire.generate import GenerateSampling
 from myserve.wire.parse import parse_request

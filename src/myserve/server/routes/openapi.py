@@ -25,7 +25,7 @@ from myserve.wire.batches_api.objects import (
 )
 from myserve.wire.chat import ChatCompletionRequest
 from myserve.wire.completions import CompletionRequest
-from myserve.wire.dialects import decisions, lora, sglang, tinker, vllm
+from myserve.wire.dialects import decisions, lora, sglang, sglang_generate, tinker, vllm
 from myserve.wire.generate import GenerateRequest
 from myserve.wire.messages_api.answer import (
     MessageEvent,
@@ -65,11 +65,17 @@ BODIES = (
         tinker.JoinSamplingSession,
     ),
     *(tinker.TinkerSample, tinker.PromiseName),
-    *(sglang.UpdateWeightsFromDisk, sglang.UpdateWeightsFromTensor, sglang.NativeGenerate),
+    *(sglang.UpdateWeightsFromDisk, sglang.UpdateWeightsFromTensor, sglang_generate.NativeGenerate),
 )
 ANSWERS = (
     *(ChatCompletion, ChatChunk, Completion, Generated, WeightsReport, HotLoadState, ErrorResponse),
-    *(WaterfallAnswer, sglang.NativeAnswer, decisions.Decision, decisions.SystemOneAnswers, SessionBody),
+    *(
+        WaterfallAnswer,
+        sglang_generate.NativeAnswer,
+        decisions.Decision,
+        decisions.SystemOneAnswers,
+        SessionBody,
+    ),
     *(MessageOfAssistant, MessageEvent, MessageTokensCount, MessagesError),
     *(ResponseObject, ResponseEvent, DeletedResponse, InputItemList, InputTokenCount),
     *(FileObject, FileList, DeletedFile, BatchObject, BatchList),

@@ -23,7 +23,7 @@ from myserve.server.prompts.lengths import check_lengths
 from myserve.server.prompts.sampling import check_top_logprobs, native_params, work_of_params
 from myserve.server.routes.body import documented, models_of, read_request, settings_of
 from myserve.wire.completions import CompletionRequest
-from myserve.wire.dialects.sglang import (
+from myserve.wire.dialects.sglang_generate import (
     MAX_NEW_TOKENS,
     LogprobTriple,
     MetaInfo,
