@@ -178,6 +178,14 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         name: (name, _SMALL | _MLA | _MOE | _GROUPS | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 100})
         for name in ("axk2", "deepseek_v32", "glm_moe_dsa")
     },
+    # experts of attention and of the MLP that take rows sorted by expert, each by a product of its own
+    "jetmoe": ("jetmoe", _SMALL | {"kv_channels": 12, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # hyper-connections, which multiply by a parameter
+    "hy_v4": (
+        "hy_v4",
+        _SMALL | _MLA | {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"n_shared_experts": 1, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 100},
+    ),
     # recurrent layers: the gated delta rule, with experts and with projections of its own
     "qwen3_5_text": ("qwen3_5_text", _SMALL | _DELTA | {"head_dim": 8}),
     "qwen3_next": ("qwen3_next", _SMALL | _DELTA | _EXPERTS | {"head_dim": 8, "num_experts": 4}),

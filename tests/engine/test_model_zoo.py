@@ -88,6 +88,8 @@ def numbers(completion: Completion) -> list[float]:
         "lfm2",
         "llama4_text",
         "llama4_text-odd",
+        "jetmoe",
+        "hy_v4",
     ],
 )
 def test_a_trainer_has_the_servers_bits(name: str, tiny_model: Callable[[str], Path]) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from myserve.engine.mixers import attention
 from tools.models import trial
-from tools.models.kinds import KINDS, TYPES
+from tools.models.kinds import KINDS, TYPES, make
 from tools.models.page import PAGE, changes, rows_of, table, write_page
 from tools.models.trial import Verdict, try_kind
 
@@ -26,6 +27,17 @@ def test_a_kind_that_runs_has_the_trainers_bits_and_one_that_does_not_is_refused
     told = changes([llama, gptj], is_whole=False)
     assert told == []  # they stand where the page has them
     assert (llama.differs, gptj.differs) == ("", "")
+
+
+def test_odd_sizes_are_odd_and_leave_a_variants_own(tmp_path: Path) -> None:
+    make("qwen3_5_text", tmp_path, "odd")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.linear_num_key_heads) == (5, 1, 3)
+    assert config.tie_word_embeddings and config.hidden_size % 16 and config.linear_value_head_dim % 8
+    make("kimi_linear", tmp_path, "odd")
+    assert (
+        AutoConfig.from_pretrained(tmp_path).num_key_value_heads == 5
+    )  # as many as of queries, as its type wants
 
 
 @pytest.mark.thorough

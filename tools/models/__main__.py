@@ -3,6 +3,7 @@
     python -m tools.models                              # all kinds and variants; rewrites the table of docs/models.md
     python -m tools.models --results FILE --seconds 240 # a piece of it; again, it goes on where it was
     python -m tools.models --check                      # status 2 where the page says otherwise: a new transformers
+    python -m tools.models --sizes odd                  # other sizes of each type; leaves the page
     python -m tools.models doge llama-yarn              # some, printed; with --write their rows are changed
 
 Each kind is tried in a process of its own. It must be served with transformers' logprobs and greedy tokens, beyond its
@@ -19,7 +20,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from tools.models.kinds import KINDS
+from tools.models.kinds import KINDS, TYPES
 from tools.models.page import changes, write_page
 from tools.models.trial import Verdict, try_kind
 
@@ -40,23 +41,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="leave the page; status 2 where a kind stands in another row"
     )
+    parser.add_argument(
+        "--sizes",
+        choices=("usual", "odd"),
+        default="usual",
+        help="odd: five heads on one, no multiples of 16, tied",
+    )
     options = parser.parse_args(arguments)
+    is_odd = options.sizes == "odd"
     known = {verdict.kind: verdict for verdict in _read(options.results)}
     end = time.monotonic() + (options.seconds or float("inf"))
-    wanted = options.kinds or list(KINDS)
+    wanted = options.kinds or list(TYPES if is_odd else KINDS)
     for kind in wanted:
         if kind in known and not options.kinds:
             continue
         if time.monotonic() > end:
             return 3
-        known[kind] = try_kind(kind)
+        known[kind] = try_kind(kind, sizes=options.sizes)
         print(known[kind].line(), flush=True)
         if options.results is not None:
             options.results.write_text("\n".join(json.dumps(asdict(v)) for v in known.values()) + "\n")
     verdicts = [known[kind] for kind in wanted]
-    changed = changes(verdicts, is_whole=not options.kinds)
+    changed = [] if is_odd else changes(verdicts, is_whole=not options.kinds)
     print("\n".join(changed))
-    if not options.check and (options.write or not options.kinds):
+    if not is_odd and not options.check and (options.write or not options.kinds):
         write_page(verdicts, is_whole=not options.kinds)
     bad = [verdict for verdict in verdicts if verdict.is_bad]
     print(f"{len(verdicts)} kinds, {len(bad)} of them bad")

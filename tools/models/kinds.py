@@ -72,6 +72,47 @@ _SIZES: Mapping[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
+# The same with `--sizes odd`: heads on one of keys and values, widths that no register divides, tied embeddings.
+_ODD_SIZES: Mapping[str, Any] = {
+    **{
+        name: {64: 120, 96: 91, 32: 21}.get(value, value)
+        for name, value in _SIZES.items()
+        if name != "vocab_size"
+    },
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 5),
+    **dict.fromkeys(("encoder_attention_heads",), 5),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "experts_per_token", "moe_topk"), 3),
+    **dict.fromkeys(("head_dim", "swa_head_dim", "global_head_dim"), 24),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 7),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 6),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 40),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 9),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "n_groups"), 3),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 6),
+    **dict.fromkeys(("linear_key_head_dim", "linear_head_dim"), 10),
+    **dict.fromkeys(("v_head_dim", "swa_v_head_dim"), 10),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
+    "num_key_value_heads": 1,
+    "linear_num_key_heads": 3,
+    "linear_value_head_dim": 14,
+    "mamba_d_ssm": 240,
+    "mamba_chunk_size": 13,
+    "sliding_window": 37,
+    "kv_lora_rank": 18,
+    "q_lora_rank": 22,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 6,
+    "index_head_dim": 14,
+    "tie_word_embeddings": True,
+}
+_OF_SIZES = {"usual": _SIZES, "odd": _ODD_SIZES}
+# Where a type must have as many of one as of another; what it must have beside other sizes.
+_ODD_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "mamba2": {"num_heads": 6, "n_groups": 3, "state_size": 9, "head_dim": 40, "chunk_size": 13},
+    "olmo_hybrid": {"linear_num_key_heads": 6},
+    "diffllama": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20},
+    "moshi": {"ffn_dim": 90},
+}
 _MLA = {"num_key_value_heads": 4, "head_dim": None}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -229,17 +270,18 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def sizes(base: PreTrainedConfig, change: Mapping[str, Any]) -> dict[str, Any]:
+def sizes(base: PreTrainedConfig, change: Mapping[str, Any], kind_of_sizes: str = "usual") -> dict[str, Any]:
     """Return the arguments of a tiny config of a type, those inside it included; `change` counts before."""
-    known = set(base.to_dict()) | {name for name in _SIZES if _has(base, name)}
+    of_name = _OF_SIZES[kind_of_sizes]
+    known = set(base.to_dict()) | {name for name in of_name if _has(base, name)}
     writable = [name for name in known if not isinstance(getattr(type(base), name, None), property)]
-    found = {name: _SIZES[name] for name in writable if name in _SIZES}
+    found = {name: of_name[name] for name in writable if name in of_name}
     for name, declared in type(base).sub_configs.items():
         inner: Any = declared
         if declared is AutoConfig:  # of any type, which has a default
             inner = type(getattr(base, name))
         if isinstance(inner, type) and issubclass(inner, PreTrainedConfig) and inner is not PreTrainedConfig:
-            found[name] = sizes(inner(), _CHANGES.get(inner.model_type, {}))
+            found[name] = sizes(inner(), _changes(inner.model_type, kind_of_sizes), kind_of_sizes)
             if declared is AutoConfig:
                 found[name]["model_type"] = inner.model_type
     found |= change
@@ -257,11 +299,21 @@ def _has(config: PreTrainedConfig, name: str) -> bool:
         return True
 
 
-def make(kind: str, folder: Path) -> None:
-    """Write a tiny model of a kind. Whatever its class raises is passed on."""
+def _changes(arch: str, kind_of_sizes: str) -> Mapping[str, Any]:
+    """Return what a type needs beside its sizes."""
+    change = _CHANGES.get(arch, {})
+    if kind_of_sizes == "usual":
+        return change
+    # as many heads of keys and values as of queries
+    heads = {"num_key_value_heads": 5} if change.get("num_key_value_heads") == 4 else {}
+    return {**change, **heads, **_ODD_CHANGES.get(arch, {})}
+
+
+def make(kind: str, folder: Path, kind_of_sizes: str = "usual") -> None:
+    """Write a tiny model of a kind, of "usual" or "odd" sizes. Whatever its class raises is passed on."""
     arch, change = KINDS[kind]
-    change = {**_CHANGES.get(arch, {}), **change}
-    config = AutoConfig.for_model(arch, **sizes(AutoConfig.for_model(arch), change))
+    change = {**_changes(arch, kind_of_sizes), **change}
+    config = AutoConfig.for_model(arch, **sizes(AutoConfig.for_model(arch), change, kind_of_sizes))
     with torch.device("meta"):
         count = sum(p.numel() for p in auto_class(config).from_config(config).parameters())
     if count > LARGEST:

@@ -103,9 +103,11 @@ def _own(folder: Path, served: Sequence[Numbers]) -> tuple[float, float, float]:
 def _load(folder: Path) -> Any:
     load = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained
     try:
-        return load(folder, attn_implementation="eager").eval()
+        model = load(folder, attn_implementation="eager").eval()
     except ValueError:  # it has no such attention
-        return load(folder).eval()
+        model = load(folder).eval()
+    model.set_experts_implementation("eager")  # a grouped product has no widths but multiples of 16 bytes
+    return model
 
 
 def _rows(model: Any, ids: list[int]) -> torch.Tensor:  # [T, V]
@@ -166,10 +168,10 @@ def _in_half(folder: Path, exactness: dict[str, Any], sizes: dict[str, Any]) -> 
     return {"rows_are_independent": both}
 
 
-def judge(kind: str, folder: Path) -> Verdict:
+def judge(kind: str, folder: Path, sizes: str = "usual") -> Verdict:
     """Make, compute, serve and train one kind, in this process."""
     try:
-        make(kind, folder)
+        make(kind, folder, sizes)
         with torch.inference_mode():
             _rows(_load(folder), PROMPTS[1])
     except Exception as error:
@@ -225,7 +227,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def try_kind(kind: str, seconds: float = SECONDS) -> Verdict:
+def try_kind(kind: str, seconds: float = SECONDS, sizes: str = "usual") -> Verdict:
     """Judge one kind in a process of its own, which may die or hang. (Forked: it has all that is imported here.)"""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
@@ -235,7 +237,7 @@ def try_kind(kind: str, seconds: float = SECONDS) -> Verdict:
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         with tempfile.TemporaryDirectory() as folder:
-            verdict = judge(kind, Path(folder))
+            verdict = judge(kind, Path(folder), sizes)
         sending.send(asdict(verdict))
         os._exit(0)  # the engine's thread and its helpers end with the process
 

@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from myserve.engine.batch_invariance import pointwise, vml_warmup
 from myserve.engine.batch_invariance.activations import install_activations, reference
 from myserve.engine.batch_invariance.fusion import NormKind, norm_kind
+from myserve.engine.batch_invariance.grouped_linear import is_grouped_linear
 from myserve.engine.batch_invariance.linear import PackedWeight
-from myserve.engine.batch_invariance.patch import is_router
+from myserve.engine.batch_invariance.own_matrices import own_matrices
 from myserve.engine.batch_invariance.quantized import QuantizedWeight, can_quantize
 from myserve.engine.batch_invariance.rope_table import look_up_angles
 from myserve.engine.batch_invariance.scaled_experts import adopt_scaled_experts, weighted
@@ -102,8 +103,10 @@ def exact_forward(
             )
         elif (norm := norm_kind(module)) is not None:
             _replace_forward(module, _norm_forward(*norm))
-        elif is_router(module):
+        elif own_matrices(module):
             module.forward = _with_exact_products(module.forward)
+        elif is_grouped_linear(module):
+            module.forward = _with_exact_products(module.forward, quantize)
         elif hasattr(module, "_is_expert_parallel"):
             module.config._experts_implementation = experts
     return model
@@ -221,17 +224,21 @@ class _Activation(torch.autograd.Function):
 
 
 class _ExactProducts(TorchFunctionMode):
-    """Answers `F.linear`, which routers call themselves, by `exact_linear`."""
+    """Answers `F.linear`, which routers and others call themselves, by `exact_linear`."""
+
+    def __init__(self, quantize: Quantize) -> None:
+        super().__init__()
+        self._linear = partial(exact_linear, quantize=quantize)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return (exact_linear if func is F.linear else func)(*args, **(kwargs or {}))
+        return (self._linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
-def _with_exact_products(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _with_exact_products(forward: Callable[..., Any], quantize: Quantize = "off") -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _ExactProducts():
+        with _ExactProducts(quantize):
             return forward(*args, **kwargs)
 
     return wrapped

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from myserve.engine.batch_invariance.patch import is_router
+from myserve.engine.batch_invariance.own_matrices import is_router
 from myserve.engine.outputs import RoutingShape
 from myserve.engine.runner.routed_experts import moe_layers, routing_shape
 from myserve.errors import RequestError, UnsupportedModelError

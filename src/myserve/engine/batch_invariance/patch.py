@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -27,8 +26,10 @@ from myserve.engine.batch_invariance.fusion import (
     fuse_rotary,
     products_of_one_input,
 )
+from myserve.engine.batch_invariance.grouped_linear import GroupedLinear, is_grouped_linear
 from myserve.engine.batch_invariance.linear import JoinedWeights, PackedWeight, multiply_each
 from myserve.engine.batch_invariance.low_rank import LowRankLayer
+from myserve.engine.batch_invariance.own_matrices import is_linear, own_matrices, pack_own_matrices
 from myserve.engine.batch_invariance.quantized import (
     Int8Values,
     QuantizedWeight,
@@ -46,17 +47,15 @@ __all__ = [
     "EXPERTS_NAME",
     "ExactLinear",
     "ExactReport",
-    "ExactWeight",
     "QuantizationReport",
     "exact_experts_forward",
     "has_experts",
-    "is_router",
     "make_exact",
     "packed_experts",
     "products",
 ]
 
-_CASTS = {Tensor.float, Tensor.type, Tensor.to}
+_LISTS_OF_PRODUCTS = ("packed_up", "packed_down", "packed_each")
 EXPERTS_NAME = "myserve_exact"  # what a model's `_experts_implementation` says
 
 
@@ -138,45 +137,6 @@ class ExactLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.packed.dtype}"
 
 
-class ExactWeight(Tensor):
-    """A router's weight: transformers' routers give it to `F.linear` themselves, so it is the weight that knows.
-
-    Many cast it to float32 first (DeepSeek-V3 and its kin): in half precision a second product is packed for that.
-    """
-
-    packed: PackedWeight
-    bias: Tensor | None
-    wide: ExactWeight | None  # in float32, once that was asked for
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, reserve: Reserve | None = None) -> ExactWeight:
-        exact = weight.detach().as_subclass(cls)
-        exact.packed = PackedWeight(weight, bias, reserve=reserve)
-        exact.bias, exact.wide = bias, None
-        return exact
-
-    def widened(self) -> ExactWeight:
-        """Return the same weight in float32, made once."""
-        if self.wide is None:
-            self.wide = ExactWeight.of(self.as_subclass(Tensor).to(torch.float32), self.bias)
-        return self.wide
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.linear and isinstance(args[1], cls):
-            return args[1].packed(args[0])  # the bias, where there is one, is packed with it
-        # what was computed of such a weight is of this class, too, and has no product
-        if func in _CASTS and hasattr(args[0], "packed") and args[0].dtype != torch.float32:
-            given = (*args[1:], *(kwargs or {}).values())
-            if func is Tensor.float or torch.float32 in [
-                each for each in given if isinstance(each, torch.dtype)
-            ]:
-                return args[0].widened()
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-
 def make_exact(
     model: nn.Module,
     *,
@@ -198,9 +158,10 @@ def make_exact(
     files = huge_pages.FilePages()
     packing = _Packing(quantize == "int8", reserve, files)
     names = {id(module): name for name, module in model.named_modules()}
-    unquantized = [names[id(module)] for module in model.modules() if is_router(module)]
+    unquantized = [names[id(module)] for module in model.modules() if own_matrices(module)]
     experts = sum(_pack_experts(module, packing) for module in list(model.modules()) if has_experts(module))
-    routers = sum(_pack_router(module, reserve) for module in list(model.modules()) if is_router(module))
+    experts += _pack_grouped_linears(model, packing)
+    routers = sum(pack_own_matrices(module, reserve) for module in list(model.modules()))
     linears = _join_products(model, packing)
     for parent, name, module in list(_linears(model)):
         transposed = isinstance(module, Conv1D)
@@ -256,7 +217,7 @@ def products(model: nn.Module) -> Iterator[PackedWeight]:
 def _products_of(module: Any) -> list[PackedWeight]:
     if isinstance(module, ExactLinear):
         return [module.packed]
-    return [*getattr(module, "packed_up", ()), *getattr(module, "packed_down", ())]
+    return [product for name in _LISTS_OF_PRODUCTS for product in getattr(module, name, ())]
 
 
 def _holds_floats(module: Any) -> bool:
@@ -292,23 +253,11 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
                 yield parent, name, module
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer and no more: Phi-3.5-MoE's router is one that also chooses experts."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
-
-
-def is_router(module: nn.Module) -> bool:
-    """Return whether a module holds a matrix and is none of the kinds that are known to: a router."""
-    weight = module._parameters.get("weight")
-    known = is_linear(module) or isinstance(module, nn.Embedding)
-    return weight is not None and weight.dim() == 2 and not known
-
-
-def _pack_router(module: nn.Module, reserve: Reserve | None) -> int:
-    weight, bias = module._parameters.pop("weight"), module._parameters.get("bias")
-    assert weight is not None
-    module.weight = ExactWeight.of(weight, bias, reserve)
-    return 1
+def _pack_grouped_linears(model: nn.Module, packing: _Packing) -> int:
+    found = [(p, n, m) for p in model.modules() for n, m in p.named_children() if is_grouped_linear(m)]
+    for parent, name, module in found:
+        setattr(parent, name, GroupedLinear(_pack_each(module, "weight", packing)))
+    return len(found)
 
 
 def has_experts(module: nn.Module) -> bool:
@@ -326,8 +275,9 @@ def _pack_experts(module: Any, packing: _Packing) -> int:
 
 def _pack_each(module: Any, name: str, packing: _Packing) -> list[PackedWeight]:
     weights, biases = module._parameters.pop(name), module._parameters.get(f"{name}_bias")
-    kind = packing.kind_of(weights, is_transposed=module.is_transposed)
-    values = values_of(weights, is_transposed=module.is_transposed)
+    is_transposed: bool = getattr(module, "is_transposed", False)
+    kind = packing.kind_of(weights, is_transposed=is_transposed)
+    values = values_of(weights, is_transposed=is_transposed)
     packed = packed_experts(values, biases, kind, packing.reserve)
     packing.let_go(values)
     return packed

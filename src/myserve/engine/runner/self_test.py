@@ -19,6 +19,7 @@ from torch import Tensor
 from myserve.engine.batch_invariance.patch import products
 from myserve.engine.batch_invariance.quantized import QuantizedWeight
 from myserve.engine.mixers.attention_pass import ATTENTION_NAME
+from myserve.engine.runner.library_products import library_products
 from myserve.engine.runner.model_runner import ModelRunner
 from myserve.engine.scheduling.batch import Batch, ScheduledTokens
 from myserve.engine.scheduling.request import Request
@@ -62,8 +63,9 @@ LENGTH_NAMES = ("sliding_window", "attention_chunk_size", "window_size", "local_
 def choose_batch_invariant_mode(runner: ModelRunner, vocab_size: int) -> bool:
     """Set the runner to the first mode whose rows are found batch-invariant; return whether there is one.
 
-    Where there is none, the first mode stays, which costs the least. Raises UnsupportedModelError for a model whose
-    steps do not give its own logits.
+    Where there is none, the first mode stays, which costs the least: where products are a library's, on a GPU and with
+    `exact` off. Raises UnsupportedModelError for a model whose steps do not give its own logits, and where products
+    are ours for one whose rows are dependent all the same (decision 0111).
     """
     try:
         prove_int8(runner.model)
@@ -81,8 +83,24 @@ def choose_batch_invariant_mode(runner: ModelRunner, vocab_size: int) -> bool:
             f"{type(runner.model).__name__} fails in the self-test ({type(error).__name__}: {lines[0][:200]}); serve "
             "another model, or report this one"
         ) from error
+    if runner.backend.packs and runner.exact_report.mode == "on":
+        raise _dependent(runner)
     runner.use_rows(runner.settings[0])
     return False
+
+
+def _dependent(runner: ModelRunner) -> UnsupportedModelError:
+    """Say why a model is not served: which of its modules multiply by themselves, if that is it."""
+    try:
+        found = library_products(runner.model)
+    except Exception:
+        log.debug("its products were not found", exc_info=True)
+        found = []
+    because = f": {', '.join(found[:3])} multiplies by PyTorch's own product" if found else ""
+    return UnsupportedModelError(
+        f"{type(runner.model).__name__} gives a token other bits in another batch{because}, so it cannot be served "
+        "exactly; serve another model, or this one with --exact off, where tokens depend on their batch"
+    )
 
 
 @torch.inference_mode()

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from myserve.engine.batch_invariance.grouped_linear import GroupedLinear
 from myserve.engine.batch_invariance.linear import PackedWeight
-from myserve.engine.batch_invariance.patch import ExactLinear, ExactWeight, packed_experts
+from myserve.engine.batch_invariance.own_matrices import ExactWeight, exact_weights
+from myserve.engine.batch_invariance.patch import ExactLinear, packed_experts
 
 __all__ = ["Holder", "Install", "Values", "holders"]
 
@@ -47,12 +49,14 @@ def holders(model: nn.Module) -> Iterator[Holder]:
 def _derived(prefix: str, module: Any) -> Iterator[Holder]:
     if isinstance(module, ExactLinear):
         yield _linear(module, prefix + "weight", prefix + "bias")
-    elif isinstance(getattr(module, "weight", None), ExactWeight):
-        yield _router(module, prefix + "weight", prefix + "bias")
+    elif isinstance(module, GroupedLinear):
+        yield _experts(module, "packed_each", prefix, "weight", is_transposed=False)
     elif hasattr(module, "packed_down"):
         up = "gate_up_proj" if module.has_gate else "up_proj"
-        yield _experts(module, "packed_up", prefix, up)
-        yield _experts(module, "packed_down", prefix, "down_proj")
+        yield _experts(module, "packed_up", prefix, up, is_transposed=module.is_transposed)
+        yield _experts(module, "packed_down", prefix, "down_proj", is_transposed=module.is_transposed)
+    for name in exact_weights(module):
+        yield _own_matrix(module, name, prefix)
 
 
 def _linear(module: ExactLinear, weight: str, bias: str) -> Holder:
@@ -69,19 +73,23 @@ def _linear(module: ExactLinear, weight: str, bias: str) -> Holder:
     return Holder((weight, bias), prepare)
 
 
-def _router(module: Any, weight: str, bias: str) -> Holder:
+def _own_matrix(module: Any, name: str, prefix: str) -> Holder:
+    """A weight that its module multiplies by itself; a router's, `weight`, has the bias packed with it."""
+    weight, bias = prefix + name, prefix + "bias"
+    has_bias = name == "weight"
+
     def prepare(values: Values) -> list[Install]:
-        old: ExactWeight = module.weight
-        new_bias = values.get(bias, module._parameters.get("bias"))
+        old: ExactWeight = getattr(module, name)
+        new_bias = values.get(bias, module._parameters.get("bias")) if has_bias else None
         plain = values.get(weight, old.as_subclass(Tensor))
         exact = ExactWeight.of(_own(plain, like=old), new_bias)
-        installs: list[Install] = [lambda: setattr(module, "weight", exact)]
-        return installs + _plain_installs(module, "bias", values.get(bias))
+        installs: list[Install] = [lambda: setattr(module, name, exact)]
+        return installs + (_plain_installs(module, "bias", values.get(bias)) if has_bias else [])
 
-    return Holder((weight, bias), prepare)
+    return Holder((weight, bias) if has_bias else (weight,), prepare)
 
 
-def _experts(module: Any, attribute: str, prefix: str, name: str) -> Holder:
+def _experts(module: Any, attribute: str, prefix: str, name: str, *, is_transposed: bool) -> Holder:
     weight, bias = prefix + name, f"{prefix}{name}_bias"
 
     def prepare(values: Values) -> list[Install]:
@@ -89,7 +97,7 @@ def _experts(module: Any, attribute: str, prefix: str, name: str) -> Holder:
         biases = values.get(bias, module._parameters.get(f"{name}_bias"))
         if weight in values:
             new = values[weight].to(old[0].dtype)
-            new = new.transpose(1, 2) if module.is_transposed else new
+            new = new.transpose(1, 2) if is_transposed else new
             packed = packed_experts(new, biases, type(old[0]))
         else:
             assert biases is not None

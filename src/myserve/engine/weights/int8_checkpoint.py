@@ -26,7 +26,9 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.core_model_loading import Concatenate, MergeModulelist
 from transformers.pytorch_utils import Conv1D
 
-from myserve.engine.batch_invariance.patch import has_experts, is_linear, is_router
+from myserve.engine.batch_invariance.grouped_linear import is_grouped_linear
+from myserve.engine.batch_invariance.own_matrices import is_linear, own_matrices
+from myserve.engine.batch_invariance.patch import has_experts
 from myserve.engine.batch_invariance.quantized import Int8Values, can_quantize, hold_stored, quantize
 from myserve.engine.batch_invariance.scaled_experts import adopt_scaled_experts
 from myserve.engine.weights.empty_model import checkpoint_folder, model_without_values
@@ -232,6 +234,8 @@ def _layers(model: nn.Module) -> dict[str, _Layer]:
         prefix = f"{path}." if path else ""
         if is_linear(module):
             found[prefix + "weight"] = _Layer(isinstance(module, Conv1D))
+        elif is_grouped_linear(module):
+            found[prefix + "weight"] = _Layer(is_transposed=False)
         elif has_experts(module):
             experts: Any = module
             for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
@@ -268,7 +272,7 @@ def _write_tensors(snapshot: FolderSnapshot, model: Any, folder: Path) -> list[s
         weight = tensor.to(dtypes[name])
         shards.add(_as_int8(name, weight, layer))
     shards.finish()
-    own = {path for path, module in model.named_modules() if is_router(module)}
+    own = {path for path, module in model.named_modules() if own_matrices(module)}
     return sorted(own | {name.removesuffix(".weight") for name in layers.keys() - quantised})
 
 

@@ -17,6 +17,8 @@ from myserve.errors import BadSnapshotError
 
 __all__ = ["LoadPlan", "WeightGroup", "WeightNames", "group_tensors", "make_plan"]
 
+HALVES = {torch.bfloat16, torch.float16}
+
 
 @dataclass(frozen=True, slots=True)
 class WeightNames:
@@ -174,10 +176,12 @@ def _check(name: str, info: TensorInfo, names: WeightNames, group: WeightGroup) 
 
 def _check_dtype(name: str, dtypes: Iterable[torch.dtype], names: WeightNames, *, may_cast: bool) -> None:
     wanted = names.infos[name].dtype
+    # a model in half precision keeps some weights in float32 (HY-V4 its head), whatever its checkpoints have
+    widened = {info.dtype for info in names.infos.values()} & HALVES if wanted == torch.float32 else set()
     for dtype in dtypes:
         # 8-bit floats are nothing without their scales
         castable = may_cast and dtype.is_floating_point and wanted.is_floating_point and dtype.itemsize > 1
-        if dtype != wanted and not castable:
+        if dtype != wanted and dtype not in widened and not castable:
             raise BadSnapshotError(
                 f"{name} is {dtype} and the model's is {wanted}; save it so, or load the model with an explicit "
                 "dtype, to which then every snapshot is rounded"

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from myserve.engine.batch_invariance.grouped_linear import GroupedLinear
 from myserve.engine.batch_invariance.linear import PackedWeight
-from myserve.engine.batch_invariance.patch import ExactLinear, ExactWeight
+from myserve.engine.batch_invariance.own_matrices import exact_weights
+from myserve.engine.batch_invariance.patch import ExactLinear
 from myserve.engine.memory.huge_pages import FilePages
 from myserve.engine.weights.plan import WeightNames
 from myserve.errors import EngineError
@@ -41,8 +43,10 @@ def _weights_of(prefix: str, module: Any) -> Iterator[tuple[str, Tensor]]:
         yield prefix + "weight", weight.T if module.is_transposed else weight
         yield prefix + "bias", module.packed.bias[: module.out_features]
         return
-    if isinstance(getattr(module, "weight", None), ExactWeight):
-        yield prefix + "weight", module.weight.packed.unpacked()
+    for name, own in exact_weights(module).items():
+        yield prefix + name, own.packed.unpacked()
+    if isinstance(module, GroupedLinear):
+        yield prefix + "weight", torch.stack([one.unpacked() for one in module.packed_each])
     if hasattr(module, "packed_down"):
         up = "gate_up_proj" if module.has_gate else "up_proj"
         for name, packed in ((up, module.packed_up), ("down_proj", module.packed_down)):
@@ -63,9 +67,9 @@ def places_of_weights(model: nn.Module) -> Iterator[Tensor]:
         packed: list[PackedWeight] = []
         if isinstance(module, ExactLinear):
             packed.append(module.packed)
-        elif isinstance(weight := getattr(module, "weight", None), ExactWeight):
-            packed.append(weight.packed)
-        packed += [*getattr(module, "packed_up", ()), *getattr(module, "packed_down", ())]
+        packed += [own.packed for own in exact_weights(module).values()]
+        for name in ("packed_up", "packed_down", "packed_each"):
+            packed += getattr(module, name, ())
         for one in packed:
             yield one.weight
     for tensor in (*model.parameters(), *model.buffers()):
