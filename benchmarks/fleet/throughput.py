@@ -22,6 +22,8 @@ import psutil
 
 from benchmarks.fleet.serving import Serving, is_well, serving
 
+IDLE_SECONDS = 10.0
+
 
 class Measured:
     """A server, and what was measured of it, a number a round."""
@@ -30,6 +32,9 @@ class Measured:
         self.name, self.server, self.replicas = name, server, replicas
         self.tokens_per_s: list[float] = []
         self.cpu_us_per_token: list[float] = []
+        # seconds of CPU in a second without a request
+        self.idle = 0.0
+        self.idle_us_per_token: list[float] = []
         self.first_token_ms: list[float] = []
 
     def cpu(self) -> float:
@@ -74,9 +79,21 @@ async def one_round(measured: Measured, number: int, args: argparse.Namespace) -
         began, cpu = time.perf_counter(), measured.cpu()
         seeds = range(10_000 * (number + 1), 10_000 * (number + 1) + args.streams)
         await asyncio.gather(*(stream(session, url, model, seed, args.tokens) for seed in seeds))
-        total = args.streams * args.tokens
-        measured.tokens_per_s.append(total / (time.perf_counter() - began))
+        total, took = args.streams * args.tokens, time.perf_counter() - began
+        measured.tokens_per_s.append(total / took)
+        measured.idle_us_per_token.append(1e6 * measured.idle * took / total)
         measured.cpu_us_per_token.append(1e6 * (measured.cpu() - cpu) / total)
+
+
+async def rest(measured: Measured) -> None:
+    """Measure what it takes with nothing to do."""
+    async with aiohttp.ClientSession() as session:
+        await is_well(session, measured.server, measured.replicas)
+    # until the shapes that an idle engine records ahead are recorded
+    await asyncio.sleep(10.0)
+    cpu = measured.cpu()
+    await asyncio.sleep(IDLE_SECONDS)
+    measured.idle = (measured.cpu() - cpu) / IDLE_SECONDS
 
 
 def main() -> None:
@@ -103,18 +120,21 @@ def main() -> None:
             servers.append(Measured(name, stack.enter_context(serving(*model, *options)), replicas))
             # started one after the other
             assert servers[-1].server.url
+        for measured in servers:
+            asyncio.run(rest(measured))
         for number in range(args.rounds):
             for measured in servers:
                 asyncio.run(one_round(measured, number, args))
     skipped = args.alone
-    print(f"{'':14} {'tokens/s':>10} {'CPU us/token':>13} {'first token ms':>15}")
+    print(f"{'':14} {'tokens/s':>10} {'CPU us/token':>13} {'of it idle':>11} {'first token ms':>15}")
     for each in servers:
         figures = (
             median(each.tokens_per_s[1:]),
             median(each.cpu_us_per_token[1:]),
+            median(each.idle_us_per_token[1:]),
             median(each.first_token_ms[skipped:]),
         )
-        print(f"{each.name:14} {figures[0]:10.0f} {figures[1]:13.0f} {figures[2]:15.2f}")
+        print(f"{each.name:14} {figures[0]:10.0f} {figures[1]:13.0f} {figures[2]:11.0f} {figures[3]:15.2f}")
 
 
 if __name__ == "__main__":
