@@ -21,6 +21,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 import conversion.base
 conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 conversion.base.TextModel._set_vocab_sentencepiece = conversion.base.TextModel._set_vocab_gpt2  # it tries that first
+conversion.base.ModelBase.no_mtp = True  # layers that predict several tokens, which models made here have not
 import convert_hf_to_gguf
 sys.argv = ["convert_hf_to_gguf.py", *sys.argv[2:]]
 convert_hf_to_gguf.main()
