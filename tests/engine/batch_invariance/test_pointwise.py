@@ -23,6 +23,15 @@ def test_a_norm_is_the_models_own(dtype: torch.dtype, kind: NormKind, width: int
     torch.testing.assert_close(ours, kind.reference(x, weight, 1e-6))
 
 
+def test_a_norm_of_float32_takes_weights_of_another_type() -> None:
+    """Mamba's last norm: its residual is float32, whatever the model is."""
+    x, weight = torch.randn(40, 48), torch.randn(48).bfloat16()
+    ours = pointwise.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(ours, NormKind(0.0, True).reference(x, weight, 1e-5))
+    with pytest.raises(ValueError, match="not computed"):
+        pointwise.rms_norm(x.bfloat16(), weight.float(), 1e-5)
+
+
 @each_dtype
 def test_a_norms_row_depends_on_itself_alone_and_on_no_layout(dtype: torch.dtype) -> None:
     x, weight = torch.randn(2, 50, 4, 24).to(dtype), torch.randn(24).to(dtype)

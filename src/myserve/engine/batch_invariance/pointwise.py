@@ -35,11 +35,16 @@ def rms_norm(
 ) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, in float32; x [..., D], weight [D].
 
-    `rounds_first`: what is multiplied by the weight has been rounded to x's type (Llama), or not (Gemma, OLMo 2).
+    `rounds_first`: what is multiplied by the weight has been rounded to x's type (Llama), or not (Gemma, OLMo 2). A
+    float32 x may have a weight of another type (Mamba's last norm, of a residual in float32); no other x may.
 
     >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), 0.0)
     tensor([0.8485, 1.1314])
     """
+    if weight.dtype != x.dtype:
+        if x.dtype != torch.float32:
+            raise ValueError(f"a norm of {x.dtype} by weights of {weight.dtype} is not computed here")
+        weight = weight.float()
     x, (rows, row, groups, group) = _as_rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     size, width = x.element_size(), x.shape[-1]
