@@ -73,6 +73,22 @@ _SCAN = {
     "mamba_n_groups": 2,
     "mamba_chunk_size": 16,
 }
+# More channels than a tile of a state has, and not a multiple of it.
+_MAMBA1 = {
+    "vocab_size": 384, "hidden_size": 36, "num_hidden_layers": 2, "state_size": 5, "bos_token_id": 0,
+    "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+_JAMBA = {
+    "mamba_d_state": 5,
+    "mamba_dt_rank": 3,
+    "num_experts": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+}
+_ZAMBA = {
+    "mamba_d_state": 5, "mamba_dt_rank": 3, "n_mamba_heads": 2, "num_key_value_heads": 4, "num_hidden_layers": 3,
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+}  # fmt: skip
 _CHUNKS = {
     "no_rope_layers": [1, 0], "moe_layers": [1], "intermediate_size_mlp": 40, "num_local_experts": 4,
     "floor_scale": 16, "attn_scale": 0.5,
@@ -197,6 +213,12 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_experts_per_tok": 2, "shared_intermediate_size": 16},
     ),
     "falcon_h1": ("falcon_h1", _SMALL | _SCAN | {"num_hidden_layers": 2, "head_dim": 8, "mamba_d_ssm": 64}),
+    # Mamba-1's scan: in all layers, with norms of its own; a residual in float32
+    "falcon_mamba": ("falcon_mamba", _MAMBA1),
+    "mamba": ("mamba", _MAMBA1 | {"use_conv_bias": False}),
+    # and beside attention and experts; with heads whose weights are parameters of the layer
+    "jamba": ("jamba", _SMALL | _JAMBA),
+    "zamba": ("zamba", _SMALL | _ZAMBA),
     # short convolutions alone
     "lfm2": (
         "lfm2",
@@ -264,6 +286,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     ),
     "qwen3_next": SERVED["qwen3_next"],
+    **{name: SERVED[name] for name in ("falcon_mamba", "jamba", "zamba")},
 }  # fmt: skip
 # name -> (type, config, a word of the refusal)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -301,16 +324,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "bloom": ("bloom", {"vocab_size": 384, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "context may be"),
     "doge": ("doge", _SMALL, "a mask of its own"),
-    "mamba": (
-        "mamba",
-        {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
-        "Mamba-1's selective scan",
-    ),
-    # recurrences that are not ours: written into a layer, or Mamba-1's
+    # a recurrence that is written into a layer
     "minimax": ("minimax", _SMALL | {"num_local_experts": 2, "block_size": 16}, "keeps state"),
-    "jamba": (
-        "jamba",
-        _SMALL | {"mamba_d_state": 4, "num_experts": 2, "attn_layer_offset": 1},
-        "Mamba-1's selective scan",
-    ),
 }

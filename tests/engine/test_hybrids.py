@@ -25,11 +25,14 @@ from myserve.engine.scheduling.request import Request
 from myserve.trainer.completion_logits import completion_logits
 from myserve.trainer.exact_forward import exact_forward
 from myserve.trainer.exact_logprobs import exact_logprobs
-from runs import Asked, Completion, collect, mixed_requests, run
+from runs import Asked, Completion, collect, mixed_requests, run, thorough
 
 MakeEngine = Callable[..., Engine]
-MODELS = [("qwen3_5_text", "float32"), ("granitemoehybrid-scan", "bfloat16")]
-each_model = pytest.mark.parametrize(("arch", "dtype"), MODELS, ids=lambda value: str(value))
+MODELS = [
+    ("qwen3_5_text", "float32"), ("granitemoehybrid-scan", "bfloat16"),
+    ("jamba", "bfloat16"), thorough("zamba", "float32"), thorough("falcon_mamba", "bfloat16"),
+]  # fmt: skip
+each_model = pytest.mark.parametrize(("arch", "dtype"), MODELS, ids=str)
 PROMPT = list(range(40, 85))
 
 

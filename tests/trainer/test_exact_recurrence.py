@@ -51,6 +51,25 @@ def test_logprobs_of_shared_prompts_are_the_servers(arch: str, tiny_model: Calla
     assert theirs != wanted  # the control: other orders of summing have other bits
 
 
+@pytest.mark.parametrize("arch", ["jamba", "zamba"])
+def test_on_int8_rollouts_the_mismatch_is_zero(arch: str, tiny_model: Callable[[str], Path]) -> None:
+    """Layers that multiply by weights themselves do it in int8, too."""
+    path, ids = tiny_model(arch), torch.tensor([PROMPTS[0]])
+    engine = Engine.from_pretrained(str(path), EngineConfig(num_blocks=32, quantize="int8"))
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    try:
+        ((completion,),) = run(engine, [Asked(PROMPTS[0], params)])
+    finally:
+        engine.shutdown()
+    scored = next(d.prompt_logprobs for d in completion.deltas if d.prompt_logprobs is not None)
+    found = []
+    for quantize in ("int8", "off"):
+        model = exact_forward(AutoModelForCausalLM.from_pretrained(path).eval(), quantize=quantize)  # type: ignore[arg-type]
+        with torch.no_grad():
+            found.append(exact_logprobs(model(ids).logits[0, :-1], ids[0, 1:]).tolist())
+    assert found[0] == [entry.logprob for entry in scored[1:] if entry is not None] != found[1]
+
+
 @each_hybrid
 def test_gradients_are_transformers_own(arch: str, tiny_model: Callable[[str], Path]) -> None:
     found = []

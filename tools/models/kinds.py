@@ -170,6 +170,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
     "lfm3": {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"]},
     "olmo_hybrid": {"linear_num_key_heads": 4},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": None, "head_dim": None},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "qwen4_exp_text": _QWEN4,
@@ -222,6 +223,15 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "nemotron_h-odd": (
         "nemotron_h",
         _ODD | {"mamba_num_heads": 6, "mamba_head_dim": 10, "n_groups": 3, "ssm_state_size": 9},
+    ),
+    "falcon_mamba-odd": ("falcon_mamba", {"hidden_size": 60, "state_size": 9, "time_step_rank": 7, "use_bias": True}),
+    "jamba-odd": (
+        "jamba",
+        _ODD | {"intermediate_size": 92, "mamba_d_state": 9, "mamba_dt_rank": 7, "mamba_proj_bias": True},
+    ),
+    "zamba-odd": (
+        "zamba",
+        _ODD | {"head_dim": None, "n_mamba_heads": 3, "mamba_d_state": 9, "mamba_dt_rank": 7, "mamba_proj_bias": True},
     ),
     "olmo_hybrid-odd": ("olmo_hybrid", _ODD | _ODD_DELTA | {"linear_num_key_heads": 6}),
     "llama4_text-odd": ("llama4_text", _ODD | {"attention_chunk_size": 23, "use_qk_norm": False}),

@@ -7,7 +7,7 @@ usual one, by PyTorch. Parameters, state dict and optimizer stay what they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from myserve.engine.batch_invariance import pointwise, vml_warmup
 from myserve.engine.batch_invariance.activations import install_activations, reference
 from myserve.engine.batch_invariance.fusion import NormKind, norm_kind
 from myserve.engine.batch_invariance.grouped_linear import is_grouped_linear
+from myserve.engine.batch_invariance.left_factors import MATMULS, multiplies_from_the_left, times_columns
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.own_matrices import own_matrices
 from myserve.engine.batch_invariance.quantized import QuantizedWeight, can_quantize
@@ -104,9 +105,11 @@ def exact_forward(
         elif (norm := norm_kind(module)) is not None:
             _replace_forward(module, _norm_forward(*norm))
         elif own_matrices(module):
-            module.forward = _with_exact_products(module.forward)
+            module.forward = _under(_ExactProducts("off"), module.forward)
         elif is_grouped_linear(module):
-            module.forward = _with_exact_products(module.forward, quantize)
+            module.forward = _under(_ExactProducts(quantize), module.forward)
+        elif multiplies_from_the_left(module):
+            module.forward = _under(_ExactLeftProducts(quantize), module.forward)
         elif hasattr(module, "_is_expert_parallel"):
             module.config._experts_implementation = experts
     return model
@@ -236,9 +239,29 @@ class _ExactProducts(TorchFunctionMode):
         return (self._linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
-def _with_exact_products(forward: Callable[..., Any], quantize: Quantize = "off") -> Callable[..., Any]:
+class _ExactLeftProducts(TorchFunctionMode):
+    """Answers `weight @ x`, as Mamba-1's layers multiply, by `exact_linear`: [N, K] by [B, K, T], or for each head."""
+
+    def __init__(self, quantize: Quantize) -> None:
+        super().__init__()
+        self._quantize = quantize
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in MATMULS:
+            return func(*args, **(kwargs or {}))
+        weight, x = args
+        if weight.dim() == 2:
+            return times_columns(partial(exact_linear, weight=weight, quantize=self._quantize), x)
+        heads = zip(weight[:, 0], x, strict=True)
+        return torch.stack([times_columns(partial(exact_linear, weight=head), own) for head, own in heads])
+
+
+def _under(mode: TorchFunctionMode, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _ExactProducts(quantize):
+        with mode:
             return forward(*args, **kwargs)
 
     return wrapped

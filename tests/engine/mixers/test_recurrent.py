@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 from transformers.models.bamba import modeling_bamba
 from transformers.models.kimi_linear import modeling_kimi_linear
+from transformers.models.mamba import modeling_mamba
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from myserve.engine.mixers.recurrent import Convolution, Mixing, Recurrence, StateRows, whole_sequences
+from myserve.engine.mixers.recurrent import (
+    Convolution,
+    Mixing,
+    Recurrence,
+    SelectiveScan,
+    StateRows,
+    whole_sequences,
+)
 
 T, CUTS = 45, (0, 1, 8, 24, 25, 45)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -32,6 +40,8 @@ def made(kind: str, dtype: torch.dtype, key_dim: int = 12, value_dim: int = 20) 
     if kind == "convolution":
         weight, bias = torch.randn(300, 4).to(dtype), torch.randn(300).to(dtype)
         return Convolution(torch.randn(T, 300).to(dtype), weight, bias, is_silu=True)
+    if kind == "selective":
+        return selective(dtype, key_dim, 100)
     query, key = (torch.randn(T, 2, key_dim).to(dtype) for _ in range(2))
     shape = (T, 4, key_dim) if kind == "kda" else (T, 4)
     decay, beta, value = -2 * torch.rand(shape), torch.rand(T, 4), torch.randn(T, 4, value_dim).to(dtype)
@@ -42,12 +52,28 @@ def made(kind: str, dtype: torch.dtype, key_dim: int = 12, value_dim: int = 20) 
     return Recurrence(query, key, value, decay, beta, key_dim**-0.5, is_delta=True, is_normed=True)
 
 
+def selective(dtype: torch.dtype, size: int, channels: int) -> SelectiveScan:
+    """Of rows as a layer has them: parts of joined products, and channels behind one another in time."""
+    joined = torch.randn(T, 2 * channels).to(dtype)
+    x, step = (torch.randn(channels, T).to(dtype).T for _ in range(2))
+    key, query = torch.randn(T, 3 * size).to(dtype)[:, size:].split(size, dim=1)
+    rate, bias = -4 * torch.rand(channels, size), torch.randn(channels).to(dtype).float()
+    return SelectiveScan(x, step, joined[:, channels:], key, query, rate, bias, torch.rand(channels))
+
+
+ROWS_OF: dict[type, tuple[str, ...]] = {
+    Convolution: ("x",),
+    Recurrence: ("query", "key", "value", "decay", "beta"),
+    SelectiveScan: ("x", "step", "gate", "key", "query"),
+}
+
+
 def part(mixing: Mixing, start: int, end: int) -> Mixing:
-    names = ("x",) if isinstance(mixing, Convolution) else ("query", "key", "value", "decay", "beta")
+    names = ROWS_OF[type(mixing)]
     return replace(mixing, **{name: getattr(mixing, name)[start:end] for name in names})  # type: ignore[type-var]
 
 
-KINDS = pytest.mark.parametrize("kind", ["convolution", "delta", "kda", "scan"])
+KINDS = pytest.mark.parametrize("kind", ["convolution", "delta", "kda", "scan", "selective"])
 
 
 @DTYPES
@@ -112,6 +138,28 @@ def test_the_scan_is_transformers(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize(("size", "channels"), [(16, 64), (16, 130), (5, 3), (1, 200)])
+def test_the_selective_scan_is_transformers(dtype: torch.dtype, size: int, channels: int) -> None:
+    m = selective(dtype, size, channels)
+    rows = [x.T[None] for x in (m.x, m.step)]
+    wanted = modeling_mamba.mamba_selective_scan(
+        *rows, m.rate, m.key.T[None], m.query.T[None], D=m.skip, z=m.gate.T[None], delta_bias=m.bias,
+        delta_softplus=True,
+    )  # fmt: skip
+    assert torch.allclose(whole(m).float(), wanted[0].T.float(), atol=5 * CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+def test_a_scan_decays_to_nothing_and_keeps_what_is_not_a_number() -> None:
+    m = selective(torch.float32, 4, 70)
+    m.step[3:], m.x[:, 69] = 1e4, float("nan")
+    m = replace(m, gate=torch.full_like(m.gate, 10.0))
+    out = whole(m)
+    assert out[:, 69].isnan().all() and not out[:, :69].isnan().any()
+    forgotten = part(m, 5, T).compute(None, whole_sequences(ints(0, T - 5)))
+    assert torch.equal(out[5:, :69], forgotten[:, :69]), "a step so long leaves nothing of what was before it"
+
+
+@DTYPES
 @pytest.mark.parametrize("channels", [1, 16, 300])
 def test_the_convolution_is_transformers(dtype: torch.dtype, channels: int) -> None:
     m = made("convolution", dtype)
@@ -133,6 +181,10 @@ def test_what_does_not_fit_raises_before_memory_is_touched() -> None:
     ):
         with pytest.raises(ValueError, match=r"not|share|neither"):
             wrong.compute(None, rows)
+    scan = selective(torch.float32, 4, 70)
+    for name in ("x", "step", "gate", "key", "query", "rate", "bias", "skip"):
+        with pytest.raises(ValueError, match=name):
+            replace(scan, **{name: getattr(scan, name)[:-1]}).compute(None, rows)
     with pytest.raises(ValueError, match="states"):
         m.compute(torch.zeros(2, 3), rows)
     with pytest.raises(ValueError, match="read"):

@@ -74,6 +74,9 @@ def test_weights_and_cache_are_counted_by_definition(wide: Path) -> None:
         ("nemotron_h", 1 * 2 * 2 * 16, 1 * 8 * 16 * 12),
         ("falcon_h1", 4 * 2 * 2 * 16, 4 * 8 * 16 * 12),
         ("mamba2", 0, 4 * 8 * 16 * 12),
+        ("mamba", 0, 4 * 128 * 12),
+        ("jamba", 1 * 2 * 2 * 16, 3 * 128 * 12),
+        ("zamba", 2 * 2 * 2 * 32, 4 * 128 * 12),
         ("lfm2", 1 * 2 * 2 * 16, 0),
     ],
 )
@@ -88,6 +91,9 @@ def test_hybrids_are_counted_by_what_each_layer_keeps(arch: str, keys: int, stat
         "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention", "mamba"]},
         "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
         "mamba2": {"num_heads": 8},
+        "mamba": {"intermediate_size": 128},
+        "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2},
+        "zamba": {"attention_head_dim": 32, "layers_block_type": ["linear_attention", "hybrid"] * 2},
         "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     }
     known = AutoConfig.for_model(arch).to_dict()

@@ -56,12 +56,17 @@ def two_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
 
 
 LIKE_OTHERS = ("qwen2", "mistral", "gemma2", "olmo2", "starcoder2", "olmoe")
-KINDS = [
-    thorough(arch, torch.float32) if arch in LIKE_OTHERS else (arch, torch.float32) for arch in ARCHITECTURES
-] + [
-    thorough(arch, torch.bfloat16) if arch in ("qwen3", "gpt2") else (arch, torch.bfloat16)
-    for arch in ("qwen3", "gpt2", "gemma3_text", "qwen3_moe", "mixtral", "llama4_text")
-]
+KINDS = (
+    [
+        thorough(arch, torch.float32) if arch in LIKE_OTHERS else (arch, torch.float32)
+        for arch in ARCHITECTURES
+    ]
+    + [
+        thorough(arch, torch.bfloat16) if arch in ("qwen3", "gpt2") else (arch, torch.bfloat16)
+        for arch in ("qwen3", "gpt2", "gemma3_text", "qwen3_moe", "mixtral", "llama4_text", "jamba")
+    ]
+    + [("zamba", torch.float32)]
+)
 
 
 @pytest.mark.parametrize(("arch", "dtype"), KINDS, ids=str)
@@ -89,6 +94,9 @@ PARTS = [
     ("gpt2", ["transformer.wte.weight"]),  # tied to the output layer
     ("qwen3_moe", ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.experts.down_proj"]),
     ("mixtral", ["model.layers.1.mlp.experts.gate_up_proj"]),
+    ("jamba", ["model.layers.0.mamba.dt_proj.weight"]),
+    ("jamba", ["model.layers.0.mamba.dt_proj.bias", "model.layers.0.mamba.A_log"]),
+    ("zamba", ["model.layers.0.mamba.x_proj_weight"]),
 ]
 
 

@@ -27,6 +27,7 @@ from myserve.engine.batch_invariance.fusion import (
     products_of_one_input,
 )
 from myserve.engine.batch_invariance.grouped_linear import GroupedLinear, is_grouped_linear
+from myserve.engine.batch_invariance.left_factors import LeftFactor, has_heads, pack_left_factors
 from myserve.engine.batch_invariance.linear import JoinedWeights, PackedWeight, multiply_each
 from myserve.engine.batch_invariance.low_rank import LowRankLayer
 from myserve.engine.batch_invariance.own_matrices import is_linear, own_matrices, pack_own_matrices
@@ -108,11 +109,20 @@ class ExactLinear(nn.Module):
         self.out_features, self.in_features = packed.out_features, packed.in_features
         self._shared: tuple[SharedInput, int] | None = None
         self.low_rank: LowRankLayer | None = None  # None: no adapter has ever changed it
+        self.takes_adapters = True
+        self._factor: LeftFactor | None = None
 
     @property
     def weight(self) -> Tensor:
-        """A tensor without values: some models look at the weight's dtype or shape (Hunyuan's router)."""
-        return torch.empty(self.out_features, self.in_features, dtype=self.packed.dtype, device="meta")
+        """A tensor without values: models look at its dtype (Hunyuan's router), or multiply by it (Mamba's layers)."""
+        if self._factor is None:
+            self._factor = LeftFactor.of(self.packed)
+        return self._factor
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias [N] in float32; zeros where the layer has none."""
+        return self.packed.bias[: self.out_features]
 
     def share(self, shared: SharedInput, part: int) -> None:
         """Make this layer a part of a joined product."""
@@ -122,6 +132,7 @@ class ExactLinear(nn.Module):
         """Take new values; a part of a joined product keeps its place."""
         if self._shared is None:
             self.packed = packed
+            self._factor = None if self._factor is None else LeftFactor.of(packed)
         else:
             self.packed.copy_(packed)
 
@@ -158,7 +169,9 @@ def make_exact(
     files = huge_pages.FilePages()
     packing = _Packing(quantize == "int8", reserve, files)
     names = {id(module): name for name, module in model.named_modules()}
-    unquantized = [names[id(module)] for module in model.modules() if own_matrices(module)]
+    unquantized = [
+        names[id(module)] for module in model.modules() if own_matrices(module) or has_heads(module)
+    ]
     experts = sum(_pack_experts(module, packing) for module in list(model.modules()) if has_experts(module))
     experts += _pack_grouped_linears(model, packing)
     routers = sum(pack_own_matrices(module, reserve) for module in list(model.modules()))
@@ -168,6 +181,7 @@ def make_exact(
         packed = packing.pack(module.weight, module.bias, is_transposed=transposed)
         setattr(parent, name, ExactLinear(packed, is_transposed=transposed))
         linears += 1
+    routers += sum(pack_left_factors(module, packing.let_go, reserve) for module in model.modules())
     install_activations(model)
     fuse_gates(model)
     fuse_rotary(model)

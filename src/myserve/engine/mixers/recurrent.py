@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from myserve.engine.kernels.launch import this_thread, threads_for
-from myserve.engine.kernels.recurrent import convolution, recurrence
+from myserve.engine.kernels.recurrent import convolution, recurrence, selective_scan
 
-__all__ = ["Convolution", "Mixing", "Recurrence", "StateRows", "StateShape", "whole_sequences"]
+__all__ = [
+    "Convolution", "Mixing", "Recurrence", "SelectiveScan", "StateRows", "StateShape", "whole_sequences",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,59 @@ class Recurrence:
             out=out.data_ptr(), out_is_wide=self.out_is_wide, **_places(states, rows),
             rows=count, heads=heads, key_heads=key_heads, key_dim=dim, value_dim=width, columns=columns, tiles=tiles,
             is_delta=self.is_delta, is_normed=self.is_normed, scale=self.scale, eps=self.eps,
+            scratch=this_thread().scratch(per_thread * threads), scratch_thread=per_thread,
+        )  # fmt: skip
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class SelectiveScan:
+    """Mamba-1's scan: each channel has a state [S], which decays by the channel's own step in time and is gated.
+
+    >>> one = torch.ones(1, 1)
+    >>> scan = SelectiveScan(2 * one, one, one, one, one, -one, torch.zeros(1), torch.zeros(1))
+    >>> scan.compute(None, whole_sequences(torch.tensor([0, 1], dtype=torch.int32)))  # 2 softplus(1) silu(1)
+    tensor([[1.9202]])
+    """
+
+    x: Tensor  # [T, C]
+    step: Tensor  # [T, C]: softplus(step + bias) is a token's step in time
+    gate: Tensor  # [T, C]: what is read is multiplied by silu(gate)
+    key: Tensor  # [T, S]
+    query: Tensor  # [T, S]
+    rate: Tensor  # [C, S] float32: of decay, none above 0
+    bias: Tensor  # [C] float32, of steps
+    skip: Tensor  # [C] float32: how much of x goes past the state
+
+    @property
+    def state(self) -> StateShape:
+        tiles = -(-self.x.shape[1] // selective_scan.CHANNELS)
+        return StateShape((tiles, self.rate.shape[1], selective_scan.CHANNELS), torch.float32)
+
+    def compute(self, states: Tensor | None, rows: StateRows) -> Tensor:
+        """Return what the queries read, gated [T, C]."""
+        (count, channels), size, dtype = self.x.shape, self.rate.shape[1], self.x.dtype
+        wide = {"x": self.x, "step": self.step, "gate": self.gate}
+        places: dict[str, int] = {}
+        # what is copied has to live until the kernel has run
+        held: list[Tensor] = []
+        for name, x in (wide | {"key": self.key, "query": self.query}).items():
+            x = x if x.stride(1) == 1 else x.contiguous()
+            _check(name, x, dtype, (count, channels if name in wide else size))
+            places |= {name: x.data_ptr(), f"{name}_row": x.element_size() * x.stride(0)}
+            held.append(x)
+        for name, x in (("rate", self.rate), ("bias", self.bias), ("skip", self.skip)):
+            x = x.contiguous()
+            _check(name, x, torch.float32, (channels, size) if name == "rate" else (channels,))
+            places[name] = x.data_ptr()
+            held.append(x)
+        _check_states(states, self.state, rows)
+        out = torch.empty(count, channels, dtype=dtype)
+        # an exponential each, and what stands around it
+        threads = threads_for(8 * count * channels * size)
+        per_thread = _cache_lines(selective_scan.scratch_bytes(size))
+        selective_scan.selective_scan_kernel(dtype)(
+            threads, **places, out=out.data_ptr(), **_places(states, rows), rows=count, channels=channels, size=size,
             scratch=this_thread().scratch(per_thread * threads), scratch_thread=per_thread,
         )  # fmt: skip
         return out

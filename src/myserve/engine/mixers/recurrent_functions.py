@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from myserve.engine.mixers.attention_pass import current_mode
-from myserve.engine.mixers.recurrent import Convolution, Mixing, Recurrence
+from myserve.engine.mixers.recurrent import Convolution, Mixing, Recurrence, SelectiveScan
 from myserve.engine.mixers.recurrent_call import Arguments, RecurrentCall, RecurrentFunction
 
-__all__ = ["FUNCTIONS", "OTHERS", "calls_functions", "other_recurrence_of", "stand_before"]
+__all__ = ["FUNCTIONS", "calls_functions", "stand_before"]
 
 
 def _convolution(a: Arguments) -> Mixing:
@@ -71,6 +71,17 @@ def _scan(a: Arguments) -> Mixing:
     )
 
 
+def _selective_scan(a: Arguments) -> Mixing:
+    """Mamba-1: keys are B, queries are C, and every channel has a step in time of its own."""
+    missing = [name for name in ("D", "z", "delta_bias") if a.get(name) is None]
+    if missing or not a.get("delta_softplus"):
+        without = ", ".join(missing) or "delta_softplus"
+        raise ValueError(f"a selective scan without {without} is not computed here")
+    return SelectiveScan(
+        a["hidden_states"], a["dt"], a["z"], a["B"], a["C"], a["A"].float(), a["delta_bias"].float(), a["D"].float()
+    )  # fmt: skip
+
+
 def _with_state(mixed: Tensor) -> tuple[Tensor, None]:
     return mixed, None
 
@@ -84,26 +95,11 @@ FUNCTIONS: dict[str, RecurrentFunction] = {
     "causal_conv1d_fn": RecurrentFunction(("hidden_states",), 2, _convolution, _itself),
     "torch_chunk_gated_delta_rule": _DELTA,
     "chunk_kimi_delta_attention": _DELTA,
+    "mamba_selective_scan": RecurrentFunction(
+        ("hidden_states", "dt", "B", "C", "z"), 2, _selective_scan, _itself
+    ),
     "mamba2_chunk_scan": RecurrentFunction(("hidden_states", "dt", "B", "C"), 1, _scan, _itself),
 }
-
-# Functions of recurrences that are not computed here, by which a refusal is told.
-OTHERS = {
-    "mamba_selective_scan": "Mamba-1's selective scan, whose states decay by each token's own step in each channel",
-}
-
-
-def other_recurrence_of(model: nn.Module) -> str | None:
-    """Return what recurrence a model's layers name that is not ours; None where there is none.
-
-    >>> other_recurrence_of(nn.Linear(1, 1)) is None
-    True
-    """
-    for module in model.modules():
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        for name in OTHERS.keys() & set(getattr(code, "co_names", ())):
-            return OTHERS[name]
-    return None
 
 
 def calls_functions(module: nn.Module) -> bool:

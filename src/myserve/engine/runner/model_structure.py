@@ -16,7 +16,7 @@ from torch import Tensor
 from myserve.engine.mixers.attention_observer import AttentionObserver
 from myserve.engine.mixers.attention_pass import AttentionCall, StateCall, using
 from myserve.engine.mixers.indexed_attention import select_all
-from myserve.engine.mixers.recurrent_functions import other_recurrence_of, stand_before
+from myserve.engine.mixers.recurrent_functions import stand_before
 from myserve.engine.mixers.row_positions import tell_positions
 from myserve.engine.runner.logit_rows import LogitRows, body_outputs
 from myserve.engine.scheduling.step_costs import AttentionCost
@@ -61,11 +61,6 @@ def observe(model: Any) -> ModelStructure:
     Raises UnsupportedModelError, naming the model and the reason, for one whose steps could not be batched.
     """
     name = type(model).__name__
-    if (other := other_recurrence_of(model)) is not None:
-        raise UnsupportedModelError(
-            f"{name} has layers of {other}; the engine computes the gated delta rule, Kimi's delta attention, "
-            "Mamba-2's scan and short convolutions; serve another model"
-        )
     observer = AttentionObserver(name)
     stand_before(model)
     tell_positions(model)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from myserve.engine.batch_invariance.grouped_linear import GroupedLinear
+from myserve.engine.batch_invariance.left_factors import HEADS, HeadFactors
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.own_matrices import ExactWeight, exact_weights
 from myserve.engine.batch_invariance.patch import ExactLinear, packed_experts
@@ -51,6 +52,8 @@ def _derived(prefix: str, module: Any) -> Iterator[Holder]:
         yield _linear(module, prefix + "weight", prefix + "bias")
     elif isinstance(module, GroupedLinear):
         yield _experts(module, "packed_each", prefix, "weight", is_transposed=False)
+    elif isinstance(getattr(module, HEADS[0], None), HeadFactors):
+        yield from (_heads(module, name, prefix + name) for name in HEADS)
     elif hasattr(module, "packed_down"):
         up = "gate_up_proj" if module.has_gate else "up_proj"
         yield _experts(module, "packed_up", prefix, up, is_transposed=module.is_transposed)
@@ -87,6 +90,15 @@ def _own_matrix(module: Any, name: str, prefix: str) -> Holder:
         return installs + (_plain_installs(module, "bias", values.get(bias)) if has_bias else [])
 
     return Holder((weight, bias) if has_bias else (weight,), prepare)
+
+
+def _heads(module: Any, attribute: str, name: str) -> Holder:
+    def prepare(values: Values) -> list[Install]:
+        old: list[PackedWeight] = getattr(module, attribute).packed
+        factors = HeadFactors.of(packed_experts(values[name].to(old[0].dtype), None, type(old[0])))
+        return [lambda: setattr(module, attribute, factors)]
+
+    return Holder((name,), prepare)
 
 
 def _experts(module: Any, attribute: str, prefix: str, name: str, *, is_transposed: bool) -> Holder:

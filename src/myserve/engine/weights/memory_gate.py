@@ -39,6 +39,8 @@ _STATE_SIZES = (
     ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
     ("n_mamba_heads", "mamba_headdim", "mamba_d_state"),
     ("state_size", "num_heads", "head_dim"),
+    ("hidden_size", "mamba_expand", "mamba_d_state"),
+    ("intermediate_size", "state_size"),
 )
 _LEAST_CACHE = 16 << 20
 _LEAST_CONTEXT_OFFERED = 256

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from myserve.engine.batch_invariance.grouped_linear import GroupedLinear
+from myserve.engine.batch_invariance.left_factors import HEADS, HeadFactors
 from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.own_matrices import exact_weights
 from myserve.engine.batch_invariance.patch import ExactLinear
@@ -47,6 +48,9 @@ def _weights_of(prefix: str, module: Any) -> Iterator[tuple[str, Tensor]]:
         yield prefix + name, own.packed.unpacked()
     if isinstance(module, GroupedLinear):
         yield prefix + "weight", torch.stack([one.unpacked() for one in module.packed_each])
+    for name in HEADS:
+        if isinstance(factors := getattr(module, name, None), HeadFactors):
+            yield prefix + name, torch.stack([one.unpacked() for one in factors.packed])  # [H, N, K]
     if hasattr(module, "packed_down"):
         up = "gate_up_proj" if module.has_gate else "up_proj"
         for name, packed in ((up, module.packed_up), ("down_proj", module.packed_down)):
@@ -70,6 +74,8 @@ def places_of_weights(model: nn.Module) -> Iterator[Tensor]:
         packed += [own.packed for own in exact_weights(module).values()]
         for name in ("packed_up", "packed_down", "packed_each"):
             packed += getattr(module, name, ())
+        for name in HEADS:
+            packed += getattr(getattr(module, name, None), "packed", ())
         for one in packed:
             yield one.weight
     for tensor in (*model.parameters(), *model.buffers()):

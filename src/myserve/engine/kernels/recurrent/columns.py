@@ -29,7 +29,7 @@ from myserve.engine.kernels.lanes import (
     _store,
 )
 
-__all__ = ["read_columns", "write_columns"]
+__all__ = ["read_columns", "scan_columns", "write_columns"]
 
 _WIDTH = 4 * LANES  # bytes of a register
 
@@ -65,6 +65,18 @@ def write_columns(ctx: Any, groups: Any, source: Any, target: Any, rows: Any, de
     `source` and `target` [rows, 16 * groups], which may be one; `decays`, `keys` and `queries` [rows]; `deltas` and
     `out` [16 * groups]; all float32.
     """
+    return _writing(groups, one_decay=True)
+
+
+@intrinsic(prefer_literal=True)
+def scan_columns(ctx: Any, groups: Any, source: Any, target: Any, rows: Any, decays: Any, keys: Any, deltas: Any,
+                 queries: Any, out: Any) -> Any:  # fmt: skip
+    """Do as `write_columns`, with a decay for each row and column: `decays` [rows, 16 * groups]."""
+    return _writing(groups, one_decay=False)
+
+
+def _writing(groups: Any, *, one_decay: bool) -> Any:
+    """Return signature and code: `one_decay` for a whole row, or each column has its own."""
     count = groups.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
@@ -73,12 +85,13 @@ def write_columns(ctx: Any, groups: Any, source: Any, target: Any, rows: Any, de
         sums = _zeros(b, count)
         with cgutils.for_range(b, rows) as loop:
             at = _bytes(b, loop.index, count * _WIDTH)
-            decay, key, query = (
-                _splat(b, _load(b, b.add(array, _bytes(b, loop.index, 4)), _F32))
-                for array in (decays, keys, queries)
+            key, query = (
+                _splat(b, _load(b, b.add(array, _bytes(b, loop.index, 4)), _F32)) for array in (keys, queries)
             )
+            whole = _splat(b, _load(b, b.add(decays, _bytes(b, loop.index, 4)), _F32)) if one_decay else None
             for group, total in enumerate(sums):
                 place = _offset(b, at, group * _WIDTH)
+                decay = _load(b, b.add(decays, place)) if whole is None else whole
                 kept = b.fmul(_load(b, b.add(source, place)), decay)
                 column = _fma(b, key, news[group], kept)
                 _store(b, column, b.add(target, place))

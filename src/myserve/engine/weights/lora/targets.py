@@ -92,11 +92,16 @@ class LoraTarget:
 
 
 def find_targets(model: nn.Module) -> dict[str, LoraTarget]:
-    """Return a model's products by name: linear layers but the output layer's, and the experts' parameters."""
+    """Return a model's products by name: linear layers but the output layer's, and the experts' parameters.
+
+    Not among them: linear layers of which a model takes the weight alone (Mamba's `dt_proj`). PEFT's change no output.
+    """
     found: dict[str, LoraTarget] = {}
     head = model.get_output_embeddings()  # type: ignore[operator]  # transformers'
     for name, module in model.named_modules():
         if isinstance(module, ExactLinear) and module is not head:
+            if not module.takes_adapters:
+                continue
             sizes = module.in_features, module.out_features
             found[name] = LoraTarget(module, "low_rank", *sizes, module.packed.dtype)
         elif hasattr(module, "packed_down"):
