@@ -60,7 +60,7 @@ def model_folder(name: str = NAME) -> Path:
     if not (folder / "complete").exists():
         folder.mkdir(parents=True, exist_ok=True)
         _write_weights(folder, name)
-        _write_tokenizer(folder)
+        write_tokenizer(folder)
         (folder / "complete").touch()  # last: an interrupted run starts over
     return folder
 
@@ -79,7 +79,7 @@ def _write_weights(folder: Path, name: str) -> None:
     model.save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """Byte-level BPE over the 256 bytes, padded to the vocabulary with plain words that no merge reaches.
 
     A token drawn at random is then whole ASCII text nearly always, so no server holds it back for half a character,
@@ -92,7 +92,7 @@ def _write_tokenizer(folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: i for i, character in enumerate(alphabet)}
     vocab |= {"<|endoftext|>": 256, "Qz": 257}  # llama.cpp refuses a vocabulary without a single merge
-    vocab |= {f"Ġ{i:x}": i for i in range(len(vocab), VOCAB_SIZE)}
+    vocab |= {f"Ġ{i:x}": i for i in range(len(vocab), vocab_size)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Q", "z")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

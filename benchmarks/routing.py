@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.model import _write_tokenizer
+from benchmarks.model import write_tokenizer
 from myserve import exact_forward, replay_routing
 from myserve.core.logprobs import prompt_logprobs
 from myserve.core.params import SamplingParams
@@ -64,7 +64,7 @@ def model_folder(shape: Mapping[str, Any]) -> Iterator[Path]:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **COMMON, **shape))
     with TemporaryDirectory() as name:
         model.to(torch.bfloat16).save_pretrained(name)
-        _write_tokenizer(Path(name))
+        write_tokenizer(Path(name))
         yield Path(name)
 
 

@@ -32,7 +32,7 @@ __all__ = ["serving"]
 @contextmanager
 def serving(settings: Settings | None = None) -> Iterator[tuple[str, FaultySampler]]:
     """Serve our app, the embedded model by default, behind a layer of faults; give its URL and the layer."""
-    demo = Settings(models={"myserve-demo": str(embedded_model_path())})
+    demo = Settings(models={"myserve-demo": str(embedded_model_path())}, tool_style="hermes")
     faulty = FaultySampler(create_app(settings or demo))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(faulty, log_level="warning", ws="none"))

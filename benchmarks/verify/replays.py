@@ -38,6 +38,13 @@ IDS = SHARED | {"prompt": [19, 424, 223, 20, 495, 223], "max_tokens": 6}
 PENALTIES = {"frequency_penalty": 0.9, "presence_penalty": 0.4, "repetition_penalty": 1.2}
 SCHEMA = {"type": "object", "properties": {"color": {"enum": ["red", "green"]}}, "required": ["color"]}
 FORM = {"type": "json_schema", "json_schema": {"name": "color", "schema": SCHEMA}}
+WORDS = {"type": "object", "properties": {"word": {"type": "string", "maxLength": 4}}, "required": ["word"]}
+PAINT = {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}
+WRITE = {"type": "function", "function": {"name": "write", "parameters": WORDS}}
+RENAMED = {"type": "function", "function": {"name": "colour", "parameters": SCHEMA}}
+PARTS = [{"type": "const_string", "value": "So: "}, {"type": "regex", "pattern": "[a-z]{2,5}"}]
+TAG = {"format": {"type": "sequence", "elements": PARTS}}
+CALL = COLOR | {"logprobs": True, "max_tokens": 60}
 MODES: dict[str, Line] = {
     "greedy": STORY | {"temperature": 0, "logprobs": True},
     "lists": STORY | {"logprobs": 3, "n": 2},
@@ -54,6 +61,11 @@ MODES: dict[str, Line] = {
     "schema": COLOR | {"response_format": FORM, "max_tokens": 40, "logprobs": True},
     "regex": STORY | {"regex": "[a-d]{3,9}!", "logprobs": True},
     "choice": STORY | {"choice": ["red", "green", "blue"], "logprobs": True},
+    "object": COLOR | {"response_format": {"type": "json_object"}, "max_tokens": 30, "logprobs": True},
+    "grammar": STORY | {"grammar": 'start: ("a" | "b" | "cd")~3..8 "."', "logprobs": True},
+    "tag": STORY | {"structured_outputs": {"structural_tag": TAG}, "logprobs": True},
+    "tool": CALL | {"tools": [PAINT, WRITE], "tool_choice": {"type": "function", "function": {"name": "write"}}},
+    "tools": CALL | {"tools": [PAINT, WRITE], "tool_choice": "required"},
     "generate": {"token_ids": IDS["prompt"], "sampling_params": {"max_tokens": 5, "logprobs": 1, "seed": 2}},
 }  # fmt: skip
 STREAMED = {
@@ -61,6 +73,8 @@ STREAMED = {
     "chat": "chat streamed",
     "filters": "filters streamed",
     "stop": "stop streamed",
+    "grammar": "grammar streamed",
+    "tools": "tools streamed",
 }
 
 
@@ -73,7 +87,7 @@ def post(url: str, body: Line) -> bytes:
     request = urllib.request.Request(
         url + route, json.dumps({"model": MODEL} | body).encode(), {"content-type": "application/json"}
     )
-    answer: bytes = urllib.request.urlopen(request, timeout=60).read()
+    answer: bytes = urllib.request.urlopen(request, timeout=300).read()
     return answer
 
 
@@ -120,6 +134,15 @@ def other_id(line: Line) -> None:
     line["response"]["choices"][0]["token_ids"][1] += 1
 
 
+def call(**values: Any) -> Callable[[Line], None]:
+    """Return an edit of a choice's first tool call."""
+
+    def edit(line: Line) -> None:
+        line["response"]["choices"][0]["message"]["tool_calls"][0]["function"].update(values)
+
+    return edit
+
+
 def in_stream(old: str, new: str) -> Callable[[Line], None]:
     def edit(line: Line) -> None:
         assert old in line["stream"]
@@ -147,6 +170,11 @@ PARAMETERS: dict[str, Line] = {
     "regex": {"regex": "[0-9]{3}"},
     "choice": {"choice": ["one", "two"]},
     "schema": {"response_format": None},
+    "object": {"response_format": FORM},
+    "grammar": {"grammar": 'start: "x" "y"'},
+    "tag": {"structured_outputs": None},
+    "tools": {"tool_choice": "none", "tools": [RENAMED]},
+    "tool": {"tool_choice": {"type": "function", "function": {"name": "paint"}}},
     "many": {"prompt": ["Say a", "One, two,"], "seed": 6, "n": 4},
     "echo": {"echo": False},
     "generate": {
@@ -183,6 +211,9 @@ RESULTS: dict[str, list[Callable[[Line], None]]] = {
     "arrays": [changed(text="x"), changed(token_arrays={"count": 0})],
     "echo": [add(4, 0.01)],
     "generate": [changed(token_ids=[21])],
+    "tool": [changed(finish_reason="stop"), call(name="paint"), call(arguments='{"word":"x"}')],
+    "tools": [changed(message={"role": "assistant", "content": "red"}), add(0, 0.01)],
+    "grammar": [changed(text="a.")],
     "filters streamed": [
         in_stream('"finish_reason":"length"', '"finish_reason":"stop"'),
         in_stream('"logprob":-', '"logprob":-1'),
@@ -192,6 +223,7 @@ RESULTS: dict[str, list[Callable[[Line], None]]] = {
         in_stream('"seed":', '"seed":1'),
         in_stream('"weight_version":0', '"weight_version":1'),
     ],
+    "tools streamed": [in_stream('"name":"', '"name":"x'), in_stream('"arguments":"', '"arguments":"x')],
 }
 EDITS: list[tuple[str, Callable[[Line], None]]] = [
     *(

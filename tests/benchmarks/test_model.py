@@ -8,12 +8,12 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from benchmarks.contender import _texts, prompt_ids
-from benchmarks.model import VOCAB_SIZE, _write_tokenizer
+from benchmarks.model import VOCAB_SIZE, write_tokenizer
 from myserve.bench.workload import Workload
 
 
 def test_a_text_prompt_has_as_many_tokens_as_asked_and_outputs_are_never_held_back(tmp_path: Path) -> None:
-    _write_tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == VOCAB_SIZE
     for text in _texts(Workload(3, 128, 1), seed=1):

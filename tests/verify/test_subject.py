@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from myserve.verify.run import verify
-from myserve.verify.subject import read_choice
+from myserve.verify.subject import VerifyError, read_choice
 
 
 def test_both_shapes_of_logprobs_are_read_alike() -> None:
@@ -31,7 +31,7 @@ def test_both_shapes_of_logprobs_are_read_alike() -> None:
 
 @pytest.fixture
 def echoing() -> Iterator[str]:
-    """A chat server with a fixed answer: no logprobs, no seeds, no n, and every field taken."""
+    """A chat server with a fixed answer, or one for each seed: no logprobs, no n, and every field taken."""
     app = FastAPI()
 
     @app.get("/v1/models")
@@ -39,9 +39,9 @@ def echoing() -> Iterator[str]:
         return {"data": [{"id": "fixed"}]}
 
     @app.post("/v1/chat/completions")
-    async def chat(http: Request) -> JSONResponse:
-        await http.body()
-        message = {"role": "assistant", "content": "<b>always</b>"}
+    async def chat(body: dict[str, Any]) -> JSONResponse:
+        text = f"always {body.get('seed')}" if body.get("model") == "seeded" else "<b>always</b>"
+        message = {"role": "assistant", "content": text}
         return JSONResponse({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
 
     listener = socket.create_server(("127.0.0.1", 0))
@@ -66,4 +66,20 @@ def test_what_a_server_lacks_is_skipped_and_said(echoing: str) -> None:
         results["temperature"].status == "failed"
         and "one text for 16 seeds" in results["temperature"].evidence
     )
-    assert results["limits"].status == "failed" and "temperature -1" in results["limits"].evidence
+    assert results["limits"].status == "failed"
+    assert all(
+        f"{bad} is answered with 200" in results["limits"].evidence for bad in ("temperature -1", "n 0")
+    )
+    # all that it refused: no object, in words of its framework's
+    assert results["error_shape"].status == "failed"
+    assert "for half a JSON object has not OpenAI's shape" in results["error_shape"].evidence
+
+
+def test_texts_are_not_counted_as_tokens(echoing: str) -> None:
+    (result,) = asyncio.run(verify(echoing, model="seeded", seed=1, only=["seed_alone"])).results
+    assert (result.status, result.evidence) == ("passed", "4 seeds, each twice: the same texts")
+
+
+def test_a_server_that_lists_no_models_says_with_what_it_answered(echoing: str) -> None:
+    with pytest.raises(VerifyError, match=r"GET /v1/models is answered with 404\): pass --model"):
+        asyncio.run(verify(f"{echoing}/elsewhere", seed=1))

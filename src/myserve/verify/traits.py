@@ -85,12 +85,15 @@ async def find_traits(subject: Subject) -> ServerTraits:
 
 
 async def _find_model(subject: Subject, traits: ServerTraits) -> None:
-    models = (await subject.call("GET", "/v1/models")).json
+    listing = await subject.call("GET", "/v1/models")
+    models = listing.json
     listed = models.get("data") if isinstance(models, dict) else None
     cards: Sequence[Any] = listed if isinstance(listed, list) else []
     if not subject.model:
         if not cards:
-            raise VerifyError(f"{subject.url} lists no model: pass --model")
+            raise VerifyError(
+                f"{subject.url} lists no model (GET /v1/models is answered with {listing.status}): pass --model"
+            )
         subject.model = str(cards[0].get("id"))
     answer = await subject.call("GET", "/version")
     if answer.status == 200 and isinstance(answer.json, dict):

@@ -13,40 +13,41 @@ __all__ = ["REFUSALS"]
 
 
 async def limits(trial: Trial) -> str:
-    names = []
+    names, wrong = [], []
     for name, body in _bad_bodies(trial):
         answer = await trial.subject.call("POST", trial.subject.route, body)
-        if answer.status < 400:
-            raise FaultError(f"{name} is answered with {answer.status}; it should be refused")
-        if answer.status >= 500:
-            raise FaultError(
-                f"{name} is answered with {answer.status}, as if it were the server's fault: {answer.message}"
-            )
-        names.append(name)
+        if 400 <= answer.status < 500:
+            names.append(name)
+        else:
+            words = f": {answer.message}" if answer.status >= 500 else ""
+            wrong.append(f"{name} is answered with {answer.status}{words}")
+    if wrong:
+        raise FaultError(f"{'; '.join(wrong)}; each should be refused with a 4xx")
     return f"refused, each with a 4xx: {', '.join(names)}"
 
 
 async def error_shape(trial: Trial) -> str:
-    shown = 0
+    shown, wrong = 0, []
     for name, body in _bad_bodies(trial):
         answer = await trial.subject.call("POST", trial.subject.route, body)
         if 400 <= answer.status < 500:
-            _shaped(name, answer)
+            wrong += _misshapen(name, answer)
             shown += 1
     if not shown:
         raise LackingError("nothing was refused")
+    if wrong:
+        raise FaultError("; ".join(wrong))
     return f"{shown} errors, each with error.message, .type, .param and .code"
 
 
-def _shaped(name: str, answer: WireAnswer) -> None:
+def _misshapen(name: str, answer: WireAnswer) -> list[str]:
+    """Return what an error lacks of OpenAI's shape, in words."""
     body = answer.json
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        raise FaultError(
-            f"the error for {name} has not OpenAI's shape: {answer.raw[:120].decode('utf-8', 'replace')}"
-        )
-    if missing := {"type", "param", "code"} - error.keys():
-        raise FaultError(f"the error for {name} has no {', '.join(sorted(missing))}")
+        return [f"the error for {name} has not OpenAI's shape: {answer.raw[:120].decode('utf-8', 'replace')}"]
+    missing = {"type", "param", "code"} - error.keys()
+    return [f"the error for {name} has no {', '.join(sorted(missing))}"] if missing else []
 
 
 def _bad_bodies(trial: Trial) -> Iterator[tuple[str, dict[str, Any] | bytes]]:

@@ -26,7 +26,8 @@ async def seed_alone(trial: Trial) -> str:
     _same(seeds, first, again, "asked twice, one request after the other")
     if len({choice.text for choice in first}) == 1:
         raise LackingError("the model has one answer for every seed: nothing is shown")
-    return f"{len(seeds)} seeds, each twice: the same {sum(len(c.names) or 1 for c in first)} tokens"
+    count = sum(len(choice.names) for choice in first)
+    return f"{len(seeds)} seeds, each twice: the same {f'{count} tokens' if count else 'texts'}"
 
 
 async def seed_under_load(trial: Trial) -> str:
