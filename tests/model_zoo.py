@@ -89,6 +89,10 @@ _ZAMBA = {
     "mamba_d_state": 5, "mamba_dt_rank": 3, "n_mamba_heads": 2, "num_key_value_heads": 4, "num_hidden_layers": 3,
     "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
 }  # fmt: skip
+_LIGHTNING = {
+    "num_hidden_layers": 3, "num_local_experts": 4, "block_size": 16, "linear_attn_alpha_factor": 1.5,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
 _CHUNKS = {
     "no_rope_layers": [1, 0], "moe_layers": [1], "intermediate_size_mlp": 40, "num_local_experts": 4,
     "floor_scale": 16, "attn_scale": 0.5,
@@ -219,6 +223,8 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     # and beside attention and experts; with heads whose weights are parameters of the layer
     "jamba": ("jamba", _SMALL | _JAMBA),
     "zamba": ("zamba", _SMALL | _ZAMBA),
+    # lightning attention, beyond several of its blocks, with factors on residuals
+    "minimax": ("minimax", _SMALL | _LIGHTNING),
     # short convolutions alone
     "lfm2": (
         "lfm2",
@@ -286,7 +292,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     ),
     "qwen3_next": SERVED["qwen3_next"],
-    **{name: SERVED[name] for name in ("falcon_mamba", "jamba", "zamba")},
+    **{name: SERVED[name] for name in ("falcon_mamba", "jamba", "minimax", "zamba")},
 }  # fmt: skip
 # name -> (type, config, a word of the refusal)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -324,6 +330,4 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "bloom": ("bloom", {"vocab_size": 384, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "context may be"),
     "doge": ("doge", _SMALL, "a mask of its own"),
-    # a recurrence that is written into a layer
-    "minimax": ("minimax", _SMALL | {"num_local_experts": 2, "block_size": 16}, "keeps state"),
 }

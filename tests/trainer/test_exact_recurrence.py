@@ -83,7 +83,7 @@ def test_gradients_are_transformers_own(arch: str, tiny_model: Callable[[str], P
         F.cross_entropy(logits, torch.tensor([i for row in COMPLETIONS for i in row])).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     ours, theirs = found
-    assert ours.keys() == theirs.keys() and any("conv" in name for name in ours)
+    assert ours.keys() == theirs.keys() and any("conv" in name or "qkv_proj" in name for name in ours)
     for name, grad in theirs.items():
         close = torch.allclose(ours[name], grad, atol=1e-4 * float(grad.abs().max()) + 1e-7, rtol=1e-2)
         assert close, name

@@ -173,6 +173,7 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": None, "head_dim": None},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "minimax": {"block_size": 16},
     "qwen4_exp_text": _QWEN4,
     "llama4_text": {"attention_chunk_size": 40, "floor_scale": 16, "attn_scale": 0.5},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
@@ -225,6 +226,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         _ODD | {"mamba_num_heads": 6, "mamba_head_dim": 10, "n_groups": 3, "ssm_state_size": 9},
     ),
     "falcon_mamba-odd": ("falcon_mamba", {"hidden_size": 60, "state_size": 9, "time_step_rank": 7, "use_bias": True}),
+    "minimax-odd": ("minimax", _ODD | {"intermediate_size": 92, "block_size": 13}),
     "jamba-odd": (
         "jamba",
         _ODD | {"intermediate_size": 92, "mamba_d_state": 9, "mamba_dt_rank": 7, "mamba_proj_bias": True},

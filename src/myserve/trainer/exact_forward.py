@@ -31,6 +31,7 @@ from myserve.engine.batch_invariance.quantized import QuantizedWeight, can_quant
 from myserve.engine.batch_invariance.rope_table import look_up_angles
 from myserve.engine.batch_invariance.scaled_experts import adopt_scaled_experts, weighted
 from myserve.engine.mixers.indexed_attention import select_all
+from myserve.engine.mixers.recurrent_functions import stand_before
 from myserve.engine.mixers.row_positions import tell_positions
 from myserve.errors import RequestError
 from myserve.trainer.exact_adapters import add_expert_adapters, is_lora_layer, make_lora_exact
@@ -88,6 +89,7 @@ def exact_forward(
     adopt_scaled_experts(model)
     tell_positions(model)
     select_all(model)
+    stand_before(model)
     install_activations(model, _activation)
     make_recurrent_layers_exact(model)
     modules: list[Any] = list(model.modules())

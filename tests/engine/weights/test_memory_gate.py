@@ -77,6 +77,7 @@ def test_weights_and_cache_are_counted_by_definition(wide: Path) -> None:
         ("mamba", 0, 4 * 128 * 12),
         ("jamba", 1 * 2 * 2 * 16, 3 * 128 * 12),
         ("zamba", 2 * 2 * 2 * 32, 4 * 128 * 12),
+        ("minimax", 2 * 2 * 2 * 16, 2 * 4 * 16 * 16),
         ("lfm2", 1 * 2 * 2 * 16, 0),
     ],
 )

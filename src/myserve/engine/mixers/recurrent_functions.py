@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from myserve.engine.mixers.attention_pass import current_mode
+from myserve.engine.mixers.lightning_attention import is_lightning_attention, stand_in_the_layers
 from myserve.engine.mixers.recurrent import Convolution, Mixing, Recurrence, SelectiveScan
 from myserve.engine.mixers.recurrent_call import Arguments, RecurrentCall, RecurrentFunction
 
@@ -103,11 +104,13 @@ FUNCTIONS: dict[str, RecurrentFunction] = {
 
 
 def calls_functions(module: nn.Module) -> bool:
-    """Return whether a module's forward names one of `FUNCTIONS`.
+    """Return whether a module's forward names one of `FUNCTIONS`, or has been made to call such a function.
 
     >>> calls_functions(nn.Conv1d(1, 1, 1))
     False
     """
+    if is_lightning_attention(module):
+        return True
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and not FUNCTIONS.keys().isdisjoint(code.co_names)
 
@@ -116,8 +119,9 @@ def stand_before(model: nn.Module) -> None:
     """Put ours before the functions of the files that the model's classes come from.
 
     They are globals of a file of transformers, and ours stand there for the whole process: outside of a mode, other
-    models find what was there.
+    models find what was there. Before a model's modules get other forwards, for one class gets one here.
     """
+    stand_in_the_layers(model)
     for name in {type(module).__module__ for module in model.modules()}:
         file = sys.modules[name]
         for function in FUNCTIONS:

@@ -22,6 +22,7 @@ from myserve.engine.config import EngineConfig
 from myserve.engine.constraints.factory import MaskAhead
 from myserve.engine.memory.prefault import Reserve
 from myserve.engine.mixers.attention_pass import attending
+from myserve.engine.mixers.recurrent_functions import stand_before
 from myserve.engine.outputs import PromptLogprob
 from myserve.engine.runner.device_backend import DeviceBackend, backend_for, layer_shapes
 from myserve.engine.runner.drawing import draw_tokens, drawn_positions, forced_by
@@ -72,6 +73,7 @@ class ModelRunner:
         exact = config.exact == "on"
         packs = loaded.device.type == "cpu" if backend is None else backend.packs
         mode = config.exact if packs else "off"
+        stand_before(loaded.model)
         made, self.quantization = make_exact(
             loaded.model, mode=mode, reserve=reserve, quantize=loaded.quantize
         )

@@ -236,6 +236,9 @@ def _numbers_per_token_of(layer: Any) -> int:
 def _numbers_of_states(text: Any) -> int:
     """Return how many numbers the recurrent states of one request have; those of convolutions, few, are not counted."""
     size = next((size for names in _STATE_SIZES if (size := _product(text, names))), 0)
+    if hasattr(text, "linear_attn_alpha_factor"):  # lightning attention's, whose heads are those of attention
+        heads = int(text.num_attention_heads)
+        size = heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads) ** 2
     return size * sum(kind in _WITH_STATE for kind in _kinds(text))
 
 
