@@ -3,11 +3,15 @@
     python -m benchmarks.mixed MODEL --threads 1,2,3,5,6 --dtype float32
     python -m benchmarks.mixed MODEL --dtype bfloat16 -- --max-num-batched-tokens 65 --prefill-chunk 13
     python -m benchmarks.mixed MODEL --dtype float32 --parity          # and transformers' own tokens
+    python -m benchmarks.mixed --kinds                                 # six tiny hybrids, in float32 and bfloat16
+    python -m benchmarks.mixed --kinds bamba,lfm3 --dtype bfloat16     # these kinds of `tools.models`
 
 MODEL is a folder. What stands behind `--` goes to `myserve serve` as it is. The first number of threads sends the
 requests one after another, whole or streamed as it comes; every other pass must give the same ids, text, logprobs,
 alternatives, behaviour logprobs, scored prompts and finish reasons. `--kept FILE` keeps the first answers, so that a
-later run, of another commit or with other options, is compared with them. Ends with status 1, and says each difference.
+later run, of another commit or with other options, is compared with them. `--kinds` sends the requests to tiny random
+models in other ways: in pieces, preempted and drafted, each on a server of its own. Ends with status 1, and says each
+difference.
 `-- --exact off` is the control: it must find some.
 """
 
@@ -19,10 +23,12 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.mixed.hybrids import HYBRIDS, WAYS, made
 from benchmarks.mixed.parity import compare_with_transformers
-from benchmarks.mixed.passes import Server, compare_all, serving
+from benchmarks.mixed.passes import Server, Way, compare_all, serving, ways_of_threads
 from benchmarks.mixed.requests import MixedRequest, mixed_requests
 
 
@@ -30,7 +36,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's end ends the servers too
     ours, passed_on = _split(sys.argv[1:])
     parser = argparse.ArgumentParser(prog="benchmarks.mixed", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", type=Path, help="a folder")
+    parser.add_argument("model", type=Path, nargs="?", help="a folder")
+    parser.add_argument(
+        "--kinds", nargs="?", const=",".join(HYBRIDS), help="tiny models; default: six hybrids"
+    )
     parser.add_argument("--threads", default="1,2,3", help="numbers, with commas; the first is compared with")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--requests", type=int, default=40)
@@ -43,16 +52,33 @@ def main() -> int:
         "--parity", action="store_true", help="compare with transformers.generate, in float32"
     )
     asked = parser.parse_args(ours)
-    began, options = time.monotonic(), ["--dtype", asked.dtype, *passed_on]
-    threads = [int(count) for count in asked.threads.split(",") if count]
+    if (asked.model is None) == (asked.kinds is None):
+        parser.error("give a folder or --kinds")
+    if asked.model is not None:
+        return int(
+            _compared(asked, asked.model, ways_of_threads(_numbers(asked.threads)), asked.dtype, passed_on)
+        )
     failed = False
+    for kind in asked.kinds.split(","):
+        with made(kind) as folder:
+            for dtype in ("float32", "bfloat16") if asked.dtype == "auto" else (asked.dtype,):
+                print(f"{kind}, {dtype}", flush=True)
+                failed = _compared(asked, folder, WAYS, dtype, passed_on) or failed
+    return int(failed)
+
+
+def _compared(
+    asked: argparse.Namespace, model: Path, ways: Sequence[Way], dtype: str, passed_on: Sequence[str]
+) -> bool:
+    """Run all passes over one model and say what came of them; return whether something differs."""
+    began, options, failed = time.monotonic(), ["--dtype", dtype, *passed_on], False
     if asked.parity:
-        with serving(asked.model, ["--dtype", "float32", *passed_on]) as server:
-            parity = compare_with_transformers(server, asked.model)
+        with serving(model, ["--dtype", "float32", *passed_on]) as server:
+            parity = compare_with_transformers(server, model)
         print("\n".join(parity.lines()), flush=True)
         failed = bool(parity.differences)
-    if threads:
-        vocab_size = _vocab_size(asked.model)
+    if ways:
+        vocab_size = _vocab_size(model)
 
         def requests(server: Server) -> list[MixedRequest]:
             return mixed_requests(
@@ -66,9 +92,9 @@ def main() -> int:
 
         report = asyncio.run(
             compare_all(
-                asked.model,
+                model,
                 requests,
-                threads=threads,
+                ways=ways,
                 options=options,
                 seed=asked.seed,
                 alone_everywhere=asked.alone_everywhere,
@@ -77,8 +103,12 @@ def main() -> int:
         )
         print("\n".join(report.lines()))
         failed = failed or bool(report.differences)
-    print(f"{asked.model} {' '.join(options)}: {time.monotonic() - began:.0f} s")
-    return 1 if failed else 0
+    print(f"{model} {' '.join(options)}: {time.monotonic() - began:.0f} s", flush=True)
+    return failed
+
+
+def _numbers(threads: str) -> list[int]:
+    return [int(count) for count in threads.split(",") if count]
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -24,10 +24,25 @@ from benchmarks.combine.answers import Answer, AnsweredChoice, ask
 from benchmarks.mixed.requests import MixedRequest
 from myserve.bench.load import BenchError
 
-__all__ = ["Report", "Server", "compare_all", "serving"]
+__all__ = ["Report", "Server", "Way", "compare_all", "counted", "serving", "ways_of_threads"]
 
 START_SECONDS = 600.0
 ANSWER_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a server of one pass is started: `options` of `myserve serve`."""
+
+    name: str
+    options: tuple[str, ...]
+    must_count: str = ""  # a metric that must not be 0 afterwards: what the way is for has happened
+
+
+def ways_of_threads(threads: Sequence[int]) -> list[Way]:
+    """Return a way for each number of threads, and the first once more, after a restart."""
+    ways = [Way(f"{count} threads", ("--threads", str(count))) for count in threads]
+    return [] if not ways else [*ways, Way(f"{ways[0].name} after a restart", ways[0].options)]
 
 
 @dataclass
@@ -109,17 +124,24 @@ def _get(url: str, path: str) -> Any:
         return json.loads(reply.read() or b"null")
 
 
+def counted(server: Server, metric: str) -> float:
+    """Return the sum of a metric over its labels, as GET /metrics has it."""
+    with urllib.request.urlopen(server.url + "/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split(" ")[0] == metric)
+
+
 async def compare_all(
     model: Path | str,
     make_requests: Callable[[Server], Sequence[MixedRequest]],
     *,
-    threads: Sequence[int],
+    ways: Sequence[Way],
     options: Sequence[str],
     seed: int,
     alone_everywhere: bool = False,
     kept: Path | None = None,
 ) -> Report:
-    """Serve with each number of threads in turn, and the first once more at the end; compare every pass with the first.
+    """Serve in each way in turn, a process each; compare every pass with the first.
 
     `make_requests(server)` gives the requests. On the first server they are sent one after another, which is what all
     else is compared with; then, on each, all at once, staggered, and (`alone_everywhere`) one after another again.
@@ -127,10 +149,9 @@ async def compare_all(
     """
     report, rng = Report(), random.Random(seed)
     expected = _read(kept)
-    rounds = [*threads, threads[0]]
-    for number, count in enumerate(rounds):
-        with serving(model, ["--threads", str(count), *options]) as server:
-            where = f"{count} threads" + (" after a restart" if number == len(rounds) - 1 else "")
+    for number, way in enumerate(ways):
+        with serving(model, [*way.options, *options]) as server:
+            where = way.name
             requests = make_requests(server)
             async with _session(server) as session:
                 if not expected or alone_everywhere or number == 0:
@@ -142,6 +163,8 @@ async def compare_all(
                     _write(kept, expected)
                 for how, run in (("at once", _at_once), ("staggered", _staggered)):
                     _compare(report, f"{how}, {where}", requests, expected, await run(session, requests, rng))
+            if way.must_count and not counted(server, way.must_count):
+                report.differences.append(f"{where}: {way.must_count} is 0, so that the pass shows nothing")
     return report
 
 

@@ -107,6 +107,7 @@ def _request(
     fields |= {"echo": True, "logprobs": 2} if kind == ECHO else KINDS[kind](rng, vocab_size)
     if {"regex", "json_schema", "choice"} & fields.keys():
         del fields["ignore_eos"]  # a grammar says itself where the text ends
+    fields["max_tokens"] = max(fields["max_tokens"], fields.get("min_tokens", 0))
     is_chat = kind != ECHO and rng.random() < 0.3
     if is_chat or rng.random() < 0.6:  # the form that has the sampling logprobs too
         fields |= {"logprobs": True, "top_logprobs": fields["logprobs"]}

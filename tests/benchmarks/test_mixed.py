@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mixed.passes import Report, Server, compare_all
+from benchmarks.mixed.passes import Report, Server, compare_all, ways_of_threads
 from benchmarks.mixed.requests import ECHO, KINDS, MixedRequest, mixed_requests
 from conftest import VOCAB_SIZE
 from runs import thorough
@@ -21,7 +21,12 @@ def compare(model: Path, *, threads: list[int], options: list[str], kept: Path |
 
     return asyncio.run(
         compare_all(
-            model, requests, threads=threads, options=["--dtype", "float32", *options], seed=0, kept=kept
+            model,
+            requests,
+            ways=ways_of_threads(threads),
+            options=["--dtype", "float32", *options],
+            seed=0,
+            kept=kept,
         )
     )
 

@@ -5,6 +5,7 @@ Padding on the left and choices that share a prompt's state in more than one dty
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from model_zoo import HYBRIDS
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
+from myserve.engine.requests.options import SubmitOptions
 from myserve.trainer.completion_logits import completion_logits
 from myserve.trainer.exact_forward import exact_forward
 from myserve.trainer.exact_logprobs import exact_logprobs
-from runs import Asked, run
+from runs import Asked, collect, run
 
 each_hybrid = pytest.mark.parametrize("arch", HYBRIDS)
 PROMPTS = [[(3 + 7 * i) % 380 for i in range(35)], [9, 8, 7, 6, 5]]
@@ -68,6 +70,48 @@ def test_on_int8_rollouts_the_mismatch_is_zero(arch: str, tiny_model: Callable[[
         with torch.no_grad():
             found.append(exact_logprobs(model(ids).logits[0, :-1], ids[0, 1:]).tolist())
     assert found[0] == [entry.logprob for entry in scored[1:] if entry is not None] != found[1]
+
+
+def test_a_loop_of_reinforcement_has_a_mismatch_of_exactly_0_beside_a_stream_that_runs(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    """Draw, compare, step, load into the server: what examples/grpo.py does, with a reward that a random model has."""
+    path = tiny_model("qwen3_5_text")
+    engine = Engine.from_pretrained(str(path), EngineConfig(num_blocks=64, max_num_seqs=8))
+    model = exact_forward(AutoModelForCausalLM.from_pretrained(path).eval())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    params = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
+
+    async def loop() -> list[list[int]]:
+        drawn: list[list[int]] = []
+        for version in range(3):
+            group = await collect(engine.submit(PROMPTS[1], params, SubmitOptions(n=4)))
+            ids = [choice.ids for choice in group]
+            drawn.append([i for row in ids for i in row])
+            logits = completion_logits(model, [PROMPTS[1]] * 4, ids)
+            logprobs = exact_logprobs(logits, torch.tensor(drawn[-1]))
+            tokens = [token for choice in group for token in choice.tokens]
+            assert logprobs.tolist() == [token.logprob for token in tokens]
+            assert {token.weight_version for token in tokens} == {version}
+            advantages = torch.tensor([float(i % 2) - 0.5 for i in drawn[-1]])
+            optimizer.zero_grad()
+            (-advantages * logprobs).mean().backward()
+            optimizer.step()
+            long = SamplingParams(max_tokens=150, seed=2, ignore_eos=True)
+            running = asyncio.create_task(collect(engine.submit(PROMPTS[0], long)))
+            await engine.update_weights(model.state_dict())
+            versions = [token.weight_version for token in (await running)[0].tokens]
+            assert len(versions) == 150 and versions == sorted(versions)
+        return drawn
+
+    try:
+        drawn = asyncio.run(loop())
+        engine.scheduler.check_integrity()
+        states = engine.scheduler.block_tables.states
+        assert states is not None and states.num_free == states.num_slots
+    finally:
+        engine.shutdown()
+    assert drawn[0] != drawn[2]  # the control: the weights are others
 
 
 @each_hybrid

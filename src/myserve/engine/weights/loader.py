@@ -11,9 +11,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myserve.engine.batch_invariance import vml_warmup
 from myserve.engine.config import EngineConfig
@@ -42,8 +41,9 @@ from myserve.engine.weights.int8_checkpoint import MARK, int8_scheme, load_int8
 from myserve.engine.weights.loading_report import judge
 from myserve.engine.weights.memory_gate import refuse_what_does_not_fit, stored_tensors
 from myserve.engine.weights.plan import WeightNames
+from myserve.engine.weights.read_config import in_a_line, read_config
 from myserve.engine.weights.snapshot import FolderSnapshot, Snapshot, TensorInfo
-from myserve.errors import BadCheckpointError, BadSnapshotError, UnsupportedModelError
+from myserve.errors import BadCheckpointError, BadSnapshotError, MyserveError, UnsupportedModelError
 
 __all__ = ["LoadedModel", "load", "load_tokenizer", "resolve_device"]
 
@@ -73,11 +73,26 @@ def load(model: str, config: EngineConfig, reserve: Reserve | None = None) -> Lo
     Raises UnsupportedModelError for a model that cannot be batched, BadCheckpointError for weights that are not whole,
     NotEnoughMemoryError for one that would not fit.
     """
+    try:
+        return _load(model, config, reserve)
+    except (MyserveError, OSError, ImportError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # what a file says is used in many places, transformers' among them, and may be absurd
+        log.debug("%s was not loaded", model, exc_info=True)
+        raise BadCheckpointError(
+            f"{model} cannot be loaded ({type(error).__name__}: {in_a_line(error)}); if its files are whole, report "
+            "this"
+        ) from error
+
+
+def _load(model: str, config: EngineConfig, reserve: Reserve | None) -> LoadedModel:
     vml_warmup.initialize()
     register_attention()
     device = torch.device(resolve_device(config.device))
     gguf = GgufFile(model) if is_gguf(model) else None
-    hf_config = gguf_config(gguf) if gguf else _read_config(model, config.trust_remote_code)
+    hf_config = gguf_config(gguf) if gguf else read_config(model, config.trust_remote_code)
     text_config = hf_config.get_text_config(decoder=True)
     refuse_what_cannot_be_packed(hf_config)
     refuse_what_cannot_be_packed(text_config)
@@ -156,21 +171,6 @@ def _refuse_where_int8_cannot_run(device: torch.device, config: EngineConfig, wh
         )
 
 
-def _read_config(model: str, trust_remote_code: bool) -> Any:
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except StrictDataclassError as error:
-        raise BadCheckpointError(
-            f"config.json of {model} is no config of its model: {_in_a_line(error)}"
-        ) from error
-    except ValueError as error:
-        raise BadCheckpointError(f"{model} is no model: {_in_a_line(error)}") from error
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
     """Load the tokenizer of `model`, a path, hub id or GGUF file. Raises BadCheckpointError for one that is none."""
     if is_gguf(model):
@@ -179,7 +179,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise BadCheckpointError(
-            f"{model} has no tokenizer that transformers reads: {_in_a_line(error)}"
+            f"{model} has no tokenizer that transformers reads: {in_a_line(error)}"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,23 @@ def test_a_tensor_more_or_less_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_no_file_is_said_in_a_sentence(tmp_path: Path) -> None:
     assert "is no file" in refused(tmp_path / "none.gguf")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("key", "form", "value"),
+    [
+        ("block_count", "<I", 0),
+        ("block_count", "<I", 2**32 - 1),
+        ("attention.layer_norm_rms_epsilon", "<f", float("nan")),
+        ("rope.freq_base", "<f", -1.0),
+    ],
+)
+def test_an_absurd_number_is_refused_by_name(key: str, form: str, value: float, tmp_path: Path) -> None:
+    folder = make_tiny_model("llama", tmp_path / "model")
+    file = write_gguf(folder, tmp_path / "model.gguf", Kind.F32)
+    data = bytearray(file.read_bytes())
+    at = data.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4  # behind it its type
+    data[at : at + 4] = struct.pack(form, value)
+    file.write_bytes(data)
+    assert key in refused(file)

@@ -47,12 +47,16 @@ def grid_of(name: str, info: TensorInfo, scale_name: str, scale: TensorInfo, blo
     """Return which values of a weight [..., N, K] share a scale, by the shapes of both."""
     if scale.dtype not in _SCALES:
         raise BadCheckpointError(f"{scale_name} is {scale.dtype}, which no scales of FP8 are")
-    if len(info.shape) < 2:
+    if len(info.shape) < 2 or 0 in info.shape:
         raise BadCheckpointError(f"{name} is in FP8, and no matrix")
     *lead, rows, columns = info.shape
     grids = [(rows, columns), (1, columns)]
     if block is not None:
-        if len(block) != 2 or any(not isinstance(b, int) or b < 1 for b in block):
+        if (
+            not isinstance(block, list | tuple)
+            or len(block) != 2
+            or any(not isinstance(b, int) or b < 1 for b in block)
+        ):
             raise BadCheckpointError(f"weight_block_size is {block!r}, not two sizes")
         grids = [(int(block[0]), int(block[1])), *grids]
     for grid in grids:

@@ -7,6 +7,7 @@ keys with the halves of each head interleaved, and Gemma's norms with 1 added; b
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ _READ = {
 _PLAIN_SPLITS = ("default", "gpt-2", "gpt2")
 _NEEDED = ("context_length", "block_count", "embedding_length", "attention.head_count")
 _ROPE_FACTORS = "rope_freqs.weight"
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
 _EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_(gate|up|down)_exps\.weight$")
 
 
@@ -110,6 +112,7 @@ def gguf_config(file: GgufFile) -> Any:
             f"{file.path.name} has {name}.{strange[0]} of {type(told[strange[0]]).__name__}, and is read "
             "where it is one number for all layers: take the model's safetensors"
         )
+    _refuse_absurd(file, name, told)
     values = {architecture.names[key]: told[key] for key in told.keys() & architecture.names.keys()}
     heads = values.setdefault("num_key_value_heads", values["num_attention_heads"])
     width = values.setdefault("head_dim", values["hidden_size"] // max(1, values["num_attention_heads"]))
@@ -138,6 +141,19 @@ def gguf_config(file: GgufFile) -> Any:
         raise BadCheckpointError(
             f"the metadata of {file.path.name} are no config of {name}: {reason}"
         ) from error
+
+
+def _refuse_absurd(file: GgufFile, name: str, told: Mapping[str, Any]) -> None:
+    """Raise BadCheckpointError for numbers that are none, and for other blocks than there are tensors of."""
+    for key, value in told.items():
+        if isinstance(value, float) and not (math.isfinite(value) and value > 0):
+            raise BadCheckpointError(f"{file.path.name} says {name}.{key} is {value}")
+    blocks = {found[1] for tensor in file.tensors if (found := _BLOCK.match(tensor))}
+    if len(blocks) != told["block_count"]:
+        raise BadCheckpointError(
+            f"{file.path.name} says {name}.block_count is {told['block_count']}, and has tensors of {len(blocks)} "
+            "blocks"
+        )
 
 
 def _rope(file: GgufFile, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
