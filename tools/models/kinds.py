@@ -93,6 +93,7 @@ _ODD_SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("v_head_dim", "swa_v_head_dim"), 10),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
     "num_key_value_heads": 1,
+    "ffn_dim": 90,
     "linear_num_key_heads": 3,
     "linear_value_head_dim": 14,
     "mamba_d_ssm": 240,
@@ -106,12 +107,16 @@ _ODD_SIZES: Mapping[str, Any] = {
     "tie_word_embeddings": True,
 }
 _OF_SIZES = {"usual": _SIZES, "odd": _ODD_SIZES}
+_ODD_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 4, 5]}
 # Where a type must have as many of one as of another; what it must have beside other sizes.
 _ODD_CHANGES: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"num_heads": 6, "n_groups": 3, "state_size": 9, "head_dim": 40, "chunk_size": 13},
     "olmo_hybrid": {"linear_num_key_heads": 6},
     "diffllama": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20},
-    "moshi": {"ffn_dim": 90},
+    "hrm_text": {"initializer_range": 0.05},  # its many passes make noise of larger weights, in float64 too
+    "mimo_v2_flash": {"swa_num_attention_heads": 5, "swa_num_key_value_heads": 1},
+    "qwen2_5_vl_text": {"rope_parameters": _ODD_MROPE},
+    "qwen3_vl_text": {"rope_parameters": _ODD_MROPE | {"mrope_interleaved": True}},
 }
 _MLA = {"num_key_value_heads": 4, "head_dim": None}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}

@@ -29,12 +29,6 @@ def saved(folder: Path, arch: str, **config: object) -> str:
     return str(folder)
 
 
-def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
-    path = saved(tmp_path, "mamba", vocab_size=384, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(UnsupportedModelError, match=r"[mM]amba"):
-        Engine.from_pretrained(path, SMALL)
-
-
 def test_a_hybrid_model_is_refused_for_its_layers(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "qwen3", layer_types=["full_attention", "compressed_sparse_attention"], num_hidden_layers=2
