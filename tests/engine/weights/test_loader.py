@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from conftest import trained_tokenizer
 from myserve.core.grammar import Grammar
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
@@ -20,13 +19,6 @@ from myserve.errors import RequestError, UnsupportedModelError
 from runs import run_one
 
 SMALL = EngineConfig(num_blocks=8)
-
-
-def saved(folder: Path, arch: str, **config: object) -> str:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **config)).save_pretrained(folder)
-    trained_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def test_a_hybrid_model_is_refused_for_its_layers(tmp_path: Path) -> None:
