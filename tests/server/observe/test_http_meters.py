@@ -45,3 +45,22 @@ def test_a_free_loop_is_looked_at_all_the_time() -> None:
     watchdog = measured(0.0)
     assert watchdog.longest < 1.0
     assert watchdog.lag.cumulative()[-1] >= 2
+
+
+def test_a_moment_that_has_passed_already_is_looked_at_on_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause between two lines of ours: uvloop returns a handle there that knows no time."""
+    uvloop = pytest.importorskip("uvloop")
+    monkeypatch.setattr(LoopWatchdog, "INTERVAL_SECONDS", -1.0)
+    errors: list[object] = []
+
+    async def run() -> LoopWatchdog:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        watchdog = LoopWatchdog()
+        watchdog.start()
+        await asyncio.sleep(0.05)
+        watchdog.stop()
+        return watchdog
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        watchdog = runner.run(run())
+    assert not errors and watchdog.lag.cumulative()[-1] > 1

@@ -56,12 +56,12 @@ class LoopWatchdog:
     def __init__(self) -> None:
         self.lag = Histogram(SECONDS)
         self.longest = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due = 0.0
 
     def start(self) -> None:
         """Begin to measure the running loop."""
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_at(loop.time() + self.INTERVAL_SECONDS, self._look, loop)
+        self._look_later(asyncio.get_running_loop())
 
     def stop(self) -> None:
         """End the measurement. Idempotent."""
@@ -69,10 +69,14 @@ class LoopWatchdog:
             self._timer.cancel()
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        assert self._timer is not None
-        late = max(0.0, loop.time() - self._timer.when())
+        late = max(0.0, loop.time() - self._due)
         self.lag.observe(late)
         self.longest = max(self.longest, late)
         if late > self.NOTICE_SECONDS:
             log.warning("the event loop was blocked for %.1f s: no request was answered meanwhile", late)
-        self._timer = loop.call_at(loop.time() + self.INTERVAL_SECONDS, self._look, loop)
+        self._look_later(loop)
+
+    def _look_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        # kept here: what uvloop returns for a moment that has passed meanwhile does not know it
+        self._due = loop.time() + self.INTERVAL_SECONDS
+        self._timer = loop.call_at(self._due, self._look, loop)
