@@ -7,6 +7,7 @@ derive. Else each terminal is a lexeme, which takes the longest match, as the co
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,7 +92,7 @@ def _written(grammar: LarkGrammar, prefix: str, spelling: Spelling) -> tuple[str
     return first, tuple(writer.lines)
 
 
-class _Writer:
+class _Writer(ABC):
     """Writes expressions. Literal characters in a series are one string."""
 
     def __init__(self, grammar: LarkGrammar, prefix: str, spelling: Spelling) -> None:
@@ -100,8 +101,9 @@ class _Writer:
         self.lines: list[str] = []
         self._names = {name: self._name_of(f"{prefix}_{i}", name) for i, name in enumerate(grammar.rules)}
 
+    @abstractmethod
     def whole(self) -> str:
-        raise NotImplementedError
+        """Return the text of all rules."""
 
     def _name_of(self, name: str, rule: str) -> str:
         """Return a rule's name in what is written: in capitals where it is of a lexeme."""
@@ -127,8 +129,9 @@ class _Writer:
                 return f"({self._written(part)}){bounds}"
         raise TypeError(expression)
 
+    @abstractmethod
     def _token(self, part: Expression) -> str:
-        raise NotImplementedError
+        """Return what stands for a lexeme."""
 
     def _series(self, parts: tuple[Expression, ...]) -> str:
         pieces: list[str] = []
