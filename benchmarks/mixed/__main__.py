@@ -11,8 +11,8 @@ requests one after another, whole or streamed as it comes; every other pass must
 alternatives, behaviour logprobs, scored prompts and finish reasons. `--kept FILE` keeps the first answers, so that a
 later run, of another commit or with other options, is compared with them. `--kinds` sends the requests to tiny random
 models in other ways: in pieces, preempted and drafted, each on a server of its own. Ends with status 1, and says each
-difference.
-`-- --exact off` is the control: it must find some.
+difference; and where a server does not start or ends too soon, how it ended and what it said.
+`-- --exact off` is the control: it must find some. (Without drafts: a server that is not exact refuses them.)
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.mixed.hybrids import HYBRIDS, WAYS, made
+from benchmarks.mixed.hybrids import HYBRIDS, made, ways_with
 from benchmarks.mixed.parity import compare_with_transformers
-from benchmarks.mixed.passes import Server, Way, compare_all, serving, ways_of_threads
+from benchmarks.mixed.passes import Way, compare_all, ways_of_threads
 from benchmarks.mixed.requests import MixedRequest, mixed_requests
+from benchmarks.mixed.server import Server, serving
+from myserve.bench.load import BenchError
 
 
 def main() -> int:
@@ -63,17 +65,28 @@ def main() -> int:
         with made(kind) as folder:
             for dtype in ("float32", "bfloat16") if asked.dtype == "auto" else (asked.dtype,):
                 print(f"{kind}, {dtype}", flush=True)
-                failed = _compared(asked, folder, WAYS, dtype, passed_on) or failed
+                failed = _compared(asked, folder, ways_with(passed_on), dtype, passed_on) or failed
     return int(failed)
 
 
 def _compared(
     asked: argparse.Namespace, model: Path, ways: Sequence[Way], dtype: str, passed_on: Sequence[str]
 ) -> bool:
-    """Run all passes over one model and say what came of them; return whether something differs."""
-    began, options, failed = time.monotonic(), ["--dtype", dtype, *passed_on], False
+    """Run all passes over one model and say what came of them; return whether something differs or did not run."""
+    began, options = time.monotonic(), ["--dtype", dtype, *passed_on]
+    try:
+        failed = _all_passes(asked, model, ways, options)
+    except BenchError as error:
+        failed = True
+        print(error, flush=True)
+    print(f"{model} {' '.join(options)}: {time.monotonic() - began:.0f} s", flush=True)
+    return failed
+
+
+def _all_passes(asked: argparse.Namespace, model: Path, ways: Sequence[Way], options: Sequence[str]) -> bool:
+    failed = False
     if asked.parity:
-        with serving(model, ["--dtype", "float32", *passed_on]) as server:
+        with serving(model, [*options, "--dtype", "float32"]) as server:
             parity = compare_with_transformers(server, model)
         print("\n".join(parity.lines()), flush=True)
         failed = bool(parity.differences)
@@ -103,7 +116,6 @@ def _compared(
         )
         print("\n".join(report.lines()))
         failed = failed or bool(report.differences)
-    print(f"{model} {' '.join(options)}: {time.monotonic() - began:.0f} s", flush=True)
     return failed
 
 

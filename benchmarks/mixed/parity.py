@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.mixed.passes import Server
+from benchmarks.mixed.server import Server
 
 __all__ = ["Parity", "compare_with_transformers"]
 

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -22,11 +15,10 @@ import aiohttp
 
 from benchmarks.combine.answers import Answer, AnsweredChoice, ask
 from benchmarks.mixed.requests import MixedRequest
-from myserve.bench.load import BenchError
+from benchmarks.mixed.server import Server, counted, serving
 
-__all__ = ["Report", "Server", "Way", "compare_all", "counted", "serving", "ways_of_threads"]
+__all__ = ["Report", "Way", "compare_all", "ways_of_threads"]
 
-START_SECONDS = 600.0
 ANSWER_SECONDS = 900.0
 
 
@@ -46,15 +38,6 @@ def ways_of_threads(threads: Sequence[int]) -> list[Way]:
 
 
 @dataclass
-class Server:
-    """A running `myserve serve`."""
-
-    url: str
-    model: str  # the name that it serves
-    version: dict[str, Any]  # of GET /version
-
-
-@dataclass
 class Report:
     """What came of the passes."""
 
@@ -67,68 +50,6 @@ class Report:
         yield from self.differences
         words = "all equal" if not self.differences else f"{len(self.differences)} DIFFER"
         yield f"{self.compared} answers compared, {self.tokens} tokens with their logprobs: {words}"
-
-
-@contextmanager
-def serving(model: Path | str, options: Sequence[str]) -> Iterator[Server]:
-    """Serve `model` in a process of its own, on a free port, with more `options` of `myserve serve`.
-
-    Raises BenchError where it does not start, with the last lines that it said.
-    """
-    command = [sys.executable, "-m", "myserve", "serve", str(model), "--port", "0", "--log-level", "warning"]
-    with subprocess.Popen(
-        [*command, *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"NO_COLOR": "1", "COLUMNS": "400"},
-        start_new_session=True,
-    ) as process:
-        assert process.stderr is not None
-        os.set_blocking(process.stderr.fileno(), False)
-        try:
-            url = _url(process)
-            yield Server(url, _get(url, "/v1/models")["data"][0]["id"], _get(url, "/version"))
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(timeout=30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-
-
-def _url(process: subprocess.Popen[bytes]) -> str:
-    """Wait until the server has told its address and is ready."""
-    url, end, text = "", time.monotonic() + START_SECONDS, ""
-    while time.monotonic() < end and process.poll() is None:
-        assert process.stderr is not None
-        text += (process.stderr.read() or b"").decode(errors="replace")
-        words = [word for word in text.split() if word.startswith("http://")]
-        url = url or (words[0] if words else "")
-        if url and _is_ready(url):
-            return url
-        time.sleep(0.1)
-    raise BenchError(f"the server did not start: {' '.join(text.split())[-600:]}")
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        _get(url, "/ready")
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _get(url: str, path: str) -> Any:
-    with urllib.request.urlopen(url + path, timeout=10) as reply:
-        return json.loads(reply.read() or b"null")
-
-
-def counted(server: Server, metric: str) -> float:
-    """Return the sum of a metric over its labels, as GET /metrics has it."""
-    with urllib.request.urlopen(server.url + "/metrics", timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split(" ")[0] == metric)
 
 
 async def compare_all(
@@ -145,7 +66,8 @@ async def compare_all(
 
     `make_requests(server)` gives the requests. On the first server they are sent one after another, which is what all
     else is compared with; then, on each, all at once, staggered, and (`alone_everywhere`) one after another again.
-    `kept`: a file of answers to compare with instead; written where there is none.
+    `kept`: a file of answers to compare with instead; written where there is none. Raises BenchError where a server
+    does not start, or ends too soon, with what it said.
     """
     report, rng = Report(), random.Random(seed)
     expected = _read(kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -59,6 +60,16 @@ def serving(*args: str, **env: str) -> Iterator[str]:
         server.terminate()
         server.stderr.close()
         server.wait(timeout=30)
+
+
+def test_a_server_that_the_system_ends_says_where_it_was() -> None:
+    """As a fault in compiled code would make it. (A process of its own: it is sent a signal.)"""
+    command = [sys.executable, "-m", "myserve", "serve", "--port", "0", "--force-echo"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        server.stderr.readline()
+        server.send_signal(signal.SIGSEGV)
+        assert "Fatal Python error: Segmentation fault" in server.stderr.read()
 
 
 def names(url: str) -> list[str]:

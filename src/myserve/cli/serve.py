@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import inspect
 import logging
@@ -9,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,6 +79,9 @@ def serve(model: str | None = None, config: str | None = None, **given: Any) -> 
     Each option is also a variable (--max-num-seqs is MYSERVE_MAX_NUM_SEQS) and a key of --config (max-num-seqs: 64).
     The command line counts before the environment, and that before the file.
     """
+    # where the system ends it, by a fault in compiled code, the log has each thread's place
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
     # Threads that wait at a barrier spin, and stall the HTTP thread where cores are few; threads that never spin
     # wake late, 250 times a step. This long bridges the gap between two kernels and no more (a decode step of 28
     # layers: 108 ms; never 117; for ever 133). Must be set before torch is imported.
