@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-__all__ = ["decoded", "write_gguf"]
+__all__ = ["add_tensor", "add_tokenizer", "close", "decoded", "type_of", "write_gguf"]
 
 Kind = gguf.GGMLQuantizationType
 _ARCHITECTURES = {"qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
@@ -43,15 +43,19 @@ def write_gguf(model: Path, out: Path, kind: Kind, extra: dict[str, Any] | None 
     if name == "gemma3":
         writer.add_sliding_window(config.sliding_window)
     for key, value in (extra or {}).items():
-        writer.add_key_value(f"{name}.{key}", value, _type_of(value))
-    _add_tokenizer(writer, model)
+        writer.add_key_value(f"{name}.{key}", value, type_of(value))
+    add_tokenizer(writer, model)
     for key, values in _tensors(model, config, name).items():
-        _add(writer, key, values, kind)
+        add_tensor(writer, key, values, kind)
+    close(writer)
+    return out
+
+
+def close(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return out
 
 
 def decoded(weight: Tensor, kind: Kind) -> Tensor:
@@ -66,12 +70,12 @@ def decoded(weight: Tensor, kind: Kind) -> Tensor:
     return torch.from_numpy(gguf.dequantize(gguf.quantize(values, kind), kind).reshape(values.shape))
 
 
-def _type_of(value: Any) -> Any:
+def type_of(value: Any) -> Any:
     kinds = {str: "STRING", float: "FLOAT32", int: "UINT32", bool: "BOOL"}
     return gguf.GGUFValueType[kinds[type(value)]]
 
 
-def _add_tokenizer(writer: Any, model: Path) -> None:
+def add_tokenizer(writer: Any, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     special = set(tokenizer.all_special_tokens)
@@ -110,7 +114,7 @@ def _tensors(model: Path, config: Any, name: str) -> dict[str, Tensor]:
     }
 
 
-def _add(writer: Any, key: str, tensor: Tensor, kind: Kind) -> None:
+def add_tensor(writer: Any, key: str, tensor: Tensor, kind: Kind) -> None:
     values = tensor.float().numpy()
     block = gguf.GGML_QUANT_SIZES[kind][0]
     if values.ndim < 2 or values.shape[-1] % block or kind.name == "F32":

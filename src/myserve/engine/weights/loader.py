@@ -30,13 +30,10 @@ from myserve.engine.weights.empty_model import (
     names_of_towers,
 )
 from myserve.engine.weights.formats.decoded import DecodedSnapshot, described_quantization
-from myserve.engine.weights.formats.gguf_file import GgufFile, is_gguf
-from myserve.engine.weights.formats.gguf_model import (
-    GgufSnapshot,
-    gguf_config,
-    gguf_tokenizer,
-    scale_frequencies,
-)
+from myserve.engine.weights.formats.from_gguf.config import gguf_config
+from myserve.engine.weights.formats.from_gguf.file import GgufFile, is_gguf
+from myserve.engine.weights.formats.from_gguf.snapshot import GgufSnapshot, scale_frequencies
+from myserve.engine.weights.formats.from_gguf.tokenizer import gguf_tokenizer
 from myserve.engine.weights.int8_checkpoint import MARK, int8_scheme, load_int8
 from myserve.engine.weights.loading_report import judge
 from myserve.engine.weights.memory_gate import refuse_what_does_not_fit, stored_tensors
@@ -199,7 +196,7 @@ def _dtype(config: EngineConfig, hf_config: Any, gguf: GgufFile | None, *, is_de
 def _fill_from_gguf(gguf: GgufFile, hf_config: Any, dtype: Any) -> Any:
     made = model_without_values(hf_config, dtype, attention=ATTENTION_NAME, trust_remote_code=False)
     try:
-        fill(made, GgufSnapshot(gguf, made, dtype))
+        fill(made, GgufSnapshot(gguf, made))
     except (BadSnapshotError, BadCheckpointError) as error:
         raise BadCheckpointError(f"{gguf.path.name} cannot be served: {error}") from error
     scale_frequencies(made, gguf)

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from myserve.engine.weights.formats.gguf_file import GgufFile, is_gguf
+from myserve.engine.weights.formats.from_gguf.file import GgufFile, is_gguf
 from myserve.errors import BadCheckpointError
 
 LIES = {
