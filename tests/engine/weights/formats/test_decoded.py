@@ -91,6 +91,27 @@ def test_decodes_blocks_of_fp8_as_transformers_does() -> None:
     assert torch.equal(decoded.read("X.weight"), theirs)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (64,), (64, 1)])
+def test_blocks_that_are_named_have_a_scale_each(shape: tuple[int, ...]) -> None:
+    """One scale of the whole, or one a row, where config.json names blocks: theirs were lost."""
+    tensors = {
+        "X.weight": torch.randn(64, 96).to(torch.float8_e4m3fn),
+        "X.weight_scale_inv": torch.rand(shape) + 0.5,
+    }
+    named = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    with pytest.raises(BadCheckpointError, match=r"X.weight_scale_inv .* blocks of \(16, 32\).* \(4, 3\)"):
+        DecodedSnapshot(StateDictSnapshot(tensors), named, torch.bfloat16)
+    # control: as the scale that it is, without blocks, and where a block is the whole
+    read = [
+        DecodedSnapshot(StateDictSnapshot(tensors), {"quant_method": "fp8"} | more, torch.bfloat16).read(
+            "X.weight"
+        )
+        for more in ({}, {"weight_block_size": [128, 128]} if len(shape) < 1 or shape[0] == 1 else {})
+    ]
+    right = tensors["X.weight"].float() * tensors["X.weight_scale_inv"].reshape(-1, 1)
+    assert all(torch.equal(values, right.bfloat16()) for values in read)
+
+
 def test_decodes_experts_in_mxfp4_as_transformers_does() -> None:
     torch.manual_seed(0)
     blocks = torch.randint(0, 256, (3, 24, 2, 16), dtype=torch.uint8)

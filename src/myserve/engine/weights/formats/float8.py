@@ -50,15 +50,9 @@ def grid_of(name: str, info: TensorInfo, scale_name: str, scale: TensorInfo, blo
     if len(info.shape) < 2 or 0 in info.shape:
         raise BadCheckpointError(f"{name} is in FP8, and no matrix")
     *lead, rows, columns = info.shape
-    grids = [(rows, columns), (1, columns)]
-    if block is not None:
-        if (
-            not isinstance(block, list | tuple)
-            or len(block) != 2
-            or any(not isinstance(b, int) or b < 1 for b in block)
-        ):
-            raise BadCheckpointError(f"weight_block_size is {block!r}, not two sizes")
-        grids = [(int(block[0]), int(block[1])), *grids]
+    # Where a config names blocks, one scale, or one a row, means that those of the blocks were lost, or that it is of
+    # another checkpoint. The layers of vLLM and of transformers take no other shape, either.
+    grids = [(rows, columns), (1, columns)] if block is None else [_named(block)]
     for grid in grids:
         whole = (*lead, -(-rows // grid[0]), -(-columns // grid[1]))
         # a scale of a whole tensor, or of a row, is written with and without the dimensions that are 1
@@ -67,14 +61,24 @@ def grid_of(name: str, info: TensorInfo, scale_name: str, scale: TensorInfo, blo
         )
         if scale.shape in {whole, *short}:
             return grid
+    what = f"{scale_name} has the shape {scale.shape}, which is no scale of {name} {info.shape}"
+    if block is None:
+        raise BadCheckpointError(f"{what} as a whole, or by rows; config.json names no weight_block_size")
     raise BadCheckpointError(
-        f"{scale_name} has the shape {scale.shape}, which is no scale of {name} {info.shape} as a whole, by rows"
-        + (
-            f", or by blocks of {tuple(block)}"
-            if block is not None
-            else "; config.json names no weight_block_size"
-        )
+        f"{what} by blocks of {grids[0]}, which config.json names, {whole}: take a checkpoint that is whole, or leave "
+        "the blocks out of config.json if it has one scale a tensor or a row"
     )
+
+
+def _named(block: Any) -> Grid:
+    """Return the two sizes of a block as a config names them. Raises BadCheckpointError for what is no block."""
+    if (
+        not isinstance(block, list | tuple)
+        or len(block) != 2
+        or any(not isinstance(b, int) or b < 1 for b in block)
+    ):
+        raise BadCheckpointError(f"weight_block_size is {block!r}, not two sizes")
+    return int(block[0]), int(block[1])
 
 
 def _decode(name: str, scale_name: str, grid: Grid, read: Read, dtype: torch.dtype) -> Tensor:
