@@ -3,6 +3,9 @@
 It draws with the noise that the target will draw with. Noise is a function of seed, index, position and id, so where
 the two distributions are alike, so are the draws: the same token arrives first in both races. Drawn with noise of its
 own, a draft at temperature 1 would be right only as often as two samples agree.
+
+A model with recurrent layers goes back to the state that it had before it drafted, where a draft was wrong: that of the
+last token that the text has for certain. What was right of the draft is run again behind it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from myserve.engine.scheduling.batch import Batch, ScheduledTokens
 from myserve.engine.scheduling.block_tables import BlockTables
 from myserve.engine.scheduling.blocks import BlockPool
 from myserve.engine.scheduling.request import Request
+from myserve.engine.scheduling.state_slots import StateSlots
 from myserve.engine.weights.loader import LoadedModel
 from myserve.errors import UnsupportedModelError
 
@@ -47,10 +51,14 @@ def check_vocabulary(draft: LoadedModel, target: LoadedModel, name: str) -> None
 
 @dataclass(slots=True, eq=False)
 class _Mirror:
-    """A request as the draft model has it: its own blocks, and what it has computed."""
+    """A request as the draft model has it: its own blocks and states, and what it has computed."""
 
     request: Request
     row: RowState
+    num_known: int = 0  # tokens of its text; those behind them it has drafted
+    # of a model with recurrent layers: the state behind the last of them that it has computed; -1: before the first
+    known_slot: int = -1
+    num_in_known_slot: int = 0
 
 
 class DraftModel:
@@ -62,17 +70,11 @@ class DraftModel:
             config, kv_cache_bytes=bytes_, kv_cache_share=_SHARE * config.kv_cache_share, draft_model=None
         )
         self.runner = ModelRunner(loaded, own)
-        if self.runner.structure.states:
-            raise UnsupportedModelError(
-                f"the draft model {type(loaded.model).__name__} has recurrent layers, whose states it would have to "
-                "roll back where a draft is wrong; give one without, or none",
-                param="draft_model",
-            )
         self._vocab_size = min(vocab_size, loaded.vocab_size)
         self._chunk = config.prefill_chunk
-        self._tables = BlockTables(
-            BlockPool(self.runner.kv_cache.num_blocks, self.runner.kv_cache.block_size)
-        )
+        cache = self.runner.kv_cache
+        states = StateSlots(cache.num_state_slots) if cache.states else None
+        self._tables = BlockTables(BlockPool(cache.num_blocks, cache.block_size), states)
         self._mirrors: dict[Request, _Mirror] = {}  # the one that was used last comes last
         self.pass_seconds = 0.0  # of one token more, a moving average
 
@@ -98,9 +100,10 @@ class DraftModel:
         return [tuple(drafted[request]) for request, _, _ in asked]
 
     def end(self, request: Request) -> None:
-        """Let go of a request's blocks."""
+        """Let go of a request's blocks and states."""
         if (mirror := self._mirrors.pop(request, None)) is not None:
             self._tables.give_back(mirror.request)
+            self._keep_known(mirror, -1)
 
     def close(self) -> None:
         self.runner.close()
@@ -117,12 +120,41 @@ class DraftModel:
         begin = max(0, same - 2 * MOST_BY_MODEL)  # what was drafted last; all before it was drawn
         while begin < same and own.token_ids[begin] == known[begin]:
             begin += 1
-        own.num_computed_tokens = min(same, begin)
+        if begin == own.num_computed_tokens:  # all that it has computed is text by now
+            self._keep_known(mirror, own.state_slot)
+        elif self._tables.states is not None:
+            begin = self._go_back(mirror, begin)
+        own.num_computed_tokens = begin
         del own.token_ids[own.num_computed_tokens :]
         own.token_ids += known[own.num_computed_tokens :]
         self._tables.cut(own)
+        mirror.num_known = len(known)
         mirror.row.position = row.position
         return mirror
+
+    def _go_back(self, mirror: _Mirror, right: int) -> int:
+        """Take up the last state that has none but tokens of the text; return how many of the `right` ones it has."""
+        if mirror.num_in_known_slot > right:  # its last token is to be run once more: from the beginning
+            self._keep_known(mirror, -1)
+        self._hold(mirror.known_slot)
+        self._release(mirror.request.state_slot)
+        mirror.request.state_slot = mirror.known_slot
+        return mirror.num_in_known_slot
+
+    def _keep_known(self, mirror: _Mirror, slot: int) -> None:
+        """Hold a state of a mirror, in the place of the one that is held as having none but tokens of the text."""
+        self._hold(slot)
+        self._release(mirror.known_slot)
+        mirror.known_slot = slot
+        mirror.num_in_known_slot = mirror.request.num_computed_tokens if slot >= 0 else 0
+
+    def _hold(self, slot: int) -> None:
+        if self._tables.states is not None and slot >= 0:
+            self._tables.states.hold(slot)
+
+    def _release(self, slot: int) -> None:
+        if self._tables.states is not None and slot >= 0:
+            self._tables.states.release(slot)
 
     def _has_room(self, own: Request, beside: Collection[Request]) -> bool:
         """Give a mirror blocks for its next pass; where need be those of the one used least recently, not of these."""
@@ -152,6 +184,9 @@ class DraftModel:
         for mirror, part, outcome in zip(mirrors, batch.scheduled, outcomes, strict=True):
             own = mirror.request
             own.num_computed_tokens += part.count
+            self._tables.commit(own)
+            if own.num_computed_tokens <= mirror.num_known:
+                self._keep_known(mirror, own.state_slot)
             if own.num_pending_tokens or not isinstance(outcome, Sampled):
                 drawn.append(None)
                 continue
