@@ -269,6 +269,14 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
         | {"linear_num_heads": 3, "linear_head_dim": 12, "num_expert_group": 1, "topk_group": 1},
     ),
+    # the same recurrence, behind convolutions whose weights stay in float32
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        _SMALL | _MLA | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "num_hidden_layers": 3, "head_dim": 8}
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+        | {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
     "lfm2_moe": (
         "lfm2_moe",
         _FEW | {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}

@@ -31,7 +31,7 @@ MakeEngine = Callable[..., Engine]
 MODELS = [
     ("qwen3_5_text", "float32"), ("granitemoehybrid-scan", "bfloat16"),
     ("jamba", "bfloat16"), thorough("zamba", "float32"), thorough("falcon_mamba", "bfloat16"),
-    thorough("minimax", "float32"), thorough("minimax", "bfloat16"),
+    thorough("minimax", "float32"), thorough("minimax", "bfloat16"), thorough("bailing_hybrid", "bfloat16"),
 ]  # fmt: skip
 each_model = pytest.mark.parametrize(("arch", "dtype"), MODELS, ids=str)
 PROMPT = list(range(40, 85))

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.bailing_hybrid import modeling_bailing_hybrid
 from transformers.models.bamba import modeling_bamba
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba import modeling_mamba
@@ -37,8 +38,9 @@ def whole(mixing: Mixing) -> Tensor:
 
 def made(kind: str, dtype: torch.dtype, key_dim: int = 12, value_dim: int = 20) -> Mixing:
     torch.manual_seed(1)
-    if kind == "convolution":
-        weight, bias = torch.randn(300, 4).to(dtype), torch.randn(300).to(dtype)
+    if kind in ("convolution", "wide convolution"):  # of weights in float32, whatever the rows are
+        kept = dtype if kind == "convolution" else torch.float32
+        weight, bias = torch.randn(300, 4).to(kept), torch.randn(300).to(kept)
         return Convolution(torch.randn(T, 300).to(dtype), weight, bias, is_silu=True)
     if kind == "selective":
         return selective(dtype, key_dim, 100)
@@ -73,7 +75,9 @@ def part(mixing: Mixing, start: int, end: int) -> Mixing:
     return replace(mixing, **{name: getattr(mixing, name)[start:end] for name in names})  # type: ignore[type-var]
 
 
-KINDS = pytest.mark.parametrize("kind", ["convolution", "delta", "kda", "scan", "selective"])
+KINDS = pytest.mark.parametrize(
+    "kind", ["convolution", "wide convolution", "delta", "kda", "scan", "selective"]
+)
 
 
 @DTYPES
@@ -167,6 +171,17 @@ def test_the_convolution_is_transformers(dtype: torch.dtype, channels: int) -> N
     m = Convolution(m.x[:, :channels], m.weight[:channels], m.bias[:channels], m.is_silu)
     wanted = modeling_qwen3_next.causal_conv1d_fn(m.x.T[None], m.weight, m.bias, activation="silu")
     assert torch.allclose(whole(m).float(), wanted[0].T.float(), atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+def test_a_convolution_by_float32_weights_rounds_once_at_its_end() -> None:
+    m = made("wide convolution", torch.bfloat16)
+    assert isinstance(m, Convolution) and m.bias is not None and m.state.dtype == torch.float32
+    theirs = modeling_bailing_hybrid.causal_conv1d_fn(m.x.T[None], m.weight, m.bias, activation="silu")
+    rounded, wanted = whole(m), theirs[0].T
+    assert rounded.dtype == wanted.dtype == torch.bfloat16
+    assert (rounded == wanted).float().mean() > 0.999, "but where a sum lies between two roundings"
+    early = replace(m, weight=m.weight.bfloat16(), bias=m.bias.bfloat16())
+    assert (whole(early) == wanted).float().mean() < 0.9, "the control: weights that are rounded before"
 
 
 def test_what_does_not_fit_raises_before_memory_is_touched() -> None:

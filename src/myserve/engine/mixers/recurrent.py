@@ -75,6 +75,9 @@ class Mixing(Protocol):
 class Convolution:
     """A causal convolution of each channel, with SiLU behind it or not.
 
+    It is computed in the weights' type, in which its state is kept, and comes out in that of its rows: some bfloat16
+    models keep these weights in float32.
+
     >>> rows = torch.tensor([[1.0], [2.0], [3.0]])
     >>> two = Convolution(rows, torch.tensor([[10.0, 1.0]]), None, is_silu=False)
     >>> two.compute(None, whole_sequences(torch.tensor([0, 3], dtype=torch.int32))).flatten()
@@ -82,17 +85,18 @@ class Convolution:
     """
 
     x: Tensor  # [T, C]
-    weight: Tensor  # [C, taps], of x's type
-    bias: Tensor | None  # [C]
+    weight: Tensor  # [C, taps]
+    bias: Tensor | None  # [C], of the weights' type
     is_silu: bool
 
     @property
     def state(self) -> StateShape:
-        return StateShape((self.weight.shape[1] - 1, self.weight.shape[0]), self.x.dtype)
+        return StateShape((self.weight.shape[1] - 1, self.weight.shape[0]), self.weight.dtype)
 
     def compute(self, states: Tensor | None, rows: StateRows) -> Tensor:
         """Return the convolved rows [T, C]."""
-        x = self.x if self.x.stride(1) == 1 else self.x.contiguous()
+        x = self.x.to(self.weight.dtype)
+        x = x if x.stride(1) == 1 else x.contiguous()
         (count, channels), size = x.shape, x.element_size()
         bias = None if self.bias is None else self.bias.contiguous()
         weight, dtype = self.weight.contiguous(), x.dtype
@@ -111,7 +115,7 @@ class Convolution:
             rows=count, channels=channels, taps=weight.shape[1], is_silu=self.is_silu,
             scratch=this_thread().scratch(per_thread * threads), scratch_thread=per_thread,
         )  # fmt: skip
-        return out
+        return out.to(self.x.dtype)
 
 
 @dataclass(frozen=True, slots=True)

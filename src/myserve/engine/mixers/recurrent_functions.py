@@ -31,11 +31,11 @@ def _convolution(a: Arguments) -> Mixing:
     name = a.get("activation")
     if name not in (None, "silu", "swish"):
         raise ValueError(f"a convolution with {name} behind it is not computed here")
-    bias = a.get("bias")
     weight, x = a["weight"], a["hidden_states"]
-    if x.dtype != weight.dtype:
+    # theirs has its rows in the weights' type first, where it takes such a pair
+    if x.dtype != weight.dtype and weight.dtype != torch.float32:
         raise ValueError(f"a convolution of {x.dtype} by weights of {weight.dtype} is not computed here")
-    return Convolution(x, weight, bias, name is not None)
+    return Convolution(x, weight, a.get("bias"), name is not None)
 
 
 def _delta_rule(a: Arguments) -> Mixing:
