@@ -87,7 +87,7 @@ def test_control_with_noise_of_its_own_it_is_seldom_right(
         ("gpt2", "auto", 64),
         ("qwen3", "3", 6),
         ("qwen3_next", "4", 64),
-        ("mamba2", "3", 6),
+        pytest.param("mamba2", "3", 6, marks=pytest.mark.thorough),
     ],
 )
 def test_no_token_is_changed(
@@ -133,7 +133,7 @@ def drafts_and_fresh_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> li
     return found
 
 
-@pytest.mark.parametrize("draft", ["qwen3_next", "mamba2"])
+@pytest.mark.parametrize("draft", ["qwen3_next", pytest.param("mamba2", marks=pytest.mark.thorough)])
 def test_behind_a_wrong_draft_a_model_drafts_as_one_that_reads_the_text_anew(
     draft: str, make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
