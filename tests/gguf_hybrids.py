@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ _GRANITE = {
 _NEMOTRON = {
     "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 12, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 24,
-    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 16, "routed_scaling_factor": 2.5,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 24, "routed_scaling_factor": 2.5,
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
 }  # fmt: skip
 _CONV = {
@@ -95,8 +95,9 @@ def write_hybrid(
     kind: Any,
     changes: dict[str, Any] | None = None,
     more: dict[str, Tensor] | None = None,
+    without: Collection[str] = (),
 ) -> Path:
-    """Write a folder's model; a change of the metadata to None leaves a key out; `more` tensors."""
+    """Write a folder's model; a change of the metadata to None leaves a key out; `more` tensors, and `without` some."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model)
     writer = gguf.GGUFWriter(out, name)
     for key, value in (metadata(name, loaded.config) | (changes or {})).items():
@@ -106,6 +107,8 @@ def write_hybrid(
             writer.add_key_value(f"{name}.{key}", value, type_of(value))
     add_tokenizer(writer, model)
     for key, tensor in (dict(_tensors(name, loaded)) | (more or {})).items():
+        if key in without:
+            continue
         # in float32, as the converter keeps them: vectors, norms, convolutions, what selects experts
         is_plain = (
             key.endswith("norm.weight") or not key.endswith(".weight") or "conv" in key or "_inp" in key
@@ -184,7 +187,8 @@ def _metadata_of_scans(name: str, c: Any) -> dict[str, Any]:
         return {
             "ssm.conv_kernel": c.conv_kernel, "ssm.state_size": c.ssm_state_size, "ssm.group_count": c.n_groups,
             "ssm.time_step_rank": c.mamba_num_heads, "ssm.inner_size": c.mamba_num_heads * c.mamba_head_dim,
-            "rope.dimension_count": c.head_dim, "rope.scaling.finetuned": False,
+            # of heads as wide as their share: it has others, and turns none
+            "rope.dimension_count": c.hidden_size // c.num_attention_heads, "rope.scaling.finetuned": False,
         }  # fmt: skip
     return {"shortconv.l_cache": c.conv_L_cache} if name.startswith("lfm2") else {}
 

@@ -128,6 +128,25 @@ def test_float32_decays_are_the_nearest(folder_of: Callable[[str], Path], tmp_pa
     )
 
 
+def test_a_joined_projection_of_older_converters_is_read(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Qwen3-Next's: one tensor, in transformers' order."""
+    folder = folder_of("qwen3next")
+    right = loaded(folder)
+    joined = {
+        f"blk.{i}.ssm_in.weight": right.model.state_dict()[
+            f"model.layers.{i}.linear_attn.in_proj_qkvz.weight"
+        ].float()
+        for i in range(3)
+    }
+    apart = [f"blk.{i}.{stem}.weight" for i in range(3) for stem in ("attn_qkv", "attn_gate")]
+    file = write_hybrid("qwen3next", folder, tmp_path / "model.gguf", Kind.BF16, more=joined, without=apart)
+    assert other_weights(loaded(file), right) == set()
+    file = write_hybrid("qwen3next", folder, tmp_path / "less.gguf", Kind.BF16, without=apart[1:2])
+    assert "has not all of" in refused(file)
+
+
 def test_layers_that_predict_further_tokens_are_passed_over(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

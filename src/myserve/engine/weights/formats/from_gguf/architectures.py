@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -161,7 +161,7 @@ class Architecture:
     more: Callable[[Told, Mapping[str, Any]], dict[str, Any]] = nothing_more
     attends: bool = True
     names_head_dim: bool = True  # its config has a name for the width of heads
-    has_partial_rope: bool = False
+    rope: Literal["whole", "part", "none"] = "whole"  # how much of a head it turns
     undo: Mapping[str, tuple[Undo, ...]] = field(
         default_factory=dict
     )  # by the name of a tensor behind blk.N.

@@ -109,11 +109,16 @@ def _add_attention(told: Told, architecture: Architecture, values: dict[str, Any
     if min(heads, width) < 1:
         raise BadCheckpointError(f"{told.file} has no heads in its metadata")
     turned = told.values.get("rope.dimension_count", width)
-    is_right = (
-        isinstance(turned, int) and 0 < turned <= width if architecture.has_partial_rope else turned == width
-    )
-    for key, served in (("rope.dimension_count", is_right), ("attention.value_length", None)):
-        if not (told.values.get(key, width) == width if served is None else served):
+    is_served = {
+        "whole": turned == width,
+        "part": isinstance(turned, int) and 0 < turned <= width,
+        "none": True,  # where RoPE turns nothing, files have any number
+    }[architecture.rope]
+    for key, is_right in (
+        ("rope.dimension_count", is_served),
+        ("attention.value_length", told.values.get("attention.value_length", width) == width),
+    ):
+        if not is_right:
             raise UnsupportedModelError(
                 f"{told.file} has {told.name}.{key} {told.values[key]} and heads of {width}, which is not read from "
                 "GGUF: take the model's safetensors"

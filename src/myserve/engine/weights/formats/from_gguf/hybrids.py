@@ -235,21 +235,26 @@ def _lfm2_moe(told: Told, values: Mapping[str, Any]) -> dict[str, Any]:
 
 HYBRIDS: Mapping[str, Architecture] = {
     "qwen35": Architecture(
-        "qwen3_5_text", _DELTA_NAMES, read=_DELTA_READ, more=_delta, has_partial_rope=True,
+        "qwen3_5_text", _DELTA_NAMES, read=_DELTA_READ, more=_delta, rope="part",
         undo=_GROUPED, parts=_STATE,
     ),
     "qwen35moe": Architecture(
-        "qwen3_5_moe_text", _DELTA_NAMES | MOE | _SHARED, read=_DELTA_READ, more=_delta, has_partial_rope=True,
+        "qwen3_5_moe_text", _DELTA_NAMES | MOE | _SHARED, read=_DELTA_READ, more=_delta, rope="part",
         undo=_GROUPED | _SHARED_GATE, parts=_STATE | EXPERTS,
     ),
     "qwen3next": Architecture(
         "qwen3_next", _DELTA_NAMES | MOE | _SHARED,
         {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-        read=_DELTA_READ, more=_delta, has_partial_rope=True,
+        read=_DELTA_READ, more=_delta, rope="part",
         # its value heads are not stored in another order, but its projections apart
         undo=_NORMS | _SHARED_GATE | {"ssm_conv1d.weight": (conv_weight,), "ssm_a": (decay_log,)},
         parts=_STATE | EXPERTS
-        | {".in_proj_qkvz.weight": (Parts(("attn_qkv.weight", "attn_gate.weight"), joined_by_key_head),)},
+        | {
+            ".in_proj_qkvz.weight": (
+                Parts(("attn_qkv.weight", "attn_gate.weight"), joined_by_key_head),
+                Parts(("ssm_in.weight",)),  # as converters of 2025 left it
+            )
+        },
     ),
     "lfm2": Architecture(
         "lfm2", _CONV_NAMES, {"block_auto_adjust_ff_dim": False}, per_layer=_PER_LAYER, more=_lfm2,
@@ -276,7 +281,7 @@ HYBRIDS: Mapping[str, Architecture] = {
             "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok",
             "expert_shared_feed_forward_length": "shared_intermediate_size",
         },
-        read=_SCAN_READ, per_layer=_PER_LAYER, more=_granite, names_head_dim=False,
+        read=_SCAN_READ, per_layer=_PER_LAYER, more=_granite, names_head_dim=False, rope="none",
         undo=_SCAN | _HALVES,
         parts=_STATE | EXPERTS
         | {
@@ -305,6 +310,7 @@ HYBRIDS: Mapping[str, Architecture] = {
                 "expert_group_count": "n_group", "expert_group_used_count": "topk_group",
             },
             read=_SCAN_READ, per_layer=_PER_LAYER | {"feed_forward_length"}, more=_nemotron_h,
+            rope="none",
             undo=_SCAN | _HALVES,
             parts=_STATE | EXPERTS | {".gate.e_score_correction_bias": (Parts(("exp_probs_b.bias",)),)},
             renamed=(("model.layers.", "backbone.layers."),),
