@@ -31,7 +31,7 @@ def write_gguf(model: Path, out: Path, kind: Kind, extra: dict[str, Any] | None 
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name != "qwen2":
+    if name not in ("qwen2", "granite"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     rope = config.rope_parameters
@@ -40,6 +40,11 @@ def write_gguf(model: Path, out: Path, kind: Kind, extra: dict[str, Any] | None 
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if name == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if name == "gemma3":
         writer.add_sliding_window(config.sliding_window)
     for key, value in (extra or {}).items():
@@ -102,7 +107,7 @@ def _tensors(model: Path, config: Any, name: str) -> dict[str, Tensor]:
             layer, number, part = parts[2], int(parts[5]), parts[6].removesuffix("_proj")
             experts.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", {})[number] = tensor
             continue
-        if name == "llama" and parts[-1] in ("q_proj", "k_proj"):
+        if name in ("llama", "granite") and parts[-1] in ("q_proj", "k_proj"):
             heads = config.num_attention_heads if parts[-1] == "q_proj" else config.num_key_value_heads
             # rows [head, half, n] -> [head, n, half]: pairs that RoPE turns lie side by side
             tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)

@@ -182,6 +182,7 @@ def test_layers_that_predict_further_tokens_are_passed_over(
         ("lfm2", {"attention.head_count_kv": []}, ""),
         ("lfm2moe", {"expert_gating_func": 1}, "expert_gating_func"),
         ("granitehybrid", {"rope.scaling.finetuned": True}, "rope.scaling.finetuned"),
+        ("granitehybrid", {"attention.scale": None}, "attention.scale"),
         ("granitehybrid", {"residual_scale": float("nan")}, "residual_scale"),
         ("mamba", {"ssm.dt_b_c_rms": True}, "dt_b_c_rms"),
         ("mamba2", {"ssm.inner_size": 100}, "do not divide"),

@@ -38,7 +38,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "granite"])
 def test_a_model_is_the_folder_that_it_was_written_of(arch: str, tmp_path: Path) -> None:
     folder = make_tiny_model(arch, tmp_path / "model")
     if arch == "qwen3_moe":  # what llama.cpp takes for granted

@@ -23,6 +23,7 @@ __all__ = [
     "ATTENDING",
     "DENSE",
     "EXPERTS",
+    "GRANITE",
     "MOE",
     "ROPE_KEYS",
     "Architecture",
@@ -131,6 +132,12 @@ MOE = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 # Read by name, or of no effect on what is computed.
 ROPE_KEYS = frozenset({
     "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "vocab_size",
@@ -159,6 +166,7 @@ class Architecture:
         frozenset()
     )  # keys of `names` that may have a number for each layer, 0 where it has none
     more: Callable[[Told, Mapping[str, Any]], dict[str, Any]] = nothing_more
+    needed: tuple[str, ...] = ()  # keys without which transformers and llama.cpp compute other things
     attends: bool = True
     names_head_dim: bool = True  # its config has a name for the width of heads
     rope: Literal["whole", "part", "none"] = "whole"  # how much of a head it turns
@@ -203,6 +211,10 @@ def _gemma3(told: Told, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _granite(told: Told, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attention_bias": told.has("attn_q.bias"), "mlp_bias": told.has("ffn_gate.bias")}
+
+
 DENSE: Mapping[str, Architecture] = {
     "llama": Architecture("llama", undo=_LLAMA),
     "qwen2": Architecture("qwen2", always={"use_sliding_window": False}, names_head_dim=False),
@@ -222,5 +234,13 @@ DENSE: Mapping[str, Architecture] = {
         ATTENDING | {"attention.sliding_window": "sliding_window"},
         more=_gemma3,
         undo=_GEMMA,
+    ),
+    "granite": Architecture(
+        "granite",
+        ATTENDING | GRANITE,
+        more=_granite,
+        needed=("attention.scale",),
+        names_head_dim=False,
+        undo=_LLAMA,
     ),
 }

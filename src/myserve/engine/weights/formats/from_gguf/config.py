@@ -65,7 +65,7 @@ def _refuse_unread(told: Told, architecture: Architecture) -> None:
             f"{told.file} has {told.name}.{strange[0]}, which is not read from GGUF, and the model may need it: take "
             "the model's safetensors"
         )
-    needed = (*_NEEDED, *(_NEEDED_TO_ATTEND if architecture.attends else ()))
+    needed = (*_NEEDED, *(_NEEDED_TO_ATTEND if architecture.attends else ()), *architecture.needed)
     if missing := [key for key in needed if key not in told.values]:
         raise BadCheckpointError(f"{told.file} has no {told.name}.{missing[0]} in its metadata")
 

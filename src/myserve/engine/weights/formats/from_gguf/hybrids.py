@@ -12,6 +12,7 @@ from typing import Any
 from myserve.engine.weights.formats.from_gguf.architectures import (
     ATTENDING,
     EXPERTS,
+    GRANITE,
     MOE,
     ROPE_KEYS,
     Architecture,
@@ -274,14 +275,13 @@ HYBRIDS: Mapping[str, Architecture] = {
     ),
     "granitehybrid": Architecture(
         "granitemoehybrid",
-        ATTENDING | _MAMBA
+        ATTENDING | _MAMBA | GRANITE
         | {
-            "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
             "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok",
             "expert_shared_feed_forward_length": "shared_intermediate_size",
         },
         read=_SCAN_READ, per_layer=_PER_LAYER, more=_granite, names_head_dim=False, rope="none",
+        needed=("attention.scale",),
         undo=_SCAN | _HALVES,
         parts=_STATE | EXPERTS
         | {
