@@ -69,6 +69,8 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitehybrid": ("granitemoehybrid", _SMALL | _SCAN | _GRANITE
                       | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "nemotron_h_moe": ("nemotron_h", _SMALL | _NEMOTRON),
+    "jamba": ("jamba", _SMALL | {"mamba_d_state": 12, "mamba_dt_rank": 5, "num_experts": 4, "num_experts_per_tok": 2}
+              | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0}),
     "mamba2": ("mamba2", _STATES | {"num_heads": 8, "head_dim": 16, "n_groups": 2}),
     "mamba": ("mamba", _STATES),
 }  # fmt: skip
@@ -148,7 +150,7 @@ def metadata(name: str, c: Any) -> dict[str, Any]:
             "rope.dimension_count": int(c.head_dim * c.rope_parameters["partial_rotary_factor"]),
             "rope.dimension_sections": [11, 11, 10, 0],
         }  # fmt: skip
-    elif name in ("granitehybrid", "lfm2", "lfm2moe", "nemotron_h_moe"):
+    elif name in ("granitehybrid", "lfm2", "lfm2moe", "nemotron_h_moe", "jamba"):
         heads = [c.num_key_value_heads if kind == "full_attention" else 0 for kind in kinds]
         said |= {"attention.head_count_kv": heads, "vocab_size": c.vocab_size}
     return said | _metadata_of_scans(name, c) | _metadata_of_experts(name, c, kinds)
@@ -183,6 +185,11 @@ def _metadata_of_scans(name: str, c: Any) -> dict[str, Any]:
             "rope.scaling.finetuned": False, "rope.dimension_count": c.hidden_size // c.num_attention_heads,
             "context_length": 2**20,
         }  # fmt: skip
+    if name == "jamba":
+        return {
+            "ssm.conv_kernel": c.mamba_d_conv, "ssm.state_size": c.mamba_d_state,
+            "ssm.inner_size": c.mamba_expand * c.hidden_size, "ssm.time_step_rank": c.mamba_dt_rank,
+        }  # fmt: skip
     if name == "nemotron_h_moe":
         return {
             "ssm.conv_kernel": c.conv_kernel, "ssm.state_size": c.ssm_state_size, "ssm.group_count": c.n_groups,
@@ -202,6 +209,8 @@ def _metadata_of_experts(name: str, c: Any, kinds: list[str]) -> dict[str, Any]:
         if name == "lfm2moe":
             return said | {"leading_dense_block_count": c.num_dense_layers, "expert_gating_func": 2}
         return said | {"expert_shared_feed_forward_length": c.shared_expert_intermediate_size}
+    if name == "jamba":
+        return {"expert_count": c.num_experts, "expert_used_count": c.num_experts_per_tok}
     if name == "granitehybrid":
         return {
             "expert_count": c.num_local_experts, "expert_used_count": c.num_experts_per_tok,
@@ -254,7 +263,7 @@ def _written(name: str, key: str, t: Tensor, c: Any, block: str, table: Any) -> 
         )
     elif last in ("e_score_correction_bias", "expert_bias"):
         yield f"{block}exp_probs_b.bias", t
-    elif key.endswith("pre_ff_layernorm.weight"):
+    elif name == "falcon-h1" and key.endswith("pre_ff_layernorm.weight"):
         yield f"{block}ffn_norm", t
     else:
         stem = stem.replace("router", "router.layer") if name == "granitehybrid" else stem

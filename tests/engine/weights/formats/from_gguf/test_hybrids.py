@@ -18,8 +18,9 @@ from gguf_hybrids import HYBRIDS, make_hybrid, write_hybrid
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
 from myserve.engine.weights.formats.from_gguf import config, hybrids
+from myserve.engine.weights.formats.from_gguf.architectures import Told
 from myserve.engine.weights.loader import LoadedModel, load
-from myserve.errors import RequestError
+from myserve.errors import RequestError, UnsupportedModelError
 from runs import mixed_requests
 
 Kind = gguf.GGMLQuantizationType
@@ -221,3 +222,15 @@ def test_a_head_that_lost_its_multiplier_is_refused(folder_of: Callable[[str], P
     right.model.tie_weights()
     folder = _saved(right, tmp_path / "tied")
     assert "multiplier" in refused(write_hybrid("falcon-h1", folder, tmp_path / "tied.gguf", Kind.BF16))
+
+
+def test_layers_in_no_period_are_refused() -> None:
+    """Jamba's config can say none but a period; a file could have any layers."""
+    told = Told("a.gguf", "jamba", {}, {})
+    periods = [[1, 0, 0, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 0, 1]]
+    for has in periods:
+        period, first = hybrids._every(told, [bool(it) for it in has])
+        assert first < period and [int(i % period == first) for i in range(len(has))] == has
+    for has in ([0, 1, 1, 0], [0, 0, 0, 1, 0, 1], [1, 0, 1, 1]):
+        with pytest.raises(UnsupportedModelError, match="in no period"):
+            hybrids._every(told, [bool(it) for it in has])

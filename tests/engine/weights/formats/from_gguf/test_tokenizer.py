@@ -7,10 +7,10 @@ from typing import Any
 
 import gguf
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from conftest import CORPUS, make_tiny_model
-from gguf_files import write_gguf
+from gguf_files import close, write_gguf
 from myserve.engine.config import EngineConfig
 from myserve.engine.weights.formats.from_gguf.file import GgufFile
 from myserve.engine.weights.formats.from_gguf.tokenizer import gguf_tokenizer
@@ -47,3 +47,32 @@ def test_a_split_of_text_that_is_not_known_is_refused(tmp_path: Path) -> None:
     file.metadata["tokenizer.ggml.pre"] = "command-r"
     with pytest.raises(RequestError, match="command-r"):
         gguf_tokenizer(file)
+
+
+@pytest.mark.parametrize("first_space", [False, True, None])
+def test_a_text_begins_with_a_space_where_the_file_says_so(first_space: bool | None, tmp_path: Path) -> None:
+    """A SentencePiece vocabulary; None: the file says nothing, and llama.cpp puts one."""
+    pieces = ["▁", "a", "b", "▁a", "ab", "▁ab", "<0x41>"]
+    tokens = ["<unk>", "<s>", "</s>", *pieces]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 3 + [-9.0, -8.0, -7.0, -3.0, -2.0, -1.0, 0.0])
+    writer.add_token_types([2, 3, 3, *[1] * 6, 6])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    if first_space is not None:
+        writer.add_add_space_prefix(first_space)
+    close(writer)
+    made = gguf_tokenizer(GgufFile(tmp_path / "model.gguf"))
+    right = LlamaTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[("▁", "ab"), ("a", "b"), ("▁", "a")],
+        add_prefix_space=first_space is not False,
+    )
+    for text in ("ab", "ab ab", " ab", "a", ""):
+        ids = made(text, add_special_tokens=False).input_ids
+        assert ids == right(text, add_special_tokens=False).input_ids
+        assert made.decode(ids) == right.decode(ids)
+    first = made("ab", add_special_tokens=False).input_ids
+    assert first == [tokens.index("ab" if first_space is False else "▁ab")]

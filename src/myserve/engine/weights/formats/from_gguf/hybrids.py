@@ -199,6 +199,34 @@ def _mamba(told: Told, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _jamba(told: Told, values: Mapping[str, Any]) -> dict[str, Any]:
+    layers = values["num_hidden_layers"]
+    kinds = told.kinds(layers, {"ssm_a": "linear_attention", "attn_q.weight": "full_attention"})
+    _refuse_other_heads(told, kinds)
+    attend = _every(told, [kind == "full_attention" for kind in kinds])
+    choose = _every(told, [told.has("ffn_gate_inp.weight", i) for i in range(layers)])
+    return {
+        "attn_layer_period": attend[0],
+        "attn_layer_offset": attend[1],
+        "expert_layer_period": choose[0],
+        "expert_layer_offset": choose[1],
+        "mamba_expand": told.share("ssm.inner_size", "embedding_length"),
+        **_biases(told, mamba_conv_bias="ssm_conv1d", mamba_proj_bias="ssm_in"),
+    }
+
+
+def _every(told: Told, has: list[bool]) -> tuple[int, int]:
+    """Return by which period layers have something, and the first of them: as Jamba's config says it."""
+    layers = [i for i, it_has in enumerate(has) if it_has] or [len(has)]
+    period = max(layers[1] - layers[0] if len(layers) > 1 else len(has), layers[0] + 1)
+    if has != [i % period == layers[0] for i in range(len(has))]:
+        raise UnsupportedModelError(
+            f"{told.file} has layers {layers} of one kind, in no period, which is not read from GGUF: take the model's "
+            "safetensors"
+        )
+    return period, layers[0]
+
+
 def _biases(told: Told, **stems: str) -> dict[str, bool]:
     return {name: told.has(f"{stem}.bias") for name, stem in stems.items()}
 
@@ -317,6 +345,17 @@ HYBRIDS: Mapping[str, Architecture] = {
         )
         for name in ("nemotron_h", "nemotron_h_moe")
     },
+    "jamba": Architecture(
+        "jamba",
+        ATTENDING
+        | {
+            "ssm.conv_kernel": "mamba_d_conv", "ssm.state_size": "mamba_d_state",
+            "ssm.time_step_rank": "mamba_dt_rank",
+            "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+        },
+        read=_SCAN_READ, per_layer=_PER_LAYER, more=_jamba, names_head_dim=False, rope="none",
+        undo={"ssm_conv1d.weight": (conv_weight,), "ssm_a": (decay_log,)}, parts=_STATE | EXPERTS,
+    ),
     "mamba2": Architecture(
         "mamba2",
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from myserve.engine.weights.formats.from_gguf.file import GgufFile
@@ -34,7 +35,22 @@ def gguf_tokenizer(file: GgufFile) -> Any:
         raise BadCheckpointError(
             f"the tokenizer of {file.path.name} cannot be read: {type(error).__name__}: {reason}"
         ) from error
+    if file.metadata.get("tokenizer.ggml.model") == "llama" and _puts_no_space_first(file):
+        _put_no_space_first(tokenizer.backend_tokenizer)
     template = file.metadata.get("tokenizer.chat_template")
     if tokenizer.chat_template is None and isinstance(template, str):
         tokenizer.chat_template = template
     return tokenizer
+
+
+def _puts_no_space_first(file: GgufFile) -> bool:
+    return file.metadata.get("tokenizer.ggml.add_space_prefix") is False
+
+
+def _put_no_space_first(backend: Tokenizer) -> None:
+    """Let a SentencePiece tokenizer begin a text as it is, which transformers reads from the file and passes over."""
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
