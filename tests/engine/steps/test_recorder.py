@@ -9,9 +9,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from myserve.engine.batch_invariance.linear import PackedWeight
-from myserve.engine.steps.launches import Launches, Operation
+from myserve.engine.steps.launches import Launches, Operation, TensorPlace, storage
 from myserve.engine.steps.recorder import (
     TOUCHED_AT_ONCE,
     InterruptedRecordingError,
@@ -63,10 +64,59 @@ def test_memory_is_shared_within_a_recording_and_between_recordings() -> None:
 
 
 @torch.inference_mode()
+def test_what_torchs_operations_leave_is_shared_too() -> None:
+    """A hundred recordings of operations that no kernel of ours makes take what one takes, and replay right."""
+    pool, inputs = Pool(), [torch.randn(rows, 64) for rows in range(64, 164)]
+
+    def chain(x: Tensor) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            halves = x.mT.mul(2).chunk(2)  # strides that are not contiguous; views of a fresh result
+            for _ in range(20):
+                halves = torch.cat([halves[1].sigmoid(), halves[0].tanh()]).chunk(2)
+            return halves[0].sum(0)
+
+        return forward
+
+    recordings = [Recording(chain(x), pool) for x in inputs]
+    assert sum(block.numel() for block in pool._blocks) < 8 * inputs[-1].nbytes
+    held = [
+        x
+        for recording in recordings
+        for part in recording._parts
+        if isinstance(part, Operation)
+        for x in tree_leaves((part.args, part.kwargs, part.results))
+        if isinstance(x, Tensor) and not any(storage(x) == storage(given) for given in inputs)
+    ]
+    assert held and all(pool.has(storage(x)) for x in held), "nothing is kept that others could use"
+    for x, recording in zip(inputs, recordings, strict=True):
+        x.copy_(torch.randn(x.shape))
+        assert torch.equal(recording.replay(), chain(x)())
+
+
+@torch.inference_mode()
+def test_what_a_module_keeps_of_a_recording_stays_as_it_is() -> None:
+    """The control: what it does not keep is written over by the next recording."""
+    pool, x, kept = Pool(), torch.randn(40, 64), list[Tensor]()
+
+    def forward() -> Tensor:
+        if not kept:
+            kept.append(x.exp())
+        return kept[0].sin().cos()
+
+    Recording(forward, pool)
+    was = kept[0].clone()
+    let_go = TensorPlace(kept[0])
+    Recording(lambda: x.tanh().sinh(), pool)
+    assert torch.equal(kept[0], was)
+    kept.clear()
+    Recording(lambda: x.tanh().sinh(), pool)
+    assert not torch.equal(let_go.tensor(), was)
+
+
+@torch.inference_mode()
 def test_memory_is_touched_a_little_at_a_time_and_no_more_than_a_tensor_has() -> None:
     """A tensor of 9 MiB lies in 16: the other seven are never handed out."""
     pool = Pool()
-    pool.begin()
     large, small = pool.empty((9, 1 << 20), torch.uint8), pool.empty((100,), torch.float32)
     touched = []
     while pool.prefault():

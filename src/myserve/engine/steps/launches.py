@@ -1,21 +1,73 @@
-"""A recording is runs of kernel launches and tensor operations to be made again, without those that are dead."""
+"""A recording is runs of kernel launches and tensor operations to be made again, without those that are dead.
+
+It holds addresses, not tensors, in the memory that recordings share: so a step's later tensors take what earlier ones
+left, when it is recorded and whenever it is replayed.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from myserve.engine.kernels.launch import Launch, enter
 from myserve.engine.kernels.replay import replay_kernel
 
-__all__ = ["Launches", "Operation", "parts", "storage", "without_dead_calls"]
+__all__ = [
+    "Call",
+    "Launches",
+    "Memory",
+    "Operation",
+    "Taken",
+    "TensorPlace",
+    "parts",
+    "storage",
+    "without_dead_calls",
+]
+
+
+class Memory(Protocol):
+    """Memory that recordings share: a tensor has its place there until nobody refers to it."""
+
+    def copy_of(self, x: Tensor) -> Tensor:
+        """Return a tensor of the values and strides of `x` that has a place there."""
+        ...
+
+    def has(self, address: int) -> bool:
+        """Return whether a place begins at this address."""
+        ...
+
+    def places_of(self, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> set[int]:
+        """Return the addresses of the places that some of these numbers point into."""
+        ...
+
+
+class TensorPlace:
+    """Hold where a tensor lies in shared memory, without keeping it there."""
+
+    __slots__ = ("address", "dtype", "num_bytes", "offset", "shape", "stride")
+
+    def __init__(self, x: Tensor) -> None:
+        self.address, self.num_bytes = storage(x), x.untyped_storage().nbytes()
+        self.dtype, self.shape, self.stride, self.offset = x.dtype, x.shape, x.stride(), x.storage_offset()
+
+    def tensor(self) -> Tensor:
+        """Return a tensor there."""
+        buffer = (ctypes.c_char * self.num_bytes).from_address(self.address)
+        return torch.frombuffer(buffer, dtype=self.dtype).as_strided(self.shape, self.stride, self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Mark that a tensor took the place at an address: what was written there before is read no more."""
+
+    place: int
 
 
 @dataclass(slots=True)
@@ -25,7 +77,9 @@ class Operation:
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    results: list[Tensor]  # those that are not views of what it was given; none where it works in place
+    results: list[
+        Any
+    ]  # tensors or their places: those that are not views of what it was given; none where it works in place
     places: list[int]  # of these among what it returns
 
     @classmethod
@@ -39,6 +93,37 @@ class Operation:
     def does_nothing(self) -> bool:
         """A view: it is there already."""
         return not self.results and not self.func._schema.is_mutable
+
+    def move_into(self, memory: Memory, out: Any) -> Any:
+        """Have the fresh results in shared memory, and return `out` with them there; hold nothing in it until `settle`.
+
+        Tensors that are made here live on. Were they made while a step is recorded, they would lie between what its
+        operations leave, and the C library could neither use that again nor give it back.
+        """
+        leaves, form = tree_flatten(out)
+        for place in self.places:
+            leaves[place] = memory.copy_of(leaves[place])
+        self.results = [leaves[place] for place in self.places]
+        self.args, self.kwargs, self.results = tree_map(
+            lambda x: TensorPlace(x) if isinstance(x, Tensor) and memory.has(storage(x)) else x,
+            (self.args, self.kwargs, self.results),
+        )
+        return tree_unflatten(leaves, form)
+
+    def reads(self) -> set[int]:
+        """Return the addresses of the places that it reads, or works in."""
+        return {x.address for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, TensorPlace)}
+
+    def writes(self) -> set[int]:
+        """Return the addresses of the places of its fresh results."""
+        return {x.address for x in self.results if isinstance(x, TensorPlace)}
+
+    def settle(self) -> Operation:
+        """Make the tensors that it works on; to be done once, before it is called."""
+        self.args, self.kwargs, self.results = tree_map(
+            lambda x: x.tensor() if isinstance(x, TensorPlace) else x, (self.args, self.kwargs, self.results)
+        )
+        return self
 
     def __call__(self) -> None:
         made = tree_leaves(self.func(*self.args, **self.kwargs))
@@ -90,36 +175,32 @@ def storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def without_dead_calls(calls: list[Launch | Operation], out: Tensor) -> list[Launch | Operation]:
+Call = Launch | Operation
+
+
+def without_dead_calls(calls: list[Call | Taken], out: Tensor, memory: Memory) -> list[Call]:
     """Return the calls without operations whose results are never read: neither `out`, nor a later call that matters.
 
     A launch reads what lies at the numbers of its record; one that happens to look like an address keeps a call too
     many. Launches and what works in place always matter.
     """
     read = {storage(out)}
-    kept = []
+    kept: list[Call] = []
     for call in reversed(calls):
+        if isinstance(call, Taken):
+            read.discard(call.place)
+            continue
         if isinstance(call, Launch):
-            read.update(_numbers(call))
+            read |= memory.places_of(np.frombuffer(call.record, np.int64, len(call.record) // 8))
         else:
-            if call.results and not any(_holds(result, read) for result in call.results):
+            if call.results and not call.writes() & read:
                 continue
-            read.update(storage(x) for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor))
+            read |= call.reads()
         kept.append(call)
     return kept[::-1]
 
 
-def _numbers(launch: Launch) -> Iterator[int]:
-    whole = len(launch.record) // 8
-    yield from np.frombuffer(launch.record, np.int64, whole).tolist()
-
-
-def _holds(result: Tensor, addresses: set[int]) -> bool:
-    begin = storage(result)
-    return any(begin <= address < begin + result.untyped_storage().nbytes() for address in addresses)
-
-
-def parts(calls: list[Launch | Operation]) -> list[Launches | Operation]:
+def parts(calls: list[Call]) -> list[Launches | Operation]:
     """Return the calls with neighbouring launches joined into one."""
     made: list[Launches | Operation] = []
     pending: list[Launch] = []
@@ -130,5 +211,5 @@ def parts(calls: list[Launch | Operation]) -> list[Launches | Operation]:
         if pending:
             made.append(Launches(pending))
         pending = []
-        made.append(call)
+        made.append(call.settle())
     return [*made, Launches(pending)] if pending else made

@@ -17,13 +17,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from myserve.engine.batch_invariance import pointwise
 from myserve.engine.kernels.launch import KernelScratch, recording
-from myserve.engine.steps.launches import Operation, parts, without_dead_calls
+from myserve.engine.steps.launches import Operation, Taken, TensorPlace, parts, storage, without_dead_calls
 
 __all__ = ["PAGE", "InterruptedRecordingError", "NotRecordableError", "Pool", "Recorder", "Recording"]
 
@@ -46,7 +47,8 @@ class InterruptedRecordingError(Exception):
 class Pool:
     """Allocate the tensors of recordings from memory that is kept: what one tensor leaves, the next takes.
 
-    Recordings of one pool share it, for only one is replayed at a time; so the largest decides how much there is.
+    Recordings of one pool share it, for only one is replayed at a time; so the largest decides how much there is. A
+    tensor that outlives its recording, for a module keeps it, keeps its memory.
     """
 
     def __init__(self) -> None:
@@ -55,14 +57,8 @@ class Pool:
         self._used: dict[int, int] = {}  # bytes of the block at an address that some tensor has had
         self._touched: dict[int, int] = {}  # of these, touched
         self._free: dict[int, list[int]] = defaultdict(list)  # size, a power of two -> addresses
-        self._recording = 0
-
-    def begin(self) -> None:
-        """Begin a new recording: all memory is free again."""
-        self._recording += 1
-        self._free.clear()
-        for block in self._blocks:
-            self._offer(block)
+        # of every block, in order: where it begins and ends; None: there are new ones
+        self._bounds: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
 
     def prefault(self) -> bool:
         """Touch a few MiB more, which the system gives page by page; False when all that is used was touched."""
@@ -85,25 +81,41 @@ class Pool:
             block = torch.empty(size + 64, dtype=torch.uint8)
             self._blocks.append(block)
             self._used[_aligned(block)] = 0
-            self._offer(block)
+            self._bounds = None
+            self._free[size].append(_aligned(block))
         address = self._free[size].pop()
         self._used[address] = max(self._used[address], count * dtype.itemsize)
         # PyTorch does not tell when a storage dies; but a storage made from a buffer holds the buffer.
         buffer = (ctypes.c_char * size).from_address(address)
-        weakref.finalize(buffer, self._release, size, address, self._recording)
+        weakref.finalize(buffer, self._free[size].append, address)
         return torch.frombuffer(buffer, dtype=dtype, count=max(count, 1))[:count].view(shape)
 
-    def _offer(self, block: Tensor) -> None:
-        """Add a block to the free ones; it is 64 bytes larger than what it offers, which begins at a cache line."""
-        self._free[block.numel() - 64].append(_aligned(block))
+    def copy_of(self, x: Tensor) -> Tensor:
+        """Return a tensor of the values and strides of `x` from this memory. Raises NotRecordableError."""
+        if x.device.type != "cpu" or x.layout != torch.strided:
+            raise NotRecordableError(f"a result lies on {x.device}, {x.layout}")
+        span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        place = self.empty((span if x.numel() else 0,), x.dtype)
+        return place.as_strided(x.shape, x.stride()).copy_(x)
 
-    def _release(self, size: int, address: int, recording: int) -> None:
-        if recording == self._recording:
-            self._free[size].append(address)
+    def has(self, address: int) -> bool:
+        """Return whether a tensor of this memory begins at an address."""
+        return address in self._used
+
+    def places_of(self, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> set[int]:
+        """Return where the blocks begin that some of these numbers point into."""
+        if self._bounds is None:
+            blocks = sorted((_aligned(block), block.numel() - 64) for block in self._blocks)
+            begins = np.array([begin for begin, _ in blocks], np.int64)
+            self._bounds = begins, begins + np.array([size for _, size in blocks], np.int64)
+        begins, ends = self._bounds
+        index = np.searchsorted(begins, numbers, side="right") - 1
+        inside = (index >= 0) & (numbers < ends[index]) if len(begins) else np.zeros(len(numbers), bool)
+        return set(begins[index[inside]].tolist())
 
 
 def _aligned(block: Tensor) -> int:
-    """Return the address of the block's first whole cache line."""
+    """Return the address of the block's first whole cache line; it is 64 bytes larger than what it offers."""
     return block.data_ptr() + -block.data_ptr() % 64
 
 
@@ -121,7 +133,9 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if self.is_over():
             raise InterruptedRecordingError
         if func is _aten.empty.memory_format:
-            return self.pool.empty(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
+            return self._taken(
+                self.pool.empty(tuple(args[0]), kwargs.get("dtype") or torch.get_default_dtype())
+            )
         if func in _LOOKS_AT_DATA:
             raise NotRecordableError(str(func))
         with self:
@@ -130,9 +144,15 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
             return ours
         out = func(*args, **kwargs)
         operation = Operation.of(func, args, kwargs, out)
-        if not operation.does_nothing:
-            self.calls.append(operation)
+        if operation.does_nothing:
+            return out
+        out = operation.move_into(self.pool, out)
+        self.calls += [*map(Taken, operation.writes()), operation]
         return out
+
+    def _taken(self, x: Tensor) -> Tensor:
+        self.calls.append(Taken(storage(x)))
+        return x
 
 
 def _by_a_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -184,11 +204,11 @@ class Recording:
 
         Raises NotRecordableError, and InterruptedRecordingError as soon as `is_over` returns True.
         """
-        pool.begin()
         with recording(pool.scratch, runs=runs) as calls, _RecordingMode(calls, pool, is_over):
-            self.out = forward()
+            out = forward()
         self._pool = pool
-        self._parts = parts(without_dead_calls(calls, self.out))
+        self._parts = parts(without_dead_calls(calls, out, pool))
+        self.out = TensorPlace(out).tensor() if pool.has(storage(out)) else out
 
     def replay(self) -> Tensor:
         """Compute the step again; the result lies in the same memory every time."""
