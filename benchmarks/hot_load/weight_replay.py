@@ -36,8 +36,9 @@ def replay(
     spans: Sequence[Mapping[str, Any]],
     params: SamplingParams,
     sample_index: int = 0,
+    routed: list[bytes | None] | None = None,
 ) -> list[Numbers]:
-    """Return the numbers of a completion whose `weight_version_spans` are given.
+    """Return the numbers of a completion whose `weight_version_spans` are given. `routed` takes the experts used.
 
     `install(version)` puts that version's weights into the engine, which must run nothing else. `params.seed` is
     the answer's.
@@ -64,13 +65,19 @@ def replay(
     for span in spans:
         install(span["weight_version"])
         engine.runner.recorded_steps.clear()  # they were recorded with other weights
-        computed = 0 if span.get("recomputed") else computed
+        if span.get("recomputed") or not computed:
+            computed, request.state_slot, request.next_state_slot = 0, -1, 0
         wanted = range(len(prompt) + span["start"] - 1, len(prompt) + span["end"] - 1)
         for start in range(computed, wanted.stop, STEP):
             batch = Batch()
             batch.add(ScheduledTokens(request, start, min(STEP, wanted.stop - start)))
             rows = [i - start for i in wanted if start <= i < start + batch.num_tokens]
-            logits = engine.runner.forward(batch, rows or [0])[: len(rows)]
+            with engine.runner.routed_experts.capturing(routed is not None) as captured:
+                logits = engine.runner.forward(batch, rows or [0], replay=routed is None)[: len(rows)]
+            if routed is not None:
+                routed += captured.rows(rows)
+            # of a model with recurrent layers; the others have no states
+            request.state_slot, request.next_state_slot = request.next_state_slot, 1 - request.next_state_slot
             states = [row(count) for count in range(len(drawn), len(drawn) + len(rows))]
             for sampled in sampler.sample(logits, states) if rows else ():
                 assert isinstance(sampled, Sampled)

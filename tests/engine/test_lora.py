@@ -12,13 +12,13 @@ import pytest
 
 from benchmarks.adapters import write_adapter, write_expert_adapter
 from engine.test_exactness import alone, together
-from engine.weights.test_queue import Stepped
 from myserve.core.params import SamplingParams
 from myserve.engine.engine import Engine
 from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.scheduling import block_tables
 from myserve.engine.weights.lora.adapter_files import prepare_adapter
 from runs import Asked, Completion, collect, mixed_requests, thorough
+from stepped import Stepped
 
 MakeEngine = Callable[..., Engine]
 PROMPT = list(range(100, 180))

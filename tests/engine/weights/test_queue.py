@@ -6,7 +6,6 @@ The engine's steps are taken by hand here, so that a swap falls exactly where th
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +14,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from benchmarks.hot_load.weight_replay import numbers_of, replay
+from benchmarks.hot_load.weight_replay import numbers_of
 from conftest import make_tiny_model
 from myserve.core.params import SamplingParams
 from myserve.engine.config import EngineConfig
 from myserve.engine.engine import Engine
-from myserve.engine.requests.options import SubmitOptions
 from myserve.engine.scheduling import block_tables
-from myserve.engine.weights.loader import load
-from myserve.engine.weights.prepare import Prepared, prepare
-from myserve.engine.weights.queue import WeightUpdate
 from myserve.errors import EngineDeadError, WeightsLoadingError
-from myserve.server.answers.answer import weight_version_spans
 from runs import Completion, collect
+from stepped import Judge, Stepped, versions
 
 PROMPT = list(range(100, 180))
 
@@ -39,66 +34,9 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def judge(snapshots: list[Path]) -> Iterator[Callable[[list[int], Completion], list[Any]]]:
-    """The numbers that a completion must have; version v is snapshot v."""
-    config = EngineConfig(num_blocks=32)
-    engine = Engine.from_pretrained(str(snapshots[0]), config)
-    names = load(str(snapshots[0]), config).weight_names
-    ready: list[Prepared] = [
-        prepare(path, engine.runner.model, names, partial=False, checksum=None, may_cast=False)
-        for path in snapshots
-    ]
-
-    def numbers(prompt: list[int], done: Completion) -> list[Any]:
-        spans = weight_version_spans(done.tokens)
-        params = SamplingParams(seed=done.seed)
-        return replay(engine, lambda v: ready[v].install(), prompt, done.ids, spans, params)
-
-    yield numbers
-    engine.shutdown()
-
-
-class Stepped:
-    """An engine whose thread is the test."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
-        self.engine = Engine.from_pretrained(str(folder), EngineConfig(**({"num_blocks": 32} | config)))
-        monkeypatch.setattr(self.engine, "start", lambda: None)
-        self.running: list[asyncio.Future[list[Completion]]] = []
-
-    def submit(
-        self,
-        prompt: list[int],
-        seed: int,
-        max_tokens: int = 12,
-        n: int = 1,
-        adapter: str | None = None,
-        **params: Any,
-    ) -> None:
-        asked = SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True, **params)
-        options = SubmitOptions(n=n, adapter=adapter)
-        self.running.append(asyncio.ensure_future(collect(self.engine.submit(prompt, asked, options))))
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.engine.thread._take_inbox()
-            self.engine.thread.updates.advance(self.engine.thread)
-            self.engine.thread.step()
-            self.engine.scheduler.check_integrity()
-
-    def ready(self, source: Path, **options: Any) -> WeightUpdate:
-        """An update that is swapped in by the next step, or drains from there on."""
-        waiting = len(self.engine.thread._inbox)
-        update = self.engine.update_weights(source, **options)
-        while len(self.engine.thread._inbox) == waiting and update.stage != "failed":
-            time.sleep(0.001)
-        return update
-
-    async def finish(self) -> list[Completion]:
-        while not all(future.done() for future in self.running):
-            self.step()
-            await asyncio.sleep(0)
-        return [choice for future in self.running for choice in future.result()]
+def judge(snapshots: list[Path]) -> Iterator[Judge]:
+    with Judge(snapshots) as made:
+        yield made
 
 
 @pytest.fixture
@@ -112,10 +50,6 @@ def stepped(snapshots: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield make
     for each in made:
         each.engine.shutdown()
-
-
-def versions(done: Completion) -> list[int]:
-    return [token.weight_version for token in done.tokens]
 
 
 def test_keep_goes_on_with_the_old_keys_and_the_new_weights(

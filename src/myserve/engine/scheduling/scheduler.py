@@ -150,6 +150,7 @@ class Scheduler:
 
     def _start_over(self, concerns: Callable[[Request], bool]) -> list[Request]:
         """Preempt the requests that have no token yet, and return them and those that wait."""
+        self._preempt_lagging(concerns)
         restarted = [r for r in self.running if not r.num_output_tokens and concerns(r)]
         for request in restarted:
             self.running.remove(request)
@@ -158,6 +159,15 @@ class Scheduler:
         # one that was preempted in its prompt has a part of its scores by the old weights
         waiting = [r for r in self.waiting if not r.num_output_tokens and concerns(r)]
         return restarted + [r for r in waiting if r not in restarted]
+
+    def _preempt_lagging(self, concerns: Callable[[Request], bool]) -> None:
+        """Preempt the requests whose state lags behind their keys and values.
+
+        Their next step would compute the rows between once more, by other weights than these tokens are marked with.
+        """
+        for request in [r for r in self.running if r.state_lag and concerns(r)]:
+            self.running.remove(request)
+            self._preempt(request)
 
     # ---- planning a step
 
