@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -207,8 +208,13 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
 
 
 def check_options(instance: Any) -> None:
-    """Raise RequestError, naming the field, where one of a dataclass' options is out of its range."""
+    """Raise RequestError, naming the field, where one of a dataclass' options is out of its range.
+
+    A path becomes a text: an option says where something lies in the words of a command line.
+    """
     for name, declared in options_of(type(instance)).items():
+        if isinstance(value := getattr(instance, name), os.PathLike):
+            object.__setattr__(instance, name, os.fspath(value))
         try:
             declared.check(getattr(instance, name))
         except RequestError as error:

@@ -61,7 +61,7 @@ def test_all_servers_have_them_and_every_sample_says_so(two_urls: list[str]) -> 
             options = {"n": 2, "max_tokens": 8, "seed": 3}
             before = await sampler.sample_with_prompt_tokens(PROMPT, **options)
             assert [c.weight_version for c in before] == [0, 0]
-            reports = await sampler.update_weights("1")
+            reports = await sampler.update_weights(Path("1"))
             assert [(r["weight_version"], r["identity"]) for r in reports] == [(1, "1")] * 2
             after = await sampler.sample_with_prompt_tokens(PROMPT, **options)
             assert [c.weight_version for c in after] == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,3 +121,9 @@ def test_a_wrong_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> No
         Settings.read({}, {}, write(tmp_path / "wrong.yaml", text))
     with pytest.raises(RequestError, match="cannot be read"):
         Settings.read({}, {}, tmp_path / "missing.yaml")
+
+
+def test_a_path_is_as_good_as_its_text() -> None:
+    here: Any = Path("some") / "folder"
+    settings = Settings(models={"mine": here}, engine=EngineConfig(draft_model=here), weights_dir=here)
+    assert (settings.models["mine"], settings.engine.draft_model, settings.weights_dir) == (str(here),) * 3

@@ -52,7 +52,7 @@ def test_exact_forward_has_the_engines_bits(arch: str, tiny_model: Callable[[str
 
 def test_prompts_that_are_prefilled_in_chunks(tiny_model: Callable[[str], Path]) -> None:
     config = EngineConfig(prefill_chunk=16, num_blocks=64)
-    (row,) = measure_parity(str(tiny_model("qwen3")), [TEXT * 2], forwards=["exact_forward"], config=config)
+    (row,) = measure_parity(tiny_model("qwen3"), [TEXT * 2], forwards=["exact_forward"], config=config)
     assert row.equal_bits and row.positions > 48
 
 

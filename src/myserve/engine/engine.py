@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
 import time
 import weakref
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -126,7 +127,10 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, config: EngineConfig | None = None, reserve: Reserve | None = None
+        cls,
+        model: str | os.PathLike[str],
+        config: EngineConfig | None = None,
+        reserve: Reserve | None = None,
     ) -> Engine:
         """Load a path or hub id, in the calling thread. Raises UnsupportedModelError for what cannot be batched.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -218,7 +219,7 @@ class DeploymentSampler:
 
     async def update_weights(
         self,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         mode: Mode = "drain",
         partial: bool = False,
@@ -233,7 +234,7 @@ class DeploymentSampler:
         weights, "abort" ends them. Raises WeightUpdateError.
         """
         body: dict[str, Any] = {
-            "model": self.model, "path": path, "mode": mode, "partial": partial, "version": version,
+            "model": self.model, "path": os.fspath(path), "mode": mode, "partial": partial, "version": version,
             "checksum": checksum, "new_requests": new_requests, "reset_prompt_cache": reset_prompt_cache,
         }  # fmt: skip
         return await weights.update_weights(self.backend, body)

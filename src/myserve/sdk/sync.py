@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack
@@ -128,7 +129,7 @@ class SyncSampler:
         """Return the answers to questions about a state."""
         return run_sync(self._sampler.decide(state, questions, **options))
 
-    def update_weights(self, path: str, **options: Any) -> list[WeightsReport]:
+    def update_weights(self, path: str | os.PathLike[str], **options: Any) -> list[WeightsReport]:
         """Load weights from a folder in each server's weights directory."""
         return run_sync(_awaited(self._sampler.update_weights(path, **options)))
 

@@ -80,7 +80,7 @@ class Settings:
     ('mine',)
     """
 
-    models: Mapping[str, str]
+    models: Mapping[str, str]  # a pathlib.Path becomes a text
     preload: tuple[str, ...] | None = None  # None: all
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -263,6 +263,7 @@ class Settings:
         if not self.models:
             raise RequestError("no model to serve: name at least one", param="models")
         check_options(self)
+        object.__setattr__(self, "models", {name: os.fspath(path) for name, path in self.models.items()})
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
             raise RequestError(
                 "TLS needs a certificate: give ssl_certfile beside ssl_keyfile and ssl_ca_certs",

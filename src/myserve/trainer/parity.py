@@ -6,6 +6,7 @@ The engine's logits are taken where it scores a prompt: the rows that its own lo
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -80,7 +81,7 @@ class ParityRow:
 
 
 def measure_parity(
-    model: str,
+    model: str | os.PathLike[str],
     texts: Sequence[str],
     *,
     forwards: Sequence[TrainerForward] = get_args(TrainerForward),
@@ -92,6 +93,7 @@ def measure_parity(
     `model`: a folder or a hub id. A text longer than `most_tokens`, or than the engine's context, is cut into pieces.
     Raises RequestError where no text has two tokens, UnsupportedModelError for what the engine cannot load.
     """
+    model = os.fspath(model)
     engine = Engine.from_pretrained(model, config)
     try:
         length = min(most_tokens, engine.max_model_len)

@@ -35,7 +35,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An int8 checkpoint of a bfloat16 llama; its original is gone."""
     folder = tmp_path_factory.mktemp("int8")
     original = make_tiny_model("llama", folder / "original", dtype=torch.bfloat16)
-    write_int8(str(original), folder / "written")
+    write_int8(original, folder / "written")
     shutil.rmtree(original)
     return folder / "written"
 

@@ -50,6 +50,15 @@ def test_a_model_that_packs_wrongly_is_found_out(
         Engine.from_pretrained(str(tiny_model("llama")), SMALL)
 
 
+def test_a_path_is_as_good_as_its_text(tiny_model: Callable[[str], Path]) -> None:
+    folder = tiny_model("llama")
+    engines = [Engine.from_pretrained(model, SMALL) for model in (folder, str(folder))]
+    drawn = [run_one(engine, [1, 2, 3], max_tokens=4, seed=1).numbers for engine in engines]
+    assert drawn[0] == drawn[1]
+    for engine in engines:
+        engine.shutdown()
+
+
 def test_a_path_that_is_no_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError)):
         Engine.from_pretrained(str(tmp_path / "nothing"), SMALL)

@@ -93,7 +93,7 @@ class Reserve:
             return begin
 
 
-def begin(model: str, *, part: float = 1.0) -> Reserve | None:
+def begin(model: str | os.PathLike[str], *, part: float = 1.0) -> Reserve | None:
     """Start to fill a reserve for the checkpoint in a folder or in the hub's cache, and to read its files.
 
     `part`: how large its packed weights are of the checkpoint's size. None, and nothing happens, where there is no
@@ -111,9 +111,9 @@ def begin(model: str, *, part: float = 1.0) -> Reserve | None:
     return reserve
 
 
-def checkpoint_files(model: str) -> list[Path]:
+def checkpoint_files(model: str | os.PathLike[str]) -> list[Path]:
     """A folder's, or a hub id's in its cache, whose layout is documented: to ask its library is to import it."""
-    folder = Path(model)
+    folder, model = Path(model), os.fspath(model)
     if not folder.is_dir():
         home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")
         cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()

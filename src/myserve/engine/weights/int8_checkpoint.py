@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -192,12 +193,15 @@ class _Files:
 # --- writing -------------------------------------------------------------------------------------------------
 
 
-def write_int8(model: str, out: Path, *, trust_remote_code: bool = False) -> Path:
+def write_int8(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> Path:
     """Write an int8 checkpoint of a model, a path or hub id, into the new folder `out`, whole or not at all.
 
     Raises RequestError where `out` exists, BadCheckpointError for a model that is torn, UnsupportedModelError for one
     that is quantised already.
     """
+    model, out = os.fspath(model), Path(out)
     if out.exists():
         raise RequestError(f"{out} exists already; name a folder that does not", param="out")
     folder = checkpoint_folder(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -64,14 +65,14 @@ class LoadedModel:
     quantize: Literal["off", "int8"] = "off"  # what its linear layers, experts and output layer become
 
 
-def load(model: str, config: EngineConfig, reserve: Reserve | None = None) -> LoadedModel:
+def load(model: str | os.PathLike[str], config: EngineConfig, reserve: Reserve | None = None) -> LoadedModel:
     """Load `model`, a path or hub id, with our attention in place of its own. `reserve`: memory it has already.
 
     Raises UnsupportedModelError for a model that cannot be batched, BadCheckpointError for weights that are not whole,
     NotEnoughMemoryError for one that would not fit.
     """
     try:
-        return _load(model, config, reserve)
+        return _load(os.fspath(model), config, reserve)
     except (MyserveError, OSError, ImportError, MemoryError):
         raise
     except (
@@ -168,8 +169,9 @@ def _refuse_where_int8_cannot_run(device: torch.device, config: EngineConfig, wh
         )
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
+def load_tokenizer(model: str | os.PathLike[str], *, trust_remote_code: bool) -> Any:
     """Load the tokenizer of `model`, a path, hub id or GGUF file. Raises BadCheckpointError for one that is none."""
+    model = os.fspath(model)
     if is_gguf(model):
         return gguf_tokenizer(GgufFile(model))
     try:
