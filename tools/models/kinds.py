@@ -114,6 +114,7 @@ _ODD_CHANGES: Mapping[str, Mapping[str, Any]] = {
     "olmo_hybrid": {"linear_num_key_heads": 6},
     "diffllama": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20},
     "hrm_text": {"initializer_range": 0.05},  # its many passes make noise of larger weights, in float64 too
+    "minimax": {"block_size": 13},
     "mimo_v2_flash": {"num_attention_heads": 6},  # layers with a window have twice the heads of keys
     "qwen2_5_vl_text": {"rope_parameters": _ODD_MROPE},
     "qwen3_vl_text": {"rope_parameters": _ODD_MROPE | {"mrope_interleaved": True}},

@@ -7,8 +7,9 @@ forward and with each other.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from myserve.engine.batch_invariance.patch import products
 from myserve.engine.batch_invariance.quantized import QuantizedWeight
 from myserve.engine.mixers.attention_pass import ATTENTION_NAME
+from myserve.engine.mixers.recurrent_functions import calls_functions
+from myserve.engine.runner.layer_agreement import Forward, correlation, layers_agree
 from myserve.engine.runner.library_products import library_products
 from myserve.engine.runner.model_runner import ModelRunner
 from myserve.engine.scheduling.batch import Batch, ScheduledTokens
@@ -112,12 +115,13 @@ def is_batch_invariant(runner: ModelRunner, vocab_size: int) -> bool:
     prompts = _prompts(runner, vocab_size)
     own = _own_logits(runner.model, prompts)
     packed = _packed_logits(runner, prompts)
-    _compare(runner, "packed", packed, own)
+    _compare(runner, "packed", packed, own, prompts, lambda by: _packed_logits(runner, prompts, forward=by))
     alone = [
         _logits_alone(runner, prompts[0]),
         *(_packed_logits(runner, [prompt])[0] for prompt in prompts[1:]),
     ]
-    _compare(runner, "decoded", [alone[0][-DECODED:]], [own[0][-DECODED:]])
+    pair = [alone[0][-DECODED:]], [own[0][-DECODED:]]
+    _compare(runner, "decoded", *pair, prompts[:1], lambda by: _logits_alone(runner, prompts[0], forward=by))
     same = all(map(torch.equal, packed, alone)) and _verified_rows_leave_alone(runner, prompts[0], alone[0])
     if not runner.backend.packs:
         return same and _crowds_leave_alone(runner, prompts[0], alone[0], vocab_size)
@@ -145,8 +149,10 @@ def prove_beyond_windows(runner: ModelRunner, vocab_size: int) -> int:
     if not lengths:
         return 0
     prompt = _tokens(max(lengths), vocab_size, 3)
-    own = _own_logits(runner.model, [prompt], last=BEYOND)
-    _compare(runner, "run beyond its window", [_logits_alone(runner, prompt, last=BEYOND)], own)
+    pair = [_logits_alone(runner, prompt, last=BEYOND)], _own_logits(runner.model, [prompt], last=BEYOND)
+    _compare(
+        runner, "run beyond its window", *pair, [prompt], lambda by: _logits_alone(runner, prompt, forward=by)
+    )
     return len(prompt)
 
 
@@ -238,14 +244,49 @@ def _unrecorded(runner: ModelRunner, threads: int) -> Iterator[None]:
         steps.usable = usable
 
 
-def _compare(runner: ModelRunner, how: str, ours: Sequence[Tensor], own: Sequence[Tensor]) -> None:
-    """Raise UnsupportedModelError unless each sequence's logits [T, V] agree."""
-    agreement = min(_correlation(a, b) for a, b in zip(ours, own, strict=True))
-    if not agreement > AGREEMENT.get(runner.model.dtype, AGREEMENT_HALF):
-        raise UnsupportedModelError(
-            f"{type(runner.model).__name__} gives other logits {how} than alone (correlation {agreement:.3f}): it "
-            "keeps state, masks or positions of its own, so its requests cannot be batched; serve another model"
+def _compare(
+    runner: ModelRunner, how: str, ours: Sequence[Tensor], own: Sequence[Tensor], prompts: Sequence[list[int]],
+    steps: Callable[[Forward], object],
+) -> None:  # fmt: skip
+    """Raise UnsupportedModelError unless each sequence's logits [T, V] agree, or in half precision each layer does.
+
+    `steps(forward)` runs the steps of these prompts again, by another `forward`.
+    """
+    model, name = runner.model, type(runner.model).__name__
+    agreement = min(correlation(a, b) for a, b in zip(ours, own, strict=True))
+    if agreement > AGREEMENT.get(model.dtype, AGREEMENT_HALF):
+        return
+    if model.dtype != torch.float32 and runner.backend.packs and _each_layer_agrees(runner, prompts, steps):
+        log.info(
+            "%s in %s: each layer is its own; all of them have other logits %s than alone (correlation %.3f), for so "
+            "sensitive is it to rounding",
+            name,
+            str(model.dtype).removeprefix("torch."),
+            how,
+            agreement,
         )
+        return
+    raise UnsupportedModelError(
+        f"{name} gives other logits {how} than alone (correlation {agreement:.3f}): it "
+        "keeps state, masks or positions of its own, so its requests cannot be batched; serve another model"
+    )
+
+
+def _each_layer_agrees(
+    runner: ModelRunner, prompts: Sequence[list[int]], steps: Callable[[Forward], object]
+) -> bool:
+    model, plain = runner.model, functools.partial(runner.forward, replay=False)
+    mixers = {call.module: None for call in runner.structure.calls}
+    mixers |= {module: None for module in model.modules() if calls_functions(module)}
+    agree = layers_agree(
+        model,
+        mixers,
+        prompts,
+        lambda prompt: _own_logits(model, [prompt]),
+        lambda forced: steps(forced(plain)),
+    )
+    steps(plain)  # the cache has the keys of its own steps again, which later ones read
+    return agree
 
 
 def _prompts(runner: ModelRunner, vocab_size: int) -> list[list[int]]:
@@ -258,7 +299,9 @@ def _tokens(count: int, vocab_size: int, number: int) -> list[int]:
     return [(17 + 31 * i + 7 * number) % vocab_size for i in range(count)]
 
 
-def _logits_alone(runner: ModelRunner, prompt: list[int], last: int | None = None) -> Tensor:
+def _logits_alone(
+    runner: ModelRunner, prompt: list[int], last: int | None = None, *, forward: Forward | None = None
+) -> Tensor:
     """The logits of the last rows (None: of all), prefilled in pieces but for the last two, which are decoded.
 
     The blocks are counted from the end: nothing that was stored in another run stands where it is read.
@@ -271,7 +314,7 @@ def _logits_alone(runner: ModelRunner, prompt: list[int], last: int | None = Non
         batch = Batch()
         batch.add(ScheduledTokens(request, start, end - start))
         wanted = list(range(max(0, first - start), end - start)) or [end - start - 1]
-        logits = runner.forward(batch, wanted).clone()
+        logits = (forward or runner.forward)(batch, wanted).clone()
         _take_state(request)
         rows += [logits] if end > first else []
     return torch.cat(rows)
@@ -292,7 +335,9 @@ def _take_state(request: Request) -> None:
     request.state_slot, request.next_state_slot = request.next_state_slot, request.state_slot
 
 
-def _packed_logits(runner: ModelRunner, prompts: list[list[int]], stride: int = 1) -> list[Tensor]:
+def _packed_logits(
+    runner: ModelRunner, prompts: list[list[int]], stride: int = 1, *, forward: Forward | None = None
+) -> list[Tensor]:
     """The logits of every prompt, [T, V] each, from one step; of every `stride`th row."""
     batch = Batch()
     blocks = iter(range(runner.kv_cache.num_blocks))
@@ -302,7 +347,7 @@ def _packed_logits(runner: ModelRunner, prompts: list[list[int]], stride: int = 
         request.block_table = [next(blocks) for _ in range(0, len(prompt), runner.kv_cache.block_size)]
         wanted += range(batch.num_tokens, batch.num_tokens + len(prompt), stride)
         batch.add(ScheduledTokens(request, 0, len(prompt)))
-    logits = runner.forward(batch, wanted).clone()  # [wanted, V]
+    logits = (forward or runner.forward)(batch, wanted).clone()  # [wanted, V]
     return list(torch.split(logits, [-(-len(prompt) // stride) for prompt in prompts]))
 
 
@@ -326,9 +371,3 @@ def _attend_as_transformers(model: Any) -> None:
         model.set_attn_implementation("sdpa")
     except ValueError:
         model.set_attn_implementation("eager")
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:  # [T, V] each
-    """Correlate all logits of a sequence, each row about its own mean."""
-    a, b = (x.double() - x.double().mean(-1, keepdim=True) for x in (a, b))
-    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30))
