@@ -26,7 +26,7 @@ from support.display import Curve
 from support.policy import Policy
 from support.run_folder import RunError, folder_to_resume, new_folder
 from support.serving import Server
-from support.sums import HELD_OUT, MAX_TOKENS, question, reward, sums_of_step
+from support.sums import HELD_OUT, MAX_TOKENS, evenness, question, reward, sums_of_step
 from torch import Tensor
 
 from myserve.embedded import embedded_model_path
@@ -36,7 +36,10 @@ from tools.embedded_model.evaluate import accuracy
 
 Correction = Literal["kept", "mass", "none"]
 Quantize = Literal["off", "int8"]
-CHOICES = {"correction": get_args(Correction), "quantize": get_args(Quantize)}
+Reward = Literal["sum", "even"]
+CHOICES = {
+    "correction": get_args(Correction), "quantize": get_args(Quantize), "reward": get_args(Reward)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Config:
     temperature: float = 1.0
     top_p: float = 1.0
     correction: Correction = "kept"  # of truncated sampling (docs/training.md)
+    reward: Reward = "sum"  # even: of even token ids, which a model that cannot add draws as well
     exam_every: int = 5
     exam: int = 812  # held-out sums asked
     replay: bool = False  # a mixture of experts: the trainer uses the experts that the server used
@@ -98,6 +102,8 @@ async def rollouts(
 def rewards_of(config: Config, step: int, groups: Sequence[Completions]) -> Tensor:
     """Return the rewards [P, n] of a step's answers."""
     sums = sums_of_step(config.seed, step, config.prompts)
+    if config.reward == "even":
+        return torch.tensor([[evenness(answer) for answer in group] for group in groups])
     rows = [[reward(pair, answer) for answer in group] for pair, group in zip(sums, groups, strict=True)]
     return torch.tensor(rows)
 

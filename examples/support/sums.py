@@ -22,6 +22,11 @@ def reward(pair: Sum, answer: SampledCompletion) -> float:
     return float(answer.finish_reason == "stop" and answer.text == str(sum(pair)))
 
 
+def evenness(answer: SampledCompletion) -> float:
+    """Return the share of even token ids: a reward that a model of random weights has, too."""
+    return sum(token % 2 == 0 for token in answer.completion_tokens) / answer.completion_len
+
+
 def sums_of_step(seed: int, step: int, count: int) -> list[Sum]:
     """Return a step's sums, a function of seed and step: a resumed run asks what it would have asked."""
     return Random(f"{seed}/{step}").sample(PRACTICE, count)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from conftest import make_tiny_model
 
 
 def config(run: Path, **options: Any) -> Any:
@@ -80,6 +83,32 @@ def test_int8_rollouts_are_on_policy_to_the_last_bit_too(unbroken, tmp_path):
     assert [row["mismatch"] for row in rows[:2]] == [0.0, 0.0]
     assert rows[0]["kl_to_start"] == 0 and rows[2]["sampled"] != rows[0]["sampled"]
     assert rows[0]["loss"] != curve(unbroken)[0]["loss"]  # control: they are other numbers than float32's
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)  # two starts of a server
+def test_a_hybrid_is_on_policy_to_the_last_bit_while_its_weights_move(tmp_path, monkeypatch):
+    """Of random weights: it cannot add, so even token ids are its reward. The control: weights a step old."""
+    from grpo import train
+    from support.policy import Policy
+
+    model = make_tiny_model("qwen3_5_text", tmp_path / "hybrid")
+    small = {"model": str(model), "reward": "even", "n": 8, "learning_rate": 1e-2, "exam": 4}
+    rows = curve(asyncio.run(train(config(tmp_path / "run", **small))))
+    assert [row["mismatch"] for row in rows[:3]] == [0.0, 0.0, 0.0]
+    assert all(0 < row["reward"] < 1 and row["loss"] for row in rows[:3])
+    assert rows[0]["kl_to_start"] == 0 < rows[1]["kl_to_start"] < rows[2]["kl_to_start"]
+
+    def saves_the_first_again(self: Policy, folder: Path) -> None:
+        if not (first := folder.with_name("step-0000")).exists():
+            save(self, first)
+        elif folder != first:
+            shutil.copytree(first, folder)
+
+    save = Policy.save
+    monkeypatch.setattr(Policy, "save", saves_the_first_again)
+    rows = curve(asyncio.run(train(config(tmp_path / "stale", **small, steps=2))))
+    assert rows[0]["mismatch"] == 0 < rows[1]["mismatch"]
 
 
 def test_another_seed_is_another_curve(unbroken, tmp_path, embedded_url, weights_dir):
