@@ -198,6 +198,14 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         name: (name, _SMALL | _MLA | _MOE | _GROUPS | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 100})
         for name in ("axk2", "deepseek_v32", "glm_moe_dsa")
     },
+    # an index chooses blocks of keys
+    "minimax_m3_vl_text": (
+        "minimax_m3_vl_text",
+        _SMALL | {"head_dim": 8, "rotary_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"mlp_layer_types": ["dense", "sparse"], "dense_intermediate_size": 64, "shared_intermediate_size": 16}
+        | {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_topk_blocks": 5, "index_block_size": 20}
+        | {"index_n_heads": 2, "index_head_dim": 8},
+    ),
     # experts of attention and of the MLP that take rows sorted by expert, each by a product of its own
     "jetmoe": ("jetmoe", _SMALL | {"kv_channels": 12, "num_local_experts": 4, "num_experts_per_tok": 2}),
     # hyper-connections, which multiply by a parameter

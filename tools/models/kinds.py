@@ -51,6 +51,8 @@ _SIZES: Mapping[str, Any] = {
     "index_head_dim": 16,
     "index_n_heads": 4,
     "index_topk": 256,
+    "index_topk_blocks": 16,
+    "index_block_size": 16,
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
     "linear_num_key_heads": 2,
     **dict.fromkeys(("linear_key_head_dim", "linear_head_dim"), 12),
@@ -161,6 +163,7 @@ _MIXED = ["sliding_attention", "sliding_attention", "sliding_attention", "full_a
 _CHANGES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3", "glm4_moe_lite", "youtu"), _MLA),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "axk1", "axk2", "hy_v4"), _MLA | {"qk_head_dim": None}),
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_n_heads": 2},
     "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4, "ffn_hidden_size": 96, "zero_expert_num": 2},
     "bert": {"is_decoder": True},
     "roberta": {"is_decoder": True},

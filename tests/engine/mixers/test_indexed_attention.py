@@ -26,6 +26,7 @@ from runs import Asked, mixed_requests, run
 MakeEngine = Callable[..., Engine]
 LIMIT = 100
 PROMPT = [(3 + 7 * i) % 380 for i in range(75)]
+of_keys_and_of_blocks = pytest.mark.parametrize("arch", ["deepseek_v32", "minimax_m3_vl_text"])
 
 
 def numbers(engine: Engine, asked: list[Asked]) -> list[list[tuple[int, float, float]]]:
@@ -35,7 +36,9 @@ def numbers(engine: Engine, asked: list[Asked]) -> list[list[tuple[int, float, f
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype"), [("deepseek_v32", "bfloat16"), ("glm_moe_dsa", "float32")], ids=str
+    ("arch", "dtype"),
+    [("deepseek_v32", "bfloat16"), ("glm_moe_dsa", "float32"), ("minimax_m3_vl_text", "bfloat16")],
+    ids=str,
 )
 def test_alone_together_chunked_and_drafted_a_request_has_the_same_bits_and_a_trainer_too(
     arch: str, dtype: str, make_engine: MakeEngine, tiny_model: Callable[[str], Path]
@@ -58,25 +61,29 @@ def test_alone_together_chunked_and_drafted_a_request_has_the_same_bits_and_a_tr
     assert exact_logprobs(logits, torch.tensor([*ids[0], *ids[1]])).tolist()[4:] == wanted
 
 
-def test_the_last_token_before_the_limit_is_transformers(tiny_model: Callable[[str], Path]) -> None:
-    engine = Engine.from_pretrained(str(tiny_model("deepseek_v32")), EngineConfig(num_blocks=16))
+@of_keys_and_of_blocks
+def test_the_last_token_before_the_limit_is_transformers(
+    arch: str, tiny_model: Callable[[str], Path]
+) -> None:
+    engine = Engine.from_pretrained(tiny_model(arch), EngineConfig(num_blocks=16))
     try:
         params = SamplingParams(max_tokens=LIMIT - len(PROMPT), temperature=0, ignore_eos=True)
         ((completion,),) = run(engine, [Asked(PROMPT, params)])
     finally:
         engine.shutdown()
-    own = AutoModelForCausalLM.from_pretrained(tiny_model("deepseek_v32")).eval()
+    own = AutoModelForCausalLM.from_pretrained(tiny_model(arch)).eval()
     own.generation_config.eos_token_id = None
     ids = own.generate(torch.tensor([PROMPT]), max_new_tokens=LIMIT - len(PROMPT), do_sample=False)[0]
     assert completion.ids == ids[len(PROMPT) :].tolist()
 
 
+@of_keys_and_of_blocks
 @torch.inference_mode()
 def test_control_beyond_the_limit_attention_to_all_keys_is_another_model(
-    tiny_model: Callable[[str], Path],
+    arch: str, tiny_model: Callable[[str], Path]
 ) -> None:
     ids = torch.tensor([[(3 + 7 * i) % 380 for i in range(LIMIT + 20)]])
-    own = AutoModelForCausalLM.from_pretrained(tiny_model("deepseek_v32")).eval()
+    own = AutoModelForCausalLM.from_pretrained(tiny_model(arch)).eval()
     wanted = own(ids, use_cache=False).logits[0]
     ours = exact_forward(own)(ids, use_cache=False).logits[0]
     torch.testing.assert_close(ours[:LIMIT], wanted[:LIMIT], rtol=1e-3, atol=1e-3)
@@ -103,8 +110,9 @@ def test_the_limit_is_told_and_kept(
     assert "limit" not in make_engine("llama").exactness
 
 
-def test_a_trainers_longer_context_is_refused(tiny_model: Callable[[str], Path]) -> None:
-    model: Any = exact_forward(AutoModelForCausalLM.from_pretrained(tiny_model("glm_moe_dsa")).eval())
+@pytest.mark.parametrize("arch", ["glm_moe_dsa", "minimax_m3_vl_text"])
+def test_a_trainers_longer_context_is_refused(arch: str, tiny_model: Callable[[str], Path]) -> None:
+    model: Any = exact_forward(AutoModelForCausalLM.from_pretrained(tiny_model(arch)).eval())
     assert model(torch.tensor([[5] * LIMIT])).logits.shape[1] == LIMIT
     with pytest.raises(RequestError, match="position 100 is beyond the 100 tokens"):
         model(torch.tensor([[5] * (LIMIT + 1)]))

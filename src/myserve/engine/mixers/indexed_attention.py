@@ -1,8 +1,8 @@
 """Attention whose keys an index chooses is attention over all of them, in contexts that the index takes whole.
 
-DeepSeek-V3.2 and what follows it (GLM-5, A.X K2, HY-V4) let an index choose `index_topk` keys for every query. Where no
-more are there, it chooses all: then its scores decide nothing, and are not computed. Contexts end there, therefore
-(`index_limit`); decision 0108 says why.
+DeepSeek-V3.2 and what follows it (GLM-5, A.X K2, HY-V4) let an index choose `index_topk` keys for every query, MiniMax
+M3 `index_topk_blocks` blocks of keys. Where no more are there, it chooses all: then its scores decide nothing, and are
+not computed. Contexts end there, therefore (`index_limit`); decision 0108 says why.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from myserve.errors import RequestError
 
 __all__ = ["INDEXED", "index_limit", "select_all"]
 
-INDEXED = "indexed_attention"  # as configs call such layers
+_KEYS, _BLOCKS = "indexed_attention", "minimax_m3_sparse"
+INDEXED = frozenset((_KEYS, _BLOCKS))  # as configs call such layers
 _THEIRS = ("sdpa", "eager")  # attention that takes the index as a mask, and needs it
 
 
@@ -29,8 +30,10 @@ def index_limit(config: Any) -> int | None:
     >>> index_limit(AutoConfig.for_model("deepseek_v32", index_topk=2048)), index_limit(AutoConfig.for_model("llama"))
     (2048, None)
     """
-    topk = getattr(config, "index_topk", None)
-    return topk if isinstance(topk, int) and INDEXED in (getattr(config, "layer_types", None) or ()) else None
+    layers, topk = getattr(config, "layer_types", None) or (), getattr(config, "index_topk", None)
+    if _BLOCKS in layers:
+        return int(config.index_topk_blocks * config.index_block_size)
+    return topk if isinstance(topk, int) and _KEYS in layers else None
 
 
 def select_all(model: nn.Module) -> int:
@@ -44,15 +47,19 @@ def select_all(model: nn.Module) -> int:
     found: list[Any] = [module for module in model.modules() if _has_index(module)]
     for mixer in found:
         mixer.indexer.forward = MethodType(_selecting(mixer.indexer.forward), mixer.indexer)
-        mixer.forward = MethodType(_with_a_mask(mixer.forward), mixer)
+        if not _chooses_blocks(mixer.indexer):
+            mixer.forward = MethodType(_with_a_mask(mixer.forward), mixer)
     return len(found)
 
 
 def _has_index(mixer: Any) -> bool:
     indexer: Any = getattr(mixer, "indexer", None)
-    return isinstance(getattr(indexer, "index_topk", None), int) and not hasattr(
-        indexer.forward, "selects_all"
-    )
+    is_one = isinstance(getattr(indexer, "index_topk", None), int) or _chooses_blocks(indexer)
+    return is_one and not hasattr(indexer.forward, "selects_all")
+
+
+def _chooses_blocks(indexer: Any) -> bool:
+    return isinstance(getattr(indexer, "topk_blocks", None), int)
 
 
 def _selecting(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -60,7 +67,8 @@ def _selecting(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if self.config._attn_implementation in _THEIRS:
             return theirs(hidden_states, *args, **kwargs)
         if not torch.is_inference_mode_enabled():  # a trainer's; the engine's contexts end before
-            _refuse_beyond(self.index_topk, args)
+            whole = self.topk_blocks * self.block_size if _chooses_blocks(self) else self.index_topk
+            _refuse_beyond(whole, args)
         # the chosen keys of each row, which our attention does not look at
         return torch.empty(*hidden_states.shape[:2], 0, dtype=torch.int32, device=hidden_states.device)
 
@@ -68,12 +76,12 @@ def _selecting(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
-def _refuse_beyond(topk: int, args: tuple[Any, ...]) -> None:
-    """`args` of an index: what is left of the query, angles, mask, and positions [B, T] where its layer has them."""
-    positions = args[3] if len(args) > 3 else None
-    if positions is not None and int(positions.max()) >= topk:
+def _refuse_beyond(whole: int, args: tuple[Any, ...]) -> None:
+    """`args` of an index: tensors and caches, and at last the positions [B, T] where its layer has them."""
+    positions = args[-1] if args else None
+    if isinstance(positions, Tensor) and not positions.is_floating_point() and int(positions.max()) >= whole:
         raise RequestError(
-            f"position {int(positions.max())} is beyond the {topk} tokens that this model's index takes whole; "
+            f"position {int(positions.max())} is beyond the {whole} tokens that this model's index takes whole; "
             "longer contexts are not computed here"
         )
 

@@ -297,7 +297,7 @@ def refuse_what_cannot_be_packed(config: Any) -> None:
         raise UnsupportedModelError(
             f"{config.model_type} is an encoder-decoder; only causal models can be served"
         )
-    known = _LAYER_TYPES if index_limit(config) is None else _LAYER_TYPES | {INDEXED}
+    known = _LAYER_TYPES if index_limit(config) is None else _LAYER_TYPES | INDEXED
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if strange:
         raise UnsupportedModelError(
