@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from myserve.engine.batch_invariance import pointwise, vml_warmup
 from myserve.engine.batch_invariance.activations import install_activations, reference
 from myserve.engine.batch_invariance.fusion import NormKind, norm_kind
+from myserve.engine.batch_invariance.gated_norms import GatedNormKind, gated_norm_kind
 from myserve.engine.batch_invariance.grouped_linear import is_grouped_linear
 from myserve.engine.batch_invariance.left_factors import MATMULS, multiplies_from_the_left, times_columns
 from myserve.engine.batch_invariance.linear import PackedWeight
@@ -106,6 +107,8 @@ def exact_forward(
             )
         elif (norm := norm_kind(module)) is not None:
             _replace_forward(module, _norm_forward(*norm))
+        elif (gated := gated_norm_kind(module)) is not None:
+            module.forward = MethodType(_gated_norm_forward(module.forward, gated), module)
         elif own_matrices(module):
             module.forward = _under(_ExactProducts("off"), module.forward)
         elif is_grouped_linear(module):
@@ -206,6 +209,31 @@ class _Norm(torch.autograd.Function):
         with torch.enable_grad():
             out = ctx.kind.reference(x, weight, ctx.eps)
             return *torch.autograd.grad(out, (x, weight), grad), None, None
+
+
+def _gated_norm_forward(theirs: Callable[..., Tensor], kind: GatedNormKind) -> Callable[..., Tensor]:
+    def forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None:
+            return theirs(hidden_states)
+        out: Tensor = _GatedNorm.apply(hidden_states, gate, self.weight, kind)  # type: ignore[no-untyped-call]
+        return out
+
+    return forward
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, kind: GatedNormKind) -> Tensor:
+        ctx.save_for_backward(x, gate, weight)
+        ctx.kind = kind
+        return kind.fused(x, gate, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        with torch.enable_grad():
+            return *torch.autograd.grad(ctx.kind.reference(*saved), saved, grad), None
 
 
 def _activation(name: str, x: Tensor) -> Tensor:

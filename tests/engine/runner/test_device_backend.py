@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tests.engine.test_exactness as proofs
@@ -88,7 +88,7 @@ class Reruns:
 
     ahead = None  # nothing is recorded ahead of use, as with graphs
 
-    def __init__(self) -> None:
+    def __init__(self, _: nn.Module) -> None:
         self.replayed = 0
         self._out: Tensor | None = None
 

@@ -154,9 +154,38 @@ def test_what_nobody_reads_is_not_made_again() -> None:
 
     recording = Recording(forward, Pool())
     names = [part.func.__name__ for part in recording._parts if isinstance(part, Operation)]
-    assert names == ["sin.default", "exp.default", "add_.Tensor", "sum.default", "mul.Tensor"]
+    assert names == ["sin.default", "exp.default", "add_.Tensor", "sum.default"]
     x.copy_(torch.randn(5, 64))
     assert torch.equal(recording.replay().clone(), forward()) and counter == 3
+
+
+@torch.inference_mode()
+def test_what_follows_from_weights_alone_is_computed_once_and_anew_in_a_new_recording() -> None:
+    rate, x = torch.randn(6), torch.randn(4, 6)
+
+    def forward() -> Tensor:
+        return x * -rate.double().exp().float()
+
+    recording = Recording(forward, Pool(), weights=[rate])
+    assert all(isinstance(part, Launches) for part in recording._parts)
+    x.copy_(torch.randn(4, 6))
+    before = forward()
+    assert torch.equal(recording.replay(), before)
+    rate.copy_(torch.randn(6))
+    assert torch.equal(recording.replay(), before), "a recording holds what the weights were"
+    assert torch.equal(Recording(forward, Pool(), weights=[rate]).replay(), forward())
+
+    control = Recording(forward, Pool())  # of tensors that may change
+    assert any(isinstance(part, Operation) for part in control._parts)
+    rate.copy_(torch.randn(6))
+    assert torch.equal(control.replay(), forward())
+
+
+@torch.inference_mode()
+def test_what_changes_a_weights_result_in_place_cannot_be_recorded() -> None:
+    rate = torch.randn(6)
+    with pytest.raises(NotRecordableError, match="changes what the weights give"):
+        Recording(lambda: rate.exp().mul_(2), Pool(), weights=[rate])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

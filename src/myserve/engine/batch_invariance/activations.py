@@ -1,7 +1,7 @@
 """A model's activation functions by kernels of our own, whether it calls them as modules or in its own code.
 
 PyTorch's sigmoid, GELU, SiLU, mish and softplus give an element other bits in a vector than at the end of a thread's
-share (`kernels.activations`). A module that is one of them gets our kernel as its forward. Any other module whose code
+share (`kernels`). A module that is one of them gets our kernel as its forward. Any other module whose code
 calls one of them runs its forward under `ExactFunctions`, which answers these calls and no others. A product of complex
 numbers is such a function, too: RoPE as Llama 4 and DeepSeek-V2 write it.
 """
@@ -25,7 +25,7 @@ from myserve.engine.batch_invariance import pointwise
 
 __all__ = ["ExactFunctions", "activation_of", "calls_activations", "install_activations", "reference"]
 
-Apply = Callable[[str, Tensor], Tensor]  # one of `kernels.activations.ACTIVATIONS`, of each element
+Apply = Callable[[str, Tensor], Tensor]  # one of `kernels.elements.activations.ACTIVATIONS`, of each element
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
@@ -182,7 +182,7 @@ def _are_complex(args: tuple[Any, ...]) -> bool:
 class ExactFunctions(TorchFunctionMode):
     """Answers PyTorch's activation functions on CPU tensors by our kernels, inside the block.
 
-    `apply` computes one of `kernels.activations` by its name: the engine's is `pointwise.activation`, the trainer's
+    `apply` computes one of `ACTIVATIONS` by its name: the engine's is `pointwise.activation`, the trainer's
     has gradients. What is asked for with an `out`, and what lies on another device, stays PyTorch's.
 
     >>> with ExactFunctions(pointwise.activation):

@@ -31,7 +31,13 @@ __all__ = [
     "products_of_one_input",
 ]
 
-_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# In the order in which a module calls them
+_SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    ("in_proj_qkvz", "in_proj_ba"),
+)
 _GATE_SOURCE = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -165,16 +171,20 @@ def fuse_rotary(model: nn.Module) -> None:
         file = sys.modules[name]
         theirs = getattr(file, _ROTARY, None)
         if theirs is not None and not hasattr(theirs, "before_fusion") and _rotates_halves(theirs):
-            setattr(file, _ROTARY, _rotary_before(theirs))
+            setattr(file, _ROTARY, _rotary_before(theirs, takes_parts=_rotates_halves(theirs, beyond=4)))
 
 
-def _rotary_before(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _rotary_before(theirs: Callable[..., Any], *, takes_parts: bool) -> Callable[..., Any]:
+    """`takes_parts`: where angles are fewer than a head has numbers, the rest of the head stays."""
+
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
         known = unsqueeze_dim == 1 and q.dim() == 4 and q.shape[0] == 1 and cos.dim() == 3
-        whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1] and cos.shape[0] == 1
-        if not (known and whole and torch.is_inference_mode_enabled() and pointwise.is_ours(q, k, cos, sin)):
+        (dim, angles), same = (q.shape[-1], cos.shape[-1]), q.shape[-1] == k.shape[-1]
+        fits = same and sin.shape == cos.shape and cos.shape[0] == 1
+        fits = fits and (angles == dim or (takes_parts and angles < dim))
+        if not (known and fits and torch.is_inference_mode_enabled() and pointwise.is_ours(q, k, cos, sin)):
             rotated: tuple[Tensor, Tensor] = theirs(q, k, cos, sin, unsqueeze_dim)
             return rotated
         query, key = pointwise.rotate(q[0], k[0], cos[0], sin[0])
@@ -184,10 +194,14 @@ def _rotary_before(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
-def _rotates_halves(function: Callable[..., Any]) -> bool:
-    """Return whether a function has the usual signature and, on random numbers, the bits of `pointwise.rotate`."""
+def _rotates_halves(function: Callable[..., Any], *, beyond: int = 0) -> bool:
+    """Return whether a function has the usual signature and, on random numbers, the bits of `pointwise.rotate`.
+
+    `beyond`: how many numbers a head has more than angles.
+    """
     generator = torch.Generator().manual_seed(0)
-    q, k, cos, sin = (torch.randn(1, n, 3, 8, generator=generator).bfloat16() for n in (4, 2, 1, 1))
+    widths = (4, 8 + beyond), (2, 8 + beyond), (1, 8), (1, 8)
+    q, k, cos, sin = (torch.randn(1, n, 3, width, generator=generator).bfloat16() for n, width in widths)
     try:
         theirs = function(q, k, cos[:, 0], sin[:, 0])
     except (TypeError, RuntimeError, IndexError):

@@ -146,7 +146,8 @@ class PackedWeight:
         rows, size = values.numel() // self._inner, out.element_size()
         if rows == 0:
             return
-        threads = threads_for(rows * self.out_features * self._inner // 16)
+        # a few rows take what reading the weights takes: 8, as long as one
+        threads = threads_for(max(rows, 8) * self.out_features * self._inner // 16)
         self._kernel(
             threads, x=values.data_ptr(), x_row=size * self._inner, weight=self.weight.data_ptr(),
             bias=self.bias.data_ptr(), out=out.data_ptr(), out_row=size * self.out_features, rows=rows,

@@ -26,6 +26,7 @@ from myserve.engine.batch_invariance.fusion import (
     fuse_rotary,
     products_of_one_input,
 )
+from myserve.engine.batch_invariance.gated_norms import fuse_gated_norms
 from myserve.engine.batch_invariance.grouped_linear import GroupedLinear, is_grouped_linear
 from myserve.engine.batch_invariance.left_factors import LeftFactor, has_heads, pack_left_factors
 from myserve.engine.batch_invariance.linear import JoinedWeights, PackedWeight, multiply_each
@@ -185,7 +186,7 @@ def make_exact(
     install_activations(model)
     fuse_gates(model)
     fuse_rotary(model)
-    norms = fuse_norms(model)
+    norms = fuse_norms(model) + fuse_gated_norms(model)
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     unit = bfloat16_unit() if half else "lanes"
     report = ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=norms)

@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE, activations and their gates, sums and row lookup by our kernels; CPU, bfloat16 or float32.
+"""Norms, RoPE, activations and their gates, sums and row lookup by our kernels; CPU, bfloat16 or float32.
 
 Each gives the bits of the tensor operations that a model of transformers spells out, but for the order of a norm's sum
 and for activations, which PyTorch computes otherwise at the end of a thread's share (`activations`).
@@ -6,20 +6,23 @@ and for activations, which PyTorch computes otherwise at the end of a thread's s
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from myserve.engine.kernels.activations import activation_kernel
-from myserve.engine.kernels.launch import threads_for
-from myserve.engine.kernels.pointwise import (
+from myserve.engine.kernels.elements.activations import activation_kernel
+from myserve.engine.kernels.elements.gated_norm import gated_norm_kernel, scratch_bytes
+from myserve.engine.kernels.elements.pointwise import (
     ROWS,
     add_kernel,
     gather_kernel,
     norm_kernel,
     rotate_kernel,
 )
+from myserve.engine.kernels.launch import this_thread, threads_for
 
-__all__ = ["activation", "add", "gather", "is_ours", "rms_norm", "rotate"]
+__all__ = ["activation", "add", "gated_norm", "gather", "is_ours", "rms_norm", "rotate"]
 
 
 def is_ours(*tensors: Tensor) -> bool:
@@ -56,8 +59,34 @@ def rms_norm(
     return out
 
 
+def gated_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, groups: int = 1, act: Literal["silu", "sigmoid"] = "silu",
+    gates_first: bool = False, rounds_first: bool = True,
+) -> Tensor:  # fmt: skip
+    """Return norm(x) * weight * act(gate), in float32; all [..., D] but the weight [D], each of `groups` normed alone.
+
+    `gates_first`: norm(x * act(gate)) * weight. `rounds_first`: what is normed is rounded to x's type before it is
+    multiplied by the weight, and the product again.
+
+    >>> gated_norm(torch.tensor([3.0, 4.0]), torch.tensor([100.0, 200.0]), torch.ones(2), 0.0, act="sigmoid")
+    tensor([0.8485, 1.1314])
+    """
+    weight, gate = (y if y.dtype == x.dtype else y.to(x.dtype) for y in (weight, gate))
+    (x, (rows, x_row)), (gate, (_, gate_row)) = _flat(x), _flat(gate)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    size, width = x.element_size(), x.shape[-1] // groups
+    threads, per_thread = _threads(2 * rows, groups * width), -(-scratch_bytes(width) // 64) * 64
+    gated_norm_kernel(x.dtype)(
+        threads, x=x.data_ptr(), x_row=size * x_row, gate=gate.data_ptr(), gate_row=size * gate_row,
+        weight=weight.data_ptr(), out=out.data_ptr(), rows=rows, groups=groups, width=width, gates_first=gates_first,
+        rounds_first=rounds_first, is_sigmoid=act == "sigmoid", scratch=this_thread().scratch(per_thread * threads),
+        scratch_thread=per_thread, eps=eps,
+    )  # fmt: skip
+    return out
+
+
 def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply RoPE by halves: query [H, T, D], key [Hkv, T, D], cosine and sine [T, D].
+    """Apply RoPE by halves: query [H, T, D], key [Hkv, T, D], cosine and sine [T, R]; R <= D, what lies beyond stays.
 
     >>> x = torch.tensor([[[1.0, 2.0]]])
     >>> rotate(x, x, torch.zeros(1, 2), torch.ones(1, 2))[0]
@@ -71,15 +100,15 @@ def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Te
         _threads(tokens, (heads + key_heads) * dim),
         query=query.data_ptr(), query_token=size * query.stride(1), query_head=size * query.stride(0),
         key=key.data_ptr(), key_token=size * key.stride(1), key_head=size * key.stride(0),
-        cosine=cosine.data_ptr(), sine=sine.data_ptr(), angle_row=size * dim,
+        cosine=cosine.data_ptr(), sine=sine.data_ptr(), angle_row=size * cosine.shape[1],
         query_out=query_out.data_ptr(), key_out=key_out.data_ptr(),
-        tokens=tokens, query_heads=heads, key_heads=key_heads, head_dim=dim,
+        tokens=tokens, query_heads=heads, key_heads=key_heads, head_dim=dim, rotary_dim=cosine.shape[1],
     )  # fmt: skip
     return query_out.transpose(0, 1), key_out.transpose(0, 1)
 
 
 def activation(name: str, x: Tensor, up: Tensor | None = None) -> Tensor:
-    """Apply one of `kernels.activations` to each element of x, and multiply by `up` where one is given: [..., D].
+    """Apply one of `ACTIVATIONS` to each element of x, and multiply by `up` where one is given: [..., D].
 
     The activation is rounded to x's type before it is multiplied, as in `act(gate) * up`. CPU; bfloat16 or float32,
     others by way of float32, as PyTorch has it.

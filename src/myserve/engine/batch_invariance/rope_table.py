@@ -86,6 +86,9 @@ def _looked_up(module: Any, positions: int, dtype: torch.dtype, device: torch.de
     tables = {layer: _tables(theirs, x, layer, kind, positions) for layer, kind in types.items()}
 
     def forward(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        # of text, a position that grids have (time, height, width) is one number seen three times
+        if position_ids.dim() == 3 and position_ids.stride(0) == 0:
+            position_ids = position_ids[0]
         if x.dtype != dtype or position_ids.dim() != 2:
             return theirs(x, position_ids, *([layer_type] if layer_type else []))
         if not torch.is_inference_mode_enabled() and int(position_ids.max()) >= positions:  # a trainer's

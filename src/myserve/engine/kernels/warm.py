@@ -16,9 +16,11 @@ from functools import partial
 import torch
 
 from myserve.core.compiled import fast_path
-from myserve.engine.kernels import cache_folder, pointwise
-from myserve.engine.kernels.activations import activation_kernel
+from myserve.engine.kernels import cache_folder
 from myserve.engine.kernels.attend import attend_kernel
+from myserve.engine.kernels.elements import pointwise
+from myserve.engine.kernels.elements.activations import activation_kernel
+from myserve.engine.kernels.elements.elementwise import elementwise_kernel
 from myserve.engine.kernels.gemm import linear_kernel
 from myserve.engine.kernels.int8.gemm import linear_int8_kernel
 from myserve.engine.kernels.int8.rounding import quantize_kernel
@@ -78,7 +80,7 @@ def _make_ready(work: _Work, running: StartPhase, beside: subprocess.Popen[bytes
 
 def _work(dtypes: tuple[torch.dtype, ...], *, int8: bool = False) -> _Work:
     """Return what is to be made ready, by its name; the sampler last."""
-    work: _Work = [("replay", replay_kernel)]
+    work: _Work = [("replay", replay_kernel), ("tensor operations", elementwise_kernel)]
     for dtype in dtypes:
         work += [
             ("attention", partial(attend_kernel, dtype)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from myserve.engine.kernels.attend import BLOCK_SIZE
 from myserve.engine.mixers import attention
@@ -46,8 +46,8 @@ class DeviceBackend:
     block_size: int  # tokens of a page
     pages: DevicePages | None  # None: the cache is our CPU kernels'
     packs: bool  # whether products are our CPU kernels', exact by construction
-    # records steps, with memory of its own; None: steps run as they are
-    recorder: Callable[[], Record] | None
+    # records a model's steps, with memory of its own; None: steps run as they are
+    recorder: Callable[[nn.Module], Record] | None
     # how many rows each forward pass has, to be tried in order; 0: as many as there are
     settings: tuple[int, ...]
 
@@ -98,7 +98,7 @@ def device_backend(heads: Heads, device: torch.device, varlen: VarlenAttention |
         block_size=PLAIN_BLOCK if flash is None else FLASH_BLOCK,
         pages=DevicePages(flash),
         packs=False,
-        recorder=None if flash is None or device.type != "cuda" else lambda: Graphs(device, MOST_REQUESTS),
+        recorder=None if flash is None or device.type != "cuda" else lambda _: Graphs(device, MOST_REQUESTS),
         settings=(0, FIXED_ROWS),
     )
 

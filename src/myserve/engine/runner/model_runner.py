@@ -139,7 +139,7 @@ class ModelRunner:
         if self.backend.packs and (self.exact_report.mode == "off" or self.exact_report.experts):
             recorder = None
         inputs = StepInputs.of(largest, self.kv_cache, self._max_blocks, with_adapters=with_adapters)
-        return RecordedSteps(self._run_model, inputs, recorder and recorder(), shapes)
+        return RecordedSteps(self._run_model, inputs, recorder and recorder(self.model), shapes)
 
     def add(self, request: Request, row: RowState, params: SamplingParams) -> None:
         """Take up a request's sampling state."""

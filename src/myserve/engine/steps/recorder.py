@@ -14,21 +14,23 @@ import ctypes
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from myserve.engine.batch_invariance import pointwise
 from myserve.engine.kernels.launch import KernelScratch, recording
 from myserve.engine.steps.launches import Operation, Taken, TensorPlace, parts, storage, without_dead_calls
+from myserve.engine.steps.tensor_operations import launch_instead, launch_like
 
 __all__ = ["PAGE", "InterruptedRecordingError", "NotRecordableError", "Pool", "Recorder", "Recording"]
 
 PAGE = 4096  # bytes
+MOST_KEPT = 16 << 10  # bytes of a result that follows from weights alone
 TOUCHED_AT_ONCE = 4 << 20  # bytes: some 4 ms on a virtual machine, for which a request may wait
 
 _aten = torch.ops.aten
@@ -122,9 +124,13 @@ def _aligned(block: Tensor) -> int:
 class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
     """Run a forward pass and add each tensor operation that is not a kernel's call to the list of calls."""
 
-    def __init__(self, calls: list[Any], pool: Pool, is_over: Callable[[], bool]) -> None:
+    def __init__(
+        self, calls: list[Any], pool: Pool, is_over: Callable[[], bool], weights: Iterable[Tensor]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls, self.pool, self.is_over = calls, pool, is_over
+        # by storage: weights, and what was computed of them alone, which has to live as long as the recording
+        self.constants = {storage(weight): weight for weight in weights}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -138,14 +144,21 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
             )
         if func in _LOOKS_AT_DATA:
             raise NotRecordableError(str(func))
+        if self._follows_from_weights(func, args, kwargs) and self._is_kept(out := func(*args, **kwargs)):
+            return out
         with self:
-            ours = _by_a_kernel(func, args, kwargs)
+            ours = launch_instead(func, args, kwargs)
         if ours is not None:
             return ours
         out = func(*args, **kwargs)
         operation = Operation.of(func, args, kwargs, out)
         if operation.does_nothing:
             return out
+        if operation.places == [0] and isinstance(out, Tensor):
+            with self:
+                ours = launch_like(func, args, kwargs, out)
+            if ours is not None:
+                return ours
         out = operation.move_into(self.pool, out)
         self.calls += [*map(Taken, operation.writes()), operation]
         return out
@@ -154,33 +167,23 @@ class _RecordingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.calls.append(Taken(storage(x)))
         return x
 
+    def _follows_from_weights(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether an operation's result does: then it is computed once, when it is recorded."""
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        known = [storage(x) in self.constants for x in given]
+        if func._schema.is_mutable:
+            if known[:1] == [True]:
+                raise NotRecordableError(f"{func} changes what the weights give")
+            return False
+        return bool(given) and all(known)
 
-def _by_a_kernel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Run an operation by a kernel of ours, which has its bits and replays without Python; None where there is none."""
-    if func is _aten.add.Tensor and not kwargs and _adds_like_with_like(*args):
-        return pointwise.add(*args)
-    if func is _aten.embedding.default and _has_rows(*args[:2]):
-        return pointwise.gather(*args[:2])
-    if func is _aten.index.Tensor and args[0].shape[0] == 1 and len(args[1]) == 2 and args[1][0] is None:
-        table, indices = args[0][0], args[1][1]  # x[:, indices]
-        if _has_rows(table, indices):
-            return pointwise.gather(table, indices)[None]
-    return None
-
-
-def _has_rows(table: Tensor, indices: Tensor) -> bool:
-    return (
-        table.dim() == 2 and table.is_contiguous() and pointwise.is_ours(table)
-        and indices.dtype == torch.int64 and indices.is_contiguous()
-    )  # fmt: skip
-
-
-def _adds_like_with_like(a: Any, b: Any) -> bool:
-    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return (
-        tensors and a.shape == b.shape and a.dim() > 0 and a.is_contiguous() and b.is_contiguous()
-        and pointwise.is_ours(a, b)
-    )  # fmt: skip
+    def _is_kept(self, out: Any) -> bool:
+        """Keep what was made of weights, unless it is large: every recording has its own."""
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if any(storage(x) not in self.constants and x.nbytes > MOST_KEPT for x in made):
+            return False
+        self.constants.update({storage(x): x for x in made})
+        return True
 
 
 class Recording:
@@ -199,14 +202,20 @@ class Recording:
         *,
         runs: bool = True,
         is_over: Callable[[], bool] = lambda: False,
+        weights: Iterable[Tensor] = (),
     ) -> None:
-        """Without `runs` no kernel is run: `out` has no meaning before the first replay, and nothing was computed.
+        """`weights`: what is the same in every replay, and what is computed of it alone.
+
+        Without `runs` no kernel is run: `out` has no meaning before the first replay, and nothing was computed.
 
         Raises NotRecordableError, and InterruptedRecordingError as soon as `is_over` returns True.
         """
-        with recording(pool.scratch, runs=runs) as calls, _RecordingMode(calls, pool, is_over):
+        with (
+            recording(pool.scratch, runs=runs) as calls,
+            _RecordingMode(calls, pool, is_over, weights) as mode,
+        ):
             out = forward()
-        self._pool = pool
+        self._pool, self._constants = pool, mode.constants
         self._parts = parts(without_dead_calls(calls, out, pool))
         self.out = TensorPlace(out).tensor() if pool.has(storage(out)) else out
 
@@ -218,21 +227,24 @@ class Recording:
 
 
 class Recorder:
-    """Make the recordings of one model; all of them share one memory."""
+    """Make the recordings of one model; all of them share one memory.
 
-    def __init__(self) -> None:
-        self.pool = Pool()
+    They hold what its parameters are when they are made: with new values, new recordings.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.pool, self._model = Pool(), model
 
     def __call__(self, forward: Callable[[], Tensor]) -> Recording:
         """Run `forward` and record it. Raises NotRecordableError."""
-        return Recording(forward, self.pool)
+        return Recording(forward, self.pool, weights=self._model.parameters())
 
     def ahead(self, forward: Callable[[], Tensor], is_over: Callable[[], bool]) -> Recording:
         """Record `forward` without its kernels' work: what Python does, and none of what a step costs.
 
         Raises NotRecordableError, and InterruptedRecordingError as soon as `is_over` returns True.
         """
-        return Recording(forward, self.pool, runs=False, is_over=is_over)
+        return Recording(forward, self.pool, runs=False, is_over=is_over, weights=self._model.parameters())
 
     def prefault(self) -> bool:
         """Touch some of the memory that recordings use for the first time; False when all of it was touched."""

@@ -17,6 +17,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from myserve.engine.kernels.elements.pointwise import as_float, element_kind
 from myserve.engine.kernels.lanes import (
     _F32,
     _I32,
@@ -31,7 +32,6 @@ from myserve.engine.kernels.lanes import (
     view,
 )
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.pointwise import as_float, element_kind
 
 __all__ = ["LARGEST", "QUANTIZE", "SMALLEST", "quantize_kernel"]
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from myserve.engine.kernels.activations import silu
+from myserve.engine.kernels.elements.activations import silu
+from myserve.engine.kernels.elements.pointwise import element_kind, fused, rounded, wide
 from myserve.engine.kernels.lanes import next_item, next_thread, size_of, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.pointwise import element_kind, fused, rounded, wide
 
 __all__ = ["CHANNELS", "CONVOLVE", "convolution_kernel", "scratch_bytes"]
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from myserve.engine.kernels.activations import exp_of_negative
+from myserve.engine.kernels.elements.activations import exp_of_negative
+from myserve.engine.kernels.elements.pointwise import element_kind, rounded, wide
 from myserve.engine.kernels.lanes import LANES, next_item, next_thread, size_of, sum_of_squares, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.pointwise import element_kind, rounded, wide
 from myserve.engine.kernels.recurrent.columns import read_columns, write_columns
 
 __all__ = ["RECUR", "recurrence_kernel", "scratch_bytes", "tile_columns"]

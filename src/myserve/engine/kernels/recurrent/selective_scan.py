@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from myserve.engine.kernels.activations import exp_of_negative, silu, softplus
+from myserve.engine.kernels.elements.activations import exp_of_negative, silu, softplus
+from myserve.engine.kernels.elements.pointwise import element_kind, rounded, wide
 from myserve.engine.kernels.lanes import next_item, next_thread, size_of, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.pointwise import element_kind, rounded, wide
 from myserve.engine.kernels.recurrent.columns import scan_columns
 
 __all__ = ["CHANNELS", "SCAN", "scratch_bytes", "selective_scan_kernel"]

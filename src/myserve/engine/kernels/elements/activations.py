@@ -7,7 +7,7 @@ fused is fused by name, nothing is reassociated. bfloat16 is widened first and r
 model spells its function out in tensor operations (`gelu_new`, `quick_gelu`) and so rounds after each.
 
 Errors are the largest found against float64, in units of the last place of float32 (ulp), over 5 million inputs from
--80 to 80; `tests/engine/kernels/test_activations.py` repeats it with fewer.
+-80 to 80; `tests/engine/kernels/elements/test_activations.py` repeats it with fewer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ import torch
 from numba import carray, njit, types
 from numba.extending import overload
 
+from myserve.engine.kernels.elements.pointwise import (
+    ROWS,
+    as_bits,
+    as_float,
+    element_kind,
+    fused,
+    rounded,
+    wide,
+)
 from myserve.engine.kernels.lanes import next_item, size_of, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.pointwise import ROWS, as_bits, as_float, element_kind, fused, rounded, wide
 
-__all__ = ["ACTIVATIONS", "activation_kernel", "exp_of_negative", "silu"]
+__all__ = ["ACTIVATIONS", "activation_kernel", "exp_of_negative", "sigmoid", "silu", "softplus"]
 
 # `up` is the address of what the activation is multiplied by (SwiGLU, GeGLU), or 0.
 ACTIVATE = ("x", "x_row", "up", "up_row", "out", "rows", "width")

@@ -44,7 +44,7 @@ ROWS = 4  # of an item of work
 NORM = ("x", "x_row", "x_group", "weight", "out", "rows", "groups", "width", "rounds_first", "eps", "offset")
 ROTATE = (
     "query", "query_token", "query_head", "key", "key_token", "key_head", "cosine", "sine", "angle_row",
-    "query_out", "key_out", "tokens", "query_heads", "key_heads", "head_dim",
+    "query_out", "key_out", "tokens", "query_heads", "key_heads", "head_dim", "rotary_dim",
 )  # fmt: skip
 ADD = ("a", "b", "out", "rows", "width")
 GATHER = ("table", "table_rows", "indices", "out", "rows", "row_bytes")
@@ -147,7 +147,7 @@ def _norm(a: Record, kind: Kind) -> None:
 
 
 @njit(error_model="numpy")
-def _rotate_head(kind: Kind, x: Any, cosine: Any, sine: Any, out: Any, half: int) -> None:
+def _rotate_head(kind: Kind, x: Any, cosine: Any, sine: Any, out: Any, half: int, width: int) -> None:
     for d in range(half):
         low, high = wide(x[d]), wide(x[d + half])
         turned = wide(rounded(kind, low * wide(cosine[d])))
@@ -156,25 +156,30 @@ def _rotate_head(kind: Kind, x: Any, cosine: Any, sine: Any, out: Any, half: int
         low, high = wide(x[d]), wide(x[d + half])
         turned = wide(rounded(kind, high * wide(cosine[d + half])))
         out[d + half] = rounded(kind, turned + wide(rounded(kind, low * wide(sine[d + half]))))
+    for d in range(2 * half, width):
+        out[d] = x[d]
 
 
 @njit(error_model="numpy")
 def _rotate(a: Record, kind: Kind) -> None:
-    """out = x * cos + (-x[half:], x[:half]) * sin for every head of queries and keys; out is [tokens, heads, dim]."""
-    size, dim = size_of(kind), a.head_dim
+    """out = x * cos + (-x[half:], x[:half]) * sin for every head of queries and keys; out is [tokens, heads, dim].
+
+    What a head has beyond `rotary_dim` stays.
+    """
+    size, dim, turned = size_of(kind), a.head_dim, a.rotary_dim
     item = next_item(a)
     while item * ROWS < a.tokens:
         for t in range(item * ROWS, min(a.tokens, item * ROWS + ROWS)):
-            cosine = carray(view(a.cosine + t * a.angle_row, kind), dim)
-            sine = carray(view(a.sine + t * a.angle_row, kind), dim)
+            cosine = carray(view(a.cosine + t * a.angle_row, kind), turned)
+            sine = carray(view(a.sine + t * a.angle_row, kind), turned)
             for h in range(a.query_heads):
                 x = carray(view(a.query + t * a.query_token + h * a.query_head, kind), dim)
                 out = carray(view(a.query_out + (t * a.query_heads + h) * dim * size, kind), dim)
-                _rotate_head(kind, x, cosine, sine, out, dim // 2)
+                _rotate_head(kind, x, cosine, sine, out, turned // 2, dim)
             for h in range(a.key_heads):
                 x = carray(view(a.key + t * a.key_token + h * a.key_head, kind), dim)
                 out = carray(view(a.key_out + (t * a.key_heads + h) * dim * size, kind), dim)
-                _rotate_head(kind, x, cosine, sine, out, dim // 2)
+                _rotate_head(kind, x, cosine, sine, out, turned // 2, dim)
         item = next_item(a)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from myserve.engine.batch_invariance.activations import reference
 from myserve.engine.batch_invariance.pointwise import activation
-from myserve.engine.kernels.activations import ACTIVATIONS
+from myserve.engine.kernels.elements.activations import ACTIVATIONS
 
 each_activation = pytest.mark.parametrize("name", ACTIVATIONS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
