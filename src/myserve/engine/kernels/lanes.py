@@ -231,12 +231,17 @@ def size_of(ctx: Any, kind: Any) -> Any:
 
 def _load_wide(b: IR, source: IR, packed: bool, count: int) -> IR:
     """Load `count` elements at `source` as float32."""
+    kind = ir.VectorType(ir.IntType(16) if packed else _F32, count)
+    return _widened(b, b.load(_at(b, source, kind), align=2 if packed else 4), packed)
+
+
+def _widened(b: IR, elements: IR, packed: bool) -> IR:
+    """Return a vector of elements, bfloat16 where `packed`, as float32."""
     if not packed:
-        return b.load(_at(b, source, ir.VectorType(_F32, count)), align=4)
-    wide = ir.VectorType(_I32, count)
-    half = b.load(_at(b, source, ir.VectorType(ir.IntType(16), count)), align=2)
-    bits = b.shl(b.zext(half, wide), ir.Constant(wide, [16] * count))
-    return b.bitcast(bits, ir.VectorType(_F32, count))
+        return elements
+    wide = ir.VectorType(_I32, elements.type.count)
+    bits = b.shl(b.zext(elements, wide), ir.Constant(wide, [16] * wide.count))
+    return b.bitcast(bits, ir.VectorType(_F32, wide.count))
 
 
 @intrinsic(prefer_literal=True)

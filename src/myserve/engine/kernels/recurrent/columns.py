@@ -16,10 +16,12 @@ from numba.extending import intrinsic
 
 from myserve.engine.kernels.lanes import (
     _F32,
+    _I32,
     _I64,
     _VEC,
     IR,
     LANES,
+    _at,
     _bytes,
     _const,
     _fma,
@@ -29,7 +31,7 @@ from myserve.engine.kernels.lanes import (
     _store,
 )
 
-__all__ = ["read_columns", "scan_columns", "write_columns"]
+__all__ = ["read_columns", "scan_columns", "stream_columns", "write_columns"]
 
 _WIDTH = 4 * LANES  # bytes of a register
 
@@ -69,15 +71,27 @@ def write_columns(ctx: Any, groups: Any, source: Any, target: Any, rows: Any, de
 
 
 @intrinsic(prefer_literal=True)
+def stream_columns(ctx: Any, groups: Any, source: Any, target: Any, rows: Any, decays: Any, keys: Any, deltas: Any,
+                   queries: Any, out: Any) -> Any:  # fmt: skip
+    """Do as `write_columns`, past the caches, where nothing reads `target` soon; it lies at a cache line.
+
+    A line that is written whole need not be read first: three transfers of a state become two. What another thread
+    reads of it afterwards is there, for both have met at a ticket, an atomic addition, in between.
+    """
+    return _writing(groups, one_decay=True, streams=True)
+
+
+@intrinsic(prefer_literal=True)
 def scan_columns(ctx: Any, groups: Any, source: Any, target: Any, rows: Any, decays: Any, keys: Any, deltas: Any,
                  queries: Any, out: Any) -> Any:  # fmt: skip
     """Do as `write_columns`, with a decay for each row and column: `decays` [rows, 16 * groups]."""
     return _writing(groups, one_decay=False)
 
 
-def _writing(groups: Any, *, one_decay: bool) -> Any:
-    """Return signature and code: `one_decay` for a whole row, or each column has its own."""
+def _writing(groups: Any, *, one_decay: bool, streams: bool = False) -> Any:
+    """Return signature and code: `one_decay` for a whole row, or each column has its own; `streams` past the caches."""
     count = groups.literal_value
+    store = _stream if streams else _store
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
         _, source, target, rows, decays, keys, deltas, queries, out = args
@@ -94,12 +108,17 @@ def _writing(groups: Any, *, one_decay: bool) -> Any:
                 decay = _load(b, b.add(decays, place)) if whole is None else whole
                 kept = b.fmul(_load(b, b.add(source, place)), decay)
                 column = _fma(b, key, news[group], kept)
-                _store(b, column, b.add(target, place))
+                store(b, column, b.add(target, place))
                 b.store(_fma(b, column, query, b.load(total)), total)
         _store_all(b, sums, out)
         return context.get_dummy_value()
 
     return types.void(groups, *[types.int64] * 8), codegen
+
+
+def _stream(b: IR, value: IR, address: IR) -> None:
+    stored = b.store(value, _at(b, address, value.type), align=64)
+    stored.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(_I32, 1)]))
 
 
 def _zeros(b: IR, count: int) -> list[IR]:

@@ -16,12 +16,14 @@ from numba import carray, njit
 
 from myserve.engine.kernels.elements.activations import silu
 from myserve.engine.kernels.elements.pointwise import element_kind, fused, rounded, wide
-from myserve.engine.kernels.lanes import next_item, next_thread, size_of, view
+from myserve.engine.kernels.lanes import LANES, next_item, next_thread, size_of, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
+from myserve.engine.kernels.recurrent.taps import add_tap, spread_taps, sum_taps
 
 __all__ = ["CHANNELS", "CONVOLVE", "convolution_kernel", "scratch_bytes"]
 
 CHANNELS = 256  # of an item of work
+TAPS = 4  # what models have: then a group of channels stays in a register while its taps are added
 
 Kind = Any  # a value whose type is an element's: uint16 (bfloat16's bits) or float32
 Record = Any  # CONVOLVE
@@ -34,29 +36,41 @@ CONVOLVE = (
 
 
 def scratch_bytes(taps: int) -> int:
-    """Return what a thread keeps: the weights of an item's channels, tap by tap, their biases and their sums."""
-    return 4 * CHANNELS * (taps + 2) + 64
+    """Return what a thread keeps: an item's weights, tap by tap, its biases and sums, and the places of four rows."""
+    return 4 * CHANNELS * (taps + 2) + 8 * TAPS + 64
 
 
 @njit(error_model="numpy")
-def _prepare(a: Record, kind: Kind, first: int, width: int, weights: Any, biases: Any) -> None:
+def _prepare(a: Record, kind: Kind, first: int, width: int, scratch: int) -> None:
+    """Lay out an item's weights [taps, CHANNELS] and biases [CHANNELS] as float32."""
+    f32, size = np.float32(0), size_of(kind)
+    weights = carray(view(scratch, f32), CHANNELS * a.taps)
+    biases = carray(view(scratch + 4 * CHANNELS * a.taps, f32), CHANNELS)
     weight = carray(view(a.weight, kind), a.channels * a.taps)
+    whole = 0
+    if a.taps == TAPS:
+        whole = width // LANES * LANES
+        spread_taps(kind, 4, whole // LANES, a.weight + first * 4 * size, scratch, 4 * CHANNELS)
     for j in range(a.taps):
-        for c in range(width):
+        for c in range(whole, width):
             weights[j * CHANNELS + c] = wide(weight[(first + c) * a.taps + j])
+    for c in range(width):
+        biases[c] = f32
     if a.bias != 0:
         bias = carray(view(a.bias, kind), a.channels)
         for c in range(width):
             biases[c] = wide(bias[first + c])
-    else:
-        for c in range(width):
-            biases[c] = np.float32(0.0)
 
 
 @njit(error_model="numpy")
-def _add_tap(kind: Kind, weights: Any, j: int, x: Any, width: int, sums: Any) -> None:
-    for c in range(width):
-        sums[c] = fused(weights[j * CHANNELS + c], wide(x[c]), sums[c])
+def _add_tap(kind: Kind, weights: int, x: int, begun: int, width: int, sums: int) -> None:
+    """Add one tap to the sums of channels begun .. width."""
+    f32, groups = np.float32(0), (width - begun) // LANES
+    add_tap(kind, groups, weights + 4 * begun, x + size_of(kind) * begun, sums + 4 * begun)
+    factors, totals = carray(view(weights, f32), width), carray(view(sums, f32), width)
+    elements = carray(view(x, kind), width)
+    for c in range(begun + groups * LANES, width):
+        totals[c] = fused(factors[c], wide(elements[c]), totals[c])
 
 
 @njit(error_model="numpy")
@@ -81,22 +95,40 @@ def _row(a: Record, kind: Kind, place: int, begin: int, state: int, first: int) 
 
 
 @njit(error_model="numpy")
+def _sum_row(
+    a: Record, kind: Kind, row: int, begin: int, state: int, first: int, width: int, scratch: int
+) -> None:
+    """The sums of one row's channels; a tap that meets no row, before the first token, adds nothing."""
+    f32, begun = np.float32(0), 0
+    at_biases = scratch + 4 * CHANNELS * a.taps
+    at_sums = at_biases + 4 * CHANNELS
+    at_rows = at_sums + 4 * CHANNELS
+    if a.taps == TAPS and (state != 0 or row - begin >= TAPS - 1):
+        rows = carray(view(at_rows, np.int64(0)), TAPS)
+        for j in range(TAPS):
+            rows[j] = _row(a, kind, row - TAPS + 1 + j, begin, state, first)
+        sum_taps(kind, 4, width // LANES, scratch, 4 * CHANNELS, at_rows, at_biases, at_sums)
+        begun = width // LANES * LANES
+    if begun == width:
+        return
+    biases, sums = carray(view(at_biases, f32), width), carray(view(at_sums, f32), width)
+    for c in range(begun, width):
+        sums[c] = biases[c]
+    for j in range(a.taps):
+        at = _row(a, kind, row - a.taps + 1 + j, begin, state, first)
+        if at != 0:
+            _add_tap(kind, scratch + 4 * CHANNELS * j, at, begun, width, at_sums)
+
+
+@njit(error_model="numpy")
 def _convolve_channels(
     a: Record, kind: Kind, first: int, width: int, begin: int, end: int, state: int, left: int, scratch: int
 ) -> None:
-    """One request's rows of some channels; `state` to read or 0, `left` to leave or 0."""
+    """One request's rows of an item's channels, prepared; `state` to read or 0, `left` to leave or 0."""
     f32, size = np.float32(0), size_of(kind)
-    weights = carray(view(scratch, f32), CHANNELS * a.taps)
-    biases = carray(view(scratch + 4 * CHANNELS * a.taps, f32), CHANNELS)
     sums = carray(view(scratch + 4 * CHANNELS * (a.taps + 1), f32), CHANNELS)
-    _prepare(a, kind, first, width, weights, biases)
     for row in range(begin, end):
-        for c in range(width):
-            sums[c] = biases[c]
-        for j in range(a.taps):
-            at = _row(a, kind, row - a.taps + 1 + j, begin, state, first)
-            if at != 0:
-                _add_tap(kind, weights, j, carray(view(at, kind), width), width, sums)
+        _sum_row(a, kind, row, begin, state, first, width, scratch)
         out = carray(view(a.out + (row * a.channels + first) * size, kind), width)
         _finish(kind, sums, width, a.is_silu != 0, out)
     if left != 0:
@@ -113,7 +145,7 @@ def _convolve_channels(
 
 @njit(error_model="numpy")
 def _convolve(a: Record, kind: Kind) -> None:
-    """One thread's share of (request, channels), and of padding rows, which come out as zeros."""
+    """One thread's share of (channels, request), and of padding rows, which come out as zeros."""
     starts = carray(view(a.starts, np.int32(0)), a.requests + 1)
     lens = carray(view(a.lens, np.int32(0)), a.requests)
     read = carray(view(a.read, np.int32(0)), a.requests)
@@ -121,7 +153,7 @@ def _convolve(a: Record, kind: Kind) -> None:
     slot_bytes = (a.taps - 1) * a.channels * size_of(kind)
     shares = (a.channels + CHANNELS - 1) // CHANNELS
     scratch = a.scratch + next_thread(a) * a.scratch_thread
-    items, last = a.requests * shares, starts[a.requests]
+    items, last, prepared = a.requests * shares, starts[a.requests], -1
     item = next_item(a)
     while item < items + a.rows - last:
         if item >= items:
@@ -129,7 +161,11 @@ def _convolve(a: Record, kind: Kind) -> None:
             for c in range(a.channels):
                 out[c] = rounded(kind, np.float32(0.0))
         else:
-            request, first = item // shares, item % shares * CHANNELS
+            first, request = item // a.requests * CHANNELS, item % a.requests
+            width = min(CHANNELS, a.channels - first)
+            if first != prepared:  # a thread's next item is mostly of the channels that it has
+                _prepare(a, kind, first, width, scratch)
+                prepared = first
             begin, end = starts[request], starts[request + 1]
             state = left = 0
             if lens[request] != end - begin:
@@ -137,7 +173,6 @@ def _convolve(a: Record, kind: Kind) -> None:
             if write[request] >= 0:
                 left = a.states + write[request] * slot_bytes
             if begin < end:
-                width = min(CHANNELS, a.channels - first)
                 _convolve_channels(a, kind, first, width, begin, end, state, left, scratch)
         item = next_item(a)
 

@@ -21,7 +21,7 @@ from myserve.engine.kernels.elements.activations import exp_of_negative
 from myserve.engine.kernels.elements.pointwise import element_kind, rounded, wide
 from myserve.engine.kernels.lanes import LANES, next_item, next_thread, size_of, sum_of_squares, view
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.recurrent.columns import read_columns, write_columns
+from myserve.engine.kernels.recurrent.columns import read_columns, stream_columns, write_columns
 
 __all__ = ["RECUR", "recurrence_kernel", "scratch_bytes", "tile_columns"]
 
@@ -105,6 +105,28 @@ def _write(
 
 
 @njit(error_model="numpy")
+def _stream(
+    columns: int,
+    source: int,
+    target: int,
+    rows: int,
+    decays: int,
+    keys: int,
+    deltas: int,
+    queries: int,
+    out: int,
+) -> None:
+    if columns == 64:
+        stream_columns(4, source, target, rows, decays, keys, deltas, queries, out)
+    elif columns == 48:
+        stream_columns(3, source, target, rows, decays, keys, deltas, queries, out)
+    elif columns == 32:
+        stream_columns(2, source, target, rows, decays, keys, deltas, queries, out)
+    else:
+        stream_columns(1, source, target, rows, decays, keys, deltas, queries, out)
+
+
+@njit(error_model="numpy")
 def _exp_row(decay: Any, count: int, width: int, target: Any) -> None:
     """The factors [width] that a state's rows keep of themselves: one for each, or one for all."""
     if count == 1:
@@ -148,6 +170,8 @@ def _recur_head(
         skip = carray(view(a.skip, f32), a.heads)[head]
     for d in range(columns):
         delta[d] = np.float32(0.0)
+    # a decode's: it is read again in the next step, when the weights have swept the caches
+    streams = end - begin == 1 and target % 64 == 0
     for row in range(begin, end):
         query_at = a.query + row * a.query_row + key_head * a.query_head
         key_at = a.key + row * a.key_row + key_head * a.key_head
@@ -165,7 +189,10 @@ def _recur_head(
         else:
             for d in range(width):
                 delta[d] = beta * wide(value[first + d])
-        _write(columns, source, target, dim, at_decay, at_key, at_delta, at_query, at_read)
+        if streams:
+            _stream(columns, source, target, dim, at_decay, at_key, at_delta, at_query, at_read)
+        else:
+            _write(columns, source, target, dim, at_decay, at_key, at_delta, at_query, at_read)
         _write_out(a, kind, (row * a.heads + head) * a.value_dim + first, read, value, first, width, skip)
         source = target
 
