@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import llvmlite.binding
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch.nn import functional as F
 
 from myserve.engine.batch_invariance import linear
 from myserve.engine.batch_invariance.linear import JoinedWeights, PackedWeight
+from myserve.engine.kernels import gemm, tiles
 from myserve.engine.kernels.gemm import linear_kernel
-from myserve.engine.kernels.tiles import Unit, bfloat16_unit
+from myserve.engine.kernels.tiles import Unit, bfloat16_unit, has_wide_registers
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1024, 1536), (2048, 200), (33, 65), (100, 60), (8, 7), (1, 1)]  # K, N
@@ -81,6 +83,33 @@ def test_bfloat16_is_right_on_every_unit(unit: Unit, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(
             PackedWeight(weight)(plain).double(), wanted, rtol=8e-3, atol=8e-3 * shape[0] ** 0.5
         )
+
+
+@pytest.mark.skipif(not has_wide_registers(), reason="one way alone multiplies by lanes here")
+def test_a_chunk_that_is_widened_once_has_the_bits_of_plain_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So machines without AVX-512 have them too."""
+    widening = linear_kernel(torch.bfloat16, "lanes")
+    monkeypatch.setattr(gemm, "has_wide_registers", lambda: False)
+    plain = linear_kernel.__wrapped__(torch.bfloat16, "lanes")
+    assert plain.address != widening.address
+    for shape in SHAPES:
+        x, weight = cancelling(*shape, torch.bfloat16)
+        for rows in COUNTS:
+            both = []
+            for kernel in (plain, widening):
+                monkeypatch.setattr(linear, "linear_kernel", lambda dtype, kernel=kernel: kernel)
+                both.append(PackedWeight(weight)(x[:rows]))
+            assert torch.equal(*both), (shape, rows)
+
+
+def test_weights_are_multiplied_by_pairs_where_these_are_no_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "bfloat16_unit", lambda: "pairs")
+    monkeypatch.setattr(tiles, "has_wide_registers", lambda: True)
+    for name, unit in (("znver4", "pairs"), ("znver5", "pairs"), ("sapphirerapids", "lanes")):
+        monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda name=name: name)
+        assert tiles.product_unit.__wrapped__() == unit
+    monkeypatch.setattr(tiles, "bfloat16_unit", lambda: "tiles")
+    assert tiles.product_unit.__wrapped__() == "tiles"
 
 
 def test_control_pytorchs_product_tells_how_many_rows_there_are() -> None:

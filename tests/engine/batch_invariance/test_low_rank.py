@@ -13,7 +13,7 @@ from myserve.engine.batch_invariance.linear import PackedWeight
 from myserve.engine.batch_invariance.low_rank import AdapterRows, AdapterSlots, LowRankLayer, LowRankWeights
 from myserve.engine.kernels.gemm import linear_kernel
 from myserve.engine.kernels.lora.products import lora_kernel
-from myserve.engine.kernels.tiles import bfloat16_unit
+from myserve.engine.kernels.tiles import product_unit
 
 UNITS = [(torch.float32, None), (torch.bfloat16, "lanes"), (torch.bfloat16, None)]
 SHAPES = [(64, 96, 8), (50, 70, 5), (256, 130, 100), (40, 16, 33)]  # K, N, rank
@@ -23,7 +23,7 @@ SHAPES = [(64, 96, 8), (50, 70, 5), (256, 130, 100), (40, 16, 33)]  # K, N, rank
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
     """An element type, computed by one unit: both products, and those that judge them."""
     dtype, unit = request.param
-    if unit is not None and unit != bfloat16_unit():
+    if unit is not None and unit != product_unit():
         monkeypatch.setattr(low_rank, "lora_kernel", lambda dtype: lora_kernel(dtype, unit))
         monkeypatch.setattr(
             "myserve.engine.batch_invariance.linear.linear_kernel", lambda dtype: linear_kernel(dtype, unit)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from myserve.engine.kernels.gemm import PANEL, ROWS, linear_kernel
+from myserve.engine.kernels.gemm import PANEL, linear_kernel, scratch_bytes
 from myserve.engine.kernels.launch import this_thread, threads_for
 from myserve.engine.kernels.tiles import tile_configuration
 from myserve.engine.memory import huge_pages
@@ -56,7 +56,7 @@ class PackedWeight:
             place = huge_pages.zeros(self.packed_shape(weight), self.packed_dtype(weight), reserve)
         self.weight = pack_into(weight.detach(), place)
         self._inner = self.weight.shape[1] * (2 if self.dtype == torch.bfloat16 else 1)
-        self._scratch_bytes = 64 * (3 + -(-4 * (ROWS * PANEL + 4 * self._inner) // 64))
+        self._scratch_bytes = scratch_bytes(self._inner)
         self._kernel = linear_kernel(self.dtype)
         self.bias = self._padded_bias(bias)
 

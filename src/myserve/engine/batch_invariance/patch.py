@@ -41,7 +41,7 @@ from myserve.engine.batch_invariance.quantized import (
 )
 from myserve.engine.batch_invariance.scaled_experts import adopt_scaled_experts, weighted
 from myserve.engine.kernels.int8.dots import int8_unit
-from myserve.engine.kernels.tiles import bfloat16_unit
+from myserve.engine.kernels.tiles import product_unit
 from myserve.engine.memory import huge_pages
 from myserve.engine.memory.prefault import Reserve
 
@@ -188,7 +188,7 @@ def make_exact(
     fuse_rotary(model)
     norms = fuse_norms(model) + fuse_gated_norms(model)
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    unit = bfloat16_unit() if half else "lanes"
+    unit = product_unit() if half else "lanes"
     report = ExactReport(mode="on", unit=unit, linears=linears, routers=routers, experts=experts, norms=norms)
     if not any(isinstance(p, QuantizedWeight) for p in products(model)):
         return report, QuantizationReport()

@@ -35,7 +35,7 @@ from myserve.engine.kernels.lanes import (
 )  # fmt: skip
 from myserve.engine.kernels.tiles import bfloat16_unit
 
-__all__ = ["add_products", "mix", "multiply", "multiply_pairs"]
+__all__ = ["add_products", "mix", "multiply", "multiply_pairs", "multiply_wide", "multiply_widening"]
 
 _HALVES = ir.VectorType(BFLOAT, 32)
 
@@ -209,6 +209,77 @@ def multiply_pairs(ctx: Any, rows: Any, groups: Any, x: Any, x_row: Any, w: Any,
 
     size = types.int64
     return types.void(rows, groups, size, size, size, size, size, size, size, size), codegen
+
+
+@intrinsic(prefer_literal=True)
+def multiply_widening(ctx: Any, rows: Any, keeps: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any, c: Any,
+                      ahead: Any, stride: Any, wide: Any) -> Any:  # fmt: skip
+    """Do as `multiply_pairs` with 64 columns, in float32, one term after the other: x is float32, W is widened here.
+
+    `keeps` 1: the widened W is left at `wide`, [pairs, 2, 64], for `multiply_wide`.
+    """
+    R, kept = rows.literal_value, bool(keeps.literal_value)
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, _, x, x_row, w, w_group, pairs, c, ahead, stride, wide = args
+        groups = [b.add(w, _bytes(b, w_group, g)) for g in range(4)]
+
+        def columns(pair: IR) -> tuple[list[IR], list[IR]]:
+            fetched = b.add(ahead, b.mul(pair, stride))
+            for group in groups:
+                _prefetch(b, b.add(group, fetched))
+            both = [
+                _load_pair(b, b.add(group, _bytes(b, pair, 64)), ir.Constant(_I64, 0), True)
+                for group in groups
+            ]
+            place = b.add(wide, _bytes(b, pair, 512))
+            for g, (even, odd) in enumerate(both if kept else ()):
+                _store(b, even, _offset(b, place, 64 * g))
+                _store(b, odd, _offset(b, place, 256 + 64 * g))
+            return [even for even, _ in both], [odd for _, odd in both]
+
+        _add_terms(b, R, x, x_row, pairs, c, columns)
+        return context.get_dummy_value()
+
+    return types.void(rows, keeps, *[types.int64] * 9), codegen
+
+
+@intrinsic(prefer_literal=True)
+def multiply_wide(ctx: Any, rows: Any, x: Any, x_row: Any, wide: Any, pairs: Any, c: Any) -> Any:
+    """Do as `multiply_widening`, with the columns that it has left."""
+    R = rows.literal_value
+
+    def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
+        _, x, x_row, wide, pairs, c = args
+
+        def columns(pair: IR) -> tuple[list[IR], list[IR]]:
+            place = b.add(wide, _bytes(b, pair, 512))
+            even, odd = ([_load(b, _offset(b, place, half + 64 * g)) for g in range(4)] for half in (0, 256))
+            return even, odd
+
+        _add_terms(b, R, x, x_row, pairs, c, columns)
+        return context.get_dummy_value()
+
+    return types.void(rows, *[types.int64] * 5), codegen
+
+
+def _add_terms(
+    b: IR, rows: int, x: IR, x_row: IR, pairs: IR, c: IR, columns: Callable[[IR], tuple[list[IR], list[IR]]]
+) -> None:
+    """Emit c[r, :64] += x[r, 2k] * even + x[r, 2k + 1] * odd for each pair's two rows of columns; c is [rows, 64]."""
+    x_rows = [b.add(x, _bytes(b, x_row, r)) for r in range(rows)]
+
+    def c_at(r: int, g: int) -> IR:
+        return _offset(b, c, 256 * r + 64 * g)
+
+    sums = _Sums(b, rows, 4)
+    for r, g, slot in sums.each():
+        b.store(_load(b, c_at(r, g)), slot)
+    with cgutils.for_range(b, pairs) as loop:
+        for half, terms in enumerate(columns(loop.index)):
+            at = [_offset(b, b.add(row, _bytes(b, loop.index, 8)), 4 * half) for row in x_rows]
+            sums.add([_splat(b, _load(b, address, _F32)) for address in at], terms, _multiply_and_add)
+    sums.store(c_at)
 
 
 def add_products(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from myserve.engine.kernels.dots import multiply, multiply_pairs
+from myserve.engine.kernels.dots import multiply, multiply_pairs, multiply_wide, multiply_widening
 from myserve.engine.kernels.lanes import (
     BFLOAT16_BY_LANES,
     FLOAT32,
@@ -26,11 +26,18 @@ from myserve.engine.kernels.lanes import (
     widen,
 )
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.tiles import Unit, bfloat16_unit, get_tiles, multiply_tiles, set_tiles
+from myserve.engine.kernels.tiles import (
+    Unit,
+    get_tiles,
+    has_wide_registers,
+    multiply_tiles,
+    product_unit,
+    set_tiles,
+)
 
 __all__ = [
     "LINEAR", "MOST_PAIR_ROWS", "PAIRS_AT_ONCE", "PANEL", "ROWS", "SWEEP_BYTES", "linear_kernel", "panel_by_lanes",
-    "panel_by_pairs", "panel_by_tiles",
+    "panel_by_pairs", "panel_by_tiles", "panel_by_widening", "scratch_bytes",
 ]  # fmt: skip
 
 PANEL = 64  # columns: four vectors, two pairs of tiles
@@ -38,6 +45,7 @@ ROWS = 32  # of a thread's scratch [ROWS, PANEL]
 SWEEP_BYTES = 1 << 20  # of x
 MOST_PAIR_ROWS = 6  # times four vectors of sums, beside four of weights: what 32 registers hold
 PAIRS_AT_ONCE = 128  # of terms: with 64 columns, 32 KiB of weights
+PAIRS_WIDENED = 64  # where they become float32, as many KiB
 
 Address = int
 Kind = Any
@@ -110,6 +118,93 @@ def panel_by_pairs(a: Any, panel: int, following: int, first: int, last: int, sc
                     scratch + 4 * PANEL * row, ahead + 64 * pairs * part // parts, (64 + parts - 1) // parts,
                 )  # fmt: skip
         _finish(a, kind, scratch, block, rows, PANEL * panel)
+
+
+@njit(error_model="numpy")
+def panel_by_widening(a: Any, panel: int, following: int, first: int, last: int, scratch: Address) -> None:
+    """Do as `panel_by_lanes`, bit for bit, on AVX-512's registers: a chunk of weights goes by all rows, as by pairs.
+
+    Where many rows meet it, it is widened for the first of them and stays widened for the others.
+    """
+    kind = BFLOAT16_BY_LANES
+    group = a.inner * LANES * 2
+    weight = a.weight + 4 * panel * group
+    to_following = 4 * group * (following - panel)
+    wide = scratch + 4 * ROWS * PANEL
+    wide_x = wide + 8 * PAIRS_WIDENED * PANEL
+    for block in range(first, last, ROWS):
+        rows = min(ROWS, last - block)
+        carray(view(scratch, np.float32(0)), rows * PANEL)[:] = np.float32(0.0)
+        parts = (rows + MOST_PAIR_ROWS - 1) // MOST_PAIR_ROWS
+        # few rows wait for memory, and fetch the next chunk the earlier the larger it is
+        at_once = PAIRS_AT_ONCE if parts <= 2 else PAIRS_WIDENED
+        for k in range(0, a.inner // 2, at_once):
+            pairs = min(at_once, a.inner // 2 - k)
+            _widen_rows(kind, a.x + block * a.x_row + 4 * k, a.x_row, rows, 2 * pairs, wide_x)
+            ahead = 64 * pairs if k + pairs < a.inner // 2 else to_following - 64 * k
+            for part in range(parts):
+                row, end = rows * part // parts, rows * (part + 1) // parts
+                x, c = wide_x + 8 * PAIRS_AT_ONCE * row, scratch + 4 * PANEL * row
+                if parts <= 2:
+                    fetched, stride = ahead + 64 * pairs * part // parts, (64 + parts - 1) // parts
+                    _multiply_widening(end - row, x, weight + 64 * k, group, pairs, c, fetched, stride)
+                elif part == 0:
+                    _multiply_keeping(end - row, x, weight + 64 * k, group, pairs, c, ahead, wide)
+                else:
+                    _multiply_wide(end - row, x, wide, pairs, c)
+        _finish(a, kind, scratch, block, rows, PANEL * panel)
+
+
+@njit(error_model="numpy")
+def _widen_rows(kind: Kind, x: Address, x_row: int, rows: int, terms: int, target: Address) -> None:
+    for r in range(rows):
+        for k in range(0, terms, LANES):
+            widen(kind, 16, x + r * x_row + 2 * k, target + 8 * PAIRS_AT_ONCE * r + 4 * k)
+
+
+@njit(error_model="numpy")
+def _multiply_widening(
+    rows: int, x: Address, w: Address, group: int, pairs: int, c: Address, ahead: int, stride: int
+) -> None:
+    """Call `multiply_widening` for any number of rows that fits the registers, as `_multiply_pairs` does."""
+    x_row = 8 * PAIRS_AT_ONCE
+    if rows == 6:
+        multiply_widening(6, 0, x, x_row, w, group, pairs, c, ahead, stride, 0)
+    elif rows == 5:
+        multiply_widening(5, 0, x, x_row, w, group, pairs, c, ahead, stride, 0)
+    elif rows == 4:
+        multiply_widening(4, 0, x, x_row, w, group, pairs, c, ahead, stride, 0)
+    elif rows == 3:
+        multiply_widening(3, 0, x, x_row, w, group, pairs, c, ahead, stride, 0)
+    elif rows == 2:
+        multiply_widening(2, 0, x, x_row, w, group, pairs, c, ahead, stride, 0)
+    else:
+        multiply_widening(1, 0, x, x_row, w, group, pairs, c, ahead, stride, 0)
+
+
+@njit(error_model="numpy")
+def _multiply_keeping(
+    rows: int, x: Address, w: Address, group: int, pairs: int, c: Address, ahead: int, wide: Address
+) -> None:
+    """The first of three parts or more has four rows at least."""
+    x_row = 8 * PAIRS_AT_ONCE
+    if rows == 6:
+        multiply_widening(6, 1, x, x_row, w, group, pairs, c, ahead, 64, wide)
+    elif rows == 5:
+        multiply_widening(5, 1, x, x_row, w, group, pairs, c, ahead, 64, wide)
+    else:
+        multiply_widening(4, 1, x, x_row, w, group, pairs, c, ahead, 64, wide)
+
+
+@njit(error_model="numpy")
+def _multiply_wide(rows: int, x: Address, wide: Address, pairs: int, c: Address) -> None:
+    x_row = 8 * PAIRS_AT_ONCE
+    if rows == 6:
+        multiply_wide(6, x, x_row, wide, pairs, c)
+    elif rows == 5:
+        multiply_wide(5, x, x_row, wide, pairs, c)
+    else:
+        multiply_wide(4, x, x_row, wide, pairs, c)
 
 
 @njit(error_model="numpy")
@@ -198,6 +293,12 @@ def _share(a: Any, item: int) -> Any:
     return item % panels, first, min(a.rows, first + rows)
 
 
+def scratch_bytes(inner: int) -> int:
+    """Return what a thread keeps: addresses, sums, and four rows of x or a chunk of rows and weights, as float32."""
+    rows, chunk = 4 * inner, 2 * (PAIRS_WIDENED * PANEL + PAIRS_AT_ONCE * ROWS)
+    return 64 * (3 + -(-4 * (ROWS * PANEL + max(rows, chunk)) // 64))
+
+
 @functools.cache
 def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
     """Return the entry point for one element type; bfloat16 on `unit`, or on the best of this machine."""
@@ -220,6 +321,16 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
             panel, first, last = _share(a, item)
             panel_by_lanes(a, BFLOAT16_BY_LANES, panel, first, last, scratch)
             item = next_item(a)
+
+    def linear_widening(p: Any) -> None:
+        a = carray(p, 1)[0]
+        scratch = a.scratch + a.scratch_bytes * next_thread(a)
+        item = next_item(a)
+        while item < _items(a) and source >= 0:
+            panel, first, last = _share(a, item)
+            item = next_item(a)
+            following = _share(a, item)[0] if item < _items(a) else panel
+            panel_by_widening(a, panel, following, first, last, scratch)
 
     def linear_pairs(p: Any) -> None:
         a = carray(p, 1)[0]
@@ -244,5 +355,6 @@ def linear_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
 
     if dtype == torch.float32:
         return Kernel(LINEAR, linear_float32)
-    chosen = {"tiles": linear_tiles, "pairs": linear_pairs, "lanes": linear_lanes}
-    return Kernel(LINEAR, chosen[unit or bfloat16_unit()])
+    lanes = linear_widening if has_wide_registers() else linear_lanes
+    chosen = {"tiles": linear_tiles, "pairs": linear_pairs, "lanes": lanes}
+    return Kernel(LINEAR, chosen[unit or product_unit()])

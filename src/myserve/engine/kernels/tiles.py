@@ -24,8 +24,10 @@ __all__ = [
     "Unit",
     "bfloat16_unit",
     "get_tiles",
+    "has_wide_registers",
     "multiply_byte_tiles",
     "multiply_tiles",
+    "product_unit",
     "set_tiles",
     "tile_configuration",
 ]
@@ -42,6 +44,24 @@ def bfloat16_unit() -> Unit:
     if features.get("amx-bf16") and features.get("amx-tile") and _may_use_tiles():
         return "tiles"
     return "pairs" if features.get("avx512bf16") else "lanes"
+
+
+@functools.cache
+def product_unit() -> Unit:
+    """Return the unit that multiplies weights in bfloat16 here: `bfloat16_unit`, but lanes where pairs are slower.
+
+    An Intel core takes two cycles for a dot product of 32 terms, and has 64 by float32 in the same time.
+    A Zen 4 takes as long for either, and need not widen its weights for pairs. Attention stays: it waits for memory.
+    """
+    name = llvmlite.binding.get_host_cpu_name()
+    slow = bfloat16_unit() == "pairs" and not name.startswith("znver")
+    return "lanes" if slow and has_wide_registers() else bfloat16_unit()
+
+
+@functools.cache
+def has_wide_registers() -> bool:
+    """Return whether there are AVX-512's 32 registers of 16 floats."""
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
 
 def _may_use_tiles() -> bool:

@@ -37,7 +37,7 @@ from myserve.engine.kernels.lanes import (
     view,
 )
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.tiles import Unit, bfloat16_unit, get_tiles, set_tiles
+from myserve.engine.kernels.tiles import Unit, product_unit, get_tiles, set_tiles
 
 __all__ = ["ENTRY", "GROUP", "LORA", "lora_kernel", "lora_scratch_bytes", "padded_rank"]
 
@@ -64,7 +64,7 @@ _Product: Any = cast("Any", namedtuple)("_Product", LINEAR)
 
 def padded_rank(rank: int, dtype: torch.dtype) -> int:
     """Return a rank as the kernel has it: whole pairs or whole tiles in bfloat16, where these multiply."""
-    step = 1 if dtype != torch.bfloat16 else 32 if bfloat16_unit() == "tiles" else 2
+    step = 1 if dtype != torch.bfloat16 else 32 if product_unit() == "tiles" else 2
     return -(-rank // step) * step
 
 
@@ -285,4 +285,4 @@ def lora_kernel(dtype: torch.dtype, unit: Unit | None = None) -> Kernel:
     if dtype == torch.float32:
         return Kernel(LORA, lora_float32)
     chosen = {"tiles": lora_tiles, "pairs": lora_pairs, "lanes": lora_lanes}
-    return Kernel(LORA, chosen[unit or bfloat16_unit()])
+    return Kernel(LORA, chosen[unit or product_unit()])
