@@ -108,7 +108,7 @@ def test_a_process_waits_for_the_one_that_compiles() -> None:
 def test_the_work_names_each_type_and_ends_with_the_sampler() -> None:
     both = [what for what, _ in warm._work((torch.bfloat16, torch.float32))]
     one = [what for what, _ in warm._work((torch.float32,))]
-    assert len(both) == 2 * (len(one) - 2) + 2 and both[-1] == one[-1] == "the sampler"
+    assert len(both) == 2 * (len(one) - 3) + 3 and both[-1] == one[-1] == "the sampler"
 
 
 def test_the_process_beside_compiles_the_sampler() -> None:
