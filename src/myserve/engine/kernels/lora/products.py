@@ -37,7 +37,7 @@ from myserve.engine.kernels.lanes import (
     view,
 )
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.tiles import Unit, product_unit, get_tiles, set_tiles
+from myserve.engine.kernels.tiles import Unit, get_tiles, product_unit, set_tiles
 
 __all__ = ["ENTRY", "GROUP", "LORA", "lora_kernel", "lora_scratch_bytes", "padded_rank"]
 
