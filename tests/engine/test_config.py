@@ -31,14 +31,16 @@ def test_the_edges_of_the_ranges_are_in() -> None:
     )
 
 
-def test_a_cache_of_so_many_bytes_is_not_larger(tiny_model) -> None:
-    """The option's effect: the same model with two sizes."""
+@pytest.mark.parametrize("arch", ["qwen3", "qwen3_5_text"])
+def test_a_cache_of_so_many_bytes_is_not_larger(arch: str, tiny_model) -> None:
+    """The option's effect: the same model with two sizes. The states of recurrent layers are a part of it."""
     from myserve.engine.engine import Engine
 
     sizes = []
     for wanted in (1 << 20, 2 << 20):
-        engine = Engine.from_pretrained(str(tiny_model("qwen3")), EngineConfig(kv_cache_bytes=wanted))
-        sizes.append(engine.runner.kv_cache.num_bytes)
+        engine = Engine.from_pretrained(str(tiny_model(arch)), EngineConfig(kv_cache_bytes=wanted))
+        cache = engine.runner.kv_cache
+        sizes.append(cache.num_bytes + sum(states.nbytes for states in cache.states))
         engine.shutdown()
         assert wanted // 2 < sizes[-1] <= wanted
     assert sizes[0] < sizes[1]

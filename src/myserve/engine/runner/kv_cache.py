@@ -49,7 +49,8 @@ class KVCache:
         self.states = [
             huge_pages.zeros((self.num_state_slots, *state.shape), state.dtype) for state in states
         ]
-        self.num_blocks = config.num_blocks or _affordable_blocks(size, longest, backend, config)
+        of_states = self.num_state_slots * sum(state.num_bytes for state in states)
+        self.num_blocks = config.num_blocks or _affordable_blocks(size, longest, backend, config, of_states)
         self.layers: list[tuple[Tensor, Tensor]] = [
             backend.allocate_layer(self.num_blocks, shape, dtype) for shape in shapes
         ]
@@ -96,8 +97,10 @@ def _affordable_slots(states: Sequence[StateShape], backend: DeviceBackend, conf
     return max(SLOTS_A_REQUEST, min(int(STATES_SHARE * budget) // size, SLOTS_A_REQUEST * config.most_seqs))
 
 
-def _affordable_blocks(size: int, longest: int, backend: DeviceBackend, config: EngineConfig) -> int:
-    """As many blocks as the budget pays for; never more than the requests that surely run side by side could.
+def _affordable_blocks(
+    size: int, longest: int, backend: DeviceBackend, config: EngineConfig, of_states: int = 0
+) -> int:
+    """As many blocks as the budget pays for, states taken off; never more than the requests that surely run could use.
 
     A prefix cache fills whatever it is given in time. So on a CPU, whose memory others use too, it is given
     `MOST_BYTES_UNASKED` at most, unless somebody asked for more or one request alone may need more.
@@ -107,9 +110,9 @@ def _affordable_blocks(size: int, longest: int, backend: DeviceBackend, config: 
     if not size:
         return most
     if config.kv_cache_bytes:
-        affordable = config.kv_cache_bytes // size
+        affordable = (config.kv_cache_bytes - of_states) // size
     else:
-        affordable = int(config.kv_cache_share * free_memory(backend.device)) // size
+        affordable = (int(config.kv_cache_share * free_memory(backend.device)) - of_states) // size
         if backend.device.type == "cpu":
             affordable = min(affordable, max(context, MOST_BYTES_UNASKED // size))
     return max(1, min(affordable, most))
