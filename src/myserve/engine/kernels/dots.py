@@ -54,7 +54,10 @@ def _load_pair(b: IR, address: IR, row: IR, packed: bool) -> tuple[IR, IR]:
     """
     if not packed:
         return _load(b, address), _load(b, b.add(address, row))
-    both = _load(b, address, _IVEC)
+    return _widen_pair(b, _load(b, address, _IVEC))
+
+
+def _widen_pair(b: IR, both: IR) -> tuple[IR, IR]:
     even = b.shl(both, _const(16, _IVEC))
     odd = b.and_(both, _const(-65536, _IVEC))
     return b.bitcast(even, _VEC), b.bitcast(odd, _VEC)
@@ -84,6 +87,13 @@ class _Sums:
 
 def _multiply_and_add(b: IR, total: IR, x: IR, w: IR) -> IR:
     return _fma(b, x, w, total)
+
+
+def _multiply_and_add_both(b: IR, total: IR, x: IR, w: IR) -> IR:
+    """total + x[0] * w[0] + x[1] * w[1] for each pair of bfloat16, rounded after each: `_dot` by float32 lanes."""
+    for x_term, w_term in zip(_widen_pair(b, x), _widen_pair(b, w), strict=True):
+        total = _fma(b, x_term, w_term, total)
+    return total
 
 
 def _accumulate(
@@ -194,21 +204,21 @@ def mix(ctx: Any, kind: Any, rows: Any, groups: Any, a: Any, a_row: Any, b: Any,
 
 
 @intrinsic(prefer_literal=True)
-def multiply_pairs(ctx: Any, rows: Any, groups: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any, c: Any,
-                   ahead: Any, stride: Any) -> Any:  # fmt: skip
+def multiply_pairs(ctx: Any, kind: Any, rows: Any, groups: Any, x: Any, x_row: Any, w: Any, w_group: Any, pairs: Any,
+                   c: Any, ahead: Any, stride: Any) -> Any:  # fmt: skip
     """c[r, :n] += sum over pairs of x[r, 2k] * W[2k, :] + x[r, 2k + 1] * W[2k + 1, :], k ascending; c is [rows, 64].
 
-    x is bfloat16, `x_row` bytes a row; W is up to four groups of 16 columns, [pairs, 16, 2], `w_group` bytes apart, and
-    n = 16 * groups. What lies `ahead` bytes from each group is fetched on the way, `stride` bytes a pair.
+    `kind`: by dot products, or in float32 one term after the other. x is bfloat16, `x_row` bytes a row; W is up to four
+    groups of 16 columns, [pairs, 16, 2], `w_group` bytes apart, and n = 16 * groups. What lies `ahead` bytes from each
+    group is fetched on the way, `stride` bytes a pair.
     """
     R, G = rows.literal_value, groups.literal_value
 
     def codegen(context: Any, b: IR, signature: Any, args: Any) -> IR:
-        add_products(b, R, args[2:], _dot, _VEC, G)
+        add_products(b, R, args[3:], _dot if by_pairs(kind) else _multiply_and_add_both, _VEC, G)
         return context.get_dummy_value()
 
-    size = types.int64
-    return types.void(rows, groups, size, size, size, size, size, size, size, size), codegen
+    return types.void(kind, rows, groups, *[types.int64] * 8), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -16,6 +16,7 @@ from numba import carray, njit
 from myserve.engine.kernels.dots import multiply, multiply_pairs, multiply_wide, multiply_widening
 from myserve.engine.kernels.lanes import (
     BFLOAT16_BY_LANES,
+    BFLOAT16_BY_PAIRS,
     FLOAT32,
     LANES,
     add_and_round,
@@ -221,17 +222,17 @@ def _multiply_pairs(
 ) -> None:
     """Call `multiply_pairs` for any number of rows that fits the registers: a literal, so one call each."""
     if rows == 6:
-        multiply_pairs(6, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(BFLOAT16_BY_PAIRS, 6, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     elif rows == 5:
-        multiply_pairs(5, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(BFLOAT16_BY_PAIRS, 5, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     elif rows == 4:
-        multiply_pairs(4, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(BFLOAT16_BY_PAIRS, 4, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     elif rows == 3:
-        multiply_pairs(3, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(BFLOAT16_BY_PAIRS, 3, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     elif rows == 2:
-        multiply_pairs(2, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(BFLOAT16_BY_PAIRS, 2, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
     else:
-        multiply_pairs(1, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
+        multiply_pairs(BFLOAT16_BY_PAIRS, 1, 4, x, x_row, w, w_group, pairs, c, ahead, stride)
 
 
 @njit(error_model="numpy")

@@ -31,13 +31,14 @@ from myserve.engine.kernels.lanes import (
     add_scaled,
     by_pairs,
     by_tiles,
+    is_half,
     next_item,
     next_thread,
     size_of,
     view,
 )
 from myserve.engine.kernels.launch import Kernel, fingerprint
-from myserve.engine.kernels.tiles import Unit, get_tiles, product_unit, set_tiles
+from myserve.engine.kernels.tiles import Unit, get_tiles, has_wide_registers, product_unit, set_tiles
 
 __all__ = ["ENTRY", "GROUP", "LORA", "lora_kernel", "lora_scratch_bytes", "padded_rank"]
 
@@ -102,18 +103,19 @@ def _overload_multiply(kind: Any, p: Any, panel: Any) -> Any:
     def by_tiles_alone(kind: Any, p: Any, panel: Any) -> Any:
         panel_by_tiles(p, panel, 0, p.rows, p.scratch)
 
-    def by_pairs_alone(kind: Any, p: Any, panel: Any) -> Any:
-        _panel_by_few_pairs(p, kind, panel)
+    def by_rows(kind: Any, p: Any, panel: Any) -> Any:
+        _panel_of_few_rows(p, kind, panel)
 
     def by_lanes(kind: Any, p: Any, panel: Any) -> Any:
         panel_by_lanes(p, kind, panel, 0, p.rows, p.scratch)
 
-    return by_tiles_alone if by_tiles(kind) else by_pairs_alone if by_pairs(kind) else by_lanes
+    few = by_pairs(kind) or (is_half(kind) and has_wide_registers())
+    return by_tiles_alone if by_tiles(kind) else by_rows if few else by_lanes
 
 
 @njit(error_model="numpy")
-def _panel_by_few_pairs(p: Any, kind: Kind, panel: int) -> None:
-    """`gemm.panel_by_pairs` of a few rows, and of the groups of columns that there are: the same sums in less time."""
+def _panel_of_few_rows(p: Any, kind: Kind, panel: int) -> None:
+    """`gemm`'s panel of a few rows, and of the groups of columns that there are: the same sums in less time."""
     group = p.inner * LANES * 2
     columns = min(PANEL, p.columns - PANEL * panel)
     w, out = p.weight + 4 * panel * group, p.out + 2 * PANEL * panel
@@ -122,11 +124,11 @@ def _panel_by_few_pairs(p: Any, kind: Kind, panel: int) -> None:
     while row < p.rows:
         x, c, left = p.x + row * p.x_row, p.scratch + 4 * PANEL * row, p.rows - row
         if columns <= LANES:
-            row += _one_group(x, p.x_row, left, w, group, p.inner // 2, c)
+            row += _one_group(kind, x, p.x_row, left, w, group, p.inner // 2, c)
         elif columns <= 2 * LANES:
-            row += _two_groups(x, p.x_row, left, w, group, p.inner // 2, c)
+            row += _two_groups(kind, x, p.x_row, left, w, group, p.inner // 2, c)
         else:
-            row += _four_groups(x, p.x_row, left, w, group, p.inner // 2, c)
+            row += _four_groups(kind, x, p.x_row, left, w, group, p.inner // 2, c)
     for r in range(p.rows):
         source, target = p.scratch + 4 * PANEL * r, out + r * p.out_row
         for n in range(0, columns // LANES * LANES, LANES):
@@ -136,44 +138,50 @@ def _panel_by_few_pairs(p: Any, kind: Kind, panel: int) -> None:
 
 
 @njit(error_model="numpy")
-def _one_group(x: Address, x_row: int, left: int, w: Address, group: int, pairs: int, c: Address) -> int:
+def _one_group(
+    kind: Kind, x: Address, x_row: int, left: int, w: Address, group: int, pairs: int, c: Address
+) -> int:
     """Multiply up to 8 of the rows that are left; return how many."""
     if left >= 8:
-        multiply_pairs(8, 1, x, x_row, w, group, pairs, c, AHEAD, 64)
+        multiply_pairs(kind, 8, 1, x, x_row, w, group, pairs, c, AHEAD, 64)
         return 8
     if left >= 4:
-        multiply_pairs(4, 1, x, x_row, w, group, pairs, c, AHEAD, 64)
+        multiply_pairs(kind, 4, 1, x, x_row, w, group, pairs, c, AHEAD, 64)
         return 4
     if left >= 2:
-        multiply_pairs(2, 1, x, x_row, w, group, pairs, c, AHEAD, 64)
+        multiply_pairs(kind, 2, 1, x, x_row, w, group, pairs, c, AHEAD, 64)
         return 2
-    multiply_pairs(1, 1, x, x_row, w, group, pairs, c, AHEAD, 64)
+    multiply_pairs(kind, 1, 1, x, x_row, w, group, pairs, c, AHEAD, 64)
     return 1
 
 
 @njit(error_model="numpy")
-def _two_groups(x: Address, x_row: int, left: int, w: Address, group: int, pairs: int, c: Address) -> int:
+def _two_groups(
+    kind: Kind, x: Address, x_row: int, left: int, w: Address, group: int, pairs: int, c: Address
+) -> int:
     """Multiply up to 4 of the rows that are left; return how many."""
     if left >= 4:
-        multiply_pairs(4, 2, x, x_row, w, group, pairs, c, AHEAD, 64)
+        multiply_pairs(kind, 4, 2, x, x_row, w, group, pairs, c, AHEAD, 64)
         return 4
     if left >= 2:
-        multiply_pairs(2, 2, x, x_row, w, group, pairs, c, AHEAD, 64)
+        multiply_pairs(kind, 2, 2, x, x_row, w, group, pairs, c, AHEAD, 64)
         return 2
-    multiply_pairs(1, 2, x, x_row, w, group, pairs, c, AHEAD, 64)
+    multiply_pairs(kind, 1, 2, x, x_row, w, group, pairs, c, AHEAD, 64)
     return 1
 
 
 @njit(error_model="numpy")
-def _four_groups(x: Address, x_row: int, left: int, w: Address, group: int, pairs: int, c: Address) -> int:
+def _four_groups(
+    kind: Kind, x: Address, x_row: int, left: int, w: Address, group: int, pairs: int, c: Address
+) -> int:
     """Multiply up to 4 of the rows that are left; return how many."""
     if left >= 4:
-        multiply_pairs(4, 4, x, x_row, w, group, pairs, c, AHEAD, 64)
+        multiply_pairs(kind, 4, 4, x, x_row, w, group, pairs, c, AHEAD, 64)
         return 4
     if left >= 2:
-        multiply_pairs(2, 4, x, x_row, w, group, pairs, c, AHEAD, 64)
+        multiply_pairs(kind, 2, 4, x, x_row, w, group, pairs, c, AHEAD, 64)
         return 2
-    multiply_pairs(1, 4, x, x_row, w, group, pairs, c, AHEAD, 64)
+    multiply_pairs(kind, 1, 4, x, x_row, w, group, pairs, c, AHEAD, 64)
     return 1
 
 
