@@ -6,11 +6,12 @@ python -m benchmarks.roofline
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class Machine:
     read_gb_s: float
     bf16_gflop_s: float
     f32_gflop_s: float
+
+    @property
+    def gflop_s(self) -> float:
+        """The faster of the two: on some CPUs bfloat16 numbers are multiplied faster as float32 ones."""
+        return max(self.bf16_gflop_s, self.f32_gflop_s)
 
     def __str__(self) -> str:
         return (
@@ -89,6 +95,7 @@ class ModelSize:
     head_weights: int
     kv_bytes_per_token: int
     bytes_per_weight: int = 2
+    state_bytes: int = 0  # of a request's recurrent layers: a step reads them and writes them
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModelSize:
@@ -99,11 +106,27 @@ class ModelSize:
         dim = config.get("head_dim") or width // heads
         layer = width * (2 * (heads + kv_heads) * dim + 3 * config["intermediate_size"])
         layers = config["num_hidden_layers"]
-        return cls(layers * layer, width * config["vocab_size"], layers * 2 * kv_heads * dim * 2)
+        body, head, kv = layers * layer, width * config["vocab_size"], layers * 2 * kv_heads * dim * 2
+        recurrent = list(config.get("layer_types") or ()).count("linear_attention")
+        if not recurrent:
+            return cls(body, head, kv)
+        # a gated delta rule's layers: a matrix a head, in float32; what its products are, the checkpoint tells
+        cells = config["linear_key_head_dim"] * config["linear_value_head_dim"]
+        states = recurrent * config["linear_num_value_heads"] * cells * 4
+        return cls(body, head, kv * (layers - recurrent) // layers, state_bytes=states)
 
     @classmethod
     def of_folder(cls, model: Path) -> ModelSize:
-        return cls.of(json.loads((model / "config.json").read_text("utf-8")))
+        """Return the same of a model's folder, with the weights that its files have: all matrices but embeddings."""
+        from safetensors import safe_open
+
+        body = 0
+        for file in model.glob("model*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                names = [name for name in tensors.keys() if "embed" not in name and "lm_head" not in name]  # noqa: SIM118
+                shapes = [tensors.get_slice(name).get_shape() for name in names]
+            body += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+        return replace(cls.of(json.loads((model / "config.json").read_text("utf-8"))), body_weights=body)
 
 
 RANDOM = ModelSize.of(SHAPE)  # the model that is made here
@@ -117,13 +140,14 @@ def least_ms_per_step(machine: Machine, rows: int, context: int, size: ModelSize
     [43, 48, 85]
     """
     weights = size.body_weights + size.head_weights
-    read = size.bytes_per_weight * weights + size.kv_bytes_per_token * rows * context
-    return 1e3 * max(read / (machine.read_gb_s * 1e9), 2 * weights * rows / (machine.bf16_gflop_s * 1e9))
+    of_a_row = size.kv_bytes_per_token * context + 2 * size.state_bytes
+    moved = size.bytes_per_weight * weights + rows * of_a_row
+    return 1e3 * max(moved / (machine.read_gb_s * 1e9), 2 * weights * rows / (machine.gflop_s * 1e9))
 
 
 def most_prefill_tokens_per_s(machine: Machine, size: ModelSize = RANDOM) -> float:
     """Return the rate of the linear layers alone at the GEMM peak; attention comes on top."""
-    return machine.bf16_gflop_s * 1e9 / (2 * size.body_weights)
+    return machine.gflop_s * 1e9 / (2 * size.body_weights)
 
 
 def bound(machine: Machine, workload: Workload, field: str, size: ModelSize = RANDOM) -> float:

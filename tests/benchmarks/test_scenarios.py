@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.comparison import Comparison, spread
 from benchmarks.ledger import entry
-from benchmarks.roofline import RANDOM, Machine, ModelSize
+from benchmarks.roofline import RANDOM, Machine, ModelSize, least_ms_per_step
 from benchmarks.scenarios import (
     FIRST_TOKEN_S,
     JOINS_AT_S,
@@ -100,3 +104,18 @@ def test_a_models_size_is_read_off_its_config() -> None:
     }
     size = ModelSize.of(config)
     assert size.head_weights == 640 * 262_144 and size.kv_bytes_per_token == 18 * 2 * 256 * 2
+
+
+def test_a_hybrids_size_is_read_off_its_files(tiny_model: Callable[[str], Path]) -> None:
+    folder = tiny_model("qwen3_5_text")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
+    size, config = ModelSize.of_folder(folder), model.config
+    assert size.body_weights == sum(m.weight.numel() for m in linears)
+    attending = config.layer_types.count("full_attention")
+    assert size.kv_bytes_per_token == attending * 2 * config.num_key_value_heads * config.head_dim * 2
+    head = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    assert size.state_bytes == (config.num_hidden_layers - attending) * head * 4
+    machine = Machine("x", 2, 24, read_gb_s=20.0, bf16_gflop_s=1e6, f32_gflop_s=200.0)
+    more = least_ms_per_step(machine, 3, 0, size) - least_ms_per_step(machine, 2, 0, size)
+    assert more == pytest.approx(2e3 * size.state_bytes / 20e9)

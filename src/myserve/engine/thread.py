@@ -198,9 +198,10 @@ class EngineThread:
             return bool(self._inbox) or self._stopping
 
         # a little at a time, dropped when a request comes in; memory that was released must not be touched
-        ever_held, is_idle = self.scheduler.pool.num_ever_held, not self.scheduler.released
+        is_idle = not self.scheduler.released
+        blocks, slots = self.scheduler.pool.num_ever_held, self.scheduler.block_tables.slots_ever_held
         while is_idle and not is_over():
-            is_idle = self.runner.prepare_while_idle(ever_held, is_over)
+            is_idle = self.runner.prepare_while_idle(blocks, slots, is_over)
         with self._wake:
             self._wake.wait_for(is_over)
 

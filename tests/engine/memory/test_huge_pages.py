@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from myserve.engine.config import EngineConfig
 from myserve.engine.memory.huge_pages import FilePages, touch, zeros
 from myserve.engine.memory.prefault import HUGE_PAGE
+from myserve.engine.mixers.recurrent import StateShape
 from myserve.engine.runner.device_backend import CPU, LayerShape
-from myserve.engine.runner.kv_cache import AHEAD, KVCache
+from myserve.engine.runner.kv_cache import AHEAD, SLOTS_AHEAD, KVCache
 
 
 @pytest.mark.parametrize("rows", [1, HUGE_PAGE // 8, HUGE_PAGE])
@@ -58,6 +59,22 @@ def test_the_cache_behind_the_blocks_in_use_lies_ready_and_no_more() -> None:
     while cache.make_ready(4096):
         pass  # it has an end
     assert not any(bool(tensor.any()) for layer in cache.layers for tensor in layer)
+
+
+@pytest.mark.own_process
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_slots_of_states_lie_ready_behind_those_in_use() -> None:
+    states = [StateShape((8, 128, 128), torch.float32), StateShape((3, 64), torch.float32)]
+    cache = KVCache([], 64, torch.float32, CPU, EngineConfig(max_num_seqs=256, num_blocks=8), states)
+    slot, before = sum(state.num_bytes for state in states), resident()
+    assert cache.num_state_slots == 512
+    for num_used in (0, 200):
+        while cache.make_ready(8, num_used):
+            pass
+        assert abs(resident() - before - (num_used + SLOTS_AHEAD) * slot) < 4 * HUGE_PAGE
+    while cache.make_ready(8, 512):
+        pass  # it has an end
+    assert not any(bool(tensor.any()) for tensor in cache.states)
 
 
 @pytest.mark.own_process

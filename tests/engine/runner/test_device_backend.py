@@ -215,7 +215,10 @@ def test_decodes_are_recorded_by_their_number_where_rows_are_not_fixed(
         return replace(on_pages(model), settings=(0,))
 
     engine = open_engine("qwen3", in_any_rows, dtype="bfloat16")
-    run(engine, [Asked(list(range(9, 90)), SamplingParams(max_tokens=9, ignore_eos=True))] * 3)
+    # the first asked decodes alone for a while, and the others beside it until its end
+    asked = Asked(list(range(9, 90)), SamplingParams(max_tokens=40, ignore_eos=True))
+    run(engine, [asked])
+    run(engine, [asked] * 3)
     shapes = engine.runner.recorded_steps._steps
     assert {shape.requests for shape in shapes} >= {1, 3}
     assert all(shape.rows == shape.requests == shape.wanted for shape in shapes)

@@ -296,6 +296,43 @@ def test_a_move_that_the_table_has_not_is_refused() -> None:
         finished.apply(Event.ADMIT)
 
 
+def with_states(worth: int, **limits: int) -> Scheduler:
+    scheduler = make_scheduler(**limits)
+    made = Scheduler(scheduler.pool, scheduler.limits, states=StateSlots(32))
+    made.block_tables.worth_a_state = worth
+    return made
+
+
+def finish(scheduler: Scheduler) -> None:
+    while scheduler.has_work:
+        run(scheduler)
+
+
+def found(scheduler: Scheduler, asked: Request) -> int:
+    """The tokens that a request finds in the prefix cache."""
+    scheduler.add(asked)
+    finish(scheduler)
+    return asked.num_cached_tokens
+
+
+def test_a_prompt_in_small_pieces_leaves_its_state_at_its_last_border() -> None:
+    """As beside streams, where a step has room for a few of its tokens: no piece alone is worth a state."""
+    scheduler = with_states(worth=12, prefill_chunk=3)
+    scheduler.add(request(arrival=5, prompt_len=2, max_tokens=30, cache_root="streams"))
+    run(scheduler)
+    assert found(scheduler, request(prompt_len=19, max_tokens=1)) == 0
+    assert found(scheduler, request(arrival=1, prompt_len=19, max_tokens=1)) == 16
+
+
+@pytest.mark.parametrize(("worth", "third"), [(12, 16), (20, 0)])
+def test_a_state_is_kept_where_prompts_part(worth: int, third: int) -> None:
+    """One instruction, and each time another question: the second prompt shows where, the third finds the state."""
+    scheduler = with_states(worth)
+    prompts = [[*range(100, 118), *range(200 + 50 * i, 207 + 50 * i)] for i in range(3)]
+    asked = [Request(id=str(i), prompt_token_ids=prompt, max_tokens=1) for i, prompt in enumerate(prompts)]
+    assert [found(scheduler, one) for one in asked] == [0, 0, third]
+
+
 class RandomLives(RuleBasedStateMachine):
     """Submissions, steps, failures and aborts in any order, on a pool too small for all of them."""
 
@@ -375,7 +412,7 @@ class RandomStates(RandomLives):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler.block_tables.worth_a_step = 3
+        self.scheduler.block_tables.worth_a_state = 3
         self.held: dict[int, list[int]] = {}
 
     def compute(self, batch: Batch) -> None:

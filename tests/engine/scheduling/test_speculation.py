@@ -190,7 +190,7 @@ def test_random_lives_keep_integrity(num_slots: int, data: st.DataObject) -> Non
         max_num_seqs=4,
         max_num_batched_tokens=20,
     )
-    scheduler.block_tables.worth_a_step = 3
+    scheduler.block_tables.worth_a_state = 3
     held: dict[int, list[int]] = {-1: []}  # the tokens that the state in a slot has taken in
     submitted = [
         request(data.draw(st.integers(1, 14)), data.draw(st.integers(1, 9)), arrival) for arrival in range(6)

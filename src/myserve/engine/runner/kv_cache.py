@@ -19,6 +19,9 @@ __all__ = ["SLOTS_A_REQUEST", "KVCache"]
 
 MOST_BYTES_UNASKED = 4 << 30
 AHEAD = 2048  # tokens, for whose blocks memory lies ready
+SLOTS_AHEAD = (
+    32  # eight requests' at once: two that a step needs, and the two that the prefix cache keeps of each
+)
 STATES_SHARE = 0.5  # of the cache's memory, what states may take
 SLOTS_A_REQUEST = 2  # one that a step reads, and one that it writes
 
@@ -26,8 +29,9 @@ SLOTS_A_REQUEST = 2  # one that a step reads, and one that it writes
 class KVCache:
     """`num_blocks` blocks of `block_size` tokens in every layer.
 
-    A system hands memory out when it is first written, so a cache that is larger than its use costs nothing. But a
-    prompt that is the first to write there waits for it, a tenth of its time: `make_ready` does so before.
+    A system hands memory out when it is first written, so a cache that is larger than its use costs nothing. But who
+    is the first to write there waits for it: a prompt a tenth of its time, and eight streams that step on new states
+    together five times a step's. `make_ready` does so before.
     """
 
     def __init__(
@@ -55,26 +59,19 @@ class KVCache:
             backend.allocate_layer(self.num_blocks, shape, dtype) for shape in shapes
         ]
         self.num_bytes = self.num_blocks * size
-        # whose memory lies ready; blocks of a model that never attends have none
-        self._ready = 0 if self.device.type == "cpu" and self.layers else self.num_blocks
-        self._touching = self._touch_pages()
-
-    def make_ready(self, num_used: int) -> bool:
-        """Have the system hand out a page or so, for blocks behind the first `num_used`; False where all lies ready."""
-        if self._ready >= min(self.num_blocks, num_used + AHEAD // self.block_size):
-            return False
-        next(self._touching, None)
-        return True
-
-    def _touch_pages(self) -> Iterator[None]:
-        """A layer's keys or values at a time, as many blocks as lie in a huge page."""
+        # blocks of a model that never attends have no memory
         tensors = [tensor for layer in self.layers for tensor in layer]
-        at_once = max(1, HUGE_PAGE // tensors[0][0].nbytes)
-        for first in range(0, self.num_blocks, at_once):
-            for tensor in tensors:
-                huge_pages.touch(tensor[first : first + at_once])
-                yield
-            self._ready = first + at_once
+        self._ready = _Ready(tensors, AHEAD // self.block_size)
+        self._ready_states = _Ready(self.states, SLOTS_AHEAD)
+
+    def make_ready(self, blocks_used: int, slots_used: int = 0) -> bool:
+        """Have the system hand out a page or so, for what is behind the first ones, which were used already.
+
+        False where all lies ready.
+        """
+        if self.device.type != "cpu":
+            return False
+        return self._ready.touch(blocks_used) or self._ready_states.touch(slots_used)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, in every layer: (from, to)."""
@@ -84,6 +81,32 @@ class KVCache:
         for keys, values in self.layers:
             keys[targets] = keys[sources]
             values[targets] = values[sources]
+
+
+class _Ready:
+    """The first rows of some tensors, whose memory lies ready: always some more than were used."""
+
+    def __init__(self, tensors: Sequence[Tensor], ahead: int) -> None:
+        self._ahead = ahead
+        self._num_rows = tensors[0].shape[0] if tensors else 0
+        self._num_ready = 0
+        self._touching = self._touch_pages(tensors)
+
+    def touch(self, num_used: int) -> bool:
+        """Touch a page or so; False where `ahead` rows behind the first `num_used` lie ready."""
+        if self._num_ready >= min(self._num_rows, num_used + self._ahead):
+            return False
+        next(self._touching, None)
+        return True
+
+    def _touch_pages(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """A tensor at a time, as many rows as lie in a huge page."""
+        at_once = max([1, *(HUGE_PAGE // tensor[0].nbytes for tensor in tensors[:1])])
+        for first in range(0, self._num_rows, at_once):
+            for tensor in tensors:
+                huge_pages.touch(tensor[first : first + at_once])
+                yield
+            self._num_ready = first + at_once
 
 
 def _affordable_slots(states: Sequence[StateShape], backend: DeviceBackend, config: EngineConfig) -> int:

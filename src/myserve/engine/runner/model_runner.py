@@ -174,16 +174,18 @@ class ModelRunner:
             vars(self).pop(memory, None)  # the second time too
 
     @torch.inference_mode()
-    def prepare_while_idle(self, blocks_held: int, is_over: Callable[[], bool] = lambda: False) -> bool:
+    def prepare_while_idle(
+        self, blocks_held: int, slots_held: int = 0, is_over: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Do a little of what the next steps would have to: a shape recorded, some of the cache's memory touched.
 
-        `blocks_held`: blocks that requests have held so far. Returns within milliseconds once `is_over` returns True.
-        False when nothing is left to do.
+        `blocks_held`, `slots_held`: that requests have held so far. Returns within milliseconds once `is_over` returns
+        True. False when nothing is left to do.
         """
         recorded = self.recorded_steps.prepare(is_over)
         if self.adapter_steps is not None and not recorded:
             recorded = self.adapter_steps.prepare(is_over)
-        return self.kv_cache.make_ready(blocks_held) or recorded
+        return self.kv_cache.make_ready(blocks_held, slots_held) or recorded
 
     def closes_early(self, request: Request) -> bool:
         """Return whether its grammar was brought to an end for `max_tokens`."""

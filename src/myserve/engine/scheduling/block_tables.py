@@ -12,7 +12,7 @@ from myserve.engine.scheduling.state_slots import StateSlots
 
 __all__ = ["MOST_AGAIN", "BlockTables", "CachedPrefix"]
 
-WORTH_A_STEP = 128  # tokens: a step of a few rows takes some hundredths of what these take
+WORTH_A_STATE = 128  # tokens: to end a step at their border takes some hundredths of what they take
 MOST_AGAIN = 8  # rows that are run once more for a state; behind more, a step goes without a draft
 
 
@@ -24,6 +24,9 @@ class CachedPrefix:
     content_ids: list[int] = field(default_factory=list)  # the cache's names of them
     num_tokens: int = 0
     state_slot: int = -1  # of a model with recurrent layers: the state after them
+    known_tokens: int = (
+        0  # that the cache has blocks of; with recurrent layers more than it has a state behind
+    )
 
 
 class BlockTables:
@@ -38,7 +41,12 @@ class BlockTables:
         """`states`: of a model with recurrent layers; None: it keeps nothing but keys and values."""
         self._pool = pool
         self.states = states
-        self.worth_a_step = WORTH_A_STEP
+        self.worth_a_state = WORTH_A_STATE
+
+    @property
+    def slots_ever_held(self) -> int:
+        """Slots from this one on have never been handed out."""
+        return self.states.num_ever_held if self.states is not None else 0
 
     def find_cached(self, request: Request, weight_version: int) -> CachedPrefix:
         """Return the longest prefix of a request that the cache has, computed by these weights and its adapter.
@@ -50,12 +58,12 @@ class BlockTables:
             return CachedPrefix()
         tokens = request.token_ids[: request.num_tokens - 1]
         blocks, content_ids = self._pool.match(_root(request, weight_version, request.adapter), tokens)
-        slot = -1
+        slot, known = -1, len(blocks) * self._pool.block_size
         if self.states is not None:
             while content_ids and (found := self.states.find(content_ids[-1])) is None:
                 del blocks[-1], content_ids[-1]
             slot = found if content_ids and found is not None else -1
-        return CachedPrefix(blocks, content_ids, len(blocks) * self._pool.block_size, slot)
+        return CachedPrefix(blocks, content_ids, len(blocks) * self._pool.block_size, slot, known)
 
     def has_room(self, prefix: CachedPrefix, count: int) -> bool:
         """Return whether the pool has blocks for a cached prefix and `count` tokens after it."""
@@ -77,17 +85,27 @@ class BlockTables:
         if self.states is not None and prefix.state_slot >= 0:
             self.states.hold(prefix.state_slot)
             request.state_slot = prefix.state_slot
+        request.state_borders = self._state_borders(request, prefix)
+
+    def _state_borders(self, request: Request, prefix: CachedPrefix) -> list[int]:
+        """Return where a step of a prompt ends so that its state is kept: for what will begin as it does.
+
+        Where other prompts have gone on otherwise, since more of these may come, and at its last block's border. One
+        that is close behind the last state is not worth it.
+        """
+        borders: list[int] = []
+        if self.states is not None:
+            size, kept = self._pool.block_size, prefix.num_tokens
+            for border in (prefix.known_tokens, (request.num_tokens - 1) // size * size):
+                if border - kept >= self.worth_a_state:
+                    borders.append(border)
+                    kept = border
+        return borders
 
     def to_border(self, request: Request, count: int) -> int:
-        """Return `count` tokens of a prompt, or fewer where they would end it: up to its last block's border.
-
-        There its state can be kept for the prompts that begin with it. A step more is worth it only behind many tokens.
-        """
-        start, size = request.num_computed_tokens, self._pool.block_size
-        border = (request.num_tokens - 1) // size * size
-        if self.states is None or start + count < request.num_tokens or border - start < self.worth_a_step:
-            return count
-        return border - start
+        """Return `count` tokens of a prompt, or fewer: none beyond the next border at which its state is kept."""
+        start = request.num_computed_tokens
+        return next((at - start for at in request.state_borders if start < at < start + count), count)
 
     def extend(self, request: Request, count: int) -> bool:
         """Add the blocks that `count` more tokens need. False, and nothing added, where they are not to be had."""

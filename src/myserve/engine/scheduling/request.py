@@ -96,6 +96,7 @@ class Request:
     # from zeros), and the one that its next step leaves it in
     state_slot: int = -1
     next_state_slot: int = -1
+    state_borders: list[int] = field(default_factory=list)  # tokens of its prompt behind which a step ends
     state_lag: int = (
         0  # of its computed tokens, the last that `state_slot` has not taken in: behind a wrong draft
     )

@@ -30,6 +30,7 @@ class StateSlots:
         )  # first = next out
         self._slot_of: dict[int, int] = {}  # by the content's name
         self._name_of: dict[int, int] = {}
+        self.num_ever_held = 0  # slots from this one on have never been handed out
 
     @property
     def num_free(self) -> int:
@@ -44,6 +45,7 @@ class StateSlots:
         slot = self._free.popitem(last=False)[0]
         self._forget(slot)
         self._holders[slot] = 1
+        self.num_ever_held = max(self.num_ever_held, slot + 1)
         return slot
 
     def hold(self, slot: int) -> None:

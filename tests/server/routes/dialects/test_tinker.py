@@ -253,8 +253,9 @@ def test_the_client_s_other_questions(session: Session) -> None:
     assert session.http.post("/sessions/s/finish", json={}).status_code == 200
 
 
-def pause(server: Any, mode: str = "keep") -> None:
-    httpx.post(server.url + "/pause", params={"mode": mode}).raise_for_status()
+def pause(server: Any, mode: str = "keep", key: str = "any") -> None:
+    headers = {"authorization": f"Bearer {key}"}
+    httpx.post(server.url + "/pause", params={"mode": mode}, headers=headers).raise_for_status()
 
 
 def resume(server: Any) -> None:
@@ -324,7 +325,8 @@ def test_a_promise_is_its_owner_s_alone(open_server: Any, weights_dir: Path, tmp
         assert bob.fetch(promise, 410) and alice.fetch(promise).content
         assert httpx.get(server.url + "/api/v1/healthz").status_code == 200
         assert httpx.post(server.url + "/api/v1/create_session", json={}).status_code == 401
-        # what fails after it was promised fails as an answer
+        # what fails after it was promised fails as an answer: an engine that pauses is never done
         server.model("tiny").in_flight._timeout = 0.05
+        pause(server, key="tml-a")
         failed = alice.fetch(alice.begin(sampling={"max_tokens": 450})).json()
         assert failed["category"] == "server" and "not done after" in failed["error"]
