@@ -313,8 +313,12 @@ def test_results_are_bounded_and_fetched_ones_go_first(
 
 def test_a_promise_is_its_owner_s_alone(open_server: Any, weights_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("tml-a alice\ntml-b bob\n")
+    (tmp_path / "admins").write_text("tml-c carol\n")
     settings = Settings(
-        models={"tiny": str(weights_dir / "0")}, api_keys_file=str(tmp_path / "keys"), request_timeout=0.5
+        models={"tiny": str(weights_dir / "0")},
+        api_keys_file=str(tmp_path / "keys"),
+        admin_keys_file=str(tmp_path / "admins"),
+        request_timeout=0.5,
     )
     with (
         open_server(settings) as server,
@@ -327,6 +331,6 @@ def test_a_promise_is_its_owner_s_alone(open_server: Any, weights_dir: Path, tmp
         assert httpx.post(server.url + "/api/v1/create_session", json={}).status_code == 401
         # what fails after it was promised fails as an answer: an engine that pauses is never done
         server.model("tiny").in_flight._timeout = 0.05
-        pause(server, key="tml-a")
+        pause(server, key="tml-c")
         failed = alice.fetch(alice.begin(sampling={"max_tokens": 450})).json()
         assert failed["category"] == "server" and "not done after" in failed["error"]
