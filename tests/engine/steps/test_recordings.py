@@ -228,7 +228,7 @@ def test_a_head_that_does_not_run_on_nothing_runs_on_a_row(tiny_model: Callable[
     runner = make_runner(tiny_model("llama"), "float32")
     steps = runner.recorded_steps
     runner.model.lm_head.register_forward_pre_hook(needs_a_row)
-    runner.kv_cache.make_ready = lambda _: False  # type: ignore[method-assign]
+    runner.kv_cache.make_ready = lambda *_: False  # type: ignore[method-assign]
     while runner.prepare_while_idle(0):
         pass
     assert steps.usable and steps._steps and all(shape.wanted for shape in steps._steps)
@@ -243,7 +243,7 @@ def needs_a_row(module: Any, args: Any) -> None:
 def test_every_shape_is_recorded_while_idle_and_no_more(tiny_model: Callable[[str], Path]) -> None:
     config = EngineConfig(dtype="float32", num_blocks=70)
     runner = ModelRunner(loader.load(str(tiny_model("llama")), config), config)
-    runner.kv_cache.make_ready = lambda _: False  # type: ignore[method-assign]
+    runner.kv_cache.make_ready = lambda *_: False  # type: ignore[method-assign]
     while runner.prepare_while_idle(0):
         pass
     few = {shape for shape in likely_shapes() if shape.wanted <= 64}
@@ -283,7 +283,7 @@ def test_an_error_while_recording_ahead_is_nobodys_request(
 ) -> None:
     runner = make_runner(tiny_model("llama"), "float32")
     fails = runner.model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
-    runner.kv_cache.make_ready = lambda _: False  # type: ignore[method-assign]
+    runner.kv_cache.make_ready = lambda *_: False  # type: ignore[method-assign]
     while runner.prepare_while_idle(0):
         pass
     assert "ZeroDivisionError" in caplog.text and not runner.recorded_steps._steps
