@@ -147,6 +147,19 @@ def test_a_second_turn_begins_from_the_state_of_the_first(
 
 
 @each_model
+def test_the_third_prompt_behind_one_instruction_begins_from_its_state(
+    arch: str, dtype: str, make_engine: MakeEngine
+) -> None:
+    engine, whole = make_engine(arch, dtype=dtype), make_engine(arch, dtype=dtype, prefix_caching=False)
+    instruction = [(11 + 5 * i) % 380 for i in range(170)]
+    params = SamplingParams(max_tokens=9, seed=4, ignore_eos=True)
+    asked = [Asked([*instruction, *range(i, i + 40)], params) for i in (20, 70, 120)]
+    found = [run(engine, [one])[0][0] for one in asked]
+    assert [one.metrics and one.metrics.cached_tokens for one in found] == [0, 0, 160]
+    assert [one.numbers for one in found] == numbers(whole, asked)
+
+
+@each_model
 def test_a_trainer_has_the_servers_bits_padded_or_with_shared_prompts(
     arch: str, dtype: str, make_engine: MakeEngine, tiny_model: Callable[[str], Path]
 ) -> None:
