@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -394,3 +395,13 @@ def test_a_request_says_how_full_the_cache_was_when_it_ended(make_engine: MakeEn
     assert first.metrics is not None and last.metrics is not None
     assert 0 < first.metrics.kv_cache_usage < 1  # the long one's blocks
     assert last.metrics.kv_cache_usage == 0  # nobody is left
+
+
+def test_a_context_that_ends_before_the_one_that_was_asked_for_is_said(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "myserve"):
+        own = make_engine("llama", num_blocks=64).max_model_len
+        assert not caplog.records
+        assert make_engine("llama", num_blocks=64, max_model_len=10 * own).max_model_len == own
+        assert f"contexts end at {own} tokens, not at the {10 * own} of max_model_len" in caplog.text

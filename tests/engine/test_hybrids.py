@@ -159,6 +159,17 @@ def test_the_third_prompt_behind_one_instruction_begins_from_its_state(
     assert [one.numbers for one in found] == numbers(whole, asked)
 
 
+def test_one_request_at_a_time_leaves_states_to_the_next_ones(make_engine: MakeEngine) -> None:
+    """Two slots are what it steps on: there are others for what it leaves."""
+    engine = make_engine("qwen3_5_text", dtype="float32", max_num_seqs=1)
+    params = SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
+    prompts = [[(i * step) % 380 for i in range(150)] for step in (3, 7)]
+    for cached in (0, 128):
+        for prompt in prompts:
+            [[found]] = run(engine, [Asked(prompt, params)])
+            assert found.metrics is not None and found.metrics.cached_tokens == cached
+
+
 @each_model
 def test_a_trainer_has_the_servers_bits_padded_or_with_shared_prompts(
     arch: str, dtype: str, make_engine: MakeEngine, tiny_model: Callable[[str], Path]

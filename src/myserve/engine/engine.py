@@ -87,6 +87,12 @@ class Engine:
         give_back_freed()
         cache = self.runner.kv_cache
         longest, routing = self.runner.max_model_len, self.runner.routed_experts.shape
+        if longest < (config.max_model_len or 0):
+            logger.warning(
+                "contexts end at %d tokens, not at the %d of max_model_len: the model was made for %d, and the KV "
+                "cache has room for %d",
+                *(longest, config.max_model_len, loaded.max_model_len, cache.num_blocks * cache.block_size),
+            )
         eos_token_ids = tuple(i for i in loaded.eos_token_ids if 0 <= i < loaded.vocab_size)
         if unknown := sorted(set(loaded.eos_token_ids) - set(eos_token_ids)):
             logger.warning("the config's EOS ids %s are not in the vocabulary, and end nothing", unknown)

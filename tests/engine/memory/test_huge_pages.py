@@ -19,7 +19,7 @@ from myserve.engine.memory.huge_pages import FilePages, touch, zeros
 from myserve.engine.memory.prefault import HUGE_PAGE
 from myserve.engine.mixers.recurrent import StateShape
 from myserve.engine.runner.device_backend import CPU, LayerShape
-from myserve.engine.runner.kv_cache import AHEAD, SLOTS_AHEAD, KVCache
+from myserve.engine.runner.kv_cache import AHEAD, KEPT_SLOTS, SLOTS_AHEAD, KVCache
 
 
 @pytest.mark.parametrize("rows", [1, HUGE_PAGE // 8, HUGE_PAGE])
@@ -67,12 +67,12 @@ def test_slots_of_states_lie_ready_behind_those_in_use() -> None:
     states = [StateShape((8, 128, 128), torch.float32), StateShape((3, 64), torch.float32)]
     cache = KVCache([], 64, torch.float32, CPU, EngineConfig(max_num_seqs=256, num_blocks=8), states)
     slot, before = sum(state.num_bytes for state in states), resident()
-    assert cache.num_state_slots == 512
+    assert cache.num_state_slots == 512 + KEPT_SLOTS
     for num_used in (0, 200):
         while cache.make_ready(8, num_used):
             pass
         assert abs(resident() - before - (num_used + SLOTS_AHEAD) * slot) < 4 * HUGE_PAGE
-    while cache.make_ready(8, 512):
+    while cache.make_ready(8, cache.num_state_slots):
         pass  # it has an end
     assert not any(bool(tensor.any()) for tensor in cache.states)
 

@@ -66,8 +66,10 @@ class DraftModel:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig, vocab_size: int) -> None:
         bytes_ = None if config.kv_cache_bytes is None else max(1, int(_SHARE * config.kv_cache_bytes))
+        share = _SHARE * config.kv_cache_share
+        # it follows the requests that run, and looks for no others' prefixes
         own = replace(
-            config, kv_cache_bytes=bytes_, kv_cache_share=_SHARE * config.kv_cache_share, draft_model=None
+            config, kv_cache_bytes=bytes_, kv_cache_share=share, draft_model=None, prefix_caching=False
         )
         self.runner = ModelRunner(loaded, own)
         self._vocab_size = min(vocab_size, loaded.vocab_size)

@@ -24,6 +24,7 @@ SLOTS_AHEAD = (
 )
 STATES_SHARE = 0.5  # of the cache's memory, what states may take
 SLOTS_A_REQUEST = 2  # one that a step reads, and one that it writes
+KEPT_SLOTS = 32  # for the prefix cache, where requests take all others; two serve a prompt and its answer
 
 
 class KVCache:
@@ -110,14 +111,15 @@ class _Ready:
 
 
 def _affordable_slots(states: Sequence[StateShape], backend: DeviceBackend, config: EngineConfig) -> int:
-    """As many slots as requests side by side need, or half of the cache's memory pays for; two at least."""
+    """As many as requests side by side and the prefix cache need, or half of the memory pays for; two at least."""
     size = sum(state.num_bytes for state in states)
     if not size:
         return 0
     budget = config.kv_cache_bytes or int(config.kv_cache_share * free_memory(backend.device))
     if not config.kv_cache_bytes:
         budget = min(budget, 2 * MOST_BYTES_UNASKED)
-    return max(SLOTS_A_REQUEST, min(int(STATES_SHARE * budget) // size, SLOTS_A_REQUEST * config.most_seqs))
+    most = SLOTS_A_REQUEST * config.most_seqs + (KEPT_SLOTS if config.prefix_caching else 0)
+    return max(SLOTS_A_REQUEST, min(int(STATES_SHARE * budget) // size, most))
 
 
 def _affordable_blocks(
