@@ -110,9 +110,9 @@ class ModelSize:
         recurrent = list(config.get("layer_types") or ()).count("linear_attention")
         if not recurrent:
             return cls(body, head, kv)
-        # a gated delta rule's layers: a matrix a head, in float32; what its products are, the checkpoint tells
-        cells = config["linear_key_head_dim"] * config["linear_value_head_dim"]
-        states = recurrent * config["linear_num_value_heads"] * cells * 4
+        # a matrix a head, in float32; what the products of such layers are, the checkpoint tells
+        cells = config.get("linear_key_head_dim", dim) * config.get("linear_value_head_dim", dim)
+        states = recurrent * config.get("linear_num_value_heads", heads) * cells * 4
         return cls(body, head, kv * (layers - recurrent) // layers, state_bytes=states)
 
     @classmethod
@@ -126,7 +126,8 @@ class ModelSize:
                 names = [name for name in tensors.keys() if "embed" not in name and "lm_head" not in name]  # noqa: SIM118
                 shapes = [tensors.get_slice(name).get_shape() for name in names]
             body += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
-        return replace(cls.of(json.loads((model / "config.json").read_text("utf-8"))), body_weights=body)
+        size = cls.of(json.loads((model / "config.json").read_text("utf-8")))
+        return replace(size, body_weights=body) if body else size
 
 
 RANDOM = ModelSize.of(SHAPE)  # the model that is made here

@@ -104,6 +104,9 @@ def test_a_models_size_is_read_off_its_config() -> None:
     }
     size = ModelSize.of(config)
     assert size.head_weights == 640 * 262_144 and size.kv_bytes_per_token == 18 * 2 * 256 * 2
+    # MiniMax's names no other widths for its lightning attention
+    lightning = ModelSize.of(config | {"layer_types": ["linear_attention", "full_attention"] * 9})
+    assert lightning.state_bytes == 9 * 4 * 256 * 256 * 4
 
 
 def test_a_hybrids_size_is_read_off_its_files(tiny_model: Callable[[str], Path]) -> None:

@@ -19,9 +19,8 @@ __all__ = ["SLOTS_A_REQUEST", "KVCache"]
 
 MOST_BYTES_UNASKED = 4 << 30
 AHEAD = 2048  # tokens, for whose blocks memory lies ready
-SLOTS_AHEAD = (
-    32  # eight requests' at once: two that a step needs, and the two that the prefix cache keeps of each
-)
+# eight requests' at once: two that a step needs, and the two that the prefix cache keeps of each
+SLOTS_AHEAD = 32
 STATES_SHARE = 0.5  # of the cache's memory, what states may take
 SLOTS_A_REQUEST = 2  # one that a step reads, and one that it writes
 KEPT_SLOTS = 32  # for the prefix cache, where requests take all others; two serve a prompt and its answer

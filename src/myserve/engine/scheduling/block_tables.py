@@ -24,9 +24,8 @@ class CachedPrefix:
     content_ids: list[int] = field(default_factory=list)  # the cache's names of them
     num_tokens: int = 0
     state_slot: int = -1  # of a model with recurrent layers: the state after them
-    known_tokens: int = (
-        0  # that the cache has blocks of; with recurrent layers more than it has a state behind
-    )
+    # that the cache has blocks of; with recurrent layers it may have a state behind fewer
+    known_tokens: int = 0
 
 
 class BlockTables:
