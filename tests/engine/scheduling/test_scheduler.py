@@ -16,9 +16,11 @@ from myserve.engine.scheduling.state_slots import StateSlots
 EOS = 0
 
 
-def make_scheduler(num_blocks: int = 64, block_size: int = 4, **limits: int) -> Scheduler:
+def make_scheduler(
+    num_blocks: int = 64, block_size: int = 4, states: StateSlots | None = None, **limits: int
+) -> Scheduler:
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "prefill_chunk": 16, "max_model_len": 64}
-    return Scheduler(BlockPool(num_blocks, block_size), Limits(**(defaults | limits)))
+    return Scheduler(BlockPool(num_blocks, block_size), Limits(**(defaults | limits)), states=states)
 
 
 def request(prompt_len: int = 6, max_tokens: int = 8, arrival: int = 0, **fields: object) -> Request:
@@ -297,21 +299,16 @@ def test_a_move_that_the_table_has_not_is_refused() -> None:
 
 
 def with_states(worth: int, **limits: int) -> Scheduler:
-    scheduler = make_scheduler(**limits)
-    made = Scheduler(scheduler.pool, scheduler.limits, states=StateSlots(32))
-    made.block_tables.worth_a_state = worth
-    return made
-
-
-def finish(scheduler: Scheduler) -> None:
-    while scheduler.has_work:
-        run(scheduler)
+    scheduler = make_scheduler(states=StateSlots(32), **limits)
+    scheduler.block_tables.worth_a_state = worth
+    return scheduler
 
 
 def found(scheduler: Scheduler, asked: Request) -> int:
-    """The tokens that a request finds in the prefix cache."""
+    """The tokens that a request finds in the prefix cache; it is run to its end."""
     scheduler.add(asked)
-    finish(scheduler)
+    while scheduler.has_work:
+        run(scheduler)
     return asked.num_cached_tokens
 
 

@@ -101,7 +101,7 @@ class _Ready:
 
     def _touch_pages(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """A tensor at a time, as many rows as lie in a huge page."""
-        at_once = max([1, *(HUGE_PAGE // tensor[0].nbytes for tensor in tensors[:1])])
+        at_once = max(1, HUGE_PAGE // tensors[0][0].nbytes)
         for first in range(0, self._num_rows, at_once):
             for tensor in tensors:
                 huge_pages.touch(tensor[first : first + at_once])
